@@ -1,0 +1,60 @@
+"""trackopt: see what an optimizer does, stop and resume training bit for bit, look inside any checkpoint.
+
+The names here are the whole public API. They are loaded when first used, so that ``import trackopt`` and the
+commands that only read never import torch, MLflow or TensorBoard.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from trackopt.errors import (
+    ArchiveError,
+    CheckpointError,
+    MismatchError,
+    RunError,
+    TrackoptError,
+    UsageError,
+)
+
+if TYPE_CHECKING:
+    from trackopt.archive import Archive, open  # noqa: A004 - `trackopt.open` is meant to read like the built-in
+    from trackopt.difference import diff
+    from trackopt.run import Run, wrap
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Archive": "trackopt.archive",
+    "Run": "trackopt.run",
+    "diff": "trackopt.difference",
+    "open": "trackopt.archive",
+    "wrap": "trackopt.run",
+}
+
+__all__ = [
+    "Archive",
+    "ArchiveError",
+    "CheckpointError",
+    "MismatchError",
+    "Run",
+    "RunError",
+    "TrackoptError",
+    "UsageError",
+    "diff",
+    "open",
+    "wrap",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'trackopt' has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

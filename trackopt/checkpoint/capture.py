@@ -1,0 +1,163 @@
+"""What a checkpoint holds: the live objects of a training as one tree of plain values and tensors."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+import trackopt
+from trackopt.checkpoint import rng
+from trackopt.errors import UsageError
+
+FORMAT = 1
+RESERVED = frozenset({"model", "optimizer", "scheduler", "rng", "trackopt"})
+_PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.Tensor, torch.dtype, torch.device, torch.Size)
+
+T = TypeVar("T")
+
+
+class Stateful(Protocol):
+    """Anything whose state can be taken and put back."""
+
+    def state_dict(self) -> Any:
+        """The state, of plain values and tensors."""
+
+    def load_state_dict(self, state: Any, /) -> Any:
+        """Take over a state."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """The live objects of one training: what a checkpoint is taken of and restored into.
+
+    Attributes:
+        model: One module, a dict of them by name, or ``None``.
+        optimizer: One optimizer, or a dict by name.
+        scheduler: One scheduler, a dict by name, or ``None``.
+        stateful: The user's other objects, by keyword.
+    """
+
+    model: nn.Module | Mapping[str, nn.Module] | None
+    optimizer: Optimizer | Mapping[str, Optimizer]
+    scheduler: Any = None
+    stateful: Mapping[str, Stateful] = field(default_factory=dict)
+
+    @property
+    def models(self) -> dict[str, nn.Module]:
+        """By name; the only one is called ``model``."""
+        return _named("model", self.model)
+
+    @property
+    def optimizers(self) -> dict[str, Optimizer]:
+        """By name; the only one is called ``optimizer``."""
+        return _named("optimizer", self.optimizer)
+
+    @property
+    def schedulers(self) -> dict[str, Any]:
+        """By name; the only one is called ``scheduler``."""
+        return _named("scheduler", self.scheduler)
+
+    def parameter_names(self) -> dict[str, list[list[str]]]:
+        """For each optimizer and parameter group the names of its parameters, in order.
+
+        The model's names where the model is known, else those that the optimizer was given, else positions.
+        """
+        models = self.models
+        names = {
+            id(parameter): name if len(models) == 1 else f"{model}.{name}"
+            for model, module in models.items()
+            for name, parameter in module.named_parameters()
+        }
+        return {
+            key: [_group_names(index, group, names) for index, group in enumerate(optimizer.param_groups)]
+            for key, optimizer in self.optimizers.items()
+        }
+
+
+def capture(training: Training, progress: Mapping[str, Any]) -> dict[str, Any]:
+    """The tree of a checkpoint. Its tensors are the live ones: write or copy it before training goes on.
+
+    Args:
+        training: The live objects.
+        progress: What belongs under ``trackopt`` beside what is found here: step, epoch, run id, …
+
+    Raises:
+        UsageError: A state holds something that ``torch.load(weights_only=True)`` would refuse.
+    """
+    tree: dict[str, Any] = {
+        "model": _each(training.model, lambda module: module.state_dict()),
+        "optimizer": _each(training.optimizer, lambda optimizer: optimizer.state_dict()),
+        "scheduler": _each(training.scheduler, lambda scheduler: scheduler.state_dict()),
+    }
+    tree = {key: _plain(value, key) for key, value in tree.items() if value is not None}
+    tree["rng"] = rng.capture()
+    tree |= {name: _plain(thing.state_dict(), name) for name, thing in training.stateful.items()}
+    tree["trackopt"] = {
+        "format": FORMAT,
+        "time": time.time(),
+        "param_names": training.parameter_names(),
+        "param_shapes": {
+            key: [[tuple(p.shape) for p in group["params"]] for group in optimizer.param_groups]
+            for key, optimizer in training.optimizers.items()
+        },
+        "optimizer_class": {key: class_name(value) for key, value in training.optimizers.items()},
+        "scheduler_class": {key: class_name(value) for key, value in training.schedulers.items()},
+        "versions": versions(),
+        **progress,
+    }
+    return tree
+
+
+def class_name(thing: object) -> str:
+    """``torch.optim.adamw.AdamW``."""
+    return f"{type(thing).__module__}.{type(thing).__qualname__}"
+
+
+def versions() -> dict[str, str]:
+    """Of what can change a result."""
+    return {"trackopt": trackopt.__version__, "torch": str(torch.__version__), "python": platform.python_version()}
+
+
+def _named(role: str, value: Any) -> dict[str, Any]:
+    if value is None:
+        return {}
+    return dict(value) if isinstance(value, Mapping) else {role: value}
+
+
+def _each(value: Any, state: Callable[[Any], T]) -> T | dict[str, T] | None:
+    if value is None:
+        return None
+    return {key: state(one) for key, one in value.items()} if isinstance(value, Mapping) else state(value)
+
+
+def _group_names(index: int, group: dict[str, Any], names: Mapping[int, str]) -> list[str]:
+    own = group.get("param_names") or [f"group{index}.{i}" for i in range(len(group["params"]))]
+    return [names.get(id(parameter), own[i]) for i, parameter in enumerate(group["params"])]
+
+
+def _plain(value: Any, path: str) -> Any:
+    """The same tree with NumPy's scalars as python's; anything that cannot be loaded safely is refused by its path."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, _PLAIN):
+        return value
+    if type(value) in {dict, OrderedDict, Counter}:
+        items = type(value)({_plain(key, path): _plain(each, f"{path}.{key}") for key, each in value.items()})
+        if hasattr(value, "_metadata"):
+            items._metadata = value._metadata  # the versions of a module's layers, which load_state_dict wants back
+        return items
+    if type(value) in {list, tuple, set}:
+        return type(value)(_plain(each, f"{path}[{i}]") for i, each in enumerate(value))
+    raise UsageError(
+        f"{path} is a {class_name(value)}, which a checkpoint cannot hold safely; "
+        "let its state_dict() return numbers, strings, tensors, lists and dicts"
+    )

@@ -1,0 +1,152 @@
+"""A run's directory: who the run is (``run.json``) and who holds it (a lock)."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shlex
+import sys
+import time
+import uuid
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from trackopt import journal
+from trackopt.errors import RunError
+
+FORMAT = 1
+IDENTITY = "run.json"
+CHECKPOINTS = "checkpoints"
+_LOCK = ".lock"
+
+
+class RunDirectory:
+    """A run's directory, held by this process until ``release``.
+
+    Args:
+        path: The directory; it is made if need be. ``None`` is a fresh ``runs/<date-time>``. ``TRACKOPT_DIR`` in the
+            environment goes before both.
+
+    Attributes:
+        path: The directory, absolute.
+        identity: What ``run.json`` says; empty in a new one, until ``found``.
+
+    Raises:
+        RunError: It cannot be made or written, another process holds it, or it holds something else.
+    """
+
+    def __init__(self, path: str | os.PathLike[str] | None) -> None:
+        chosen = os.environ.get("TRACKOPT_DIR") or path or Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S-%f}"
+        self.path = Path(chosen).absolute()
+        self.checkpoints = self.path / CHECKPOINTS
+        self.journal = self.path / journal.NAME
+        self._made = not self.path.exists()
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise RunError(f"{self.path}: cannot be used ({error.strerror}); choose a dir that can be written") from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.identity = self._read()
+        except OSError as error:
+            os.close(self._lock)
+            raise RunError(f"{self.path}: open in another process; stop that one, or choose another dir") from error
+        except RunError:
+            os.close(self._lock)
+            raise
+        # A forked data worker would hold the lock for a while after its parent was killed.
+        os.register_at_fork(after_in_child=self._drop)
+
+    def found(self, name: str | None, mlflow: dict[str, Any]) -> None:
+        """Make the directory that of a new run: write ``run.json``."""
+        self.identity = {
+            "format": FORMAT,
+            "id": uuid.uuid4().hex,
+            "name": name or self.path.name,
+            "created": time.time(),
+            "command": shlex.join(sys.orig_argv),
+            "working_directory": str(Path.cwd()),
+            "mlflow": mlflow,
+            "attempt": 0,
+        }
+        write_identity(self.path, self.identity)
+
+    def begin_attempt(self, sinks: Sequence[str]) -> int:
+        """Count this life of the training process, and let the recorder know where it wants to go."""
+        self.identity = read_identity(self.path)
+        self.identity |= {"attempt": self.identity["attempt"] + 1, "sinks": list(sinks)}
+        write_identity(self.path, self.identity)
+        return int(self.identity["attempt"])
+
+    def release(self) -> None:
+        """Let another process have the directory; one that did not become a run's is left as it was found."""
+        if not self.identity:
+            (self.path / _LOCK).unlink(missing_ok=True)
+            if self._made:
+                self.path.rmdir()
+        self._drop()
+
+    def _drop(self) -> None:
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+    def _read(self) -> dict[str, Any]:
+        if not (self.path / IDENTITY).exists():
+            if self.journal.exists() or self.checkpoints.exists():
+                raise RunError(
+                    f"{self.path}: holds a {journal.NAME if self.journal.exists() else CHECKPOINTS} but no {IDENTITY}, "
+                    "so it is not a run that can be continued; choose another dir"
+                )
+            return {}
+        return read_identity(self.path)
+
+
+def read_identity(path: Path) -> dict[str, Any]:
+    """What ``run.json`` in a run's directory says.
+
+    Raises:
+        RunError: It is missing, unreadable, or written by a newer trackopt.
+    """
+    file = path / IDENTITY
+    try:
+        identity = orjson.loads(file.read_bytes())
+        known = identity["format"] <= FORMAT and isinstance(identity["id"], str)
+    except FileNotFoundError as error:
+        raise RunError(f"{path}: not a run's directory (it has no {IDENTITY}); name one that wrap() made") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{file}: not a run's description; choose another dir") from error
+    if not known:
+        raise RunError(f"{file}: written by a newer trackopt; update this one, or choose another dir")
+    return dict(identity)
+
+
+def write_identity(path: Path, identity: dict[str, Any]) -> None:
+    """Replace ``run.json`` as a whole.
+
+    Raises:
+        RunError: It cannot be written.
+    """
+    replace(path / IDENTITY, orjson.dumps(identity, option=orjson.OPT_INDENT_2))
+
+
+def replace(file: Path, content: bytes) -> None:
+    """Write a small file so that a reader sees the old content or the new, never a part.
+
+    Raises:
+        RunError: It cannot be written.
+    """
+    part = file.with_name(f".{file.name}.part")
+    try:
+        with part.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        part.rename(file)
+    except OSError as error:
+        raise RunError(f"{file}: cannot be written ({error.strerror}); check its directory") from error

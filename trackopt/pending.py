@@ -1,0 +1,65 @@
+"""Metrics on their way into the journal: what the user logged since the last record."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from trackopt.errors import UsageError
+
+
+class Pending:
+    """Sums of what was logged, by key; a key that was logged several times counts as its mean.
+
+    Attributes:
+        recorded: The keys that the latest step's record has already: each key has one value at a step.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, tuple[float, int]] = {}
+        self.recorded: set[str] = set()
+
+    def add(self, metrics: Mapping[str, Any]) -> None:
+        """Take what the user logs.
+
+        Raises:
+            UsageError: A value is not a number; nothing of the call is taken.
+        """
+        for key, value in {key: _number(key, value) for key, value in metrics.items()}.items():
+            total, count = self._sums.get(key, (0.0, 0))
+            self._sums[key] = (total + value, count + 1)
+
+    def take(self) -> dict[str, float]:
+        """Everything that waits, for the record of a new step."""
+        taken = {key: total / count for key, (total, count) in self._sums.items()}
+        self._sums.clear()
+        return taken
+
+    def take_rest(self) -> dict[str, float]:
+        """What waits and is not recorded at the latest step yet; the rest goes on waiting for the next."""
+        keys = self._sums.keys() - self.recorded
+        taken = {key: total / count for key, (total, count) in self._sums.items() if key in keys}
+        for key in keys:
+            del self._sums[key]
+        self.recorded |= keys
+        return taken
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run must know to go on with the same means."""
+        return {"sums": dict(self._sums), "recorded": sorted(self.recorded)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what ``state_dict`` returned."""
+        self._sums, self.recorded = dict(state["sums"]), set(state["recorded"])
+
+
+def _number(key: str, value: Any) -> float:
+    try:
+        if isinstance(value, (str, bytes)):
+            raise TypeError
+        return float(value.detach() if hasattr(value, "detach") else value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        shape = f" of shape {tuple(value.shape)}" if hasattr(value, "shape") else ""
+        raise UsageError(
+            f"metric {key!r} is a {type(value).__name__}{shape}; log numbers or tensors of one element"
+        ) from error

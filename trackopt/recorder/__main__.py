@@ -1,0 +1,51 @@
+"""``python -m trackopt.recorder DIR``: deliver a run's journal while it is written, then to its end.
+
+Standard input is the socket to the training process: its end of file says that nothing more comes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import select
+import sys
+from pathlib import Path
+
+from trackopt.recorder.recorder import Recorder
+
+_STDIN = 0
+_WAKE = 1.0  # seconds
+
+
+def main() -> None:
+    """Run until the training process is gone and everything is delivered."""
+    directory = Path(sys.argv[1])
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+    _yield_the_processor()
+    with Recorder(directory, tell=_tell) as recorder:
+        wait = 0.0
+        while not _trainer_is_gone(wait):
+            wait = 0.0 if recorder.pump() else _WAKE
+        recorder.drain()
+
+
+def _trainer_is_gone(wait: float) -> bool:
+    readable, _, _ = select.select([_STDIN], [], [], wait)
+    return bool(readable) and not os.read(_STDIN, 1)
+
+
+def _tell(message: str) -> None:
+    with contextlib.suppress(OSError):  # the training process is gone
+        os.write(_STDIN, f"{message}\n".encode())
+
+
+def _yield_the_processor() -> None:
+    """Run only when the processor has nothing else to do: anything more slows a training loop that uses every core."""
+    if hasattr(os, "SCHED_IDLE"):
+        with contextlib.suppress(OSError):
+            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+
+
+if __name__ == "__main__":
+    main()

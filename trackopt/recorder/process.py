@@ -1,0 +1,71 @@
+"""The training process's end of the recorder: start it, hear from it, and wait for it."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+LOG = "recorder.log"
+_EVERY = 1.0  # seconds between two looks at what the recorder has to say
+
+
+class RecorderProcess:
+    """A running ``python -m trackopt.recorder DIR``.
+
+    One socket joins the two: the recorder reads its end of file when the training process ends, however it ends,
+    and writes a line when the user should know something.
+
+    Args:
+        directory: The run's directory.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._socket, theirs = socket.socketpair()
+        self._socket.setblocking(False)
+        self._heard = b""
+        self._next = time.monotonic()
+        with theirs, (directory / LOG).open("ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "trackopt.recorder", str(directory)],
+                stdin=theirs,
+                stdout=log,
+                stderr=log,
+                env=_environment(),
+                start_new_session=True,  # a Ctrl-C in the terminal is not for the recorder
+            )
+        # A forked data worker would keep the socket open after its parent was killed.
+        os.register_at_fork(after_in_child=self._socket.close)
+
+    def messages(self, *, now: bool = False) -> list[str]:
+        """What the recorder said since the last call; it is looked at once a second, or ``now``."""
+        if not now and time.monotonic() < self._next:
+            return []
+        self._next = time.monotonic() + _EVERY
+        try:
+            while data := self._socket.recv(65536):
+                self._heard += data
+        except OSError:  # nothing more to read, or the recorder is gone
+            pass
+        *lines, self._heard = self._heard.split(b"\n")
+        return [line.decode(errors="replace") for line in lines]
+
+    def finish(self) -> list[str]:
+        """Tell the recorder that nothing more comes, wait until it has delivered, and return its last messages."""
+        self._socket.shutdown(socket.SHUT_WR)
+        self._process.wait()
+        messages = self.messages(now=True)
+        self._socket.close()
+        return messages
+
+
+def _environment() -> dict[str, str]:
+    """The recorder's: it must find this very trackopt, also where it runs from a checkout."""
+    environment = dict(os.environ)
+    home = Path(__file__).resolve().parents[2]
+    if "site-packages" not in home.parts:
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(home), environment.get("PYTHONPATH")]))
+    return environment

@@ -1,0 +1,138 @@
+"""The recorder's work: every sink of a run kept up with its journal, each on its own."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import orjson
+
+from trackopt import journal
+from trackopt.directory import read_identity, replace
+from trackopt.errors import TrackoptError
+from trackopt.recorder.delivery import Delivery
+from trackopt.recorder.process import LOG
+from trackopt.recorder.sink import Sink
+
+CURSORS = "recorder.json"
+_LONGEST_PAUSE = 60.0  # seconds between two tries of a sink that fails
+
+logger = logging.getLogger("trackopt.recorder")
+
+
+class Recorder:
+    """Delivers one run. Only one recorder works on a run at a time; a second waits for the first.
+
+    Args:
+        directory: The run's directory.
+        tell: Called with a line that the user should see: a sink that fails, or works again.
+    """
+
+    def __init__(self, directory: Path, tell: Callable[[str], None]) -> None:
+        self._directory = directory
+        self._tell = tell
+        self._lock = (directory / LOG).open("ab")
+        fcntl.flock(self._lock, fcntl.LOCK_EX)
+        identity = read_identity(directory)
+        # Relative addresses (of an SQLite file, of artifacts) are meant from where the training ran.
+        os.chdir(identity["working_directory"])
+        self._names: list[str] = identity["sinks"]
+        self._journal = directory / journal.NAME
+        self._deliveries: dict[str, Delivery] = {}
+        self._pauses: dict[str, tuple[float, float]] = {}  # until when, and how long, a failing sink is left alone
+        self._cursors = self._load()
+
+    def __enter__(self) -> Recorder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._lock.close()
+
+    def pump(self) -> bool:
+        """Send each sink the next of what is new for it; whether there is more.
+
+        A sink that fails is told once, and left alone for a while.
+        """
+        size = self._journal.stat().st_size
+        more = [
+            self._attempt(name, lambda delivery: delivery.pump(size))
+            for name in self._names
+            if time.monotonic() >= self._pauses.get(name, (0.0, 0.0))[0]
+        ]
+        self._save()
+        return any(more)
+
+    def drain(self) -> list[str]:
+        """Send what is left, and how the run ended; the names of the sinks that still lack something."""
+        size = self._journal.stat().st_size
+        for name in self._names:
+            while self._attempt(name, lambda delivery: delivery.pump(size)):
+                self._save()
+            if name not in self._pauses:
+                self._attempt(name, Delivery.finish)
+        self._save()
+        return list(self._pauses)
+
+    def _attempt(self, name: str, action: Callable[[Delivery], bool | None]) -> bool:
+        try:
+            more = bool(action(self._delivery(name)))
+        except Exception as error:  # noqa: BLE001 - whatever one sink raises must not keep the others from theirs
+            logger.warning("%s failed", name, exc_info=True)
+            if name not in self._pauses:
+                self._tell(
+                    f"the {name} sink fails ({_first_line(error)}); training goes on, the journal keeps everything, "
+                    f"`trackopt sync {self._directory}` delivers later"
+                )
+            pause = min(2 * self._pauses.get(name, (0.0, 0.5))[1], _LONGEST_PAUSE)
+            self._pauses[name] = (time.monotonic() + pause, pause)
+            return False
+        if self._pauses.pop(name, None):
+            self._tell(f"the {name} sink works again")
+        return more
+
+    def _delivery(self, name: str) -> Delivery:
+        if name not in self._deliveries:
+            connect = _connector(name, self._directory)
+            self._deliveries[name] = Delivery(self._journal, connect, self._cursors.get(name), self._tell)
+        return self._deliveries[name]
+
+    def _load(self) -> dict[str, Any]:
+        try:
+            cursors = orjson.loads((self._directory / CURSORS).read_bytes())
+        except (FileNotFoundError, ValueError):
+            return {}
+        return dict(cursors)
+
+    def _save(self) -> None:
+        cursors = self._cursors | {name: delivery.cursor for name, delivery in self._deliveries.items()}
+        if cursors != self._cursors:
+            self._cursors = cursors
+            replace(self._directory / CURSORS, orjson.dumps(cursors))
+
+
+def _connector(name: str, directory: Path) -> Callable[[int], Sink]:
+    """A backend is imported when its sink is first made, so that the one that is missing does not stop the other."""
+    if name == "tensorboard":
+        from trackopt.recorder.tensorboard import TensorBoardSink
+
+        return lambda step: TensorBoardSink(directory, step)
+    if name == "mlflow":
+        # The recorder has a back-off of its own: MLflow's would keep it for minutes at a server that is down.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+        from trackopt.recorder.mlflow import MLflowSink
+
+        return lambda _: MLflowSink(directory)
+    raise TrackoptError(f"{name}: no such sink; choose tensorboard or mlflow")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,61 @@
+"""The TensorBoard sink: one event file for each attempt, in the run's directory."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
+
+from trackopt.journal import Line
+from trackopt.recorder.sink import Sink
+
+
+class TensorBoardSink(Sink):
+    """Writes scalars. A file is never appended to again, since a torn tail would hide whatever follows it.
+
+    Args:
+        directory: Where the event files go.
+        step: The first step of what comes; TensorBoard drops what older files hold from it on.
+    """
+
+    rewinds = True
+
+    def __init__(self, directory: Path, step: int) -> None:
+        self._directory = directory
+        self._open(step)
+
+    def begin(self, marker: Line) -> None:
+        """Start a new file whose steps displace those of the attempts before."""
+        if marker.event == "resume":
+            self._file.close()
+            self._open(marker.step + 1)
+
+    def write(self, records: Sequence[Line]) -> None:
+        """Write an event for each record, with all of its values."""
+        for record in records:
+            values = [Summary.Value(tag=key, simple_value=value) for key, value in record.metrics.items()]
+            self._write(Event(wall_time=record.time, step=record.step, summary=Summary(value=values)))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def finish(self, status: str) -> None:  # noqa: ARG002 - an event file knows no status
+        """Close the file."""
+        self._file.close()
+
+    def _open(self, step: int) -> None:
+        name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
+        self._file = (self._directory / name).open("xb")
+        self._events = RecordWriter(self._file)
+        self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
+        # Readers take a START as the sign to drop what is behind its step, but overlook the first that they meet:
+        # so every file has one, the first attempt's too.
+        self._write(Event(wall_time=time.time(), step=step, session_log=SessionLog(status=SessionLog.START)))
+
+    def _write(self, event: Event) -> None:
+        self._events.write(event.SerializeToString())

@@ -1,0 +1,451 @@
+"""``wrap`` and ``Run``: the three flows tied to the user's loop.
+
+Telemetry: each optimizer's observer → one journal line for each step → the recorder process. Checkpoints: the live
+objects and the loop's position → a committed file, and back. The loop itself stays the user's.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+from torch import nn
+from torch.optim import Optimizer
+
+from trackopt.checkpoint import Store, Training, capture, restore
+from trackopt.checkpoint.capture import RESERVED, Stateful, versions
+from trackopt.checkpoint.store import load
+from trackopt.directory import RunDirectory
+from trackopt.errors import CheckpointError, RunError, UsageError
+from trackopt.journal import Journal
+from trackopt.loop import Position
+from trackopt.observe import Observer, params
+from trackopt.pending import Pending
+from trackopt.recorder.process import RecorderProcess
+
+SINKS = ("tensorboard", "mlflow")
+_FORGOTTEN = 100  # steps without the end of an iteration, after which the user is reminded of it
+
+T = TypeVar("T")
+logger = logging.getLogger("trackopt")
+
+
+def wrap(
+    optimizer: Optimizer | Mapping[str, Optimizer],
+    scheduler: Any = None,
+    *,
+    model: nn.Module | Mapping[str, nn.Module] | None = None,
+    dir: str | os.PathLike[str] | None = None,  # noqa: A002 - the word that torch and TensorBoard users expect
+    resume: str | os.PathLike[str] = "auto",
+    save_every: int | timedelta | None = None,
+    keep: int = 3,
+    stats: str | None = "group",
+    stats_every: int = 1,
+    sinks: Sequence[str] = SINKS,
+    experiment: str | None = None,
+    name: str | None = None,
+    **stateful: Stateful,
+) -> Run:
+    """Track a training, and make it one that can be stopped and started anywhere.
+
+    The objects stay what they are; nothing is replaced or patched. If ``dir`` holds an earlier attempt of the same
+    run, the state of its newest checkpoint is put into them here, before the loop begins.
+
+    Args:
+        optimizer: Any torch optimizer, or a dict of them by name.
+        scheduler: Its LR scheduler, or a dict by name.
+        model: The module, or a dict by name; without it checkpoints hold no weights.
+        dir: The run's directory. Default: a fresh ``runs/<date-time>``, which can be resumed only by naming it.
+            ``TRACKOPT_DIR`` in the environment goes before it.
+        resume: ``"auto"`` (the newest sound checkpoint in ``dir``, else from the start), ``"must"``, ``"never"``
+            (refuses a directory that holds a run), or the path of a checkpoint.
+        save_every: Optimizer steps, or a ``timedelta``, between two checkpoints. Default: only at ``run.save()``
+            and ``run.close()``.
+        keep: How many of the newest checkpoints to keep.
+        stats: ``"group"`` for statistics of the gradients and buffers of each parameter group, ``None`` for none.
+        stats_every: Take them at every n-th step.
+        sinks: Where the journal goes: ``"tensorboard"``, ``"mlflow"``, both or none.
+        experiment: MLflow's experiment. Default: ``MLFLOW_EXPERIMENT_NAME``, else MLflow's own default.
+        name: The run's name. Default: the directory's.
+        **stateful: Whatever else has ``state_dict`` and ``load_state_dict`` (a ``GradScaler``, an EMA model), saved
+            and restored under its keyword.
+
+    Returns:
+        The run; close it when the loop is done, or use it as a context manager.
+
+    Raises:
+        UsageError: An argument makes no sense.
+        RunError: The directory is taken, foreign, or cannot be written.
+        CheckpointError: There is no sound checkpoint where one must be, or (``MismatchError``) it does not fit.
+            Nothing was changed then, on disk or in the objects.
+
+    Example:
+        >>> import tempfile, torch, trackopt
+        >>> model = torch.nn.Linear(2, 1)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     with trackopt.wrap(optimizer, model=model, dir=folder, sinks=()) as run:
+        ...         for _ in run.epochs(1):
+        ...             for x in run.batches(torch.ones(3, 2)):
+        ...                 optimizer.zero_grad()
+        ...                 loss = model(x).square().mean()
+        ...                 loss.backward()
+        ...                 optimizer.step()
+        ...                 run.log(loss=loss)
+        ...     run.global_step
+        3
+    """
+    training = Training(model, optimizer, scheduler, stateful)
+    _check(training, resume, save_every, keep, stats, stats_every, sinks)
+    directory = RunDirectory(dir)
+    try:
+        store = Store(directory.checkpoints, keep)
+        found = _find(directory, store, resume)
+        if found is not None:
+            restore(training, found[1], found[0])
+        if not directory.identity:
+            directory.found(name, _mlflow_target(experiment))
+        run = Run(training, directory, store, save_every=save_every, stats=stats, stats_every=stats_every, sinks=sinks)
+    except BaseException:
+        directory.release()
+        raise
+    run._start(found)
+    return run
+
+
+class Run:
+    """A tracked training; made by ``trackopt.wrap``.
+
+    Attributes:
+        dir: The run's directory.
+        resumed_from: The step of the checkpoint that this attempt went on from; ``None`` where it began anew.
+    """
+
+    def __init__(
+        self,
+        training: Training,
+        directory: RunDirectory,
+        store: Store,
+        *,
+        save_every: int | timedelta | None,
+        stats: str | None,
+        stats_every: int,
+        sinks: Sequence[str],
+    ) -> None:
+        self.dir = directory.path
+        self.resumed_from: int | None = None
+        self._training = training
+        self._directory = directory
+        self._store = store
+        self._every = save_every
+        self._sinks = sinks
+        self._position = Position()
+        self._pending = Pending()
+        self._journal = Journal(directory.journal)
+        optimizers = training.optimizers
+        self._observers = {
+            name: Observer(
+                optimizer, prefix=f"{name}." if len(optimizers) > 1 else "", stats=stats, stats_every=stats_every
+            )
+            for name, optimizer in optimizers.items()
+        }
+        self._attempt = directory.begin_attempt(sinks)
+        self._recorder: RecorderProcess | None = None
+        self._recorded = 0  # the step of the latest record
+        self._saved: tuple[int, Any] = (0, None)  # the step and the position of the latest checkpoint
+        self._saved_at = time.monotonic()
+        self._due: bool | None = None  # a checkpoint is to be taken at the next boundary; True: kept for good
+        self._pid = os.getpid()
+        self._open = True
+        self._reminded = False
+
+    @property
+    def global_step(self) -> int:
+        """Completed optimizer steps; with several optimizers, those of the one that took most."""
+        return max(observer.steps for observer in self._observers.values())
+
+    @property
+    def epoch(self) -> int:
+        """The current epoch, from 0; after the loop, the number of finished ones."""
+        return self._position.epoch
+
+    def log(self, **metrics: Any) -> None:
+        """Log numbers: python's, NumPy's, or tensors of one element.
+
+        They belong to the step of this iteration. What is logged several times within it (in gradient accumulation)
+        is averaged. What is logged after an epoch's last batch belongs to the epoch's last step.
+
+        Raises:
+            UsageError: A value is not a number.
+        """
+        self._pending.add(metrics)
+        if not self._reminded and self.global_step - self._recorded > _FORGOTTEN:
+            self._reminded = True
+            logger.warning(
+                "trackopt: %d steps, but no iteration has ended: take the batches from run.batches(loader), or call "
+                "run.step() at the end of each iteration",
+                self.global_step,
+            )
+
+    def step(self, **metrics: Any) -> None:
+        """Log ``metrics`` and end the iteration; for loops that do not use ``batches``."""
+        if self._position.in_batch:
+            raise UsageError("run.step() inside run.batches(): batches() ends each iteration itself, so use run.log()")
+        self.log(**metrics)
+        self._end_iteration()
+        if not self._position.in_epoch:
+            self._save_if_due(epoch_done=False)
+
+    def epochs(self, total: int) -> Iterator[int]:
+        """The numbers of the epochs that are still to come, of ``total``: ``for epoch in run.epochs(10)``."""
+        for epoch in self._position.epochs(total):
+            yield epoch
+            self._record_rest()
+            self._save_if_due(epoch_done=True)
+
+    def batches(self, loader: Iterable[T]) -> Iterator[T]:
+        """The batches of one pass over ``loader``; in a resumed epoch those that are still to come.
+
+        Exact for a ``DataLoader`` with and without workers, with shuffling and random transforms, and for any other
+        iterable that yields the same again. Asking for the next batch ends the iteration.
+        """
+        self._record_rest()
+        batches = self._position.batches(loader)
+        try:
+            for batch in batches:
+                yield batch
+                self._end_iteration()
+                self._save_if_due(epoch_done=False)
+        except GeneratorExit:  # the loop was left by `break`
+            if self._open:
+                self._end_iteration()
+            raise
+
+    def save(self, *, keep: bool = False) -> None:
+        """Take a checkpoint where the loop next stands between two iterations (or two epochs, after the batches).
+
+        That is the state from which a resumed run goes on exactly. Outside of ``epochs`` it is taken at once.
+
+        Args:
+            keep: Keep it for good.
+        """
+        self._due = keep or bool(self._due)
+        if not self._position.in_epoch:
+            self._save_if_due(epoch_done=False)
+
+    def close(self) -> None:
+        """Take a last checkpoint, deliver everything, and let go of the optimizer and the directory.
+
+        Raises:
+            CheckpointError: The last checkpoint could not be written; all else is done.
+        """
+        self._close("FINISHED")
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._close(_status(error), error)
+
+    def _start(self, found: tuple[Path, dict[str, Any]] | None) -> None:
+        """Begin the attempt in the journal, then let the recorder tell it on."""
+        details = {"attempt": self._attempt, "pid": os.getpid(), "versions": versions()}
+        described = params(self._training.optimizers, self._training.schedulers)
+        self._store.clean()
+        if found is not None:
+            self._resume(*found, details)
+        elif self._attempt > 1:
+            self._journal.mark("resume", 0, offset=0, **details)
+        else:
+            self._journal.mark("start", 0, params=described, **details)
+        if self._sinks:
+            self._recorder = RecorderProcess(self.dir)
+        atexit.register(self._at_exit)
+
+    def _resume(self, path: Path, tree: dict[str, Any], details: dict[str, Any]) -> None:
+        meta = tree["trackopt"]
+        self.resumed_from = self._recorded = meta["step"]
+        for name, observer in self._observers.items():
+            observer.load_state_dict(meta["observers"][name])
+        self._position.load_state_dict(meta["position"], tree["rng"])
+        self._pending.load_state_dict(meta["pending"])
+        self._saved = (meta["step"], meta["position"])
+        if meta["run_id"] == self._directory.identity["id"]:
+            self._store.abandon_after(meta["step"])
+            details = {**details, "offset": meta["journal_offset"]}
+        self._journal.mark("resume", meta["step"], checkpoint=str(path), **details)
+        logger.warning(
+            "trackopt: resumed %s at step %d (epoch %d, batch %d)",
+            self._directory.identity["name"],
+            meta["step"],
+            meta["epoch"],
+            meta["batch"],
+        )
+
+    def _end_iteration(self) -> None:
+        step = self.global_step
+        if step > self._recorded:
+            metrics = self._pending.take()
+            for observer in self._observers.values():
+                metrics |= observer.take()
+            self._journal.record(step, metrics)
+            self._pending.recorded = set(metrics)
+            if self._is_due(self._recorded, step):
+                self._due = bool(self._due)
+            self._recorded = step
+        if self._recorder is not None:
+            _tell(self._recorder.messages())
+
+    def _record_rest(self) -> None:
+        """Record what was logged behind the last step, as a second line of that step."""
+        if self._recorded and (rest := self._pending.take_rest()):
+            self._journal.record(self._recorded, rest)
+
+    def _is_due(self, before: int, step: int) -> bool:
+        if isinstance(self._every, timedelta):
+            return time.monotonic() - self._saved_at >= self._every.total_seconds()
+        return self._every is not None and step // self._every > before // self._every
+
+    def _save_if_due(self, *, epoch_done: bool) -> None:
+        """Take the checkpoint that is due. One that cannot be written is told, and training goes on."""
+        if self._due is None:
+            return
+        try:
+            self._commit(epoch_done=epoch_done)
+        except CheckpointError as error:
+            logger.warning("trackopt: %s; training goes on", error)
+            self._journal.mark("checkpoint_failed", self._recorded, reason=str(error))
+
+    def _commit(self, *, epoch_done: bool) -> None:
+        keep, self._due = bool(self._due), None
+        position = self._position.state_dict(epoch_done=epoch_done)
+        progress = {
+            "run_id": self._directory.identity["id"],
+            "name": self._directory.identity["name"],
+            "step": self.global_step,
+            "epoch": position["epoch"],
+            "batch": position["batch"],
+            "attempt": self._attempt,
+            "journal_offset": self._journal.offset,
+            "position": position,
+            "observers": {name: observer.state_dict() for name, observer in self._observers.items()},
+            "pending": self._pending.state_dict(),
+        }
+        tree = capture(self._training, progress)
+        path = self._store.commit(tree, keep=keep, before_commit=self._journal.sync)
+        self._saved, self._saved_at = (self.global_step, position), time.monotonic()
+        self._journal.mark("checkpoint", self.global_step, path=str(path.relative_to(self.dir)))
+
+    def _close(self, status: str, error: BaseException | None = None) -> None:
+        if not self._open:
+            return
+        self._open = False
+        try:
+            self._end_iteration()
+            self._record_rest()
+            if status == "FINISHED" and self._has_moved():
+                self._commit(epoch_done=False)
+        finally:
+            why = {} if error is None else {"error": f"{type(error).__name__}: {error}"}
+            self._journal.mark("close", self._recorded, status=status, **why)
+            for observer in self._observers.values():
+                observer.close()
+            if self._recorder is not None:
+                _tell(self._recorder.finish())
+            self._journal.close()
+            self._directory.release()
+            atexit.unregister(self._at_exit)
+
+    def _has_moved(self) -> bool:
+        """Whether anything happened since the latest checkpoint."""
+        step, position = self._saved
+        if self._due is not None or self.global_step != step:
+            return True
+        now = self._position.state_dict(epoch_done=False)
+        return step > 0 and any(now[key] != position[key] for key in ("epoch", "pass", "batch"))
+
+    def _at_exit(self) -> None:
+        """The script ended without ``close``: by its last line, or by an exception that nobody caught."""
+        if os.getpid() == self._pid:
+            error = getattr(sys, "last_exc", None) or getattr(sys, "last_value", None)
+            unfinished = self._position.in_batch and error is None
+            self._close("KILLED" if unfinished else _status(error), error)
+
+
+def _check(
+    training: Training,
+    resume: str | os.PathLike[str],
+    save_every: int | timedelta | None,
+    keep: int,
+    stats: str | None,
+    stats_every: int,
+    sinks: Sequence[str],
+) -> None:
+    """Refuse what makes no sense before anything is touched."""
+    if not training.optimizers:
+        raise UsageError("wrap() was given no optimizer; pass one, or a dict of them by name")
+    for name, optimizer in training.optimizers.items():
+        if not isinstance(optimizer, Optimizer):
+            raise UsageError(f"{name} is a {type(optimizer).__name__}; wrap() takes a torch.optim.Optimizer")
+    for name, thing in {**training.schedulers, **training.stateful}.items():
+        if not (hasattr(thing, "state_dict") and hasattr(thing, "load_state_dict")):
+            raise UsageError(f"{name} is a {type(thing).__name__} without state_dict() and load_state_dict()")
+    if taken := RESERVED & training.stateful.keys():
+        raise UsageError(f"wrap(..., {taken.pop()}=…): this name is taken in checkpoints; choose another keyword")
+    if unknown := set(sinks) - set(SINKS):
+        raise UsageError(f"sinks: {unknown.pop()!r} is none; choose from {', '.join(SINKS)}")
+    if stats not in {"group", None}:
+        raise UsageError(f"stats={stats!r}: choose 'group' or None")
+    if keep < 1 or stats_every < 1 or (save_every is not None and not save_every):
+        raise UsageError("keep, stats_every and save_every count from 1")
+    if not str(resume):
+        raise UsageError("resume: choose 'auto', 'must', 'never' or the path of a checkpoint")
+
+
+def _find(
+    directory: RunDirectory, store: Store, resume: str | os.PathLike[str]
+) -> tuple[Path, dict[str, Any]] | None:
+    """The checkpoint to go on from, read."""
+    if resume == "never":
+        if directory.identity:
+            raise RunError(f"{directory.path}: holds a run already and resume='never'; choose another dir")
+        return None
+    if resume in {"auto", "must"}:
+        found = store.newest()
+        if found is None and resume == "must":
+            raise CheckpointError(f"{directory.path}: no checkpoint to resume from; start with resume='auto'")
+    else:
+        found = (Path(resume), load(Path(resume)))
+    if found is not None and directory.identity and found[1]["trackopt"]["run_id"] != directory.identity["id"]:
+        raise RunError(f"{found[0]}: belongs to another run than {directory.path}; choose another dir")
+    return found
+
+
+def _mlflow_target(experiment: str | None) -> dict[str, str]:
+    """Where MLflow's data goes: what the user has set, else a store in ``mlruns`` below the working directory."""
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path.cwd() / 'mlruns' / 'mlflow.db'}"
+    mlflow = sys.modules.get("mlflow")  # set by the user's own code, or not at all
+    if mlflow is not None and mlflow.tracking.is_tracking_uri_set():
+        uri = mlflow.get_tracking_uri()
+    return {"tracking_uri": uri, "experiment": experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME") or "Default"}
+
+
+def _status(error: BaseException | None) -> str:
+    if error is None or (isinstance(error, SystemExit) and not error.code):
+        return "FINISHED"
+    return "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
+
+
+def _tell(messages: Iterable[str]) -> None:
+    for message in messages:
+        logger.warning("trackopt: %s", message)
