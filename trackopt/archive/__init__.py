@@ -1,0 +1,150 @@
+"""Any checkpoint's bytes as a tree of plain values: no torch, and nothing in the file is ever run.
+
+The reading flow starts here: `open` finds the file, tells its format by its first bytes, and hands over an
+`Archive`. Each format is one module with a ``load(path, file) -> Contents``; a new one is one more line in
+``_FORMATS``.
+"""
+
+from __future__ import annotations
+
+import os
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from trackopt.archive import nodes
+from trackopt.archive import tensors as values
+from trackopt.archive.locate import checkpoints, locate
+from trackopt.archive.nodes import Global, Opaque, Storage, Tensor
+from trackopt.archive.source import Contents, misfit
+from trackopt.errors import ArchiveError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+    from types import TracebackType
+
+    from typing_extensions import Self
+
+    from trackopt.archive.tensors import Array
+
+__all__ = ["Archive", "Global", "Opaque", "Storage", "Tensor", "checkpoints", "locate", "open"]
+
+#: First bytes of a file, and the module that reads such files.
+_FORMATS = ((b"PK\x03\x04", "trackopt.archive.torch_zip"),)
+
+
+class Archive:
+    """A checkpoint that is open for reading. Made by `open`; use it with ``with``.
+
+    Attributes:
+        path: The file.
+        bytes: Its size.
+        format: What it is, in words.
+        tree: What was saved: plain values, with `Tensor` and other nodes where objects were.
+        globals: Every name of a class or function in the file; none of them was looked up.
+        problems: What is wrong or ambiguous although it can be read, one line each.
+    """
+
+    def __init__(self, path: Path, file: int, contents: Contents) -> None:
+        self.path = path
+        self.bytes = os.fstat(file).st_size
+        self.format = contents.format
+        self.tree: Any = contents.tree
+        self.globals = contents.globals
+        self.problems = tuple(contents.problems)
+        self.source = contents.source
+        self._file = file
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """All the tensors, in the order they were saved, each with its dotted path."""
+        return ((".".join(path), tensor) for path, tensor in nodes.tensors(self.tree))
+
+    def read(self, tensor: Tensor) -> Array:
+        """A tensor's values as a NumPy array of its shape.
+
+        bfloat16 and float8 are widened to float32; other dtypes stay as they are.
+
+        Raises:
+            ArchiveError: The values are not all in the file.
+        """
+        return values.read(self.source, tensor)
+
+    def chunks(self, tensor: Tensor, chunk: int = values.CHUNK) -> Iterator[Array]:
+        """A tensor's values in order, as flat arrays made of at most ``chunk`` stored bytes each."""
+        return values.chunks(self.source, tensor, chunk)
+
+    def scalar(self, tensor: Tensor) -> float | int | None:
+        """The value of a tensor of one element, without importing NumPy."""
+        return values.scalar(self.source, tensor)
+
+    def misfits(self) -> Iterator[str]:
+        """One line for each tensor whose values are not all in the file."""
+        seen = set()
+        for name, tensor in self.tensors():
+            problem = misfit(tensor, self.source)
+            if problem is not None and problem not in seen:
+                seen.add(problem)
+                yield f"{name}: {problem.removeprefix(f'{self.path}: ')}"
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<Archive {str(self.path)!r}, {self.format}, {self.bytes:,} bytes>"
+
+
+def open(place: str | Path) -> Archive:  # noqa: A001 - `trackopt.open` is meant to read like the built-in
+    """Open a checkpoint for reading, without torch and without running anything in it.
+
+    Args:
+        place: A file; a run's directory, whose newest checkpoint is taken; or ``DIRECTORY@STEP``.
+
+    Raises:
+        ArchiveError: There is no such file, it is not a checkpoint, or it is damaged.
+
+    Example:
+        >>> import tempfile, torch
+        >>> path = tempfile.mktemp(suffix=".pt")
+        >>> torch.save({"weight": torch.arange(3.0)}, path)
+        >>> with open(path) as archive:
+        ...     archive.read(archive.tree["weight"])
+        array([0., 1., 2.], dtype=float32)
+    """
+    path = locate(place)
+    try:
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a named pipe must not block
+    except OSError as error:
+        raise ArchiveError(f"{path}: cannot be opened ({error.strerror}); check its permissions") from error
+    try:
+        return Archive(path, file, _load(path, file))
+    except OSError as error:
+        os.close(file)
+        raise ArchiveError(f"{path}: cannot be read ({error.strerror}); check the disk") from error
+    except BaseException:
+        os.close(file)
+        raise
+
+
+def _load(path: Path, file: int) -> Contents:
+    head = os.pread(file, 16, 0)
+    for magic, module in _FORMATS:
+        if head.startswith(magic):
+            contents: Contents = import_module(module).load(path, file)
+            return contents
+    what = (
+        "the file is empty"
+        if not head
+        else f"it begins with {head[:8]!r}, which is no checkpoint that trackopt reads"
+    )
+    raise ArchiveError(f"{path}: {what}; name a file that torch.save wrote (torch 1.6 or later)")

@@ -1,0 +1,93 @@
+"""What a hostile pickle may not do to whoever walks its tree: loop, overrun the stack, grow without end."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from trackopt.archive.nodes import Opaque
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+MAX_DEPTH = 200
+MAX_NODES = 5_000_000
+_MAX_KEY = 100
+
+
+class Broken(Exception):
+    """The pickle cannot be read; the message says why, without the file's name."""
+
+
+def checked_key(key: Any) -> Any:
+    """The key, if a dictionary can have it and hashing it is cheap.
+
+    Hashing a tuple walks it in C: one that is nested deeply overruns the stack, one that holds itself
+    doubly often never ends.
+    """
+    if isinstance(key, list | dict):
+        raise Broken(f"a {type(key).__name__} is used as a dictionary's key")
+    pending, seen = [key], 0
+    while pending:
+        value = pending.pop()
+        seen += 1
+        if seen > _MAX_KEY or isinstance(value, list | dict | bytearray):
+            raise Broken("a dictionary's key is not hashable, or has too many parts")
+        if isinstance(value, tuple):
+            pending.extend(value)
+    return key
+
+
+def bounded(root: Any) -> Any:
+    """Cut what contains itself, and refuse what is too deep or, written out, too large to walk."""
+    sizes: dict[int, tuple[int, int]] = {}  # a container's size written out and its depth
+    path: dict[int, Any] = {id(root): root}
+    frames = [(root, _slots(root), [1, 0])]
+    while frames:
+        node, below, total = frames[-1]
+        for key, child in below:
+            known = sizes.get(id(child))
+            if known is None and id(child) in path:
+                _cut(node, key)
+            elif known is None and isinstance(child, dict | list | tuple | Opaque) and child:
+                path[id(child)] = child
+                frames.append((child, _slots(child), [1, 0]))
+                break
+            else:
+                size, depth = known or (1, 0)
+                total[0] += size
+                total[1] = max(total[1], depth)
+        else:
+            sizes[id(node)] = (total[0], total[1] + 1)
+            _check_size(*sizes[id(node)])
+            del path[id(node)]
+            frames.pop()
+            if frames:
+                frames[-1][2][0] += total[0]
+                frames[-1][2][1] = max(frames[-1][2][1], total[1] + 1)
+    return root
+
+
+def _check_size(size: int, depth: int) -> None:
+    if size > MAX_NODES:
+        raise Broken(f"it describes more than {MAX_NODES:,} values")
+    if depth > MAX_DEPTH:
+        raise Broken(f"it is nested more than {MAX_DEPTH} levels deep")
+
+
+def _slots(node: Any) -> Iterator[tuple[Any, Any]]:
+    """A container's parts, each with where it can be replaced."""
+    if isinstance(node, dict):
+        return iter(node.items())
+    if isinstance(node, list | tuple):
+        return enumerate(node)
+    return node.parts() if isinstance(node, Opaque) else iter(())
+
+
+def _cut(node: Any, key: Any) -> None:
+    """Replace a part that contains the node itself."""
+    if isinstance(node, Opaque):
+        setattr(node, key, None if key == "state" else type(getattr(node, key))())
+    elif isinstance(node, tuple):
+        raise Broken("a tuple contains itself")
+    else:
+        node[key] = Opaque("cycle")

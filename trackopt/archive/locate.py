@@ -1,0 +1,74 @@
+"""Which file a person means: a file, a run's directory, or one step of it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from trackopt.errors import ArchiveError
+
+_STEP = re.compile(r"step-(\d+)\.pt")
+
+
+def checkpoints(directory: Path) -> dict[int, Path]:
+    """The complete checkpoints of a run, by step, oldest first; a directory that is none has none.
+
+    Args:
+        directory: A run's directory, or its ``checkpoints``.
+    """
+    inner = directory / "checkpoints"
+    found = {}
+    for path in (inner if inner.is_dir() else directory).iterdir():
+        if match := _STEP.fullmatch(path.name):
+            found[int(match[1])] = path
+    return dict(sorted(found.items()))
+
+
+def locate(place: str | Path) -> Path:
+    """The checkpoint file that is meant.
+
+    Args:
+        place: A file; a run's directory, whose newest checkpoint is taken; or ``DIRECTORY@STEP``.
+
+    Raises:
+        ArchiveError: There is no such thing.
+
+    Example:
+        >>> locate("nowhere")
+        Traceback (most recent call last):
+        trackopt.errors.ArchiveError: nowhere: there is no such file or directory
+    """
+    path = Path(place)
+    try:
+        if path.is_dir():
+            return _newest(path)
+        if path.exists():
+            return path
+        directory, at, step = str(place).rpartition("@")
+        if at and step.isdecimal() and len(step) < 20 and Path(directory).is_dir():
+            return _at_step(Path(directory), int(step))
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "a name cannot contain a null byte"
+        raise ArchiveError(
+            f"{place}: cannot be looked at ({reason}); check the path and its permissions"
+        ) from error
+    raise ArchiveError(f"{place}: there is no such file or directory")
+
+
+def _newest(directory: Path) -> Path:
+    found = checkpoints(directory)
+    if not found:
+        raise ArchiveError(
+            f"{directory}: there is no checkpoint in this directory; name a run's directory or a file"
+        )
+    return list(found.values())[-1]
+
+
+def _at_step(directory: Path, step: int) -> Path:
+    found = checkpoints(directory)
+    if step not in found:
+        there = ", ".join(map(str, found)) if len(found) <= 8 else f"{min(found)} to {max(found)}"
+        raise ArchiveError(
+            f"{directory}: there is no checkpoint at step {step}; there is {there or 'none at all'}"
+        )
+    return found[step]

@@ -1,0 +1,94 @@
+"""The ``trackopt`` command: parse, call, render, exit code. A new command is one more line in ``_COMMANDS``.
+
+Each command is a module of this package with a click command named ``command``; it is imported when it is
+used, so that no command pays for another one's imports.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib import import_module
+
+import click
+
+from trackopt import __version__
+from trackopt.errors import TrackoptError
+
+#: The commands in the order of the help, each with its one-line help.
+_COMMANDS = {
+    "inspect": "What a checkpoint holds, and whether training can go on from it.",
+    "diff": "What changed between two checkpoints.",
+    "ls": "The runs in a directory, or the checkpoints of a run.",
+    "sync": "Deliver a journal that was left behind to TensorBoard and MLflow.",
+    "ui": "Start TensorBoard and the MLflow UI.",
+}
+_BROKEN_PIPE = 141  # what a shell reports for a program that SIGPIPE ended
+
+
+class _Commands(click.Group):
+    """A group that imports a command when it is called."""
+
+    def list_commands(self, _: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, _: click.Context, name: str) -> click.Command | None:
+        if name not in _COMMANDS:
+            return None
+        command: click.Command = import_module(f"trackopt.cli.{name}").command
+        return _with_verbatim_examples(command)
+
+    def format_commands(self, _: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(_COMMANDS.items()))
+
+
+def _with_verbatim_examples(command: click.Command) -> click.Command:
+    r"""Turn the two characters ``\b`` of a raw docstring into the control character that click wants."""
+    command.help = (command.help or "").replace("\\b\n", "\b\n")
+    return command
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="trackopt", message="%(prog)s %(version)s")
+def group() -> None:
+    r"""See what an optimizer does, stop and resume training bit for bit, look inside any checkpoint.
+
+    \b
+    Example:
+      trackopt inspect runs/digits
+
+    Exit codes: 0 done, 1 a negative finding (diff: they differ), 2 trouble.
+    """
+
+
+_with_verbatim_examples(group)
+
+
+def main() -> None:
+    """Run the command line and exit: 0 done, 1 a negative finding, 2 trouble.
+
+    Whatever trackopt raises on purpose becomes one line on stderr.
+    """
+    try:
+        code = group.main(prog_name="trackopt", standalone_mode=False)
+        sys.stdout.flush()
+    except click.ClickException as error:
+        error.show()
+        code = 2
+    except click.Abort:
+        code = 130
+    except TrackoptError as error:
+        code = _report(str(error))
+    except BrokenPipeError:
+        # Or the interpreter's last flush fails again, with a message.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = _BROKEN_PIPE
+    sys.exit(code)
+
+
+def _report(message: str) -> int:
+    from trackopt.cli.screen import clean
+
+    click.echo(f"trackopt: {clean(message)}", err=True)
+    return 2

@@ -1,0 +1,196 @@
+"""``trackopt inspect``: a checkpoint on one screen."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from trackopt import archive
+from trackopt.cli import screen
+from trackopt.state.models import dtypes
+from trackopt.summary import Summary, summarize
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from rich.console import RenderableType
+    from rich.padding import Padding
+    from rich.text import Text
+
+    from trackopt.archive.nodes import Tensor
+    from trackopt.state import Group, Model, Optimizer, Scheduler
+
+_PLAIN_EXTRAS = 3
+
+
+@click.command()
+@click.argument("path")
+@click.option("--tensors", is_flag=True, help="List every tensor with its shape, dtype and size.")
+@click.option("--json", "as_json", is_flag=True, help="Print the same facts as JSON.")
+def command(path: str, tensors: bool, as_json: bool) -> None:
+    r"""What a checkpoint holds, and whether training can go on from it.
+
+    PATH is a file, a run's directory (its newest checkpoint) or DIRECTORY@STEP. Neither torch is needed nor
+    is anything in the file run, so a stranger's file can be looked at.
+
+    \b
+    Example:
+      trackopt inspect runs/digits@400
+      trackopt inspect model_best.pth.tar --tensors
+    """
+    with archive.open(path) as opened:
+        summary = summarize(opened, tensors=tensors)
+        if as_json:
+            screen.write_json(summary.as_dict())
+        else:
+            screen.show(_screen(summary))
+
+
+def _screen(summary: Summary) -> Iterator[RenderableType]:
+    from rich.text import Text
+
+    state = summary.state
+    yield _header(summary)
+    yield ""
+    for model in state.models:
+        yield screen.row(model.name, _model(model))
+    for optimizer in state.optimizers:
+        yield from _optimizer(optimizer)
+    for scheduler in state.schedulers:
+        yield screen.row(scheduler.name, _scheduler(scheduler))
+    if state.optimizers and not state.schedulers:
+        yield screen.row("scheduler", ["none saved"])
+    also = list(_also(summary))
+    if also:
+        yield Text("  also        ").append(screen.flow(also, indent=screen.LABEL + 2, gap=" · "))
+    if summary.tensors is not None:
+        yield ""
+        yield _tensors(summary.tensors)
+    yield ""
+    for one in summary.findings:
+        yield screen.finding(one.level, one.text)
+
+
+def _header(summary: Summary) -> Text:
+    from rich.text import Text
+
+    state = summary.state
+    facts = []
+    if state.meta is not None:
+        facts.append(f'trackopt run "{state.meta.get("name")}"')
+    else:
+        facts += [summary.format, screen.size(summary.bytes)]
+    facts += [
+        f"{name} {value:,}"
+        for name, value in (("step", state.step), ("epoch", state.epoch))
+        if value is not None
+    ]
+    if state.meta is not None:
+        facts.append(f"saved {screen.since(state.meta.get('time'))}")
+    else:
+        facts += [
+            f"{name} {screen.number(value)}" for name, value in state.extras if isinstance(value, float)
+        ][:_PLAIN_EXTRAS]
+    name = screen.clean(Path(summary.path).name)
+    line = screen.flow([f"{name}   {facts[0]}", *facts[1:]], indent=4, first=0, gap=" · ")
+    text = Text(line)
+    text.stylize("bold", 0, len(name))
+    return text
+
+
+def _model(model: Model) -> list[str]:
+    return [
+        f"{len(model.tensors)} tensors",
+        f"{model.parameters:,} parameters",
+        screen.size(model.nbytes),
+        ", ".join(dtypes(model.tensors.values())),
+        f"(names start with {model.prefix})" if model.prefix else "",
+    ]
+
+
+def _optimizer(one: Optimizer) -> Iterator[RenderableType]:
+    from rich.text import Text
+
+    told = "" if one.evidence.startswith("saved") else " (from its keys)"
+    count = sum(len(group.parameters) for group in one.groups)
+    weight = sum(tensor.nbytes for buffer in one.buffers.values() for tensor in buffer.tensors.values())
+    facts = [
+        f"{one.cls or 'of an unknown class'}{told}",
+        f"{len(one.groups)} group{'s' if len(one.groups) != 1 else ''}",
+        f"state for {len(one.stateful)} of {count} parameters"
+        if one.stateful
+        else f"no state yet for {count} parameters",
+        screen.size(weight) if weight else "",
+        _steps(one),
+    ]
+    yield screen.row(one.name, facts)
+    yield _groups(one.groups)
+    if one.buffers:
+        named = f", named by {one.matching}" if one.matching.startswith("order") else ""
+        indent = screen.LABEL + 4
+        yield Text(
+            " " * indent + screen.flow([f"buffers: {', '.join(one.buffers)}{named}"], indent=indent + 2)
+        )
+
+
+def _steps(one: Optimizer) -> str:
+    if one.steps is None:
+        return ""
+    low, high = one.steps
+    return f"step {low:,.0f}" if low == high else f"steps {low:,.0f} to {high:,.0f}"
+
+
+def _groups(groups: tuple[Group, ...]) -> Padding:
+    names = _telling(groups)
+    rows = [
+        [
+            group.name,
+            f"{group.elements:,}" if group.elements is not None else f"{len(group.parameters)} tensors",
+            *(screen.number(group.hyperparameters.get(name, "")) for name in names),
+        ]
+        for group in groups
+    ]
+    return screen.table(["group", "parameters", *names], rows, indent=screen.LABEL + 4)
+
+
+def _telling(groups: tuple[Group, ...]) -> list[str]:
+    """The hyperparameters that fit a screen and say something: lr first, switches that are off left out."""
+    values: dict[str, list[Any]] = {}
+    for group in groups:
+        for name, value in group.hyperparameters.items():
+            values.setdefault(name, []).append(value)
+    first = [name for name in ("lr", "momentum", "betas", "weight_decay") if name in values]
+    return [name for name in first if any(values[name])]
+
+
+def _scheduler(one: Scheduler) -> list[str]:
+    agreement = {True: "lr agrees with the optimizer", False: "lr differs from the optimizer's", None: ""}
+    return [
+        one.cls or "of an unknown class",
+        f"last_epoch {one.last_epoch:,}" if one.last_epoch is not None else "",
+        agreement[one.agrees],
+    ]
+
+
+def _also(summary: Summary) -> Iterator[str]:
+    state = summary.state
+    if state.rng:
+        yield f"rng ({', '.join(state.rng)})"
+    if state.batch is not None:
+        yield f"progress (epoch {screen.number(state.epoch)}, batch {state.batch:,})"
+    for name, value in state.extras:
+        yield (
+            f"{name} {screen.number(value)}"
+            if not isinstance(value, dict)
+            else f"{name} ({len(value)} entries)"
+        )
+
+
+def _tensors(tensors: dict[str, Tensor]) -> Padding:
+    rows = [
+        [name, "×".join(map(str, tensor.shape)) or "scalar", tensor.dtype, screen.size(tensor.nbytes)]
+        for name, tensor in tensors.items()
+    ]
+    return screen.table(["tensor", "shape", "dtype", "size"], rows)

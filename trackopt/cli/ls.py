@@ -1,0 +1,219 @@
+"""``trackopt ls``: the runs in a directory, or the checkpoints of a run."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from trackopt import archive, state
+from trackopt.cli import screen
+from trackopt.errors import ArchiveError, RunError
+
+if TYPE_CHECKING:
+    from rich.padding import Padding
+
+_TAIL = 256 << 10
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run, as a row.
+
+    Attributes:
+        path: Its directory.
+        name: What it is called.
+        step: Of its last journal line, else of its newest checkpoint.
+        epoch: Of its newest checkpoint.
+        checkpoints: How many there are.
+        bytes: Of all of them.
+        time: Unix seconds of what was written last.
+        status: ``running``, ``finished``, ``failed`` or ``killed``; empty where the journal does not say.
+    """
+
+    path: str
+    name: str
+    step: int | None
+    epoch: int | None
+    checkpoints: int
+    bytes: int
+    time: float | None
+    status: str
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One checkpoint, as a row; ``problem`` is set where it cannot be read."""
+
+    path: str
+    step: int
+    epoch: int | None
+    bytes: int
+    time: float
+    problem: str | None = None
+
+
+@click.command()
+@click.argument("directory", default="runs")
+@click.option("--json", "as_json", is_flag=True, help="Print the same facts as JSON.")
+def command(directory: str, as_json: bool) -> None:
+    r"""The runs in a directory, or the checkpoints of a run.
+
+    DIRECTORY is "runs" where none is named.
+
+    \b
+    Example:
+      trackopt ls
+      trackopt ls runs/digits --json
+    """
+    path = Path(directory)
+    try:
+        _list(path, as_json=as_json)
+    except OSError as error:
+        raise RunError(
+            f"{path}: cannot be listed ({error.strerror}); name a directory of runs, or a run"
+        ) from error
+
+
+def _list(path: Path, *, as_json: bool) -> None:
+    if _is_run(path):
+        checkpoints = [_checkpoint(step, file) for step, file in archive.checkpoints(path).items()]
+        rows: list[Any] = checkpoints
+        layout = _checkpoints(checkpoints)
+    else:
+        runs = [_run(child) for child in sorted(path.iterdir()) if child.is_dir() and _is_run(child)]
+        rows = runs
+        layout = _runs(runs)
+    if as_json:
+        screen.write_json([asdict(row) for row in rows])
+    elif rows:
+        screen.show([layout])
+    else:
+        screen.show([f"{screen.clean(path)}: nothing here yet"])
+
+
+def _is_run(path: Path) -> bool:
+    return (path / "run.json").is_file() or (path / "checkpoints").is_dir()
+
+
+def _run(path: Path) -> Run:
+    files = archive.checkpoints(path)
+    stats = [file.stat() for file in files.values()]
+    newest = _checkpoint(*list(files.items())[-1]) if files else None
+    lines = _tail(path / "metrics.jsonl")
+    last = lines[-1] if lines else {}
+    times = [stat.st_mtime for stat in stats]
+    if isinstance(last.get("time"), int | float):
+        times.append(last["time"])
+    return Run(
+        path=str(path),
+        name=_name(path),
+        step=last["step"] if isinstance(last.get("step"), int) else (newest.step if newest else None),
+        epoch=newest.epoch if newest else None,
+        checkpoints=len(files),
+        bytes=sum(stat.st_size for stat in stats),
+        time=max(times, default=None),
+        status=_status(path, lines),
+    )
+
+
+def _checkpoint(step: int, path: Path) -> Checkpoint:
+    stat = path.stat()
+    epoch = problem = None
+    moment: Any = stat.st_mtime
+    try:
+        with archive.open(path) as opened:
+            found = state.read(opened)
+            epoch = found.epoch
+            moment = (found.meta or {}).get("time", moment)
+    except ArchiveError as error:
+        problem = str(error).removeprefix(f"{path}: ")
+    return Checkpoint(
+        str(path), step, epoch, stat.st_size, moment if isinstance(moment, float) else stat.st_mtime, problem
+    )
+
+
+def _name(path: Path) -> str:
+    try:
+        name = json.loads((path / "run.json").read_bytes())["name"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return path.name
+    return str(name)
+
+
+def _tail(path: Path) -> list[dict[str, Any]]:
+    """The last lines of a journal, oldest first; what is torn or unknown is left out."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - _TAIL))
+            raw = file.read(_TAIL).split(b"\n")
+    except FileNotFoundError:
+        return []
+    lines = []
+    for text in raw:
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if isinstance(line, dict) and isinstance(line.get("step"), int):
+            lines.append(line)
+    return lines
+
+
+def _status(path: Path, lines: list[dict[str, Any]]) -> str:
+    """What became of a run: what its last marker says, if somebody still holds its directory."""
+    markers = [line for line in lines if isinstance(line.get("event"), str)]
+    if markers and markers[-1]["event"] == "close" and lines[-1] is markers[-1]:
+        return str(markers[-1].get("status", "finished")).lower()
+    if not lines:
+        return ""
+    return "running" if _is_held(path) else "killed"
+
+
+def _is_held(path: Path) -> bool:
+    """Whether a process holds the run's lock.
+
+    The kernel's list is read, since trying the lock would for a moment take it from a run that is just
+    starting. Where there is no such list, a run counts as held.
+    """
+    try:
+        inode = (path / ".lock").stat().st_ino
+        locks = Path("/proc/locks").read_text(encoding="ascii").splitlines()
+    except FileNotFoundError as error:
+        return str(error.filename) == "/proc/locks"
+    return any(line.split()[1] == "FLOCK" and f":{inode} " in line for line in locks)
+
+
+def _runs(runs: list[Run]) -> Padding:
+    rows = [
+        [
+            Path(run.path).name if run.name == Path(run.path).name else f"{Path(run.path).name} ({run.name})",
+            run.status,
+            screen.number(run.step) if run.step is not None else "",
+            screen.number(run.epoch) if run.epoch is not None else "",
+            str(run.checkpoints),
+            screen.size(run.bytes),
+            screen.since(run.time),
+        ]
+        for run in runs
+    ]
+    return screen.table(
+        ["run", "status", "step", "epoch", "checkpoints", "size", "last written"], rows, left=2
+    )
+
+
+def _checkpoints(found: list[Checkpoint]) -> Padding:
+    rows = [
+        [
+            Path(one.path).name,
+            f"{one.step:,}",
+            screen.number(one.epoch) if one.epoch is not None else "",
+            screen.size(one.bytes),
+            screen.since(one.time) if one.problem is None else "cannot be read",
+        ]
+        for one in found
+    ]
+    return screen.table(["checkpoint", "step", "epoch", "size", "saved"], rows)

@@ -1,0 +1,208 @@
+"""How facts look on a terminal: cleaned text, numbers with units, lines that fit, JSON.
+
+Whatever comes from a file passes through `clean` before it is shown: a name in a checkpoint must not be
+able to move the cursor, set a colour or write a link.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import sys
+import textwrap
+import time
+from typing import TYPE_CHECKING, Any
+
+from trackopt.archive.text import describe
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from rich.console import RenderableType
+    from rich.padding import Padding
+    from rich.text import Text
+
+#: The sign and the colour of each level of finding.
+LEVELS = {"ok": ("●", "green"), "warning": ("▲", "yellow"), "error": ("✗", "red")}
+LABEL = 12  # columns in which "optimizer" and its like stand
+_LONGEST = 200
+_LONGEST_FINDING = 2000
+_NARROWEST = 40
+
+
+def clean(text: object, longest: int = _LONGEST) -> str:
+    r"""A text without anything that a terminal would act on or show in another order than it is stored.
+
+    Example:
+        >>> print(clean("a\x1b[31mb"))
+        a\x1b[31mb
+    """
+    string = str(text)
+    if len(string) > longest:
+        string = f"{string[: longest - 1]}…"
+    if string.isprintable():
+        return string
+    return "".join(char if char.isprintable() else _escaped(char) for char in string)
+
+
+def _escaped(char: str) -> str:
+    return char.encode("unicode_escape", "surrogatepass").decode("ascii")
+
+
+def size(count: float) -> str:
+    """Bytes with a unit, as ``1.6 MiB``."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+def age(seconds: float) -> str:
+    """How long ago, as ``2 min ago``."""
+    if seconds < 0:
+        return "in the future"
+    for limit, length, unit in ((60, 1, "s"), (3600, 60, "min"), (48 * 3600, 3600, "h")):
+        if seconds < limit:
+            return f"{seconds // length:.0f} {unit} ago"
+    return f"{seconds // 86400:,.0f} days ago"
+
+
+def since(moment: Any) -> str:
+    """How long ago a Unix time was; nothing for what is none."""
+    if isinstance(moment, int | float) and math.isfinite(moment):
+        return age(time.time() - moment)
+    return ""
+
+
+def number(value: Any) -> str:
+    """A hyperparameter or a metric, short."""
+    if isinstance(value, bool) or value is None:
+        return str(value)
+    if isinstance(value, int):
+        return f"{value:,}" if abs(value) < 10**15 else f"{describe(value):.20}"
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, list | tuple) and value and all(isinstance(item, int | float) for item in value):
+        return ", ".join(map(number, value[:4])) + (f", … {len(value)}" if len(value) > 4 else "")
+    return clean(describe(value), 60)
+
+
+def share(part: float) -> str:
+    """A share in percent, which is only 0 % or 100 % if it is exactly that."""
+    percent = 100 * part
+    if 0 < percent < 0.01:
+        return "< 0.01 %"
+    if 99 < percent < 100:
+        return f"{min(percent, 99.99):.2f} %"
+    return f"{percent:.2g} %" if percent < 10 else f"{percent:.0f} %"
+
+
+def width() -> int:
+    """Columns to lay lines out for: the terminal's, or 80 in a pipe."""
+    return max(_NARROWEST, shutil.get_terminal_size((80, 24)).columns)
+
+
+def show(parts: Iterable[RenderableType]) -> None:
+    """Write lines and tables to stdout, in one go; a pipe gets no escapes."""
+    from rich.console import Console
+
+    screen = Console(highlight=False, markup=False, emoji=False, width=width())
+    with screen.capture() as captured:
+        for part in parts:
+            screen.print(part, overflow="fold")
+    sys.stdout.write("\n".join(line.rstrip() for line in captured.get().split("\n")))
+    sys.stdout.flush()
+
+
+def row(label: str, facts: Iterable[str], *, style: str = "bold") -> Text:
+    """A labelled line of facts, broken between facts where it can be, and indented where it goes on.
+
+    Args:
+        label: What stands in front.
+        facts: The parts; empty ones are left out.
+        style: Of the label.
+    """
+    from rich.text import Text
+
+    name = clean(label, LABEL - 2).ljust(LABEL)
+    return Text("  ").append(name, style=style).append(flow(facts, indent=2 + LABEL))
+
+
+def flow(facts: Iterable[str], *, indent: int, first: int | None = None, gap: str = "   ") -> str:
+    """Facts side by side, on as many lines as it takes.
+
+    Args:
+        facts: The parts; empty ones are left out.
+        indent: Blanks in front of every line but the first.
+        first: Columns of the first line that are taken already; as many as ``indent`` by default.
+        gap: What stands between two of them.
+    """
+    mark = gap.rstrip()
+    rooms = [width() - len(mark) - (indent if first is None else first), width() - len(mark) - indent]
+    lines: list[str] = []
+    for fact in filter(None, map(clean, facts)):
+        if lines and len(lines[-1]) + len(gap) + len(fact) <= rooms[len(lines) > 1]:
+            lines[-1] += gap + fact
+        else:
+            if lines:
+                lines[-1] += mark
+            lines += textwrap.wrap(fact, rooms[bool(lines)], break_on_hyphens=False)
+    return ("\n" + " " * indent).join(lines)
+
+
+def finding(level: str, text: str) -> Text:
+    """A finding with its sign, wrapped under itself."""
+    from rich.text import Text
+
+    sign, style = LEVELS[level]
+    lines = textwrap.wrap(clean(text, _LONGEST_FINDING), width() - 4, break_on_hyphens=False)
+    return Text("  ").append(sign, style=style).append(" " + "\n    ".join(lines))
+
+
+def table(heads: Iterable[str], rows: Iterable[Iterable[str]], *, indent: int = 2, left: int = 1) -> Padding:
+    """A table without lines.
+
+    Args:
+        heads: Column heads.
+        rows: Cells; they are cleaned here.
+        indent: Blanks in front.
+        left: How many columns are flush left, and fold where they are long; the others are flush right.
+    """
+    from rich.padding import Padding
+    from rich.table import Table
+    from rich.text import Text
+
+    grid = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="dim")
+    for index, head in enumerate(heads):
+        if index < left:
+            grid.add_column(Text(clean(head)), overflow="fold")
+        else:
+            grid.add_column(Text(clean(head)), justify="right", no_wrap=True)
+    for cells in rows:
+        grid.add_row(*(Text(clean(cell)) for cell in cells))
+    return Padding(grid, (0, 0, 0, indent), expand=False)
+
+
+def write_json(value: Any) -> None:
+    """Write data to stdout as JSON; what JSON has no number for is the string ``"NaN"`` or ``"Infinity"``."""
+    sys.stdout.write(json.dumps(plain(value), indent=2) + "\n")
+    sys.stdout.flush()
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON knows it; nodes of a checkpoint's tree in words."""
+    if isinstance(value, float):
+        return (
+            value
+            if math.isfinite(value)
+            else {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}[str(value)]
+        )
+    if value is None or isinstance(value, str | int):
+        return value
+    if isinstance(value, dict):
+        return {str(key): plain(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(part) for part in value]
+    return describe(value)

@@ -1,0 +1,94 @@
+"""Weights: which part of a tree is a model's state dict, and what it holds."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from trackopt.archive.nodes import Path, Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+#: Ends of names that are buffers of a module, which no optimizer moves.
+_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
+_FLOATING = ("float", "bfloat", "complex")
+
+
+@dataclass(frozen=True)
+class Model:
+    """A state dict of weights.
+
+    Attributes:
+        name: ``"model"``, or its own where there are several.
+        path: Where it stands in the tree.
+        tensors: By name, in the order they were saved.
+    """
+
+    name: str
+    path: Path
+    tensors: dict[str, Tensor]
+
+    @property
+    def trainable(self) -> dict[str, Tensor]:
+        """What looks like a parameter: floating, and no running statistic."""
+        return {
+            name: tensor
+            for name, tensor in self.tensors.items()
+            if tensor.dtype.startswith(_FLOATING) and not name.endswith(_BUFFERS)
+        }
+
+    @property
+    def parameters(self) -> int:
+        """Elements of its parameters; what is tied counts once."""
+        return sum(tensor.elements for tensor in unique(self.trainable.values()))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its tensors; what is tied counts once."""
+        return sum(tensor.nbytes for tensor in unique(self.tensors.values()))
+
+    @property
+    def prefix(self) -> str:
+        """``"module."`` or the like, where every name starts with it."""
+        for prefix in ("module.", "_orig_mod.", "model."):
+            if self.tensors and all(name.startswith(prefix) for name in self.tensors):
+                return prefix
+        return ""
+
+
+def dtypes(tensors: Iterable[Tensor]) -> dict[str, int]:
+    """Elements by dtype, most first."""
+    count: Counter[str] = Counter()
+    for tensor in tensors:
+        count[tensor.dtype] += tensor.elements
+    return dict(count.most_common())
+
+
+def unique(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """The tensors without those that show the same memory again."""
+    seen = {(tensor.storage.key, tensor.offset, tensor.shape, tensor.stride): tensor for tensor in tensors}
+    return list(seen.values())
+
+
+def is_state_dict(node: Any) -> bool:
+    """Whether a node is a flat dictionary of names to tensors (extra state of modules aside)."""
+    if not isinstance(node, dict) or not node or not all(isinstance(key, str) for key in node):
+        return False
+    others = [key for key, value in node.items() if not isinstance(value, Tensor)]
+    return len(others) < len(node) and all(key.endswith("_extra_state") for key in others)
+
+
+def find_models(key: str, path: Path, node: Any) -> tuple[Model, ...]:
+    """The models in one entry of a checkpoint: itself, or a dictionary of several; none if it is neither."""
+    if is_state_dict(node):
+        tensors = {name: value for name, value in node.items() if isinstance(value, Tensor)}
+        usual = key in ("model", "model_state_dict", "state_dict", "net", "model_state", "network")
+        return (Model("model" if usual else key, path, tensors),)
+    if isinstance(node, dict) and node and all(is_state_dict(value) for value in node.values()):
+        return tuple(
+            Model(str(name), (*path, str(name)), {k: v for k, v in value.items() if isinstance(v, Tensor)})
+            for name, value in node.items()
+        )
+    return ()

@@ -1,0 +1,297 @@
+"""Optimizer state: which class it is of, whose buffers they are, and what they weigh."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from trackopt.archive.nodes import Path, Tensor, tensors
+from trackopt.errors import ArchiveError
+
+if TYPE_CHECKING:
+    from trackopt.archive import Archive
+    from trackopt.state.models import Model
+
+#: Tensors in a parameter's state that count or scale, and are no buffers.
+_COUNTERS = frozenset({"step", "eta", "mu", "mu_product", "H_diag", "t"})
+#: Buffers of the same shape as their parameter.
+_ALIKE = (
+    "exp_avg", "momentum_buffer", "square_avg", "exp_avg_sq", "sum", "prev", "ax", "exp_inf",
+    "max_exp_avg_sq", "acc_delta", "step_size", "grad_avg",
+)  # fmt: skip
+_NO_HYPERPARAMETERS = frozenset({"params", "param_names", "name"})
+#: A class of torch.optim, keys that its groups have, and keys that they lack. The first that fits is taken.
+_SIGNATURES: tuple[tuple[str, frozenset[str], frozenset[str]], ...] = tuple(
+    (name, frozenset(needs.split()), frozenset(lacks.split()))
+    for name, needs, lacks in (
+        ("Muon", "ns_coefficients ns_steps", ""),
+        ("LBFGS", "history_size tolerance_grad", ""),
+        ("Adafactor", "beta2_decay d", ""),
+        ("NAdam", "betas momentum_decay", ""),
+        ("RAdam", "betas decoupled_weight_decay", "amsgrad"),
+        ("Adam", "betas amsgrad", ""),
+        ("SparseAdam", "betas eps", "weight_decay"),
+        ("Adamax", "betas eps foreach", "amsgrad"),
+        ("ASGD", "lambd alpha t0", ""),
+        ("Adadelta", "rho eps", ""),
+        ("Adagrad", "lr_decay", ""),
+        ("RMSprop", "alpha centered", ""),
+        ("Rprop", "etas step_sizes", ""),
+        ("SGD", "momentum dampening nesterov", ""),
+    )
+)
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """One kind of tensor that an optimizer keeps per parameter, as ``exp_avg``.
+
+    Attributes:
+        name: Its key in the state.
+        tensors: By parameter name.
+    """
+
+    name: str
+    tensors: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Group:
+    """A parameter group.
+
+    Attributes:
+        name: Its own, else ``"group0"`` and so on.
+        parameters: Names of its parameters, in order.
+        elements: Elements of all of them; None where their shapes are not known.
+        hyperparameters: ``lr`` and the others; tensors of one element are given as numbers.
+    """
+
+    name: str
+    parameters: tuple[str, ...]
+    elements: int | None
+    hyperparameters: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """An optimizer's state dict.
+
+    Attributes:
+        name: ``"optimizer"``, or its own where there are several.
+        path: Where it stands in the tree.
+        cls: Its class, as ``"AdamW"``; empty where it cannot be told.
+        evidence: What the class was told from.
+        groups: The parameter groups.
+        buffers: By name.
+        steps: Smallest and largest step counter; None where there is none.
+        names: Parameter names by id.
+        matching: How the names were found; empty where they were not.
+        stateful: Parameters that have a state.
+        unmatched: Ids in the state that belong to no group, or that no name was found for.
+    """
+
+    name: str
+    path: Path
+    cls: str
+    evidence: str
+    groups: tuple[Group, ...]
+    buffers: dict[str, Buffer]
+    steps: tuple[float, float] | None
+    names: dict[Any, str]
+    matching: str
+    stateful: tuple[str, ...]
+    unmatched: tuple[str, ...]
+
+
+def is_optimizer(node: Any) -> bool:
+    """Whether a node is an optimizer's state dict."""
+    return (
+        isinstance(node, dict)
+        and isinstance(node.get("state"), dict)
+        and isinstance(node.get("param_groups"), list | tuple)
+        and all(isinstance(group, dict) and _ids(group) is not None for group in node["param_groups"])
+    )
+
+
+def read_optimizer(
+    archive: Archive,
+    name: str,
+    path: Path,
+    node: Any,
+    context: tuple[tuple[Model, ...], dict[str, Any] | None],
+) -> Optimizer:
+    """Understand an optimizer's state dict.
+
+    Args:
+        archive: Where step counters are read from.
+        name: What to call it.
+        path: Where it stands.
+        node: The state dict.
+        context: The models beside it, and trackopt's own entry if there is one.
+    """
+    models, meta = context
+    groups, state = node["param_groups"], node["state"]
+    names, matching = _names(groups, state, models, _told(meta, "param_names", name))
+    cls, evidence = _class(groups, state, _told(meta, "optimizer_class", name))
+    shapes = _shapes(groups, state, names, models, _told(meta, "param_shapes", name))
+    unmatched = [str(key) for key in state if key not in names or not matching]
+    return Optimizer(
+        name=name,
+        path=path,
+        cls=cls,
+        evidence=evidence,
+        groups=tuple(_group(archive, i, group, names, shapes) for i, group in enumerate(groups)),
+        buffers=_buffers(state, names),
+        steps=_steps(archive, state),
+        names=names,
+        matching=matching,
+        stateful=tuple(names[key] for key, entry in state.items() if key in names and entry),
+        unmatched=tuple(unmatched),
+    )
+
+
+def _told(meta: dict[str, Any] | None, key: str, name: str) -> Any:
+    """What trackopt wrote down about one optimizer."""
+    entry = meta.get(key) if meta else None
+    return entry.get(name) if isinstance(entry, dict) else None
+
+
+def _ids(group: dict[Any, Any]) -> list[Any] | None:
+    """A group's parameter ids; None if they are not numbers or names."""
+    ids = group.get("params")
+    if isinstance(ids, list | tuple) and all(isinstance(key, int | str) for key in ids):
+        return list(ids)
+    return None
+
+
+def _lists(value: Any, groups: list[Any]) -> list[Any] | None:
+    """A list per group with an entry per parameter, flattened; None if it does not fit the groups."""
+    if not isinstance(value, list | tuple) or len(value) != len(groups):
+        return None
+    flat: list[Any] = []
+    for part, group in zip(value, groups, strict=True):
+        if not isinstance(part, list | tuple) or len(part) != len(group["params"]):
+            return None
+        flat.extend(part)
+    return flat
+
+
+def _names(groups: Any, state: Any, models: tuple[Model, ...], told: Any) -> tuple[dict[Any, str], str]:
+    ids = [key for group in groups for key in group["params"]]
+    given = _lists(told, groups)
+    if given is not None:
+        return dict(zip(ids, map(str, given), strict=True)), "saved beside it"
+    given = _lists([group.get("param_names") for group in groups], groups)
+    if given is not None:
+        return dict(zip(ids, map(str, given), strict=True)), "saved in its groups"
+    if ids and all(isinstance(key, str) for key in ids):
+        return {key: key for key in ids}, "its keys"
+    candidates = {name: tensor for model in models for name, tensor in model.trainable.items()}
+    if len(candidates) == len(ids) and all(
+        _fits(state.get(key), tensor) for key, tensor in zip(ids, candidates.values(), strict=True)
+    ):
+        return dict(zip(ids, candidates, strict=True)), "order against the model"
+    return {key: str(key) for key in ids}, ""
+
+
+def _fits(entry: Any, parameter: Tensor) -> bool:
+    """Whether a parameter's state can be that of a model's tensor, by its shapes."""
+    like = _alike(entry)
+    return like is None or like.shape == parameter.shape
+
+
+def _alike(entry: Any) -> Tensor | None:
+    """A buffer shaped like the parameter that it belongs to."""
+    if not isinstance(entry, dict):
+        return None
+    return next((entry[key] for key in _ALIKE if isinstance(entry.get(key), Tensor)), None)
+
+
+def _class(groups: Any, state: Any, told: Any) -> tuple[str, str]:
+    if isinstance(told, str):
+        return told.rpartition(".")[2], "saved beside it"
+    keys = set(groups[0]) if groups else set()
+    for name, needs, lacks in _SIGNATURES:
+        if needs <= keys and not lacks & keys:
+            return _refined(name, groups[0], needs)
+    buffers = sorted({str(key) for entry in state.values() if isinstance(entry, dict) for key in entry})
+    unknown = sorted(str(key) for key in keys - {"params"})
+    return "", f"unknown keys: {', '.join(unknown)}; buffers: {', '.join(buffers)}"
+
+
+def _refined(name: str, group: dict[Any, Any], needs: frozenset[str]) -> tuple[str, str]:
+    evidence = f"its keys: {', '.join(sorted(needs))}"
+    if name == "Adam" and "decoupled_weight_decay" in group:
+        cls = "AdamW" if group["decoupled_weight_decay"] else "Adam"
+        return cls, f"{evidence}, decoupled_weight_decay={group['decoupled_weight_decay']}"
+    if name == "Adam":
+        return "Adam or AdamW", f"{evidence}; before torch 2.7 the two save the same keys"
+    return name, evidence
+
+
+def _shapes(
+    groups: Any, state: Any, names: dict[Any, str], models: Any, told: Any
+) -> dict[Any, tuple[int, ...]]:
+    """The parameters' shapes by id, as far as they are known."""
+    shapes: dict[Any, tuple[int, ...]] = {}
+    given = _lists(told, groups)
+    ids = [key for group in groups for key in group["params"]]
+    if given is not None and all(isinstance(shape, list | tuple) for shape in given):
+        return {key: tuple(shape) for key, shape in zip(ids, given, strict=True)}
+    known = {name: tensor.shape for model in models for name, tensor in model.tensors.items()}
+    for key in ids:
+        like = _alike(state.get(key))
+        if like is not None:
+            shapes[key] = like.shape
+        elif names[key] in known:
+            shapes[key] = known[names[key]]
+    return shapes
+
+
+def _group(archive: Archive, index: int, group: Any, names: dict[Any, str], shapes: dict[Any, Any]) -> Group:
+    ids = group["params"]
+    elements = None
+    if all(key in shapes for key in ids):
+        elements = sum(_product(shapes[key]) for key in ids)
+    own = group.get("name")
+    values = {
+        str(key): _number(archive, value) for key, value in group.items() if key not in _NO_HYPERPARAMETERS
+    }
+    return Group(
+        own if isinstance(own, str) else f"group{index}", tuple(names[key] for key in ids), elements, values
+    )
+
+
+def _product(shape: tuple[Any, ...]) -> int:
+    result = 1
+    for size in shape:
+        result *= size if isinstance(size, int) else 0
+    return result
+
+
+def _number(archive: Archive, value: Any) -> Any:
+    """A hyperparameter; what is a tensor of one element (``lr`` may be) as its number."""
+    if isinstance(value, Tensor) and value.elements == 1:
+        try:
+            return archive.scalar(value)
+        except ArchiveError:
+            return value
+    return value
+
+
+def _buffers(state: Any, names: dict[Any, str]) -> dict[str, Buffer]:
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, entry in state.items():
+        for buffer, value in entry.items() if isinstance(entry, dict) else ():
+            if buffer in _COUNTERS:
+                continue
+            for path, tensor in tensors(value):
+                name = ".".join((names.get(key, str(key)), *path))
+                found.setdefault(str(buffer), {})[name] = tensor
+    return {name: Buffer(name, parts) for name, parts in found.items()}
+
+
+def _steps(archive: Archive, state: Any) -> tuple[float, float] | None:
+    counts = [_number(archive, entry.get("step")) for entry in state.values() if isinstance(entry, dict)]
+    numbers = [count for count in counts if isinstance(count, int | float)]
+    return (min(numbers), max(numbers)) if numbers else None
