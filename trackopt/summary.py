@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from trackopt import integrity, state
-from trackopt.archive import Archive, rebuild
+from trackopt.archive.safe import is_safe
 from trackopt.archive.text import describe
 from trackopt.state.models import dtypes, unique
 
 if TYPE_CHECKING:
+    from trackopt.archive import Archive
     from trackopt.archive.nodes import Tensor
     from trackopt.state import Optimizer, Scheduler, TrainingState
 
@@ -238,7 +239,7 @@ def _heavy(archive: Archive) -> list[str]:
 
 
 def _foreign(archive: Archive) -> list[str]:
-    refused = [name for name in archive.globals if not rebuild.is_safe(name)]
+    refused = [name for name in archive.globals if not is_safe(name)]
     if not refused:
         return []
     names = ", ".join(refused[:_MANY]) + (f" and {len(refused) - _MANY} more" if len(refused) > _MANY else "")

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 _MAX_RANK = 64
-_STORAGES = {
+STORAGES = {
     "Double": "float64", "Float": "float32", "Half": "float16", "BFloat16": "bfloat16",
     "Long": "int64", "Int": "int32", "Short": "int16", "Char": "int8", "Byte": "uint8", "Bool": "bool",
     "ComplexDouble": "complex128", "ComplexFloat": "complex64",
@@ -56,7 +56,7 @@ def storage(key: Any) -> Any:
     ):
         return Opaque("persistent id", (key,))
     kind, _, suffix = key[1].name.rpartition(".")[2].partition("Storage")
-    dtype = _STORAGES.get(kind)
+    dtype = STORAGES.get(kind)
     if dtype is None or suffix:
         raise Broken(f"{key[1].name} is not a kind of storage that torch has")
     if not _is_size(key[4]):
@@ -143,6 +143,14 @@ def _encode(text: str, encoding: str = "utf-8") -> bytes:
     return text.encode(encoding)
 
 
+def _bytes(data: Any = b"", encoding: str = "latin1") -> bytes:
+    if isinstance(data, str):
+        return _encode(data, encoding)
+    if not isinstance(data, bytes):
+        raise Broken("bytes are made of something else")
+    return data
+
+
 def _complex(real: float, imaginary: float) -> complex:
     return complex(real, imaginary)
 
@@ -192,24 +200,8 @@ _BUILDERS: dict[str, Callable[..., Any]] = {
             "frozenset": _set("builtins.frozenset"),
             "complex": _complex,
             "dict": _mapping,
+            "bytes": _bytes,
+            "bytearray": _bytes,
         }.items()
     },
 }
-
-#: The names that ``torch.load(weights_only=True)`` accepts, beside dtypes and storages; the rest it refuses.
-SAFE = frozenset(
-    name
-    for name in _BUILDERS
-    if not name.startswith(("numpy.", "collections.d", "builtins.", "__builtin__."))
-) | {"torch.serialization._get_layout"}
-
-
-def is_safe(name: str) -> bool:
-    """Whether ``torch.load(weights_only=True)`` takes a name without being told to."""
-    short = name.removeprefix("torch.").removeprefix("storage.").removeprefix("cuda.")
-    return (
-        name in SAFE
-        or short in ITEMSIZE
-        or short.removesuffix("Storage") in _STORAGES
-        or short == "TypedStorage"
-    )

@@ -139,7 +139,8 @@ class Zip:
         if end + _END.size + comment != self.size or disk or start_disk:
             raise self.broken("the zip file's end record is not at its end")
         if at >= _LOCATOR.size and tail[at - _LOCATOR.size : at].startswith(b"PK\x06\x07"):
-            end, count, length, start = self._end64(*_LOCATOR.unpack_from(tail, at - _LOCATOR.size)[1:3])
+            _, _, end, _ = _LOCATOR.unpack_from(tail, at - _LOCATOR.size)
+            count, length, start = self._end64(end, tail_start + at - _LOCATOR.size)
         if start + length != end or count * _ENTRY.size > length:
             raise self.broken("the zip file's directory is not where its end record says")
         if length > _MAX_DIRECTORY or count > _MAX_RECORDS:
@@ -148,13 +149,14 @@ class Zip:
             )
         return start, length, count
 
-    def _end64(self, disk: int, offset: int) -> tuple[int, int, int, int]:
-        if disk or offset + _END64.size > self.size:
-            raise self.broken("the zip64 end record is out of the file")
-        magic, _, _, _, _, _, _, count, length, start = _END64.unpack(self._pread(offset, _END64.size))
-        if magic != b"PK\x06\x06":
-            raise self.broken("the zip64 end record is missing")
-        return offset, count, length, start
+    def _end64(self, offset: int, stop: int) -> tuple[int, int, int]:
+        """Entries, length and start of the directory, from the record that must end where its locator begins."""
+        if offset + _END64.size > stop:
+            raise self.broken("the zip64 end record is not where its locator says")
+        magic, size, *_, count, length, start = _END64.unpack(self._pread(offset, _END64.size))
+        if magic != b"PK\x06\x06" or offset + 12 + size != stop:
+            raise self.broken("the zip64 end record is not where its locator says")
+        return count, length, start
 
     def _read_directory(self, data: bytes, count: int) -> None:
         position = 0

@@ -53,12 +53,15 @@ class Store:
         """The newest checkpoint that is sound, read; ``None`` where there is none at all.
 
         Raises:
-            CheckpointError: There are some, but each is damaged.
+            CheckpointError: There are some, but each is damaged, or (``MismatchError``) the newest sound one is of a
+                kind that this version cannot use.
         """
         damaged: dict[Path, str] = {}
         for path in reversed(self.paths()):
             try:
                 tree = load(path)
+            except MismatchError:
+                raise  # sound, and newer than what is behind it
             except CheckpointError as error:
                 damaged[path] = str(error)
                 continue

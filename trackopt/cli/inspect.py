@@ -113,7 +113,7 @@ def _model(model: Model) -> list[str]:
 def _optimizer(one: Optimizer) -> Iterator[RenderableType]:
     from rich.text import Text
 
-    told = "" if one.evidence.startswith("saved") else " (from its keys)"
+    told = "" if one.evidence.startswith("saved") or not one.cls else " (from its keys)"
     count = sum(len(group.parameters) for group in one.groups)
     weight = sum(tensor.nbytes for buffer in one.buffers.values() for tensor in buffer.tensors.values())
     facts = [

@@ -215,6 +215,8 @@ def _class(groups: Any, state: Any, told: Any) -> tuple[str, str]:
         if needs <= keys and not lacks & keys:
             return _refined(name, groups[0], needs)
     buffers = sorted({str(key) for entry in state.values() if isinstance(entry, dict) for key in entry})
+    if "betas" in keys and {"exp_avg", "exp_avg_sq"} <= set(buffers):
+        return "Adam or AdamW", "its buffers: exp_avg, exp_avg_sq"
     unknown = sorted(str(key) for key in keys - {"params"})
     return "", f"unknown keys: {', '.join(unknown)}; buffers: {', '.join(buffers)}"
 

@@ -1,0 +1,85 @@
+"""What many tests share: a small training, and readers of the real backends."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+# Where the recorder and the scripts of the tests run; MLflow must not look for a network.
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+
+
+@pytest.fixture(autouse=True)
+def _home(tmp_path, monkeypatch):
+    """Each test has a working directory of its own, and none of the user's settings."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "TRACKOPT_DIR"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def training():
+    """A model, its optimizer and its scheduler, the same at each call."""
+    return build
+
+
+def build(optimizer=torch.optim.AdamW, **options):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Dropout(0.1), nn.Linear(8, 2))
+    optimizer = optimizer(model.parameters(), **{"lr": 0.01, **options})
+    return model, optimizer, torch.optim.lr_scheduler.StepLR(optimizer, 3, 0.5)
+
+
+def train_step(model, optimizer, scheduler=None):
+    """One step on a batch drawn from the global generator."""
+    optimizer.zero_grad()
+    loss = model(torch.randn(5, 4)).square().mean()
+    loss.backward()
+    optimizer.step()
+    if scheduler is not None:
+        scheduler.step()
+    return loss
+
+
+def run_script(script: Path, *arguments, **environment):
+    """Run a python script in a process of its own; it ends by itself or kills itself."""
+    return subprocess.run(
+        [sys.executable, str(script), *map(str, arguments)],
+        env={**os.environ, **{key: str(value) for key, value in environment.items()}},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def tensorboard_points(directory: Path) -> dict[str, list[tuple[int, float]]]:
+    """The scalars that TensorBoard's own reader finds in a run's directory."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    reader = EventAccumulator(str(directory), size_guidance={"scalars": 0, "tensors": 0})
+    reader.Reload()
+    return {tag: [(e.step, e.value) for e in reader.Scalars(tag)] for tag in reader.Tags()["scalars"]}
+
+
+def mlflow_run(directory: Path):
+    """The MLflow run of a run's directory, and its client."""
+    from mlflow import MlflowClient
+
+    from trackopt.directory import read_identity
+
+    target = read_identity(directory)["mlflow"]
+    client = MlflowClient(target["tracking_uri"])
+    return client, client.get_run(target["run_id"])
+
+
+def mlflow_points(directory: Path) -> dict[str, list[tuple[int, float]]]:
+    """Every row that MLflow's store holds of a run, by key."""
+    client, run = mlflow_run(directory)
+    history = {key: client.get_metric_history(run.info.run_id, key) for key in run.data.metrics}
+    return {key: sorted((m.step, m.value) for m in rows) for key, rows in history.items()}

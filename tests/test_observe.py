@@ -1,0 +1,285 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import trackopt
+from tests.conftest import build, train_step
+from trackopt import journal
+from trackopt.observe import Observer, params
+from trackopt.observe.hyperparameters import numeric
+from trackopt.observe.statistics import measure
+
+OPTIMIZERS = sorted(
+    name
+    for name in torch.optim.__all__
+    if isinstance(cls := getattr(torch.optim, name), type)
+    and issubclass(cls, torch.optim.Optimizer)
+    and cls is not torch.optim.Optimizer
+)
+OPTIONS = {
+    "SGD": {"momentum": 0.9},
+    "RMSprop": {"momentum": 0.9, "centered": True},
+    "Adam": {"amsgrad": True},
+}
+
+
+def five_steps(name, observe):
+    """Train five steps with an optimizer of torch, with or without `wrap`; the parameters and the run's series."""
+    torch.manual_seed(0)
+    sparse, matrices = name == "SparseAdam", name == "Muon"
+    model = nn.Embedding(6, 3, sparse=True) if sparse else nn.Linear(4, 3, bias=not matrices)
+    optimizer = getattr(torch.optim, name)(model.parameters(), lr=0.05, **OPTIONS.get(name, {}))
+    run = trackopt.wrap(optimizer, model=model, dir=f"runs/{name}", sinks=()) if observe else None
+
+    def closure():
+        optimizer.zero_grad()
+        x = torch.randint(6, (4,)) if sparse else torch.randn(4, 4)
+        loss = (model(x) - 1).square().sum()
+        loss.backward()
+        return loss
+
+    for _ in range(5):
+        if name == "LBFGS":
+            loss = optimizer.step(closure)
+        else:
+            loss = closure()
+            optimizer.step()
+        if run:
+            run.step(loss=loss)
+    if run:
+        run.close()
+    series = journal.series(run.dir) if run else {}
+    return [p.detach().clone() for p in model.parameters()], optimizer, series
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_trains_as_without_wrap_and_is_measured(name):
+    """Same weights bit for bit; loss, LR, gradient and every buffer have one point per step, equal to what is there."""
+    bare, _, _ = five_steps(name, observe=False)
+    watched, optimizer, series = five_steps(name, observe=True)
+    assert all(map(torch.equal, bare, watched))
+    assert [step for step, _ in series["loss"]] == [1, 2, 3, 4, 5]
+    assert series["lr/group0"] == [(step, 0.05) for step in range(1, 6)]
+    assert series["grad/group0.norm"][-1][1] > 0
+    states = optimizer.state.values()
+    buffers = {k for state in states for k, v in state.items() if isinstance(v, torch.Tensor) and v.ndim}
+    assert buffers
+    for buffer in buffers:
+        tensors = [state[buffer].double().flatten() for state in states if buffer in state]
+        values = torch.cat(tensors)
+        found = {
+            kind: series[f"{buffer}/group0.{kind}"][-1] for kind in ("norm", "mean", "std", "min", "max")
+        }
+        expected = (values.norm(), values.mean(), values.std(correction=0), values.min(), values.max())
+        assert [step for step, _ in found.values()] == [5] * 5
+        assert [value for _, value in found.values()] == pytest.approx(
+            [float(v) for v in expected], rel=1e-5, abs=1e-12
+        )
+
+
+NUMBERS = st.floats(-1e6, 1e6, width=32)
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    values=st.lists(st.lists(NUMBERS, min_size=0, max_size=50), min_size=1, max_size=4),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.float16, torch.bfloat16]),
+    offset=st.sampled_from([0.0, 1000.0]),
+)
+def test_statistics_equal_a_float64_reference(values, dtype, offset):
+    """For any dtype, also where the mean is large against the deviations."""
+    tensors = [
+        (torch.tensor(each, dtype=torch.float32) + offset).clamp(-6e4, 6e4).to(dtype) for each in values
+    ]
+    statistics, norms = measure({"b": tensors}, {"g": tensors})
+    reference = torch.cat([t.double() for t in tensors])
+    if not reference.numel():
+        assert (statistics, norms) == ({}, {})
+        return
+    found = statistics["b"]
+    size = float(reference.abs().max())
+    assert found.norm == pytest.approx(float(reference.norm()), rel=1e-5)
+    assert norms["g"] == pytest.approx(float(reference.norm()), rel=1e-5)
+    assert found.mean == pytest.approx(float(reference.mean()), rel=1e-5, abs=1e-6 * size)
+    assert found.std == pytest.approx(float(reference.std(correction=0)), rel=1e-4, abs=2e-7 * size)
+    assert (found.min, found.max) == (float(reference.min()), float(reference.max()))
+
+
+def test_large_tensors_are_read_in_pieces_and_layouts_do_not_matter():
+    """Many pieces, a transposed, a channels-last, a sparse and a complex tensor give the numbers of the whole."""
+    generator = torch.Generator().manual_seed(0)
+    large = torch.randn(700_001, generator=generator) + 100
+    image = torch.randn(2, 3, 40, 50, generator=generator).to(memory_format=torch.channels_last)
+    tensors = [large, image, torch.randn(300, 200, generator=generator).t()]
+    reference = torch.cat([t.double().flatten() for t in tensors])
+    found = measure({"b": tensors}, {})[0]["b"]
+    assert found.norm == pytest.approx(float(reference.norm()), rel=1e-6)
+    assert found.std == pytest.approx(float(reference.std(correction=0)), rel=1e-6)
+    sparse = torch.sparse_coo_tensor([[0, 0, 2]], [1.0, 2.0, 4.0], (5,), check_invariants=True)
+    assert measure({}, {"g": [sparse]})[1]["g"] == 5.0
+    assert measure({}, {"g": [torch.tensor([3 + 4j])]})[1]["g"] == 5.0
+
+
+@pytest.mark.parametrize(("bad", "norm"), [(math.nan, math.nan), (math.inf, math.inf), (-math.inf, math.inf)])
+def test_what_is_not_finite_shows(bad, norm):
+    """A NaN or an infinity among many numbers is not averaged away, and does not raise."""
+    found = measure({"b": [torch.ones(10), torch.tensor([1.0, bad])]}, {})[0]["b"]
+    np.testing.assert_equal(found.norm, norm)
+    assert not math.isfinite(found.mean)
+    assert math.isnan(found.std)
+
+
+def test_the_lr_of_a_record_is_the_one_that_its_step_used():
+    """The scheduler moves the LR behind the step; the record shows what was used."""
+    model, optimizer, scheduler = build(torch.optim.SGD, lr=1.0)
+    with trackopt.wrap(optimizer, scheduler, model=model, dir="run", sinks=()) as run:
+        for _ in range(7):
+            run.step(loss=train_step(model, optimizer, scheduler))
+    assert [value for _, value in journal.series("run")["lr/group0"]] == [1.0, 1.0, 1.0, 0.5, 0.5, 0.5, 0.25]
+
+
+def test_other_hyperparameters_are_recorded_when_they_change():
+    """A momentum that is never touched is no curve; one that is changed has a point where the step first used it."""
+    model, optimizer, _ = build(torch.optim.SGD, momentum=0.9)
+    with trackopt.wrap(optimizer, model=model, dir="run", sinks=()) as run:
+        for step in range(1, 6):
+            if step == 3:
+                optimizer.param_groups[0]["momentum"] = 0.5
+            run.step(loss=train_step(model, optimizer))
+    series = journal.series("run")
+    assert series["hyper/group0.momentum"] == [(3, 0.5)]
+    assert [key for key in series if key.startswith("hyper/")] == ["hyper/group0.momentum"]
+
+
+def test_groups_go_by_their_names_and_several_optimizers_by_theirs():
+    """`group0` gives way to the group's own name; optimizers of a dict come before it."""
+    one, two = nn.Linear(2, 2), nn.Linear(2, 2)
+    gen = torch.optim.SGD([{"params": one.parameters(), "name": "backbone", "lr": 0.1}])
+    disc = torch.optim.SGD(two.parameters(), lr=0.2)
+    with trackopt.wrap({"gen": gen, "disc": disc}, dir="run", sinks=()) as run:
+        for step in range(4):
+            disc.step()
+            if step % 2:
+                gen.step()
+            run.step(loss=step)
+        assert run.global_step == 4
+    series = journal.series("run")
+    assert series["lr/disc.group0"] == [(step, 0.2) for step in (1, 2, 3, 4)]
+    assert series["lr/gen.backbone"] == [(2, 0.1), (4, 0.1)]
+
+
+def test_a_step_within_a_step_counts_once():
+    """A subclass that calls super().step() fires the hooks twice; a step that raised does not spoil the count."""
+
+    class Mine(torch.optim.SGD):
+        fail = False
+
+        @torch.no_grad()
+        def step(self, closure=None):
+            if self.fail:
+                raise RuntimeError("out of memory")
+            super().step(closure)
+            return super().step(closure)
+
+    model, optimizer, _ = build(Mine)
+    observer = Observer(optimizer)
+    train_step(model, optimizer)
+    assert observer.steps == 1
+    optimizer.fail = True
+    with pytest.raises(RuntimeError, match="out of memory"):
+        train_step(model, optimizer)
+    optimizer.fail = False
+    train_step(model, optimizer)
+    assert observer.steps == 2
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_that_the_scaler_skips_is_none(fused):
+    """An overflow leaves no record and no count, also where a fused optimizer's hooks fire all the same."""
+    model = nn.Linear(4, 2)
+    optimizer = torch.optim.Adam(model.parameters(), fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    with trackopt.wrap(optimizer, model=model, dir="run", sinks=(), scaler=scaler) as run:
+        for step in range(6):
+            optimizer.zero_grad()
+            loss = model(torch.ones(1, 4)).sum() * (math.inf if step == 2 else 1)
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            run.step(scale=scaler.get_scale())
+        assert run.global_step == 5
+    assert [step for step, _ in journal.series("run")["scale"]] == [1, 2, 3, 4, 5]
+
+
+def test_gradient_accumulation_makes_one_record_of_several_iterations():
+    """The losses of the iterations that make a step are averaged in its record."""
+    model, optimizer, _ = build(torch.optim.SGD)
+    with trackopt.wrap(optimizer, model=model, dir="run", sinks=()) as run:
+        for iteration in range(1, 9):
+            model(torch.randn(5, 4)).sum().backward()
+            if iteration % 4 == 0:
+                optimizer.step()
+                optimizer.zero_grad()
+            run.step(loss=iteration)
+    assert journal.series("run")["loss"] == [(1, 2.5), (2, 6.5)]
+
+
+def test_statistics_every_few_steps():
+    """With stats_every=3 the buffers are measured at steps 1, 4, 7; the LR at each."""
+    model, optimizer, _ = build()
+    with trackopt.wrap(optimizer, model=model, dir="run", sinks=(), stats_every=3) as run:
+        for _ in range(7):
+            run.step(loss=train_step(model, optimizer))
+    series = journal.series("run")
+    assert [step for step, _ in series["exp_avg/group0.norm"]] == [1, 4, 7]
+    assert len(series["lr/group0"]) == 7
+
+
+def test_the_optimizer_is_left_as_it_was():
+    """Its class and its step stay, and closing the run removes the hooks."""
+    model, optimizer, _ = build()
+    step = optimizer.step
+    with trackopt.wrap(optimizer, model=model, dir="run", sinks=()) as run:
+        train_step(model, optimizer)
+        assert type(optimizer) is torch.optim.AdamW
+        assert optimizer.step == step
+    assert not optimizer._optimizer_step_pre_hooks
+    assert not optimizer._optimizer_step_post_hooks
+    assert run.global_step == 1
+
+
+@pytest.mark.filterwarnings(
+    "ignore:`torch.jit:DeprecationWarning"
+)  # torch's own compiler calls what it deprecates
+def test_a_compiled_step_is_observed():
+    """torch.compile neither traces the hooks nor loses them."""
+    model, optimizer, _ = build()
+    observer = Observer(optimizer)
+    step = torch.compile(optimizer.step, backend="eager")
+    for _ in range(3):
+        model(torch.randn(5, 4)).sum().backward()
+        step()
+    assert observer.steps == 3
+    assert observer.take()["exp_avg/group0.norm"] > 0
+
+
+def test_hyperparameters_have_the_names_of_the_field():
+    group = {
+        "params": [],
+        "lr": 0.1,
+        "betas": (0.9, 0.99),
+        "nesterov": True,
+        "foreach": None,
+        "eps": torch.tensor(0.5),
+    }
+    assert numeric(group) == {"beta1": 0.9, "beta2": 0.99, "eps": 0.5}
+    _, optimizer, scheduler = build(torch.optim.SGD, momentum=0.9)
+    described = params({"optimizer": optimizer}, {"scheduler": scheduler})
+    assert described["optimizer"] == "SGD"
+    assert (described["group0.lr"], described["group0.momentum"]) == (0.01, 0.9)
+    assert (described["scheduler"], described["scheduler.step_size"]) == ("StepLR", 3)

@@ -1,0 +1,257 @@
+"""From the tree to training state: classes, names, positions, as torch was told them."""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from torch import nn, optim
+from torch.optim import lr_scheduler, swa_utils
+
+import trackopt
+from tests.checkpoints import saved, trained
+from trackopt import state
+from trackopt.state import TrainingState
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+OPTIMIZERS = sorted(
+    name
+    for name, kind in vars(optim).items()
+    if inspect.isclass(kind) and issubclass(kind, optim.Optimizer) and kind is not optim.Optimizer
+)
+SCHEDULERS = {
+    "LambdaLR": {"lr_lambda": lambda epoch: 0.5},
+    "MultiplicativeLR": {"lr_lambda": lambda epoch: 0.5},
+    "StepLR": {"step_size": 3},
+    "MultiStepLR": {"milestones": [1, 2]},
+    "ConstantLR": {},
+    "LinearLR": {},
+    "ExponentialLR": {"gamma": 0.9},
+    "PolynomialLR": {},
+    "CosineAnnealingLR": {"T_max": 5},
+    "CosineAnnealingWarmRestarts": {"T_0": 4},
+    "CyclicLR": {"base_lr": 0.1, "max_lr": 1.0},
+    "OneCycleLR": {"max_lr": 0.1, "total_steps": 10},
+    "ReduceLROnPlateau": {},
+    "SequentialLR": None,
+    "ChainedScheduler": None,
+    "SWALR": {"swa_lr": 0.1},
+}
+
+
+def read(tree: Any, path: Path) -> TrainingState:
+    with trackopt.open(saved(tree, path / "t.pt")) as archive:
+        return state.read(archive)
+
+
+def stepped(name: str) -> tuple[nn.Module, optim.Optimizer]:
+    """An optimizer after two real steps."""
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2, bias=False)
+    live = getattr(optim, name)(model.parameters(), lr=0.01)
+
+    def closure() -> torch.Tensor:
+        live.zero_grad()
+        loss = model(torch.ones(4, 3)).square().mean()
+        loss.backward()
+        if name == "SparseAdam":
+            model.weight.grad = model.weight.grad.to_sparse()
+        return loss
+
+    for _ in range(2):
+        if name == "LBFGS":
+            live.step(closure)
+        else:
+            closure()
+            live.step()
+    return model, live
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_of_torch_is_told_from_its_keys(name: str, tmp_path: Path) -> None:
+    model, live = stepped(name)
+    found = read({"model": model.state_dict(), "optimizer": live.state_dict()}, tmp_path).optimizers[0]
+    assert found.cls == name
+    assert found.evidence.startswith("its keys: ")
+    assert found.groups[0].hyperparameters["lr"] == 0.01
+    assert found.groups[0].elements == 6
+    assert set(found.groups[0].parameters) == {"weight"}
+    shaped = {
+        key
+        for key, value in live.state[model.weight].items()
+        if torch.is_tensor(value) and value.shape == (2, 3)
+    }
+    assert shaped <= set(found.buffers)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_an_optimizer_that_has_not_stepped_is_told_too(name: str, tmp_path: Path) -> None:
+    live = getattr(optim, name)([nn.Parameter(torch.ones(2, 2))], lr=0.5)
+    found = read({"optimizer": live.state_dict()}, tmp_path).optimizers[0]
+    assert found.cls == name
+    assert found.groups[0].hyperparameters["lr"] == 0.5
+
+
+def test_all_schedulers_of_torch_are_in_the_table() -> None:
+    known = {
+        name
+        for module in (lr_scheduler, swa_utils)
+        for name, kind in vars(module).items()
+        if inspect.isclass(kind) and issubclass(kind, lr_scheduler.LRScheduler) and not name.startswith("_")
+    } - {"LRScheduler"}
+    assert known == set(SCHEDULERS)
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of")
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_every_scheduler_of_torch_is_told_from_its_keys(name: str, tmp_path: Path) -> None:
+    live = optim.SGD([nn.Parameter(torch.ones(2))], lr=0.1, momentum=0.9)
+    options = SCHEDULERS[name]
+    if options is None:
+        inner = [lr_scheduler.ConstantLR(live), lr_scheduler.ExponentialLR(live, 0.9)]
+        scheduler = (
+            lr_scheduler.ChainedScheduler(inner)
+            if name == "ChainedScheduler"
+            else lr_scheduler.SequentialLR(live, inner, [2])
+        )
+    else:
+        kind = getattr(lr_scheduler, name, None) or getattr(swa_utils, name)
+        scheduler = kind(live, **options)
+    live.step()
+    scheduler.step(*([1.0] if name == "ReduceLROnPlateau" else []))
+    found = read({"optimizer": live.state_dict(), "scheduler": scheduler.state_dict()}, tmp_path).schedulers[
+        0
+    ]
+    assert name in found.cls.split(" or ")
+    assert found.last_epoch == 1
+    assert found.last_lr == (live.param_groups[0]["lr"],)
+    assert found.agrees is True
+
+
+def test_our_own_checkpoint_tells_everything(tmp_path: Path) -> None:
+    found = read(trained(steps=4), tmp_path)
+    assert found.own
+    assert (found.step, found.epoch, found.batch) == (4, 1, 2)
+    assert found.rng == ("python", "numpy", "torch")
+    assert found.extras == ()
+    (optimizer,) = found.optimizers
+    assert (optimizer.cls, optimizer.evidence, optimizer.steps) == ("AdamW", "saved beside it", (4, 4))
+    assert [group.name for group in optimizer.groups] == ["backbone", "group1"]
+    assert optimizer.groups[0].parameters == ("0.weight", "0.bias", "1.weight", "1.bias")
+    assert list(optimizer.buffers) == ["exp_avg", "exp_avg_sq"]
+    assert optimizer.buffers["exp_avg"].tensors["3.weight"].shape == (4, 16)
+    assert found.schedulers[0].cls == "StepLR"
+    assert found.models[0].parameters == 8 * 16 + 16 + 2 * 16 + 16 * 4 + 4
+
+
+def test_user_objects_are_extras_of_our_own_checkpoint(tmp_path: Path) -> None:
+    found = read({**trained(), "scaler": {"scale": 2.0}, "ema": {"w": torch.ones(2)}}, tmp_path)
+    assert [name for name, _ in found.extras] == ["scaler", "ema"]
+
+
+def test_several_models_and_optimizers_keep_their_names(tmp_path: Path) -> None:
+    parts = {name: nn.Linear(2, 2) for name in ("gen", "disc")}
+    tree = {
+        "model": {name: model.state_dict() for name, model in parts.items()},
+        "optimizer": {
+            name: optim.Adam(model.parameters(), lr=0.5).state_dict() for name, model in parts.items()
+        },
+    }
+    found = read(tree, tmp_path)
+    assert [model.name for model in found.models] == ["gen", "disc"]
+    assert [one.name for one in found.optimizers] == ["gen", "disc"]
+
+
+@pytest.mark.parametrize(
+    ("model", "optimizer", "scheduler", "epoch", "step"),
+    [
+        ("model", "optimizer", "lr_scheduler", "epoch", "global_step"),
+        ("model_state_dict", "optimizer_state_dict", "scheduler_state_dict", "epoch", "step"),
+        ("state_dict", "optim", "scheduler", "current_epoch", "iteration"),
+        ("net", "opt", "sched", "epoch", "it"),
+    ],
+)
+def test_the_usual_spellings_are_known(
+    model: str, optimizer: str, scheduler: str, epoch: str, step: str, tmp_path: Path
+) -> None:
+    ours = trained()
+    tree = {
+        model: ours["model"],
+        optimizer: ours["optimizer"],
+        scheduler: ours["scheduler"],
+        epoch: 3,
+        step: 99,
+        "loss": 0.5,
+    }
+    found = read(tree, tmp_path)
+    assert not found.own
+    assert (found.epoch, found.step) == (3, 99)
+    assert len(found.models) == len(found.optimizers) == len(found.schedulers) == 1
+    assert found.optimizers[0].matching == "order against the model"
+    assert found.extras == (("loss", 0.5),)
+
+
+def test_names_in_the_groups_are_taken(tmp_path: Path) -> None:
+    model = nn.Linear(2, 2)
+    live = optim.SGD(model.named_parameters(), lr=0.1)
+    found = read({"optimizer": live.state_dict()}, tmp_path).optimizers[0]
+    assert found.groups[0].parameters == ("weight", "bias")
+    assert found.matching == "saved in its groups"
+
+
+def test_names_are_not_guessed_where_shapes_contradict(tmp_path: Path) -> None:
+    live = stepped("Adam")[1]
+    found = read(
+        {"model": nn.Linear(9, 9, bias=False).state_dict(), "optimizer": live.state_dict()}, tmp_path
+    ).optimizers[0]
+    assert found.matching == ""
+    assert found.unmatched == ("0",)
+
+
+def test_a_learning_rate_in_a_tensor_is_a_number(tmp_path: Path) -> None:
+    live = optim.Adam([nn.Parameter(torch.ones(2))], lr=torch.tensor(0.25), foreach=False)
+    found = read({"optimizer": live.state_dict()}, tmp_path).optimizers[0]
+    assert found.groups[0].hyperparameters["lr"] == 0.25
+
+
+def test_an_lr_that_the_scheduler_did_not_set_is_seen(tmp_path: Path) -> None:
+    tree = trained()
+    tree["optimizer"]["param_groups"][0]["lr"] = 5.0
+    assert read(tree, tmp_path).schedulers[0].agrees is False
+
+
+@pytest.mark.parametrize(
+    "tree",
+    [
+        {"w": torch.ones(2), "b": torch.ones(1)},
+        [torch.ones(1)],
+        7,
+        {},
+        {"trackopt": {"format": 1}},
+        {
+            "trackopt": {"format": 1, "param_names": 3, "optimizer_class": [1]},
+            "optimizer": {"state": {}, "param_groups": []},
+        },
+        {"optimizer": {"state": {0: 1}, "param_groups": [{"params": [0, 1]}]}},
+        {"optimizer": {"state": {}, "param_groups": [{"params": "x"}]}, "scheduler": {"_schedulers": [1]}},
+        {1: {2: torch.ones(1)}},
+    ],
+)
+def test_whatever_a_file_holds_is_no_error(tree: Any, tmp_path: Path) -> None:
+    assert isinstance(read(tree, tmp_path), TrainingState)
+
+
+def test_a_bare_state_dict_is_a_model(tmp_path: Path) -> None:
+    found = read(nn.Linear(3, 2).state_dict(), tmp_path)
+    assert found.models[0].parameters == 8
+
+
+def test_tied_weights_count_once_and_statistics_are_no_parameters(tmp_path: Path) -> None:
+    weight = torch.ones(5)
+    found = read({"a.weight": weight, "b.weight": weight, "n.running_mean": torch.ones(9)}, tmp_path)
+    assert found.models[0].parameters == 5
+    assert found.models[0].nbytes == 20 + 36
