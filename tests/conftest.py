@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -58,6 +60,25 @@ def run_script(script: Path, *arguments, **environment):
     )
 
 
+@contextlib.contextmanager
+def quietly():
+    """MLflow and TensorBoard raise deprecation warnings about their own insides, which are not ours to mend."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def drain(directory: Path) -> list[str]:
+    """Deliver a run's journal to its end, as `trackopt sync` does; what the user was told."""
+    from trackopt.recorder.recorder import Recorder
+
+    told: list[str] = []
+    with quietly(), Recorder(directory, tell=told.append) as recorder:
+        recorder.drain()
+    return told
+
+
+@quietly()
 def tensorboard_points(directory: Path) -> dict[str, list[tuple[int, float]]]:
     """The scalars that TensorBoard's own reader finds in a run's directory."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -67,6 +88,7 @@ def tensorboard_points(directory: Path) -> dict[str, list[tuple[int, float]]]:
     return {tag: [(e.step, e.value) for e in reader.Scalars(tag)] for tag in reader.Tags()["scalars"]}
 
 
+@quietly()
 def mlflow_run(directory: Path):
     """The MLflow run of a run's directory, and its client."""
     from mlflow import MlflowClient
@@ -78,6 +100,7 @@ def mlflow_run(directory: Path):
     return client, client.get_run(target["run_id"])
 
 
+@quietly()
 def mlflow_points(directory: Path) -> dict[str, list[tuple[int, float]]]:
     """Every row that MLflow's store holds of a run, by key."""
     client, run = mlflow_run(directory)

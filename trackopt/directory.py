@@ -57,7 +57,8 @@ class RunDirectory:
             os.close(self._lock)
             raise RunError(f"{self.path}: open in another process; stop that one, or choose another dir") from error
         except RunError:
-            os.close(self._lock)
+            self.identity = {}
+            self.release()
             raise
         # A forked data worker would hold the lock for a while after its parent was killed.
         os.register_at_fork(after_in_child=self._drop)

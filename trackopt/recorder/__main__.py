@@ -6,7 +6,6 @@ Standard input is the socket to the training process: its end of file says that 
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import select
 import sys
@@ -21,7 +20,6 @@ _WAKE = 1.0  # seconds
 def main() -> None:
     """Run until the training process is gone and everything is delivered."""
     directory = Path(sys.argv[1])
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     _yield_the_processor()
     with Recorder(directory, tell=_tell) as recorder:
         wait = 0.0

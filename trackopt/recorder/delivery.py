@@ -52,7 +52,7 @@ class Delivery:
         try:
             return self._pump(self._sink or self._open(), limit)
         except BaseException:
-            self._sink = None  # it is made again, from the cursor
+            self.close()  # it is made again, from the cursor
             raise
 
     def finish(self) -> None:
@@ -62,8 +62,14 @@ class Delivery:
         sink = self._sink or self._open()
         status = "KILLED" if self._status == "RUNNING" else self._status
         sink.finish(status)
-        self._sink = None
+        self.close()
         self.cursor |= {"offset": self._read, "status": status, "finished": True}
+
+    def close(self) -> None:
+        """Let go of the sink."""
+        if self._sink is not None:
+            self._sink.close()
+            self._sink = None
 
     def _open(self) -> Sink:
         cursor = self.cursor

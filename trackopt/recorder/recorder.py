@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import fcntl
-import logging
 import os
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -23,8 +23,6 @@ from trackopt.recorder.sink import Sink
 CURSORS = "recorder.json"
 _LONGEST_PAUSE = 60.0  # seconds between two tries of a sink that fails
 
-logger = logging.getLogger("trackopt.recorder")
-
 
 class Recorder:
     """Delivers one run. Only one recorder works on a run at a time; a second waits for the first.
@@ -37,8 +35,8 @@ class Recorder:
     def __init__(self, directory: Path, tell: Callable[[str], None]) -> None:
         self._directory = directory
         self._tell = tell
-        self._lock = (directory / LOG).open("ab")
-        fcntl.flock(self._lock, fcntl.LOCK_EX)
+        self._log = (directory / LOG).open("a")
+        fcntl.flock(self._log, fcntl.LOCK_EX)
         identity = read_identity(directory)
         # Relative addresses (of an SQLite file, of artifacts) are meant from where the training ran.
         os.chdir(identity["working_directory"])
@@ -54,7 +52,9 @@ class Recorder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._lock.close()
+        for delivery in self._deliveries.values():
+            delivery.close()
+        self._log.close()
 
     def pump(self) -> bool:
         """Send each sink the next of what is new for it; whether there is more.
@@ -85,7 +85,7 @@ class Recorder:
         try:
             more = bool(action(self._delivery(name)))
         except Exception as error:  # noqa: BLE001 - whatever one sink raises must not keep the others from theirs
-            logger.warning("%s failed", name, exc_info=True)
+            traceback.print_exc(file=self._log)
             if name not in self._pauses:
                 self._tell(
                     f"the {name} sink fails ({_first_line(error)}); training goes on, the journal keeps everything, "

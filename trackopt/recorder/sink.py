@@ -32,3 +32,6 @@ class Sink(ABC):
 
     def diverged(self, step: int) -> None:
         """A resumed run measured another value at ``step`` than the one that was delivered and cannot be taken back."""
+
+    def close(self) -> None:
+        """Let go of files and connections; what was written stays."""

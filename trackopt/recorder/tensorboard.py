@@ -44,7 +44,10 @@ class TensorBoardSink(Sink):
         self._file.flush()
         os.fsync(self._file.fileno())
 
-    def finish(self, status: str) -> None:  # noqa: ARG002 - an event file knows no status
+    def finish(self, status: str) -> None:
+        """An event file knows no status."""
+
+    def close(self) -> None:
         """Close the file."""
         self._file.close()
 
