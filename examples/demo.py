@@ -1,6 +1,6 @@
 """The main job in one go: train, kill, resume, compare with a run that was never killed, and look inside.
 
-    make demo            # or: python examples/demo.py
+make demo            # or: python examples/demo.py
 """
 
 import os

@@ -1,7 +1,7 @@
 """Train a small CNN on scikit-learn's handwritten digits, tracked and resumable by one call.
 
-    python examples/digits.py            # writes runs/digits; kill it and run it again: it goes on
-    python examples/digits.py runs/other --epochs 3
+python examples/digits.py            # writes runs/digits; kill it and run it again: it goes on
+python examples/digits.py runs/other --epochs 3
 """
 
 import argparse
@@ -61,7 +61,7 @@ def main():
     arguments = parser.parse_args()
 
     random.seed(0)
-    np.random.seed(0)  # noqa: NPY002 - the global generator is what most code draws from
+    np.random.seed(0)
     torch.manual_seed(0)
     train, held_out = datasets()
     model, optimizer = build()

@@ -95,12 +95,8 @@ def trained(
 
 def peak(program: str, path: Path) -> int:
     """KiB of memory at most held by a python that runs ``program`` with a path as its argument."""
-    program += (
-        "\nprint(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program, str(path)], capture_output=True, text=True, check=True
-    )
+    program += "\nprint(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
+    done = subprocess.run([sys.executable, "-c", program, str(path)], capture_output=True, text=True, check=True)
     return int(done.stdout.split()[-1])
 
 

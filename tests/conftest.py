@@ -7,11 +7,14 @@ import os
 import subprocess
 import sys
 import warnings
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from torch import nn
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 # Where the recorder and the scripts of the tests run; MLflow must not look for a network.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")

@@ -82,15 +82,12 @@ def test_it_needs_neither_torch_nor_numpy(tmp_path: Path) -> None:
         "import sys; from trackopt import integrity; assert integrity.check(sys.argv[1]) == []; "
         "print(*{'torch', 'numpy', 'click', 'rich'} & set(sys.modules))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program, str(path)], capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", program, str(path)], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
 
 
 def test_memory_stays_bounded_on_a_large_file(tmp_path: Path) -> None:
     path = saved({"t": torch.zeros(64 << 20, dtype=torch.uint8)}, tmp_path / "t.pt")
     assert (
-        peak("import sys; from trackopt import integrity; assert integrity.check(sys.argv[1]) == []", path)
-        < 40 << 10
+        peak("import sys; from trackopt import integrity; assert integrity.check(sys.argv[1]) == []", path) < 40 << 10
     )

@@ -72,9 +72,7 @@ def test_every_optimizer_trains_as_without_wrap_and_is_measured(name):
     for buffer in buffers:
         tensors = [state[buffer].double().flatten() for state in states if buffer in state]
         values = torch.cat(tensors)
-        found = {
-            kind: series[f"{buffer}/group0.{kind}"][-1] for kind in ("norm", "mean", "std", "min", "max")
-        }
+        found = {kind: series[f"{buffer}/group0.{kind}"][-1] for kind in ("norm", "mean", "std", "min", "max")}
         expected = (values.norm(), values.mean(), values.std(correction=0), values.min(), values.max())
         assert [step for step, _ in found.values()] == [5] * 5
         assert [value for _, value in found.values()] == pytest.approx(
@@ -93,9 +91,7 @@ NUMBERS = st.floats(-1e6, 1e6, width=32)
 )
 def test_statistics_equal_a_float64_reference(values, dtype, offset):
     """For any dtype, also where the mean is large against the deviations."""
-    tensors = [
-        (torch.tensor(each, dtype=torch.float32) + offset).clamp(-6e4, 6e4).to(dtype) for each in values
-    ]
+    tensors = [(torch.tensor(each, dtype=torch.float32) + offset).clamp(-6e4, 6e4).to(dtype) for each in values]
     statistics, norms = measure({"b": tensors}, {"g": tensors})
     reference = torch.cat([t.double() for t in tensors])
     if not reference.numel():
@@ -253,9 +249,7 @@ def test_the_optimizer_is_left_as_it_was():
     assert run.global_step == 1
 
 
-@pytest.mark.filterwarnings(
-    "ignore:`torch.jit:DeprecationWarning"
-)  # torch's own compiler calls what it deprecates
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own compiler calls what it deprecates
 def test_a_compiled_step_is_observed():
     """torch.compile neither traces the hooks nor loses them."""
     model, optimizer, _ = build()

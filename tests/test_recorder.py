@@ -13,7 +13,16 @@ from pathlib import Path
 import pytest
 
 import trackopt
-from tests.conftest import build, drain, mlflow_points, mlflow_run, quietly, run_script, tensorboard_points, train_step
+from tests.conftest import (
+    build,
+    drain,
+    mlflow_points,
+    mlflow_run,
+    quietly,
+    run_script,
+    tensorboard_points,
+    train_step,
+)
 from trackopt import journal
 from trackopt.directory import read_identity
 from trackopt.journal import Journal
@@ -64,7 +73,7 @@ def assert_once(points):
 
 
 def test_killed_and_resumed_shows_each_step_once_in_both(script, tmp_path):
-    """After a SIGKILL the MLflow run is not left running; after the resume every point is there once and it is FINISHED."""
+    """A SIGKILL leaves no run RUNNING; after the resume every point is there once, and the run is FINISHED."""
     directory = tmp_path / "run"
     assert run_script(script, directory, KILL=10).returncode == -signal.SIGKILL
     wait_until_idle(directory)
@@ -133,7 +142,9 @@ def test_a_killed_recorder_is_made_up_for_by_sync(script, tmp_path):
     with quietly(), Recorder(other, tell=print) as recorder:
         recorder.pump()  # and then it dies: no drain, no end
     (other / journal.NAME).write_bytes(b"".join(lines))
-    done = subprocess.run([sys.executable, "-m", "trackopt", "sync", str(other)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "trackopt", "sync", str(other)], capture_output=True, text=True, check=False
+    )
     assert (done.returncode, done.stdout) == (0, "other: everything is delivered\n"), done.stderr
     assert mlflow_points(other) == journal.series(other)
     assert_once(tensorboard_points(other))
@@ -166,7 +177,18 @@ def test_a_resumed_run_that_differs_is_tagged(tmp_path):
 def mlflow_server(port, folder):
     """A real MLflow server on a SQLite store."""
     folder.mkdir(exist_ok=True)
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command = [
+        sys.executable,
+        "-m",
+        "mlflow",
+        "server",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--workers",
+        "1",
+    ]
     process = subprocess.Popen(
         [*command, "--backend-store-uri", f"sqlite:///{folder}/s.db", "--artifacts-destination", str(folder)],
         stdout=subprocess.DEVNULL,

@@ -87,7 +87,7 @@ def assert_same(one, two, path=""):
 
 @pytest.mark.parametrize("kind", ["plain", "workers", "generator", "stream", "list"])
 def test_killed_and_resumed_equals_uninterrupted(kind, tmp_path):
-    """Killed three times, in the middle of epochs and behind a checkpoint: same state, same series, no point doubled."""
+    """Killed three times, in mid-epoch and behind a checkpoint: same state, same series, no point doubled."""
     script = tmp_path / "train.py"
     script.write_text(SCRIPT)
     whole, killed = tmp_path / "whole", tmp_path / "killed"

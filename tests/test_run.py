@@ -217,7 +217,7 @@ def test_a_loop_that_is_left_by_break_goes_on_with_the_next_epoch():
 
 
 def test_loops_in_the_wrong_order_are_told():
-    run, step = wrapped()
+    run, _step = wrapped()
     with pytest.raises(UsageError, match=r"needs `for epoch in run.epochs"):
         next(run.batches([1]))
     for _ in run.epochs(1):
@@ -243,7 +243,10 @@ def test_an_exception_closes_the_run_as_failed_without_a_checkpoint():
     with pytest.raises(ZeroDivisionError), wrapped()[0]:
         1 / 0  # noqa: B018
     *_, last = journal.read(Path("run/metrics.jsonl"))
-    assert (last.event, last.details) == ("close", {"status": "FAILED", "error": "ZeroDivisionError: division by zero"})
+    assert (last.event, last.details) == (
+        "close",
+        {"status": "FAILED", "error": "ZeroDivisionError: division by zero"},
+    )
     assert not Path("run/checkpoints").exists()
 
 

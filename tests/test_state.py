@@ -81,9 +81,7 @@ def test_every_optimizer_of_torch_is_told_from_its_keys(name: str, tmp_path: Pat
     assert found.groups[0].elements == 6
     assert set(found.groups[0].parameters) == {"weight"}
     shaped = {
-        key
-        for key, value in live.state[model.weight].items()
-        if torch.is_tensor(value) and value.shape == (2, 3)
+        key for key, value in live.state[model.weight].items() if torch.is_tensor(value) and value.shape == (2, 3)
     }
     assert shaped <= set(found.buffers)
 
@@ -123,9 +121,7 @@ def test_every_scheduler_of_torch_is_told_from_its_keys(name: str, tmp_path: Pat
         scheduler = kind(live, **options)
     live.step()
     scheduler.step(*([1.0] if name == "ReduceLROnPlateau" else []))
-    found = read({"optimizer": live.state_dict(), "scheduler": scheduler.state_dict()}, tmp_path).schedulers[
-        0
-    ]
+    found = read({"optimizer": live.state_dict(), "scheduler": scheduler.state_dict()}, tmp_path).schedulers[0]
     assert name in found.cls.split(" or ")
     assert found.last_epoch == 1
     assert found.last_lr == (live.param_groups[0]["lr"],)
@@ -157,9 +153,7 @@ def test_several_models_and_optimizers_keep_their_names(tmp_path: Path) -> None:
     parts = {name: nn.Linear(2, 2) for name in ("gen", "disc")}
     tree = {
         "model": {name: model.state_dict() for name, model in parts.items()},
-        "optimizer": {
-            name: optim.Adam(model.parameters(), lr=0.5).state_dict() for name, model in parts.items()
-        },
+        "optimizer": {name: optim.Adam(model.parameters(), lr=0.5).state_dict() for name, model in parts.items()},
     }
     found = read(tree, tmp_path)
     assert [model.name for model in found.models] == ["gen", "disc"]

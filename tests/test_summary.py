@@ -29,7 +29,8 @@ def levels(summary: Summary) -> list[str]:
 def test_the_keys_are_the_documented_ones(tmp_path: Path) -> None:
     facts = of(trained(), tmp_path).as_dict()
     assert list(facts) == [
-        "path", "format", "bytes", "step", "epoch", "model", "optimizers", "schedulers", "rng", "extras", "globals", "findings",
+        "path", "format", "bytes", "step", "epoch", "model", "optimizers", "schedulers", "rng", "extras",
+        "globals", "findings",
     ]  # fmt: skip
     assert set(facts["model"]) == {"tensors", "parameters", "bytes", "dtypes"}
     assert set(facts["optimizers"][0]) == {
@@ -50,15 +51,10 @@ def test_the_numbers_add_up(tmp_path: Path) -> None:
     summary = of(trained(), tmp_path, tensors=True)
     facts = summary.as_dict()
     listed = {row["name"]: row for row in facts["tensors"]}
-    assert (
-        sum(row["bytes"] for name, row in listed.items() if name.startswith("model."))
-        == facts["model"]["bytes"]
-    )
+    assert sum(row["bytes"] for name, row in listed.items() if name.startswith("model.")) == facts["model"]["bytes"]
     buffers = facts["optimizers"][0]["buffers"].values()
     assert all(buffer["elements"] == facts["model"]["parameters"] for buffer in buffers)
-    assert (
-        sum(group["parameters"] for group in facts["optimizers"][0]["groups"]) == facts["model"]["parameters"]
-    )
+    assert sum(group["parameters"] for group in facts["optimizers"][0]["groups"]) == facts["model"]["parameters"]
 
 
 def test_a_whole_checkpoint_of_ours_resumes_exactly(tmp_path: Path) -> None:
@@ -117,9 +113,7 @@ def test_names_that_torch_would_refuse_are_told(tmp_path: Path) -> None:
 def test_the_names_that_torch_takes_are_known() -> None:
     allowed = set(_weights_only_unpickler._get_allowed_globals())
     assert {name for name in allowed if not is_safe(name)} == set()
-    assert not any(
-        map(is_safe, ("os.system", "builtins.eval", "torch.load", "torch.hub.load", "numpy.ndarray"))
-    )
+    assert not any(map(is_safe, ("os.system", "builtins.eval", "torch.load", "torch.hub.load", "numpy.ndarray")))
 
 
 def test_what_torch_takes_with_weights_only_is_not_called_foreign(tmp_path: Path) -> None:

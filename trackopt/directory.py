@@ -8,15 +8,17 @@ import shlex
 import sys
 import time
 import uuid
-from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import orjson
 
 from trackopt import journal
 from trackopt.errors import RunError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 FORMAT = 1
 IDENTITY = "run.json"
@@ -49,7 +51,9 @@ class RunDirectory:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         except OSError as error:
-            raise RunError(f"{self.path}: cannot be used ({error.strerror}); choose a dir that can be written") from error
+            raise RunError(
+                f"{self.path}: cannot be used ({error.strerror}); choose a dir that can be written"
+            ) from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self.identity = self._read()

@@ -18,14 +18,16 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import orjson
 
 from trackopt.errors import RunError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
 
 NAME = "metrics.jsonl"
 
@@ -72,7 +74,9 @@ class Journal:
         try:
             self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
         except OSError as error:
-            raise RunError(f"{path}: cannot open the journal ({error.strerror}); check the directory's permissions") from error
+            raise RunError(
+                f"{path}: cannot open the journal ({error.strerror}); check the directory's permissions"
+            ) from error
         self.offset = os.fstat(self._file).st_size
         self._waiting = b""
         self._told = False

@@ -8,13 +8,15 @@ loader yields next is then what it would have yielded.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch.utils.data import DataLoader, IterableDataset
 
 from trackopt.checkpoint import rng
 from trackopt.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
 
 T = TypeVar("T")
 
@@ -80,7 +82,7 @@ class Position:
         return {**here, "generators": generators}
 
     def load_state_dict(self, state: dict[str, Any], global_rng: dict[str, Any]) -> None:
-        """Aim at a saved position; ``epochs`` and ``batches`` lead to it. ``global_rng`` is the generators' state there."""
+        """Aim at a saved position, which ``epochs`` and ``batches`` lead to; ``global_rng`` is as it was there."""
         self.epoch = state["epoch"]
         self._saved = {**state, "rng": global_rng}
         self._generators = dict(state["generators"])

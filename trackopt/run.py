@@ -11,17 +11,13 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
-from types import TracebackType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from torch import nn
-from torch.optim import Optimizer
-
+from trackopt.arguments import SINKS, check_objects, check_options
 from trackopt.checkpoint import Store, Training, capture, restore
-from trackopt.checkpoint.capture import RESERVED, Stateful, versions
+from trackopt.checkpoint.capture import Stateful, versions
 from trackopt.checkpoint.store import load
 from trackopt.directory import RunDirectory
 from trackopt.errors import CheckpointError, RunError, UsageError
@@ -30,8 +26,15 @@ from trackopt.loop import Position
 from trackopt.observe import Observer, params
 from trackopt.pending import Pending
 from trackopt.recorder.process import RecorderProcess
+from trackopt.recorder.target import mlflow_target
 
-SINKS = ("tensorboard", "mlflow")
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from types import TracebackType
+
+    from torch import nn
+    from torch.optim import Optimizer
+
 _FORGOTTEN = 100  # steps without the end of an iteration, after which the user is reminded of it
 
 T = TypeVar("T")
@@ -104,7 +107,8 @@ def wrap(
         3
     """
     training = Training(model, optimizer, scheduler, stateful)
-    _check(training, resume, save_every, keep, stats, stats_every, sinks)
+    check_objects(training)
+    check_options(save_every=save_every, keep=keep, stats=stats, stats_every=stats_every, sinks=sinks)
     directory = RunDirectory(dir)
     try:
         store = Store(directory.checkpoints, keep)
@@ -112,8 +116,16 @@ def wrap(
         if found is not None:
             restore(training, found[1], found[0])
         if not directory.identity:
-            directory.found(name, _mlflow_target(experiment))
-        run = Run(training, directory, store, save_every=save_every, stats=stats, stats_every=stats_every, sinks=sinks)
+            directory.found(name, mlflow_target(experiment))
+        run = Run(
+            training,
+            directory,
+            store,
+            save_every=save_every,
+            stats=stats,
+            stats_every=stats_every,
+            sinks=sinks,
+        )
     except BaseException:
         directory.release()
         raise
@@ -153,7 +165,10 @@ class Run:
         optimizers = training.optimizers
         self._observers = {
             name: Observer(
-                optimizer, prefix=f"{name}." if len(optimizers) > 1 else "", stats=stats, stats_every=stats_every
+                optimizer,
+                prefix=f"{name}." if len(optimizers) > 1 else "",
+                stats=stats,
+                stats_every=stats_every,
             )
             for name, optimizer in optimizers.items()
         }
@@ -382,39 +397,7 @@ class Run:
             self._close("KILLED" if unfinished else _status(error), error)
 
 
-def _check(
-    training: Training,
-    resume: str | os.PathLike[str],
-    save_every: int | timedelta | None,
-    keep: int,
-    stats: str | None,
-    stats_every: int,
-    sinks: Sequence[str],
-) -> None:
-    """Refuse what makes no sense before anything is touched."""
-    if not training.optimizers:
-        raise UsageError("wrap() was given no optimizer; pass one, or a dict of them by name")
-    for name, optimizer in training.optimizers.items():
-        if not isinstance(optimizer, Optimizer):
-            raise UsageError(f"{name} is a {type(optimizer).__name__}; wrap() takes a torch.optim.Optimizer")
-    for name, thing in {**training.schedulers, **training.stateful}.items():
-        if not (hasattr(thing, "state_dict") and hasattr(thing, "load_state_dict")):
-            raise UsageError(f"{name} is a {type(thing).__name__} without state_dict() and load_state_dict()")
-    if taken := RESERVED & training.stateful.keys():
-        raise UsageError(f"wrap(..., {taken.pop()}=…): this name is taken in checkpoints; choose another keyword")
-    if unknown := set(sinks) - set(SINKS):
-        raise UsageError(f"sinks: {unknown.pop()!r} is none; choose from {', '.join(SINKS)}")
-    if stats not in {"group", None}:
-        raise UsageError(f"stats={stats!r}: choose 'group' or None")
-    if keep < 1 or stats_every < 1 or (save_every is not None and not save_every):
-        raise UsageError("keep, stats_every and save_every count from 1")
-    if not str(resume):
-        raise UsageError("resume: choose 'auto', 'must', 'never' or the path of a checkpoint")
-
-
-def _find(
-    directory: RunDirectory, store: Store, resume: str | os.PathLike[str]
-) -> tuple[Path, dict[str, Any]] | None:
+def _find(directory: RunDirectory, store: Store, resume: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]] | None:
     """The checkpoint to go on from, read."""
     if resume == "never":
         if directory.identity:
@@ -429,15 +412,6 @@ def _find(
     if found is not None and directory.identity and found[1]["trackopt"]["run_id"] != directory.identity["id"]:
         raise RunError(f"{found[0]}: belongs to another run than {directory.path}; choose another dir")
     return found
-
-
-def _mlflow_target(experiment: str | None) -> dict[str, str]:
-    """Where MLflow's data goes: what the user has set, else a store in ``mlruns`` below the working directory."""
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path.cwd() / 'mlruns' / 'mlflow.db'}"
-    mlflow = sys.modules.get("mlflow")  # set by the user's own code, or not at all
-    if mlflow is not None and mlflow.tracking.is_tracking_uri_set():
-        uri = mlflow.get_tracking_uri()
-    return {"tracking_uri": uri, "experiment": experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME") or "Default"}
 
 
 def _status(error: BaseException | None) -> str:

@@ -165,8 +165,7 @@ def _findings(archive: Archive, found: TrainingState, damage: list[str], read_al
     """Everything to be told: errors, warnings, and if there is neither, the good news."""
     errors = [Finding("error", line) for line in _first(damage, "problems")]
     warnings = [
-        Finding("warning", line)
-        for line in (*_missing(found), *_odd(found), *_heavy(archive), *_foreign(archive))
+        Finding("warning", line) for line in (*_missing(found), *_odd(found), *_heavy(archive), *_foreign(archive))
     ]
     if errors or warnings:
         return errors + warnings
@@ -233,9 +232,7 @@ def _heavy(archive: Archive) -> list[str]:
     total = sum(stored.values())
     if wasted <= max(1 << 20, total // 10):
         return []
-    return [
-        f"{wasted:,} of {total:,} stored bytes are in no tensor: views were saved; clone them before saving"
-    ]
+    return [f"{wasted:,} of {total:,} stored bytes are in no tensor: views were saved; clone them before saving"]
 
 
 def _foreign(archive: Archive) -> list[str]:

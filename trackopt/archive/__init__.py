@@ -143,8 +143,6 @@ def _load(path: Path, file: int) -> Contents:
             contents: Contents = import_module(module).load(path, file)
             return contents
     what = (
-        "the file is empty"
-        if not head
-        else f"it begins with {head[:8]!r}, which is no checkpoint that trackopt reads"
+        "the file is empty" if not head else f"it begins with {head[:8]!r}, which is no checkpoint that trackopt reads"
     )
     raise ArchiveError(f"{path}: {what}; name a file that torch.save wrote (torch 1.6 or later)")

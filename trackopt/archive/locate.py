@@ -49,18 +49,14 @@ def locate(place: str | Path) -> Path:
             return _at_step(Path(directory), int(step))
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "a name cannot contain a null byte"
-        raise ArchiveError(
-            f"{place}: cannot be looked at ({reason}); check the path and its permissions"
-        ) from error
+        raise ArchiveError(f"{place}: cannot be looked at ({reason}); check the path and its permissions") from error
     raise ArchiveError(f"{place}: there is no such file or directory")
 
 
 def _newest(directory: Path) -> Path:
     found = checkpoints(directory)
     if not found:
-        raise ArchiveError(
-            f"{directory}: there is no checkpoint in this directory; name a run's directory or a file"
-        )
+        raise ArchiveError(f"{directory}: there is no checkpoint in this directory; name a run's directory or a file")
     return list(found.values())[-1]
 
 
@@ -68,7 +64,5 @@ def _at_step(directory: Path, step: int) -> Path:
     found = checkpoints(directory)
     if step not in found:
         there = ", ".join(map(str, found)) if len(found) <= 8 else f"{min(found)} to {max(found)}"
-        raise ArchiveError(
-            f"{directory}: there is no checkpoint at step {step}; there is {there or 'none at all'}"
-        )
+        raise ArchiveError(f"{directory}: there is no checkpoint at step {step}; there is {there or 'none at all'}")
     return found[step]

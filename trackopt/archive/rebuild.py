@@ -48,12 +48,7 @@ def call(name: str, args: tuple[Any, ...]) -> Any:
 
 def storage(key: Any) -> Any:
     """The storage that a persistent id names, or what is known of it."""
-    if not (
-        isinstance(key, tuple)
-        and len(key) >= 5
-        and _string(key[0]) == "storage"
-        and isinstance(key[1], Global)
-    ):
+    if not (isinstance(key, tuple) and len(key) >= 5 and _string(key[0]) == "storage" and isinstance(key[1], Global)):
         return Opaque("persistent id", (key,))
     kind, _, suffix = key[1].name.rpartition(".")[2].partition("Storage")
     dtype = STORAGES.get(kind)
@@ -96,11 +91,7 @@ def _checked(
 ) -> Tensor:
     offset, shape, stride = layout
     shape, stride = tuple(shape), tuple(stride)
-    if (
-        len(shape) != len(stride)
-        or len(shape) > _MAX_RANK
-        or not all(map(_is_size, (*shape, *stride, offset)))
-    ):
+    if len(shape) != len(stride) or len(shape) > _MAX_RANK or not all(map(_is_size, (*shape, *stride, offset))):
         raise Broken(f"a tensor in storage {base.key!r} has a shape, strides or an offset that make no sense")
     conj, neg = bits.get("conj") is True, bits.get("neg") is True
     return Tensor(base, dtype, shape, stride, offset, requires_grad=requires_grad, conj=conj, neg=neg)

@@ -37,8 +37,4 @@ def is_safe(name: str) -> bool:
     if module == "torch" and (last in ITEMSIZE or last in _SCHEMES):
         return True
     kind = last.removesuffix("Storage").removesuffix("Tensor")
-    return (
-        module in ("torch", "torch.cuda", "torch.sparse", "torch.cuda.sparse")
-        and kind in STORAGES
-        and kind != last
-    )
+    return module in ("torch", "torch.cuda", "torch.sparse", "torch.cuda.sparse") and kind in STORAGES and kind != last

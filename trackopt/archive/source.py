@@ -63,9 +63,7 @@ def misfit(tensor: Tensor, source: Source) -> str | None:
     except ArchiveError as error:
         return str(error)
     if size != tensor.storage.nbytes:
-        return (
-            f"storage {tensor.storage.key!r} needs {tensor.storage.nbytes:,} bytes, its record has {size:,}"
-        )
+        return f"storage {tensor.storage.key!r} needs {tensor.storage.nbytes:,} bytes, its record has {size:,}"
     end = (tensor.offset + tensor.span) * tensor.itemsize if tensor.elements else 0
     if end > size:
         return f"a tensor reaches to byte {end:,} of storage {tensor.storage.key!r}, which has {size:,}"

@@ -96,9 +96,9 @@ def _gathered(source: Source, tensor: Tensor, start: int) -> Array:
     size = tensor.itemsize
     data = np.frombuffer(source.read(tensor.storage, start, start + tensor.span * size), f"V{size}")
     strides = [step * size for step in tensor.stride]
-    return np.ascontiguousarray(
-        np.lib.stride_tricks.as_strided(data, tensor.shape, strides, writeable=False)
-    ).view("u1")
+    return np.ascontiguousarray(np.lib.stride_tricks.as_strided(data, tensor.shape, strides, writeable=False)).view(
+        "u1"
+    )
 
 
 def chunks(source: Source, tensor: Tensor, chunk: int = CHUNK) -> Iterator[Array]:

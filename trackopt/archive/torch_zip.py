@@ -5,8 +5,10 @@ from __future__ import annotations
 import zlib
 from typing import TYPE_CHECKING
 
-from trackopt.archive import pickle, rebuild
+from trackopt.archive import rebuild
 from trackopt.archive.bounds import Broken
+from trackopt.archive.opcodes import OPERATIONS
+from trackopt.archive.pickle import Machine
 from trackopt.archive.source import Contents
 from trackopt.archive.zip import Record, Zip
 from trackopt.errors import ArchiveError
@@ -34,22 +36,18 @@ def load(path: Path, file: int) -> Contents:
     source = ZipSource(zipped)
     record = source.find("data.pkl")
     if record is None:
-        raise ArchiveError(
-            f"{path}: a zip file without a data.pkl is not a checkpoint; name one that torch.save wrote"
-        )
+        raise ArchiveError(f"{path}: a zip file without a data.pkl is not a checkpoint; name one that torch.save wrote")
     if record.size > MAX_PICKLE:
         raise ArchiveError(f"{path}: its pickle has {record.size:,} bytes, at most {MAX_PICKLE:,} are read; "
                            "save large arrays as tensors")  # fmt: skip
-    machine = pickle.Machine(zipped.read(record), rebuild.call, rebuild.storage)
+    machine = Machine(zipped.read(record), rebuild.call, rebuild.storage)
     try:
-        tree = machine.run()
+        tree = machine.run(OPERATIONS)
     except Broken as error:
         raise ArchiveError(f"{path}: its pickle cannot be read: {error}; use another checkpoint") from error
     problems = [*zipped.problems, *source.oddities()]
     if machine.position != record.size:
-        problems.append(
-            f"{record.size - machine.position:,} bytes follow the pickle in data.pkl; torch ignores them"
-        )
+        problems.append(f"{record.size - machine.position:,} bytes follow the pickle in data.pkl; torch ignores them")
     return Contents("torch zip", tree, source, tuple(machine.globals), problems)
 
 

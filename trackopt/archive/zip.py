@@ -100,18 +100,14 @@ class Zip:
         """The bytes ``start`` to ``stop`` of a record's data; all of it by default."""
         stop = record.size if stop is None else stop
         if not 0 <= start <= stop <= record.size:
-            raise self.broken(
-                f"bytes {start} to {stop} of record {record.name!r} were asked for, it has {record.size}"
-            )
+            raise self.broken(f"bytes {start} to {stop} of record {record.name!r} were asked for, it has {record.size}")
         if record.method == _STORED:
             return self._pread(self._place(record) + start, stop - start)
         return self._read_deflated(record, start, stop)
 
     def broken(self, what: str) -> ArchiveError:
         """An error about this file, with what to do."""
-        return ArchiveError(
-            f"{self.path}: {what}; the file is damaged, copy it again or use another checkpoint"
-        )
+        return ArchiveError(f"{self.path}: {what}; the file is damaged, copy it again or use another checkpoint")
 
     def _pread(self, offset: int, length: int) -> bytes:
         data = os.pread(self.file, length, offset)
@@ -144,13 +140,11 @@ class Zip:
         if start + length != end or count * _ENTRY.size > length:
             raise self.broken("the zip file's directory is not where its end record says")
         if length > _MAX_DIRECTORY or count > _MAX_RECORDS:
-            raise ArchiveError(
-                f"{self.path}: {count} records are more than a checkpoint has ({_MAX_RECORDS} at most)"
-            )
+            raise ArchiveError(f"{self.path}: {count} records are more than a checkpoint has ({_MAX_RECORDS} at most)")
         return start, length, count
 
     def _end64(self, offset: int, stop: int) -> tuple[int, int, int]:
-        """Entries, length and start of the directory, from the record that must end where its locator begins."""
+        """Entries, length and start of the directory; the record must end where its locator begins."""
         if offset + _END64.size > stop:
             raise self.broken("the zip64 end record is not where its locator says")
         magic, size, *_, count, length, start = _END64.unpack(self._pread(offset, _END64.size))
@@ -170,24 +164,18 @@ class Zip:
             record = self._record(entry, data[position:end])
             position = end
             if record.name.lower() in lower:
-                self.problems.append(
-                    f"two records are named {record.name!r}: programs differ in which one they read"
-                )
+                self.problems.append(f"two records are named {record.name!r}: programs differ in which one they read")
             lower.add(record.name.lower())
             self.records.setdefault(record.name, record)
         if position != len(data):
-            self.problems.append(
-                f"{len(data) - position} bytes of the zip file's directory belong to no entry"
-            )
+            self.problems.append(f"{len(data) - position} bytes of the zip file's directory belong to no entry")
 
     def _record(self, entry: tuple[int, ...], rest: bytes) -> Record:
         name_length, extra_length = entry[10], entry[11]
         name = rest[:name_length].decode("utf-8", "surrogateescape")
         size, packed, header = entry[9], entry[8], entry[16]
         if _SATURATED in (size, packed, header):
-            size, packed, header = self._wide(
-                rest[name_length : name_length + extra_length], size, packed, header
-            )
+            size, packed, header = self._wide(rest[name_length : name_length + extra_length], size, packed, header)
         if header + _LOCAL.size + packed > self._end:
             raise self.broken(f"record {name!r} is said to lie outside of the file")
         return Record(name, entry[3], entry[4], entry[7], packed, size, header)
@@ -216,19 +204,11 @@ class Zip:
         start = self._places.get(record.name)
         if start is not None:
             return start
-        magic, _, flags, method, *_, name_length, extra_length = _LOCAL.unpack(
-            self._pread(record.header, _LOCAL.size)
-        )
+        magic, _, flags, method, *_, name_length, extra_length = _LOCAL.unpack(self._pread(record.header, _LOCAL.size))
         start = int(record.header + _LOCAL.size + name_length + extra_length)
         name = self._pread(record.header + _LOCAL.size, name_length)
-        if (
-            magic != MAGIC
-            or name.decode("utf-8", "surrogateescape") != record.name
-            or method != record.method
-        ):
-            raise self.broken(
-                f"record {record.name!r} is another one in its own header than in the directory"
-            )
+        if magic != MAGIC or name.decode("utf-8", "surrogateescape") != record.name or method != record.method:
+            raise self.broken(f"record {record.name!r} is another one in its own header than in the directory")
         if (flags | record.flags) & 1:
             raise ArchiveError(f"{self.path}: record {record.name!r} is encrypted; decrypt the file first")
         if method not in (_STORED, _DEFLATED):
@@ -262,9 +242,7 @@ class Zip:
         except zlib.error as error:
             raise self.broken(f"record {record.name!r} cannot be unpacked ({error})") from error
         if written != record.size:
-            raise self.broken(
-                f"record {record.name!r} unpacks to {written} bytes, {record.size} are announced"
-            )
+            raise self.broken(f"record {record.name!r} unpacks to {written} bytes, {record.size} are announced")
 
     def _read_deflated(self, record: Record, start: int, stop: int) -> bytes:
         """A slice of a deflated record; reading on where the last slice ended costs no second unpacking."""

@@ -7,20 +7,34 @@ import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import nn
-from torch.optim import Optimizer
 
 import trackopt
 from trackopt.checkpoint import rng
 from trackopt.errors import UsageError
 
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
 FORMAT = 1
 RESERVED = frozenset({"model", "optimizer", "scheduler", "rng", "trackopt"})
-_PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.Tensor, torch.dtype, torch.device, torch.Size)
+_PLAIN = (
+    type(None),
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    torch.Tensor,
+    torch.dtype,
+    torch.device,
+    torch.Size,
+)
 
 T = TypeVar("T")
 
@@ -124,7 +138,11 @@ def class_name(thing: object) -> str:
 
 def versions() -> dict[str, str]:
     """Of what can change a result."""
-    return {"trackopt": trackopt.__version__, "torch": str(torch.__version__), "python": platform.python_version()}
+    return {
+        "trackopt": trackopt.__version__,
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+    }
 
 
 def _named(role: str, value: Any) -> dict[str, Any]:

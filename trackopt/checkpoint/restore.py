@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.optim import Optimizer
 
 from trackopt.checkpoint import rng
 from trackopt.checkpoint.capture import RESERVED, Training, class_name
 from trackopt.errors import MismatchError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch.optim import Optimizer
 
 
 def restore(training: Training, tree: dict[str, Any], path: Path) -> None:
@@ -69,7 +72,11 @@ def _part(tree: dict[str, Any], role: str, live: object, name: str) -> Any:
 def _problems(training: Training, tree: dict[str, Any]) -> Iterable[str]:
     """What does not fit, the most telling first; parts that only one side has end the comparison."""
     meta = tree["trackopt"]
-    here = {"model": training.models, "optimizer": training.optimizers, "scheduler": training.schedulers}
+    here: dict[str, dict[str, Any]] = {
+        "model": training.models,
+        "optimizer": training.optimizers,
+        "scheduler": training.schedulers,
+    }
     for role, live in here.items():
         if bool(live) != (role in tree):
             yield f"it has {'no' if live else 'a'} {role}, but wrap() was given {'one' if live else 'none'}"

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import logging
 import pickle
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -14,6 +12,10 @@ from trackopt import integrity
 from trackopt.checkpoint.capture import FORMAT
 from trackopt.checkpoint.write import PART, write
 from trackopt.errors import ArchiveError, CheckpointError, MismatchError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
 
 logger = logging.getLogger("trackopt")
 

@@ -22,8 +22,6 @@ _COMMANDS = {
     "ls": "The runs in a directory, or the checkpoints of a run.",
     "sync": "Deliver a journal that was left behind to TensorBoard and MLflow.",
     "ui": "TensorBoard and the MLflow UI for the runs in a directory.",
-    "sync": "Deliver a journal that was left behind to TensorBoard and MLflow.",
-    "ui": "Start TensorBoard and the MLflow UI.",
 }
 _BROKEN_PIPE = 141  # what a shell reports for a program that SIGPIPE ended
 

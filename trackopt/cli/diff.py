@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from trackopt.difference.story import BufferTurn, Rate, Story
 
 _TOP = 10
+_FEW = 3
+_KINDS = {"value": "values changed", "shape": "shapes changed", "dtype": "dtypes changed"}
+_STRAIGHT = 0.98
 _NUMBERS = ("max |Δ|", "rel L2", "cosine", "elements")
 _DIFFER = 1
 
@@ -71,9 +74,7 @@ def _screen(found: Difference, *, everything: bool) -> Iterator[RenderableType]:
 
 def _headline(story: Story) -> str:
     facts = [
-        _moved(name, *pair)
-        for name, pair in (("step", story.step), ("epoch", story.epoch))
-        if pair != (None, None)
+        _moved(name, *pair) for name, pair in (("step", story.step), ("epoch", story.epoch)) if pair != (None, None)
     ]
     if None not in story.step and story.step[0] != story.step[1]:
         gap = abs(story.step[1] - story.step[0])  # type: ignore[operator]
@@ -90,12 +91,8 @@ def _moved(name: str, a: Any, b: Any) -> str:
 
 def _story(story: Story) -> Iterator[RenderableType]:
     rows = [*_weights(story), *_rates(story.rates)]
-    rows += [
-        _buffer(turn, several=len({one.optimizer for one in story.buffers}) > 1) for turn in story.buffers
-    ]
-    rows += [
-        (one.scheduler, [_moved("last_epoch", one.a, one.b)]) for one in story.schedulers if one.a != one.b
-    ]
+    rows += [_buffer(turn, several=len({one.optimizer for one in story.buffers}) > 1) for turn in story.buffers]
+    rows += [(one.scheduler, [_moved("last_epoch", one.a, one.b)]) for one in story.schedulers if one.a != one.b]
     if story.rng_moved:
         rows.append(("rng", [_generators(story)]))
     for label, facts in rows:
@@ -133,16 +130,18 @@ def _rates(rates: tuple[Rate, ...]) -> list[tuple[str, list[str]]]:
 
 def _buffer(turn: BufferTurn, *, several: bool) -> tuple[str, list[str]]:
     label = f"{turn.optimizer}.{turn.buffer}" if several else turn.buffer
-    cosine = f"turned: cosine {turn.cosine:.2f}" if turn.cosine is not None and turn.cosine < 0.98 else ""
+    cosine = (
+        f"turned: cosine {round(turn.cosine, 2) + 0.0:.2f}"
+        if turn.cosine is not None and turn.cosine < _STRAIGHT
+        else ""
+    )
     return label, [cosine, f"norm {turn.norm_a:.2g} → {turn.norm_b:.2g}"]
 
 
 def _generators(story: Story) -> str:
     if not story.rng_same:
         many = len(story.rng_moved)
-        return (
-            f"all {many} moved ({', '.join(story.rng_moved)})" if many > 1 else f"{story.rng_moved[0]} moved"
-        )
+        return f"all {many} moved ({', '.join(story.rng_moved)})" if many > 1 else f"{story.rng_moved[0]} moved"
     return f"{', '.join(story.rng_moved)} moved; {', '.join(story.rng_same)} did not"
 
 
@@ -152,20 +151,33 @@ def _changes(found: Difference, *, everything: bool) -> Iterator[RenderableType]
         yield screen.table(["tensor", *_NUMBERS], ([change.path, *_numbers(change)] for change in tensors))
         yield ""
     elif most := _most_changed(tensors):
-        yield screen.table(
-            ["most changed", *_NUMBERS], ([_short(one), *_numbers(one)] for one in most[:_TOP])
-        )
+        yield screen.table(["most changed", *_NUMBERS], ([_short(one), *_numbers(one)] for one in most[:_TOP]))
         if len(most) > _TOP:
             yield f"  … and {len(most) - _TOP:,} more"
         yield ""
     others = [change for change in found.changes if change.kind != "tensor"]
-    untold = others if everything else [change for change in others if not _is_told(change)]
-    shown = untold if everything else untold[:_TOP]
+    rows = [[one.path, _value(one)] for one in others] if everything else _folded(others)
+    shown = rows if everything else rows[:_TOP]
     if shown:
-        yield screen.table(["other changes", ""], ([change.path, _value(change)] for change in shown), left=2)
-        if len(shown) < len(untold):
-            yield f"  … and {len(untold) - len(shown):,} more"
+        yield screen.table(["other changes", ""], shown, left=2)
+        if len(shown) < len(rows):
+            yield f"  … and {len(rows) - len(shown):,} more"
         yield ""
+
+
+def _folded(changes: list[Change]) -> list[list[str]]:
+    """What the story has not said; many changes of a kind below one entry are one row."""
+    groups: dict[tuple[str, str], list[Change]] = {}
+    for change in changes:
+        if not _is_told(change):
+            groups.setdefault((".".join(change.path.split(".")[:2]), change.kind), []).append(change)
+    rows = []
+    for (place, kind), members in groups.items():
+        if len(members) > _FEW:
+            rows.append([f"{place}.…", f"{len(members):,} {_KINDS.get(kind, kind)}"])
+        else:
+            rows += [[change.path, _value(change)] for change in members]
+    return rows
 
 
 def _most_changed(tensors: list[Change]) -> list[Change]:

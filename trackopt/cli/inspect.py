@@ -83,16 +83,14 @@ def _header(summary: Summary) -> Text:
     else:
         facts += [summary.format, screen.size(summary.bytes)]
     facts += [
-        f"{name} {value:,}"
-        for name, value in (("step", state.step), ("epoch", state.epoch))
-        if value is not None
+        f"{name} {value:,}" for name, value in (("step", state.step), ("epoch", state.epoch)) if value is not None
     ]
     if state.meta is not None:
         facts.append(f"saved {screen.since(state.meta.get('time'))}")
     else:
-        facts += [
-            f"{name} {screen.number(value)}" for name, value in state.extras if isinstance(value, float)
-        ][:_PLAIN_EXTRAS]
+        facts += [f"{name} {screen.number(value)}" for name, value in state.extras if isinstance(value, float)][
+            :_PLAIN_EXTRAS
+        ]
     name = screen.clean(Path(summary.path).name)
     line = screen.flow([f"{name}   {facts[0]}", *facts[1:]], indent=4, first=0, gap=" · ")
     text = Text(line)
@@ -130,9 +128,7 @@ def _optimizer(one: Optimizer) -> Iterator[RenderableType]:
     if one.buffers:
         named = f", named by {one.matching}" if one.matching.startswith("order") else ""
         indent = screen.LABEL + 4
-        yield Text(
-            " " * indent + screen.flow([f"buffers: {', '.join(one.buffers)}{named}"], indent=indent + 2)
-        )
+        yield Text(" " * indent + screen.flow([f"buffers: {', '.join(one.buffers)}{named}"], indent=indent + 2))
 
 
 def _steps(one: Optimizer) -> str:
@@ -181,11 +177,7 @@ def _also(summary: Summary) -> Iterator[str]:
     if state.batch is not None:
         yield f"progress (epoch {screen.number(state.epoch)}, batch {state.batch:,})"
     for name, value in state.extras:
-        yield (
-            f"{name} {screen.number(value)}"
-            if not isinstance(value, dict)
-            else f"{name} ({len(value)} entries)"
-        )
+        yield (f"{name} {screen.number(value)}" if not isinstance(value, dict) else f"{name} ({len(value)} entries)")
 
 
 def _tensors(tensors: dict[str, Tensor]) -> Padding:

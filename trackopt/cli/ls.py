@@ -73,9 +73,7 @@ def command(directory: str, as_json: bool) -> None:
     try:
         _list(path, as_json=as_json)
     except OSError as error:
-        raise RunError(
-            f"{path}: cannot be listed ({error.strerror}); name a directory of runs, or a run"
-        ) from error
+        raise RunError(f"{path}: cannot be listed ({error.strerror}); name a directory of runs, or a run") from error
 
 
 def _list(path: Path, *, as_json: bool) -> None:
@@ -200,9 +198,7 @@ def _runs(runs: list[Run]) -> Padding:
         ]
         for run in runs
     ]
-    return screen.table(
-        ["run", "status", "step", "epoch", "checkpoints", "size", "last written"], rows, left=2
-    )
+    return screen.table(["run", "status", "step", "epoch", "saved", "size", "last"], rows, left=2)
 
 
 def _checkpoints(found: list[Checkpoint]) -> Padding:

@@ -194,11 +194,7 @@ def write_json(value: Any) -> None:
 def plain(value: Any) -> Any:
     """A value as JSON knows it; nodes of a checkpoint's tree in words."""
     if isinstance(value, float):
-        return (
-            value
-            if math.isfinite(value)
-            else {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}[str(value)]
-        )
+        return value if math.isfinite(value) else {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}[str(value)]
     if value is None or isinstance(value, str | int):
         return value
     if isinstance(value, dict):

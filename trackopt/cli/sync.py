@@ -33,13 +33,9 @@ def command(directory: Path, as_json: bool) -> None:
     finally:
         held.release()
     if as_json:
-        sys.stdout.write(
-            orjson.dumps({"path": str(directory), "delivered": not left, "failed": left}).decode() + "\n"
-        )
+        sys.stdout.write(orjson.dumps({"path": str(directory), "delivered": not left, "failed": left}).decode() + "\n")
     if left:
-        raise TrackoptError(
-            f"{directory}: not everything arrived in {' and '.join(left)}; mend that, then sync again"
-        )
+        raise TrackoptError(f"{directory}: not everything arrived in {' and '.join(left)}; mend that, then sync again")
     if not as_json:
         click.echo(f"{directory.name}: everything is delivered")
 

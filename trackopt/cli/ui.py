@@ -160,9 +160,7 @@ def _tracking_uri(directory: Path) -> str:
     found = [directory, *directory.glob("*/"), *directory.glob("*/*/")]
     uris = [read_identity(path)["mlflow"]["tracking_uri"] for path in found if (path / IDENTITY).is_file()]
     if not uris:
-        raise RunError(
-            f"{directory}: holds no run; name the directory that wrap(dir=…) was given, or its parent"
-        )
+        raise RunError(f"{directory}: holds no run; name the directory that wrap(dir=…) was given, or its parent")
     (uri, count), *_ = Counter(uris).most_common()
     if count < len(uris):
         click.echo(f"trackopt: the runs are in several MLflow stores; showing {uri}", err=True)

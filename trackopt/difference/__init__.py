@@ -134,9 +134,7 @@ def diff(a: str | Path | Archive, b: str | Path | Archive) -> Difference:
         (False, 'w', 2.0)
     """
     with ExitStack() as stack:
-        one, other = (
-            side if isinstance(side, Archive) else stack.enter_context(archive.open(side)) for side in (a, b)
-        )
+        one, other = (side if isinstance(side, Archive) else stack.enter_context(archive.open(side)) for side in (a, b))
         states = (training.read(one), training.read(other))
         return _collect(one, other, states)
 
@@ -198,9 +196,7 @@ def _tally(a: Archive, parts: list[Change]) -> Tally:
     weights: dict[str, Numbers] = {}
     buffers: dict[tuple[str, str], Numbers] = {}
     rng: dict[str, bool] = {}
-    moved = {
-        change.role[:1] if change.role[0] == "weight" else change.role for change in parts if change.numbers
-    }
+    moved = {change.role[:1] if change.role[0] == "weight" else change.role for change in parts if change.numbers}
     for change in parts:
         kind, *rest = change.role
         if kind == "rng" and change.kind not in ("added", "removed"):

@@ -50,9 +50,7 @@ def flatten(tree: Any, state: TrainingState) -> dict[str, Leaf]:
 class _Flattener:
     def __init__(self, state: TrainingState) -> None:
         self._optimizers = {one.path: one for one in state.optimizers}
-        self._models = {
-            (*model.path, name): ("weight", name) for model in state.models for name in model.trainable
-        }
+        self._models = {(*model.path, name): ("weight", name) for model in state.models for name in model.trainable}
         self._rng = set(state.rng)
 
     def leaves(self, node: Any, path: Path) -> Iterator[Leaf]:

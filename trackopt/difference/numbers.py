@@ -156,9 +156,7 @@ def _chunk(x: Any, y: Any, differing: Any) -> Numbers:
         gap = np.subtract(y, x)
         if count < gap.size:
             gap[~differing] = 0  # infinity less infinity is no difference
-        return Numbers(
-            _dot(x, x), _dot(y, y), _dot(x, y), _dot(gap, gap), float(np.max(np.abs(gap))), count, x.size
-        )
+        return Numbers(_dot(x, x), _dot(y, y), _dot(x, y), _dot(gap, gap), float(np.max(np.abs(gap))), count, x.size)
 
 
 def _wide(array: Any) -> Any:

@@ -151,7 +151,5 @@ def _rates(a: TrainingState, b: TrainingState) -> list[Rate]:
 def _positions(a: TrainingState, b: TrainingState) -> list[Position]:
     others = {one.name: one for one in b.schedulers}
     return [
-        Position(one.name, one.last_epoch, others[one.name].last_epoch)
-        for one in a.schedulers
-        if one.name in others
+        Position(one.name, one.last_epoch, others[one.name].last_epoch) for one in a.schedulers if one.name in others
     ]

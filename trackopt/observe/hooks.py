@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
-from typing import Any
+import inspect
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +12,10 @@ from torch.optim import Optimizer
 from trackopt.observe.hyperparameters import label, numeric
 from trackopt.observe.statistics import measure
 
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+T = TypeVar("T")
 # Every `step` of every optimizer runs inside this one function: it is how a nested call is recognised.
 _STEP = Optimizer.profile_hook_step(lambda *_: None).__code__
 
@@ -39,10 +42,11 @@ class Observer:
         self._seen = {name: numeric(group) for name, group in self._groups()}
         self._used: dict[str, float] = {}
         self._latest: dict[str, float] = {}
+        untraced: Callable[[T], T] = torch.compiler.disable
         # Dynamo must not trace the hooks of a compiled step: they read Python state that changes at every step.
         self._handles = [
-            optimizer.register_step_pre_hook(torch.compiler.disable(self._before)),
-            optimizer.register_step_post_hook(torch.compiler.disable(self._after)),
+            optimizer.register_step_pre_hook(untraced(self._before)),
+            optimizer.register_step_post_hook(untraced(self._after)),
         ]
 
     def take(self) -> dict[str, float]:
@@ -110,12 +114,12 @@ def _buffers(state: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
 
 
 def _is_nested(optimizer: Optimizer) -> bool:
-    """Whether this step was called by the same optimizer's step: ``super().step()`` in a subclass fires the hooks too."""
-    depth, frame = 0, sys._getframe(1)
+    """Whether the same optimizer's step called this one: ``super().step()`` in a subclass fires the hooks too."""
+    depth, frame = 0, inspect.currentframe()
     while frame is not None:
         if frame.f_code is _STEP and frame.f_locals.get("self") is optimizer:
             depth += 1
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return depth > 1
 
 

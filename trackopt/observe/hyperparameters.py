@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
-from torch.optim import Optimizer
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from torch.optim import Optimizer
 
 _NOT_HYPERPARAMETERS = {"params", "param_names", "lr", "initial_lr"}
 _PROGRESS = {"last_epoch", "best", "num_bad_epochs", "cooldown_counter", "total_steps_done", "T_cur"}
@@ -49,7 +52,7 @@ def params(optimizers: Mapping[str, Optimizer], schedulers: Mapping[str, Any]) -
     return found
 
 
-def _parts(key: str, value: object) -> Iterator[tuple[str, object]]:
+def _parts(key: str, value: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(value, (tuple, list)):
         yield from ((f"{key.removesuffix('s')}{i}", part) for i, part in enumerate(value, 1))
     else:

@@ -10,11 +10,14 @@ where the mean is large.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
 
 _PIECE = 1 << 18  # elements: 1 MB of float32
 _SMALL = 1 << 14  # elements: below this, tensors are gathered into one piece
@@ -65,7 +68,7 @@ def measure(
     scalars += [norm for each in vectors.values() if each for norm in torch._foreach_norm(each)]
     values = iter(_fetch(scalars))
     statistics = {
-        name: _combine([(piece.numel(), *(next(values) for _ in range(4))) for piece in each])
+        name: _combine([(piece.numel(), next(values), next(values), next(values), next(values)) for piece in each])
         for name, each in pieces.items()
         if each
     }
@@ -90,11 +93,11 @@ def _pieces(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
         if vector.numel() < _SMALL:
             small.append(vector)
         else:
-            yield from vector.split(_PIECE)
+            yield from torch.split(vector, _PIECE)
     if small:
         gathered = torch.cat(small) if len(small) > 1 else small[0]
         if gathered.numel():
-            yield from gathered.split(_PIECE)
+            yield from torch.split(gathered, _PIECE)
 
 
 def _moments(piece: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

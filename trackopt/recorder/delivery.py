@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trackopt import journal
-from trackopt.journal import Line
-from trackopt.recorder.sink import Sink
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from trackopt.journal import Line
+    from trackopt.recorder.sink import Sink
 
 _RECORDS = 500  # in one write to a sink
 

@@ -7,17 +7,20 @@ import fcntl
 import getpass
 import posixpath
 import re
-from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
 
 from trackopt.directory import CHECKPOINTS, read_identity, write_identity
-from trackopt.journal import Line
 from trackopt.recorder.sink import Sink
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from trackopt.journal import Line
 
 _METRICS = 1000  # MLflow's limits for one request
 _PARAMS = 100
@@ -47,7 +50,9 @@ class MLflowSink(Sink):
 
     def begin(self, marker: Line) -> None:
         """Log the hyperparameters of a new run; of a resumed one they are there."""
-        params = [Param(_key(key), str(value)[:_PARAM_LENGTH]) for key, value in marker.details.get("params", {}).items()]
+        params = [
+            Param(_key(key), str(value)[:_PARAM_LENGTH]) for key, value in marker.details.get("params", {}).items()
+        ]
         for batch in _batches(params, _PARAMS):
             self._client.log_batch(self._run, params=batch)
 

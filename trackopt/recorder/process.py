@@ -31,7 +31,7 @@ class RecorderProcess:
         with theirs, (directory / LOG).open("ab") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "trackopt.recorder", str(directory)],
-                stdin=theirs,
+                stdin=theirs.fileno(),
                 stdout=log,
                 stderr=log,
                 env=_environment(),

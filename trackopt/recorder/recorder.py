@@ -6,10 +6,7 @@ import fcntl
 import os
 import time
 import traceback
-from collections.abc import Callable
-from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import orjson
 
@@ -18,7 +15,13 @@ from trackopt.directory import read_identity, replace
 from trackopt.errors import TrackoptError
 from trackopt.recorder.delivery import Delivery
 from trackopt.recorder.process import LOG
-from trackopt.recorder.sink import Sink
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+    from types import TracebackType
+
+    from trackopt.recorder.sink import Sink
 
 CURSORS = "recorder.json"
 _LONGEST_PAUSE = 60.0  # seconds between two tries of a sink that fails

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from trackopt.journal import Line
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from trackopt.journal import Line
 
 
 class Sink(ABC):
@@ -20,7 +23,7 @@ class Sink(ABC):
 
     @abstractmethod
     def begin(self, marker: Line) -> None:
-        """An attempt begins at a ``start`` or ``resume`` marker; a sink that rewinds forgets what is behind its step."""
+        """An attempt begins at a ``start`` or ``resume``; a sink that rewinds forgets what is behind its step."""
 
     @abstractmethod
     def write(self, records: Sequence[Line]) -> None:

@@ -5,15 +5,19 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Sequence
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from trackopt.journal import Line
 from trackopt.recorder.sink import Sink
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from trackopt.journal import Line
 
 
 class TensorBoardSink(Sink):

@@ -166,8 +166,6 @@ def _is_random(key: str) -> bool:
 
 def _several(node: Any, is_kind: Any) -> list[tuple[str, Any]]:
     """The parts of a dict or list whose values are all of a kind."""
-    pairs = (
-        node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list | tuple) else ()
-    )
+    pairs = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list | tuple) else ()
     found = [(str(key), value) for key, value in pairs]
     return found if found and all(is_kind(value) for _, value in found) else []

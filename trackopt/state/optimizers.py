@@ -231,9 +231,7 @@ def _refined(name: str, group: dict[Any, Any], needs: frozenset[str]) -> tuple[s
     return name, evidence
 
 
-def _shapes(
-    groups: Any, state: Any, names: dict[Any, str], models: Any, told: Any
-) -> dict[Any, tuple[int, ...]]:
+def _shapes(groups: Any, state: Any, names: dict[Any, str], models: Any, told: Any) -> dict[Any, tuple[int, ...]]:
     """The parameters' shapes by id, as far as they are known."""
     shapes: dict[Any, tuple[int, ...]] = {}
     given = _lists(told, groups)
@@ -256,12 +254,8 @@ def _group(archive: Archive, index: int, group: Any, names: dict[Any, str], shap
     if all(key in shapes for key in ids):
         elements = sum(_product(shapes[key]) for key in ids)
     own = group.get("name")
-    values = {
-        str(key): _number(archive, value) for key, value in group.items() if key not in _NO_HYPERPARAMETERS
-    }
-    return Group(
-        own if isinstance(own, str) else f"group{index}", tuple(names[key] for key in ids), elements, values
-    )
+    values = {str(key): _number(archive, value) for key, value in group.items() if key not in _NO_HYPERPARAMETERS}
+    return Group(own if isinstance(own, str) else f"group{index}", tuple(names[key] for key in ids), elements, values)
 
 
 def _product(shape: tuple[Any, ...]) -> int:

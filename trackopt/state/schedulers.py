@@ -112,9 +112,6 @@ def _agrees(name: str, last_lr: tuple[float, ...], optimizers: tuple[Optimizer, 
         return None
     return any(
         len(lrs) == len(last_lr)
-        and all(
-            isinstance(lr, int | float) and math.isclose(lr, last)
-            for lr, last in zip(lrs, last_lr, strict=True)
-        )
+        and all(isinstance(lr, int | float) and math.isclose(lr, last) for lr, last in zip(lrs, last_lr, strict=True))
         for lrs in rates
     )

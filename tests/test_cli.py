@@ -1,0 +1,289 @@
+"""The command line: exit codes, one-line errors, clean output, and what it does not import."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from tests.checkpoints import pickled, saved, trained, zipped
+from trackopt import cli
+from trackopt.cli import screen
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+ESCAPE = "\x1b"
+
+
+@pytest.fixture
+def run_directory(tmp_path: Path) -> Path:
+    """A run with three checkpoints and a journal that ends in the middle."""
+    folder = tmp_path / "runs" / "digits"
+    (folder / "checkpoints").mkdir(parents=True)
+    for steps in (2, 4, 6):
+        saved(trained(steps), folder / "checkpoints" / f"step-{steps:08d}.pt")
+    (folder / "run.json").write_text('{"format": 1, "id": "x", "name": "digits"}')
+    lines = [{"event": "start", "step": 0, "time": 1.0}, {"step": 7, "time": 2.0, "metrics": {}}]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 8, "ti')
+    return folder
+
+
+def trackopt(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    env = {key: value for key, value in os.environ.items() if key not in ("COLUMNS", "NO_COLOR", "FORCE_COLOR")}
+    command = [sys.executable, "-m", "trackopt", *map(str, arguments)]
+    return subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**env, **environment},
+        stdin=subprocess.DEVNULL,
+    )
+
+
+def fails(*arguments: object) -> str:
+    """The one line on stderr of a command that ends with 2 and says nothing on stdout."""
+    done = trackopt(*arguments)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith("trackopt: ")
+    return done.stderr
+
+
+def test_inspect_shows_a_run(run_directory: Path) -> None:
+    done = trackopt("inspect", run_directory)
+    assert (done.returncode, done.stderr) == (0, "")
+    for words in (
+        'trackopt run "digits"',
+        "step 6",
+        "AdamW   2 groups",
+        "StepLR",
+        "backbone",
+        "resumes exactly",
+    ):
+        assert words in done.stdout
+
+
+@pytest.mark.parametrize("columns", [40, 80, 120])
+def test_lines_fit_the_columns(columns: int, run_directory: Path) -> None:
+    for arguments in (["inspect", run_directory], ["diff", f"{run_directory}@2", f"{run_directory}@6"]):
+        done = trackopt(*arguments, COLUMNS=str(columns))
+        assert done.stdout
+        assert max(map(len, done.stdout.splitlines())) <= columns
+
+
+def test_a_pipe_gets_80_columns_and_no_escapes(run_directory: Path) -> None:
+    for arguments in (
+        ["inspect", run_directory, "--tensors"],
+        ["diff", run_directory, f"{run_directory}@2"],
+        ["ls", run_directory],
+    ):
+        done = trackopt(*arguments)
+        assert ESCAPE not in done.stdout
+        assert max(map(len, done.stdout.splitlines())) <= 80
+
+
+def test_json_is_the_same_facts_alone_on_stdout(run_directory: Path) -> None:
+    facts = json.loads(trackopt("inspect", run_directory, "--json", "--tensors").stdout)
+    assert facts["step"] == 6
+    assert facts["optimizers"][0]["class"] == "AdamW"
+    assert len(facts["tensors"]) > 20
+    changed = json.loads(trackopt("diff", f"{run_directory}@2", f"{run_directory}@6", "--json").stdout)
+    assert list(changed)[:5] == ["equal", "a", "b", "summary", "changes"]
+    tensor = next(change for change in changed["changes"] if change["kind"] == "tensor")
+    assert {"path", "kind", "a", "b", "max_abs", "rel_l2", "cosine", "differing"} <= set(tensor)
+
+
+def test_json_has_no_literal_that_json_does_not_know(tmp_path: Path) -> None:
+    path = saved(
+        {"a": float("nan"), "b": -float("inf"), "c": 2**80, "d": "\ud800", "e": 1j, "f": b"x"},
+        tmp_path / "a.pt",
+    )
+    other = saved({"a": 1.0}, tmp_path / "b.pt")
+
+    def refuse(literal: str) -> Any:
+        raise AssertionError(literal)
+
+    for arguments in (["inspect", path], ["diff", path, other]):
+        json.loads(trackopt(*arguments, "--json").stdout, parse_constant=refuse)
+    changes = json.loads(trackopt("diff", path, other, "--json").stdout)["changes"]
+    assert [change["a"] for change in changes][:3] == ["NaN", "-Infinity", 2**80]
+
+
+def test_diff_ends_with_0_for_the_same_and_1_for_a_difference(run_directory: Path) -> None:
+    assert trackopt("diff", f"{run_directory}@2", f"{run_directory}@2").returncode == 0
+    done = trackopt("diff", f"{run_directory}@2", f"{run_directory}@6")
+    assert done.returncode == 1
+    assert done.stdout.startswith("step 2 → 6 · epoch 1 · 4 steps apart · same run\n")
+    assert "weights     moved" in done.stdout
+    assert "--tensors shows all" in done.stdout
+
+
+def test_trouble_is_one_line_and_2(tmp_path: Path, run_directory: Path) -> None:
+    (tmp_path / "empty.pt").touch()
+    (tmp_path / "page.pt").write_text("<html>")
+    (tmp_path / "no").mkdir()
+    for name in ("missing.pt", "empty.pt", "page.pt", "no", "runs/digits@5"):
+        for command in (["inspect"], ["diff", run_directory]):
+            fails(*command, tmp_path / name)
+    fails("ls", tmp_path / "missing")
+    fails("inspect", "evil\x1b[31m\nname")
+
+
+def test_a_wrong_usage_is_2() -> None:
+    for arguments in (["unknown"], ["inspect"], ["inspect", "--unknown", "x"], ["diff", "one"]):
+        done = trackopt(*arguments)
+        assert done.returncode == 2
+        assert "Traceback" not in done.stderr
+
+
+def test_ls_shows_runs_and_checkpoints(run_directory: Path) -> None:
+    (rows,) = [json.loads(trackopt("ls", run_directory.parent, "--json").stdout)]
+    (row,) = rows
+    assert (row["name"], row["step"], row["epoch"], row["checkpoints"], row["status"]) == (
+        "digits",
+        7,
+        1,
+        3,
+        "killed",
+    )
+    screen_text = trackopt("ls", run_directory.parent).stdout
+    assert re.search(r"digits\s+killed\s+7\s+1\s+3\s", screen_text)
+    files = json.loads(trackopt("ls", run_directory, "--json").stdout)
+    assert [one["step"] for one in files] == [2, 4, 6]
+    assert "step-00000006.pt" in trackopt("ls", run_directory).stdout
+
+
+def test_ls_tells_how_a_run_ended(run_directory: Path) -> None:
+    with (run_directory / "metrics.jsonl").open("a") as journal:
+        journal.write('\n{"event": "close", "step": 8, "time": 3.0, "status": "FINISHED"}\n')
+    (row,) = json.loads(trackopt("ls", run_directory.parent, "--json").stdout)
+    assert (row["status"], row["step"]) == ("finished", 8)
+
+
+def test_ls_survives_what_is_broken(run_directory: Path) -> None:
+    (run_directory / "checkpoints" / "step-00000009.pt").write_bytes(b"torn")
+    (run_directory / "run.json").write_text("{")
+    assert "cannot be read" in trackopt("ls", run_directory).stdout
+    assert trackopt("ls", run_directory.parent).returncode == 0
+
+
+def test_an_empty_directory_is_said_to_be_empty(tmp_path: Path) -> None:
+    assert "nothing here" in trackopt("ls", tmp_path).stdout
+    assert json.loads(trackopt("ls", tmp_path, "--json").stdout) == []
+
+
+def test_nothing_in_a_file_reaches_the_terminal_raw(tmp_path: Path) -> None:
+    evil = f"{ESCAPE}]8;;http://x{ESCAPE}\\{ESCAPE}[2J\n\r\u202e\u200b\x07\x9b\ud800"
+    tree = {
+        "model": {evil: torch.ones(2)},
+        "optimizer": {
+            "state": {0: {evil: torch.ones(2)}},
+            "param_groups": [{"lr": evil, "name": evil, "params": [0]}],
+        },
+        evil: evil,
+        "trackopt": {
+            "format": 1,
+            "name": evil,
+            "step": 1,
+            "time": evil,
+            "optimizer_class": {"optimizer": evil},
+        },
+    }
+    path = saved(tree, tmp_path / "evil.pt")
+    other = zipped(pickled({"x": 1}), tmp_path / "other.pt")
+    for arguments in (
+        ["inspect", path, "--tensors"],
+        ["diff", path, other, "--tensors"],
+        ["diff", other, path],
+    ):
+        done = trackopt(*arguments)
+        assert "Traceback" not in done.stderr
+        printed = (done.stdout + done.stderr).replace("\n", "")
+        assert printed.isprintable(), arguments
+
+
+def test_colour_is_for_terminals_and_no_color_is_honoured(run_directory: Path) -> None:
+    pty = pytest.importorskip("pty")
+
+    def typed(**environment: str) -> str:
+        lead, follow = pty.openpty()
+        env = {key: value for key, value in os.environ.items() if key not in ("NO_COLOR", "COLUMNS")}
+        env |= {"TERM": "xterm-256color", **environment}
+        command = [sys.executable, "-m", "trackopt", "inspect", str(run_directory)]
+        subprocess.run(command, stdout=follow, stderr=follow, env=env, check=True)
+        os.close(follow)
+        with os.fdopen(lead, "rb") as reader:
+            return reader.read1(1 << 20).decode()
+
+    assert f"{ESCAPE}[32m●" in typed()
+    assert f"{ESCAPE}[32m" not in typed(NO_COLOR="1")
+
+
+def test_a_reader_that_leaves_is_no_error(run_directory: Path) -> None:
+    program = f"{sys.executable} -m trackopt inspect {run_directory} --json --tensors | true"
+    done = subprocess.run(["bash", "-c", program], capture_output=True, text=True, check=False)
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    "command", [["inspect", "PATH"], ["ls", "PATH"], ["--help"], ["--version"], ["inspect", "--help"]]
+)
+def test_looking_imports_no_torch_no_numpy_and_no_backend(command: list[str], run_directory: Path) -> None:
+    arguments = [str(run_directory) if part == "PATH" else part for part in command]
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "trackopt", *arguments],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()}
+    assert "trackopt" in imported
+    assert not imported & {"torch", "numpy", "mlflow", "tensorboard", "orjson", "zipfile"}
+
+
+def test_diff_imports_no_torch(run_directory: Path) -> None:
+    program = (
+        "import sys, trackopt; trackopt.diff(sys.argv[1], sys.argv[1]); "
+        "print({'torch', 'mlflow', 'tensorboard', 'click', 'rich'} & set(sys.modules))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(run_directory)], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize("name", list(cli._COMMANDS))
+def test_each_command_has_help_with_an_example(name: str) -> None:
+    command = cli.group.get_command(None, name)
+    assert command is not None
+    assert (
+        f"\b\n    Example:\n      trackopt {name}" in command.help or f"\b\nExample:\n  trackopt {name}" in command.help
+    )
+
+
+def test_the_version_is_printed() -> None:
+    assert re.fullmatch(r"trackopt \d+\.\d+\.\d+\n", trackopt("--version").stdout)
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (1 << 30, "1.0 GiB"), (5 << 40, "5.0 TiB")],
+)
+def test_sizes_have_units(count: int, text: str) -> None:
+    assert screen.size(count) == text
+
+
+@pytest.mark.parametrize(
+    ("part", "text"), [(0, "0 %"), (1e-9, "< 0.01 %"), (0.029, "2.9 %"), (0.999999, "99.99 %"), (1, "100 %")]
+)
+def test_a_share_is_100_percent_only_if_it_is_all(part: float, text: str) -> None:
+    assert screen.share(part) == text

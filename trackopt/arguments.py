@@ -1,0 +1,54 @@
+"""What ``wrap`` is given, refused before anything is touched where it makes no sense."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch.optim import Optimizer
+
+from trackopt.checkpoint.capture import RESERVED
+from trackopt.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from datetime import timedelta
+
+    from trackopt.checkpoint import Training
+
+SINKS = ("tensorboard", "mlflow")
+
+
+def check_objects(training: Training) -> None:
+    """Refuse what is no optimizer, and what has no state to save.
+
+    Raises:
+        UsageError: The first thing that is wrong.
+    """
+    if not training.optimizers:
+        raise UsageError("wrap() was given no optimizer; pass one, or a dict of them by name")
+    for name, optimizer in training.optimizers.items():
+        if not isinstance(optimizer, Optimizer):
+            raise UsageError(f"{name} is a {type(optimizer).__name__}; wrap() takes a torch.optim.Optimizer")
+    for name, thing in {**training.models, **training.schedulers, **training.stateful}.items():
+        if not (hasattr(thing, "state_dict") and hasattr(thing, "load_state_dict")):
+            raise UsageError(
+                f"{name} is a {type(thing).__name__} without state_dict() and load_state_dict(); wrap() cannot save it"
+            )
+    if taken := RESERVED & training.stateful.keys():
+        raise UsageError(f"wrap(..., {min(taken)}=…): this name is taken in checkpoints; choose another keyword")
+
+
+def check_options(
+    *, save_every: int | timedelta | None, keep: int, stats: str | None, stats_every: int, sinks: Sequence[str]
+) -> None:
+    """Refuse options that mean nothing.
+
+    Raises:
+        UsageError: The first thing that is wrong.
+    """
+    if unknown := set(sinks) - set(SINKS):
+        raise UsageError(f"sinks: {min(unknown)!r} is none; choose from {', '.join(SINKS)}")
+    if stats not in {"group", None}:
+        raise UsageError(f"stats={stats!r}: choose 'group' or None")
+    if keep < 1 or stats_every < 1 or (save_every is not None and not save_every):
+        raise UsageError("keep, stats_every and save_every count from 1")
