@@ -11,7 +11,7 @@ import torch
 from trackopt import integrity
 from trackopt.checkpoint.capture import FORMAT
 from trackopt.checkpoint.write import PART, write
-from trackopt.errors import ArchiveError, CheckpointError, MismatchError
+from trackopt.errors import CheckpointError, MismatchError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -102,12 +102,8 @@ def load(path: Path) -> dict[str, Any]:
         CheckpointError: It is missing or damaged.
         MismatchError: It is sound, but no checkpoint of a run.
     """
-    try:
-        problems = integrity.check(path)
-    except ArchiveError as error:
-        raise CheckpointError(str(error)) from error
-    if problems:
-        raise CheckpointError(f"{path}: damaged ({problems[0]})")
+    if problems := integrity.check(path):
+        raise CheckpointError(f"{path}: cannot be used ({problems[0]})")
     try:
         tree: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, pickle.UnpicklingError) as error:

@@ -49,9 +49,10 @@ def _with_verbatim_examples(command: click.Command) -> click.Command:
     return command
 
 
-@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=_Commands, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="trackopt", message="%(prog)s %(version)s")
-def group() -> None:
+@click.pass_context
+def group(context: click.Context) -> None:
     r"""See what an optimizer does, stop and resume training bit for bit, look inside any checkpoint.
 
     \b
@@ -60,6 +61,8 @@ def group() -> None:
 
     Exit codes: 0 done, 1 a negative finding (diff: they differ), 2 trouble.
     """
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
 
 
 _with_verbatim_examples(group)
@@ -73,9 +76,11 @@ def main() -> None:
     try:
         code = group.main(prog_name="trackopt", standalone_mode=False)
         sys.stdout.flush()
+    except click.UsageError as error:
+        path = error.ctx.command_path if error.ctx else "trackopt"
+        code = _report(f"{error.format_message().rstrip('.')}; see {path} --help")
     except click.ClickException as error:
-        error.show()
-        code = 2
+        code = _report(error.format_message())
     except click.Abort:
         code = 130
     except TrackoptError as error:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 _TOP = 10
 _FEW = 3
 _KINDS = {"value": "values changed", "shape": "shapes changed", "dtype": "dtypes changed"}
+#: What a run notes for itself at every step: between two steps it differs as a matter of course.
+_FOLLOWS_THE_STEP = ("trackopt.position.", "trackopt.observers.", "trackopt.pending.")
 _STRAIGHT = 0.98
 _NUMBERS = ("max |Δ|", "rel L2", "cosine", "elements")
 _DIFFER = 1
@@ -155,7 +157,12 @@ def _changes(found: Difference, *, everything: bool) -> Iterator[RenderableType]
         if len(most) > _TOP:
             yield f"  … and {len(most) - _TOP:,} more"
         yield ""
-    others = [change for change in found.changes if change.kind != "tensor"]
+    moved_on = found.story.step[0] != found.story.step[1]
+    others = [
+        change
+        for change in found.changes
+        if change.kind != "tensor" and (everything or not (moved_on and change.path.startswith(_FOLLOWS_THE_STEP)))
+    ]
     rows = [[one.path, _value(one)] for one in others] if everything else _folded(others)
     shown = rows if everything else rows[:_TOP]
     if shown:
