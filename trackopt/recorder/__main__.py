@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import select
+import signal
 import sys
 from pathlib import Path
 
@@ -20,7 +21,7 @@ _WAKE = 1.0  # seconds
 def main() -> None:
     """Run until the training process is gone and everything is delivered."""
     directory = Path(sys.argv[1])
-    _yield_the_processor()
+    _stand_aside()
     with Recorder(directory, tell=_tell) as recorder:
         wait = 0.0
         while not _trainer_is_gone(wait):
@@ -38,8 +39,16 @@ def _tell(message: str) -> None:
         os.write(_STDIN, f"{message}\n".encode())
 
 
-def _yield_the_processor() -> None:
-    """Run only when the processor has nothing else to do: anything more slows a training loop that uses every core."""
+def _stand_aside() -> None:
+    """Outlive the training process, and run only when the processor has nothing else to do.
+
+    A process group of its own keeps away the signals that end the training. A session of its own would too, but Linux
+    gives each session a fair share of the processor, which undoes SCHED_IDLE; and anything more than that slows a
+    training loop that uses every core.
+    """
+    os.setpgid(0, 0)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     if hasattr(os, "SCHED_IDLE"):
         with contextlib.suppress(OSError):
             os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))

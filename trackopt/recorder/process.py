@@ -35,7 +35,6 @@ class RecorderProcess:
                 stdout=log,
                 stderr=log,
                 env=_environment(),
-                start_new_session=True,  # a Ctrl-C in the terminal is not for the recorder
             )
         # A forked data worker would keep the socket open after its parent was killed.
         os.register_at_fork(after_in_child=self._socket.close)
