@@ -39,7 +39,7 @@ def test_ui_starts_both_and_stops_both(run):
     with urllib.request.urlopen(addresses["mlflow"] + "/health") as answer:
         assert answer.status == 200
     process.send_signal(signal.SIGINT)
-    assert process.wait() == 0
+    assert process.wait(timeout=60) == 0
     process.stdout.close()
     for address in addresses.values():
         with pytest.raises(OSError, match="refused"):

@@ -39,7 +39,8 @@ def command(directory: Path, as_json: bool) -> None:
       trackopt ui runs
     """
     uri = _tracking_uri(directory)
-    signal.signal(signal.SIGTERM, _interrupt)
+    for ending in (signal.SIGINT, signal.SIGTERM):  # a shell starts background jobs with SIGINT ignored
+        signal.signal(ending, _interrupt)
     with contextlib.ExitStack() as stack:
         addresses = {"tensorboard": stack.enter_context(_Server("TensorBoard", _tensorboard(directory)))}
         if uri.startswith(("http://", "https://")):
