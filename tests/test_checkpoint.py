@@ -123,7 +123,7 @@ def test_a_full_disk_stops_neither_training_nor_the_earlier_checkpoint(tmp_path,
     script.write_text(FULL)
     done = run_script(script, tmp_path / "run")
     assert (done.returncode, done.stdout) == (0, "7\n"), done.stderr
-    assert "not written" in done.stderr
+    assert "step-00000004.pt: not written (File too large)" in done.stderr
     assert names(tmp_path / "run") == ["step-00000002.pt", "step-00000007.pt"]
     failed = [line for line in journal.read(tmp_path / "run" / journal.NAME) if line.event == "checkpoint_failed"]
     assert [line.step for line in failed] == [4, 6]

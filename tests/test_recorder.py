@@ -45,6 +45,8 @@ for epoch in run.epochs(3):
         if run.global_step == kill:
             os.kill(os.getpid(), signal.SIGKILL)
     run.log(accuracy=epoch / 3)
+if os.environ.get("KILL_RECORDER"):
+    os.kill(run._recorder._process.pid, signal.SIGKILL)
 if os.environ.get("FAIL"):
     raise RuntimeError("the end")
 run.close()
@@ -126,7 +128,20 @@ def test_a_replay_changes_nothing(script, tmp_path):
     assert sorted(directory.glob("events*")) == files
 
 
-def test_a_killed_recorder_is_made_up_for_by_sync(script, tmp_path):
+def test_a_recorder_that_was_killed_is_told(script, tmp_path):
+    """Training ends well, says what happened in one line, and sync delivers everything."""
+    directory = tmp_path / "run"
+    done = run_script(script, directory, KILL_RECORDER=1)
+    assert done.returncode == 0
+    assert "the recorder ended with code -9" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    sync = [sys.executable, "-m", "trackopt", "sync", str(directory)]
+    assert subprocess.run(sync, check=False, capture_output=True).returncode == 0
+    assert mlflow_points(directory) == journal.series(directory)
+    assert_once(tensorboard_points(directory))
+
+
+def test_a_delivery_that_broke_off_is_completed_by_sync(script, tmp_path):
     """The recorder dies in the middle of a delivery: `trackopt sync` completes both backends, each point once."""
     directory = tmp_path / "run"
     assert run_script(script, directory).returncode == 0

@@ -154,4 +154,5 @@ def replace(file: Path, content: bytes) -> None:
             os.fsync(stream.fileno())
         part.rename(file)
     except OSError as error:
+        part.unlink(missing_ok=True)
         raise RunError(f"{file}: cannot be written ({error.strerror}); check its directory") from error

@@ -38,10 +38,9 @@ def write(tree: dict[str, Any], path: Path, *, before_commit: Callable[[], None]
         before_commit()
         part.rename(path)
         sync_directory(path.parent)
-    except (OSError, RuntimeError) as error:  # torch turns a failed write into a RuntimeError
+    except (OSError, RuntimeError) as error:
         part.unlink(missing_ok=True)
-        reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
-        raise CheckpointError(f"{path}: not written ({reason}); free some space or choose another directory") from error
+        raise CheckpointError(f"{path}: not written ({_reason(error)}); free some space or mend the disk") from error
 
 
 def sync_directory(path: Path) -> None:
@@ -51,6 +50,13 @@ def sync_directory(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _reason(error: BaseException) -> str:
+    """Why the disk refused: torch raises a RuntimeError about its own archive over the system's error."""
+    if isinstance(error, OSError) or error.__context__ is None:
+        return str(getattr(error, "strerror", None) or error).splitlines()[0]
+    return _reason(error.__context__)
 
 
 def _save(tree: dict[str, Any], file: Any) -> None:

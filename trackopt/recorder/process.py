@@ -28,7 +28,8 @@ class RecorderProcess:
         self._socket.setblocking(False)
         self._heard = b""
         self._next = time.monotonic()
-        with theirs, (directory / LOG).open("ab") as log:
+        self._log = directory / LOG
+        with theirs, self._log.open("ab") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "trackopt.recorder", str(directory)],
                 stdin=theirs.fileno(),
@@ -55,9 +56,14 @@ class RecorderProcess:
     def finish(self) -> list[str]:
         """Tell the recorder that nothing more comes, wait until it has delivered, and return its last messages."""
         self._socket.shutdown(socket.SHUT_WR)
-        self._process.wait()
+        code = self._process.wait()
         messages = self.messages(now=True)
         self._socket.close()
+        if code:
+            messages.append(
+                f"the recorder ended with code {code} (see {self._log}); `trackopt sync {self._log.parent}` delivers "
+                "what is missing"
+            )
         return messages
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import time
@@ -12,7 +13,7 @@ import orjson
 
 from trackopt import journal
 from trackopt.directory import read_identity, replace
-from trackopt.errors import TrackoptError
+from trackopt.errors import RunError, TrackoptError
 from trackopt.recorder.delivery import Delivery
 from trackopt.recorder.process import LOG
 
@@ -38,7 +39,7 @@ class Recorder:
     def __init__(self, directory: Path, tell: Callable[[str], None]) -> None:
         self._directory = directory
         self._tell = tell
-        self._log = (directory / LOG).open("a")
+        self._log = (directory / LOG).open("ab", buffering=0)
         fcntl.flock(self._log, fcntl.LOCK_EX)
         identity = read_identity(directory)
         # Relative addresses (of an SQLite file, of artifacts) are meant from where the training ran.
@@ -88,7 +89,8 @@ class Recorder:
         try:
             more = bool(action(self._delivery(name)))
         except Exception as error:  # noqa: BLE001 - whatever one sink raises must not keep the others from theirs
-            traceback.print_exc(file=self._log)
+            with contextlib.suppress(OSError):  # the disk may be what is full
+                self._log.write(traceback.format_exc().encode())
             if name not in self._pauses:
                 self._tell(
                     f"the {name} sink fails ({_first_line(error)}); training goes on, the journal keeps everything, "
@@ -115,10 +117,12 @@ class Recorder:
         return dict(cursors)
 
     def _save(self) -> None:
+        """Keep the cursors. Where that fails, what they stand for will be sent once more, which changes nothing."""
         cursors = self._cursors | {name: delivery.cursor for name, delivery in self._deliveries.items()}
         if cursors != self._cursors:
-            self._cursors = cursors
-            replace(self._directory / CURSORS, orjson.dumps(cursors))
+            with contextlib.suppress(RunError):
+                replace(self._directory / CURSORS, orjson.dumps(cursors))
+                self._cursors = cursors
 
 
 def _connector(name: str, directory: Path) -> Callable[[int], Sink]:
