@@ -1,10 +1,11 @@
 # make demo   set up, then run the main job on real data
 # make test   set up, then run the tests
+# make fuzz   100,000 mutated files, each of which must be answered or refused
 VENV := .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench fuzz clean
 
 demo: $(VENV)/ready
 	$(BIN)/python examples/demo.py
@@ -19,6 +20,9 @@ lint: $(VENV)/ready
 
 bench: $(VENV)/ready
 	$(BIN)/python -m tests.benchmarks
+
+fuzz: $(VENV)/ready
+	$(BIN)/python -m tests.fuzz
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

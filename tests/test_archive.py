@@ -166,9 +166,9 @@ def test_sets_and_strangers_become_nodes_that_only_describe(tmp_path: Path) -> N
     tree = {"set": {1, 2}, "path": Path("/x"), "dtype": torch.float16, "array": np.arange(3)}
     with opened(tree, tmp_path / "t.pt") as archive:
         assert sorted(archive.tree["set"].items) == [1, 2]
-        assert isinstance(archive.tree["path"], Opaque)
+        assert archive.tree["path"] == "/x"
         assert repr(archive.tree["dtype"]) == "torch.float16"
-        assert isinstance(archive.tree["array"], Opaque)
+        assert archive.tree["array"].kind == "numpy.ndarray"
         assert any("PosixPath" in name for name in archive.globals)
 
 
@@ -272,7 +272,7 @@ def read_all(path: Path) -> None:
         b"",
         b"P",
         b"PK\x03\x04",
-        b"\x80\x02}q\x00.",
+        b"\x80\x02}q\x00",
         b"<html>",
         b"version https://git-lfs",
         b"\x1f\x8b\x08",

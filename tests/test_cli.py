@@ -287,3 +287,18 @@ def test_sizes_have_units(count: int, text: str) -> None:
 )
 def test_a_share_is_100_percent_only_if_it_is_all(part: float, text: str) -> None:
     assert screen.share(part) == text
+
+
+def test_verify_ends_with_0_1_or_2(tmp_path: Path, run_directory: Path) -> None:
+    sound = saved(trained(), tmp_path / "sound.pt")
+    damaged = tmp_path / "damaged.pt"
+    damaged.write_bytes(sound.read_bytes()[:-1000])
+    assert trackopt("verify", sound).returncode == 0
+    assert trackopt("verify", run_directory).returncode == 0
+    done = trackopt("verify", sound, damaged)
+    assert (done.returncode, done.stderr) == (1, "")
+    assert "trackopt salvage" in done.stdout
+    facts = json.loads(trackopt("verify", damaged, "nowhere.pt", "--json").stdout)
+    assert facts["sound"] is False
+    assert [one["status"] for one in facts["files"]] == ["damaged", "unreadable"]
+    assert trackopt("verify", damaged, "nowhere.pt").returncode == 2

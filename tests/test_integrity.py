@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import zipfile
+import zlib
 from typing import TYPE_CHECKING
 
 import pytest
@@ -12,6 +13,8 @@ import torch
 
 from tests.checkpoints import peak, pickled, saved, trained, zipped
 from trackopt import integrity
+from trackopt.archive.checksums import combined
+from trackopt.integrity.report import verify
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -91,3 +94,62 @@ def test_memory_stays_bounded_on_a_large_file(tmp_path: Path) -> None:
     assert (
         peak("import sys; from trackopt import integrity; assert integrity.check(sys.argv[1]) == []", path) < 40 << 10
     )
+
+
+@pytest.mark.parametrize("lengths", [(0, 0), (0, 5), (5, 0), (3, 70_000), (1 << 20, 1)])
+def test_sums_of_two_stretches_combine_to_that_of_both(lengths: tuple[int, int]) -> None:
+    one, two = (bytes(range(256)) * (length // 256 + 1) for length in lengths)
+    one, two = one[: lengths[0]], two[: lengths[1]]
+    assert combined(zlib.crc32(one), zlib.crc32(two), len(two)) == zlib.crc32(one + two)
+
+
+def test_a_flipped_bit_in_a_record_of_many_slices_is_found(tmp_path: Path) -> None:
+    path = saved({"t": torch.arange(11 << 20), "u": torch.ones(3)}, tmp_path / "t.pt")
+    assert integrity.check(path) == []
+    with path.open("r+b") as file:
+        file.seek(50 << 20)
+        file.write(b"\x01")
+    (problem,) = integrity.check(path)
+    assert "data/0" in problem
+
+
+def test_of_a_run_every_checkpoint_and_the_journal_are_checked(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    for steps in (1, 2):
+        saved(trained(steps), tmp_path / "checkpoints" / f"step-{steps:08d}.pt")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "time": 1.0, "metrics": {}}\n')
+    assert [(one.format, one.status) for one in verify(tmp_path)] == [
+        ("torch zip", "sound"),
+        ("torch zip", "sound"),
+        ("journal", "sound"),
+    ]
+
+
+def test_of_a_journal_torn_and_foreign_lines_are_told(tmp_path: Path) -> None:
+    good = '{"step": 1, "time": 1.0, "metrics": {}}\n'
+    (tmp_path / "metrics.jsonl").write_text(good + '{"step": 2, "ti\n' + good + "hello\n" + '{"step": 3')
+    (checked,) = verify(tmp_path)
+    assert checked.status == "damaged"
+    assert checked.problems[0].endswith("are skipped: 2, 4")
+    assert "torn after 10 bytes" in checked.problems[1]
+
+
+def test_of_a_truncated_file_it_says_what_is_left(tmp_path: Path) -> None:
+    path = saved({"a": torch.ones(10_000), "b": torch.ones(10_000), "c": torch.ones(10_000)}, tmp_path / "t.pt")
+    whole = path.read_bytes()
+    for share, words in ((0.05, "none of its 3 tensors"), (0.5, "1 of 3 tensors are whole"), (0.9, "2 of 3")):
+        path.write_bytes(whole[: int(len(whole) * share)])
+        (checked,) = verify(path)
+        assert checked.status == "damaged"
+        assert words in checked.rescue
+    path.write_bytes(whole[:100])
+    (checked,) = verify(path)
+    assert "nothing can be saved" in checked.rescue
+
+
+def test_a_damaged_tensor_is_not_among_those_that_are_left(tmp_path: Path) -> None:
+    path = saved({"a": torch.ones(10_000), "b": torch.ones(10_000), "c": torch.ones(10_000)}, tmp_path / "t.pt")
+    raw = bytearray(path.read_bytes())
+    raw[20_000] ^= 1
+    path.write_bytes(raw[: int(len(raw) * 0.9)])
+    assert "1 of 3 tensors are whole" in next(verify(path)).rescue

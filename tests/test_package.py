@@ -19,7 +19,7 @@ HEAVY = {"torch", "mlflow", "tensorboard"}
 MAY_IMPORT = {
     "archive": set(),
     "state": {"archive"},
-    "integrity": {"archive"},
+    "integrity": {"archive", "journal"},
     "summary": {"archive", "state", "integrity"},
     "difference": {"archive", "state"},
     "journal": set(),

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 #: Bytes up to which the checksums are read as well: a few hundredths of a second.
 READ_UP_TO = 48 << 20
+LISTED = 10_000  #: Extras and names that are listed at most; no honest file has as many.
 _GENERATORS = ("python", "numpy", "torch")
 _MANY = 3
 
@@ -78,8 +79,8 @@ class Summary:
             "optimizers": [_optimizer(one) for one in self.state.optimizers],
             "schedulers": [_scheduler(one) for one in self.state.schedulers],
             "rng": list(self.state.rng),
-            "extras": [{"name": name, "value": describe(value)} for name, value in self.state.extras],
-            "globals": list(self.globals),
+            "extras": [{"name": name, "value": describe(value)} for name, value in self.state.extras[:LISTED]],
+            "globals": list(self.globals[:LISTED]),
             "findings": [{"level": one.level, "text": one.text} for one in self.findings],
         }
         if self.tensors is not None:
@@ -165,7 +166,8 @@ def _findings(archive: Archive, found: TrainingState, damage: list[str], read_al
     """Everything to be told: errors, warnings, and if there is neither, the good news."""
     errors = [Finding("error", line) for line in _first(damage, "problems")]
     warnings = [
-        Finding("warning", line) for line in (*_missing(found), *_odd(found), *_heavy(archive), *_foreign(archive))
+        Finding("warning", line)
+        for line in (*_missing(found), *_odd(found), *_heavy(archive), *_foreign(archive), *_unlisted(archive, found))
     ]
     if errors or warnings:
         return errors + warnings
@@ -241,3 +243,9 @@ def _foreign(archive: Archive) -> list[str]:
         return []
     names = ", ".join(refused[:_MANY]) + (f" and {len(refused) - _MANY} more" if len(refused) > _MANY else "")
     return [f"torch.load refuses it with weights_only=True, for {names}; nothing of it was run here"]
+
+
+def _unlisted(archive: Archive, found: TrainingState) -> list[str]:
+    """What is too much to be listed, and so may hide something."""
+    counts = {"entries at the top": len(found.extras), "names of classes and functions": len(archive.globals)}
+    return [f"{count:,} {what}, of which {LISTED:,} are listed" for what, count in counts.items() if count > LISTED]

@@ -2,7 +2,7 @@
 
 The reading flow starts here: `open` finds the file, tells its format by its first bytes, and hands over an
 `Archive`. Each format is one module with a ``load(path, file) -> Contents``; a new one is one more line in
-``_FORMATS``.
+`trackopt.archive.detect`.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from trackopt.archive import nodes
+from trackopt.archive import detect, nodes
 from trackopt.archive import tensors as values
 from trackopt.archive.locate import checkpoints, locate
 from trackopt.archive.nodes import Global, Opaque, Storage, Tensor
 from trackopt.archive.source import Contents, misfit
+from trackopt.archive.strangers import recognized
 from trackopt.errors import ArchiveError
 
 if TYPE_CHECKING:
@@ -29,16 +30,13 @@ if TYPE_CHECKING:
 
 __all__ = ["Archive", "Global", "Opaque", "Storage", "Tensor", "checkpoints", "locate", "open"]
 
-#: First bytes of a file, and the module that reads such files.
-_FORMATS = ((b"PK\x03\x04", "trackopt.archive.torch_zip"),)
-
 
 class Archive:
     """A checkpoint that is open for reading. Made by `open`; use it with ``with``.
 
     Attributes:
-        path: The file.
-        bytes: Its size.
+        path: The file, or the directory.
+        bytes: Its size; of a directory that of the files that make it up.
         format: What it is, in words.
         tree: What was saved: plain values, with `Tensor` and other nodes where objects were.
         globals: Every name of a class or function in the file; none of them was looked up.
@@ -47,17 +45,21 @@ class Archive:
 
     def __init__(self, path: Path, file: int, contents: Contents) -> None:
         self.path = path
-        self.bytes = os.fstat(file).st_size
+        self.bytes = contents.files.bytes if contents.files is not None else os.fstat(file).st_size
         self.format = contents.format
         self.tree: Any = contents.tree
         self.globals = contents.globals
         self.problems = tuple(contents.problems)
         self.source = contents.source
         self._file = file
+        self._files = contents.files
+        self._tensors: list[tuple[str, Tensor]] | None = None
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """All the tensors, in the order they were saved, each with its dotted path."""
-        return ((".".join(path), tensor) for path, tensor in nodes.tensors(self.tree))
+        if self._tensors is None:
+            self._tensors = [(".".join(path), tensor) for path, tensor in nodes.tensors(self.tree)]
+        return iter(self._tensors)
 
     def read(self, tensor: Tensor) -> Array:
         """A tensor's values as a NumPy array of its shape.
@@ -91,6 +93,8 @@ class Archive:
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
+        if self._files is not None:
+            self._files.close()
 
     def __enter__(self) -> Self:
         return self
@@ -108,7 +112,9 @@ def open(place: str | Path) -> Archive:  # noqa: A001 - `trackopt.open` is meant
     """Open a checkpoint for reading, without torch and without running anything in it.
 
     Args:
-        place: A file; a run's directory, whose newest checkpoint is taken; or ``DIRECTORY@STEP``.
+        place: A file; a directory that Accelerate, DeepSpeed, the Hugging Face Trainer or
+            ``torch.distributed.checkpoint`` wrote; a run's directory, whose newest checkpoint is taken; or
+            ``DIRECTORY@STEP``.
 
     Raises:
         ArchiveError: There is no such file, it is not a checkpoint, or it is damaged.
@@ -137,12 +143,17 @@ def open(place: str | Path) -> Archive:  # noqa: A001 - `trackopt.open` is meant
 
 
 def _load(path: Path, file: int) -> Contents:
-    head = os.pread(file, 16, 0)
-    for magic, module in _FORMATS:
-        if head.startswith(magic):
-            contents: Contents = import_module(module).load(path, file)
-            return contents
+    if path.is_dir() or path.name.endswith(".index.json"):
+        from trackopt.archive import directories
+
+        return directories.load(path, _load) if path.is_dir() else directories.load_index(path, _load)
+    head = os.pread(file, detect.HEAD, 0)
+    if module := detect.module(head):
+        contents: Contents = import_module(f"trackopt.archive.{module}").load(path, file)
+        return contents
+    if stranger := recognized(head):
+        raise ArchiveError(f"{path}: {stranger}")
     what = (
         "the file is empty" if not head else f"it begins with {head[:8]!r}, which is no checkpoint that trackopt reads"
     )
-    raise ArchiveError(f"{path}: {what}; name a file that torch.save wrote (torch 1.6 or later)")
+    raise ArchiveError(f"{path}: {what}; name a file that torch.save or safetensors wrote")

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 from trackopt.archive.nodes import Opaque
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
 MAX_DEPTH = 200
 MAX_NODES = 5_000_000
 _MAX_KEY = 100
+_CONTAINERS = (dict, list, tuple, Opaque)
 
 
 class Broken(Exception):
@@ -41,21 +42,20 @@ def bounded(root: Any) -> Any:
     """Cut what contains itself, and refuse what is too deep or, written out, too large to walk."""
     sizes: dict[int, tuple[int, int]] = {}  # a container's size written out and its depth
     path: dict[int, Any] = {id(root): root}
-    frames = [(root, _slots(root), [1, 0])]
+    frames = [_frame(root)]
     while frames:
         node, below, total = frames[-1]
         for key, child in below:
             known = sizes.get(id(child))
-            if known is None and id(child) in path:
+            if known is not None:
+                total[0] += known[0]
+                total[1] = max(total[1], known[1])
+            elif id(child) in path:
                 _cut(node, key)
-            elif known is None and isinstance(child, dict | list | tuple | Opaque) and child:
-                path[id(child)] = child
-                frames.append((child, _slots(child), [1, 0]))
-                break
             else:
-                size, depth = known or (1, 0)
-                total[0] += size
-                total[1] = max(total[1], depth)
+                path[id(child)] = child
+                frames.append(_frame(child))
+                break
         else:
             sizes[id(node)] = (total[0], total[1] + 1)
             _check_size(*sizes[id(node)])
@@ -74,13 +74,18 @@ def _check_size(size: int, depth: int) -> None:
         raise Broken(f"it is nested more than {MAX_DEPTH} levels deep")
 
 
-def _slots(node: Any) -> Iterator[tuple[Any, Any]]:
-    """A container's parts, each with where it can be replaced."""
+def _frame(node: Any) -> tuple[Any, Iterator[tuple[Any, Any]], list[int]]:
+    """A container, those of its parts that hold others with where each can be replaced, and its size so far."""
+    slots: Iterable[tuple[Any, Any]] = ()
     if isinstance(node, dict):
-        return iter(node.items())
-    if isinstance(node, list | tuple):
-        return enumerate(node)
-    return node.parts() if isinstance(node, Opaque) else iter(())
+        slots = node.items()
+    elif isinstance(node, list | tuple):
+        slots = enumerate(node)
+    elif isinstance(node, Opaque):
+        slots = tuple(node.parts())
+    inner = [(key, part) for key, part in slots if isinstance(part, _CONTAINERS) and part]
+    count = len(node) if isinstance(node, dict | list | tuple) else 4
+    return node, iter(inner), [1 + count - len(inner), 0]
 
 
 def _cut(node: Any, key: Any) -> None:

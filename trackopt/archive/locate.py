@@ -1,4 +1,4 @@
-"""Which file a person means: a file, a run's directory, or one step of it."""
+"""Which checkpoint a person means: a file, a directory that is one, a run's directory, or one step of it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def checkpoints(directory: Path) -> dict[int, Path]:
 
 
 def locate(place: str | Path) -> Path:
-    """The checkpoint file that is meant.
+    """The checkpoint that is meant: a file, or a directory that is one.
 
     Args:
         place: A file; a run's directory, whose newest checkpoint is taken; or ``DIRECTORY@STEP``.
@@ -56,6 +56,10 @@ def locate(place: str | Path) -> Path:
 def _newest(directory: Path) -> Path:
     found = checkpoints(directory)
     if not found:
+        from trackopt.archive import directories
+
+        if other := directories.newest(directory):
+            return other
         raise ArchiveError(f"{directory}: there is no checkpoint in this directory; name a run's directory or a file")
     return list(found.values())[-1]
 

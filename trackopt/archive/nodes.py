@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from trackopt.archive.region import Region
+
 #: Bytes per element of every dtype that a checkpoint can name, without the ``torch.`` in front.
 ITEMSIZE: dict[str, int] = {
     "float64": 8, "float32": 4, "float16": 2, "bfloat16": 2,
@@ -27,6 +29,18 @@ ITEMSIZE: dict[str, int] = {
 }  # fmt: skip
 
 
+def contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The strides of a tensor whose elements lie one after the other."""
+    strides = [1]
+    for size in reversed(shape[1:]):
+        strides.append(strides[-1] * max(1, size))
+    return tuple(reversed(strides[: len(shape)]))
+
+
+#: The kind of a `Tensor` that stands for many bytes in a pickle.
+BYTES = "builtins.bytes"
+
+
 @dataclass(frozen=True, slots=True)
 class Storage:
     """A stretch of bytes in the file that tensors look into.
@@ -36,12 +50,60 @@ class Storage:
         dtype: The dtype it was declared with; ``"uint8"`` for an untyped one.
         device: Where it lived, as ``"cuda:0"``.
         nbytes: Its size in bytes.
+        region: Where its bytes are, if it says so itself; otherwise the container finds them by the key.
+        byteorder: ``"little"`` or ``"big"``, if it is not the container's.
     """
 
     key: str
     dtype: str
     device: str
     nbytes: int
+    region: Region | None = field(default=None, repr=False, compare=False)
+    byteorder: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Quantizer:
+    """How integers stand for real numbers: ``scale * (integer - zero_point)``.
+
+    Attributes:
+        scheme: As ``"per_tensor_affine"``.
+        scale: One number, or a tensor with one for each channel.
+        zero_point: The same.
+        axis: The dimension that the channels are along, if there are any.
+    """
+
+    scheme: str
+    scale: float | Tensor
+    zero_point: float | Tensor
+    axis: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Compound:
+    """A tensor made of several: sparse, nested, or of a class that wraps others.
+
+    Attributes:
+        kind: Its layout or class, as ``"torch.sparse_csr"``.
+        dtype: That of its values.
+        shape: Elements along each dimension; empty where that is not known.
+        parts: The tensors that it is made of, by name.
+        placements: How each dimension of the device mesh holds it, as ``"Shard(dim=0)"``, if it is distributed.
+    """
+
+    kind: str
+    dtype: str
+    shape: tuple[int, ...]
+    parts: dict[str, Tensor | Compound]
+    placements: tuple[str, ...] = ()
+
+    @property
+    def deep(self) -> bool:
+        """Whether one of its parts has parts, too."""
+        return any(isinstance(part, Compound) for part in self.parts.values())
+
+    def __repr__(self) -> str:
+        return f"<{self.kind} {list(self.shape)}>"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +120,8 @@ class Tensor:
         requires_grad: Whether gradients were wanted.
         conj: Whether the values are the conjugates of the stored ones.
         neg: Whether the values are the negatives of the stored ones.
+        kind: The class whose values these are: ``numpy.ndarray``, a subclass of Tensor, or many plain bytes.
+        quantizer: What turns its integers into real numbers, if it is quantized.
     """
 
     storage: Storage
@@ -69,6 +133,8 @@ class Tensor:
     requires_grad: bool = False
     conj: bool = False
     neg: bool = False
+    kind: str = "torch.Tensor"
+    quantizer: Quantizer | None = None
 
     @property
     def elements(self) -> int:
@@ -146,6 +212,7 @@ class Opaque:
 
 
 Path = tuple[str, ...]
+_MODULE = ("_parameters", "_buffers", "_modules")
 
 
 def children(node: object) -> Iterator[tuple[str, Any]]:
@@ -156,8 +223,27 @@ def children(node: object) -> Iterator[tuple[str, Any]]:
     elif isinstance(node, list | tuple):
         for index, value in enumerate(node):
             yield str(index), value
+    elif isinstance(node, Compound):
+        yield from node.parts.items()
     elif isinstance(node, Opaque):
+        yield from _attributes(node)
+
+
+def _attributes(node: Opaque) -> Iterator[tuple[str, Any]]:
+    """An object's attributes, where these are all that is known of it; a module's tensors under their names."""
+    state = node.state
+    if not isinstance(state, dict) or node.args or node.items or node.entries:
         yield from node.parts()
+        return
+    inside = [state[key] for key in _MODULE if isinstance(state.get(key), dict)]
+    if len(inside) < len(_MODULE):
+        yield from children(state)
+        return
+    for part in inside:
+        yield from children(part)
+    for key, value in state.items():
+        if key not in _MODULE and value not in (None, {}, []):
+            yield str(key), value
 
 
 def walk(node: object, path: Path = ()) -> Iterator[tuple[Path, Any]]:
@@ -175,6 +261,29 @@ def walk(node: object, path: Path = ()) -> Iterator[tuple[Path, Any]]:
             yield path, node
 
 
+_INNER = (Tensor, Compound, dict, list, tuple, Opaque)
+
+
 def tensors(node: object, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
-    """All the tensors below a node, in order, each with its path."""
-    return ((where, leaf) for where, leaf in walk(node, path) if isinstance(leaf, Tensor))
+    """All the tensors below a node, in order, each with its path.
+
+    Like `walk`, but plain values are passed by: a list of a million numbers costs next to nothing.
+    """
+    pending: list[tuple[Path, Any]] = [(path, node)]
+    while pending:
+        path, node = pending.pop()
+        if isinstance(node, Tensor):
+            yield path, node
+        else:
+            below = [((*path, name), child) for name, child in _inner(node)]
+            pending.extend(reversed(below))
+
+
+def _inner(node: object) -> list[tuple[str, Any]]:
+    """The parts of a node that are or may hold tensors; names are made for these alone."""
+    if isinstance(node, dict):
+        items = [(key, value) for key, value in node.items() if isinstance(value, _INNER)]
+        return [(key if isinstance(key, str) else repr(key), value) for key, value in items]
+    if isinstance(node, list | tuple):
+        return [(str(index), value) for index, value in enumerate(node) if isinstance(value, _INNER)]
+    return [(name, value) for name, value in children(node) if isinstance(value, _INNER)]

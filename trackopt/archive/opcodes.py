@@ -147,10 +147,10 @@ OPERATIONS: dict[int, Callable[[Machine], None]] = {
         "X": lambda m: m.push(_text(m, m.number(_U4))),
         "\x8c": lambda m: m.push(_text(m, m.number(_U1))),
         "\x8d": lambda m: m.push(_text(m, m.number(_U8))),
-        "B": lambda m: m.push(m.take(m.number(_U4))),
+        "B": lambda m: m.push(m.payload(m.number(_U4))),
         "C": lambda m: m.push(m.take(m.number(_U1))),
-        "\x8e": lambda m: m.push(m.take(m.number(_U8))),
-        "\x96": lambda m: m.push(m.take(m.number(_U8))),  # a bytearray
+        "\x8e": lambda m: m.push(m.payload(m.number(_U8))),
+        "\x96": lambda m: m.push(m.payload(m.number(_U8))),  # a bytearray
         # containers
         ")": lambda m: m.push(()),
         "t": lambda m: m.push(tuple(m.since_mark())),

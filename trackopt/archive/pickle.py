@@ -11,81 +11,110 @@ from __future__ import annotations
 import struct
 from typing import TYPE_CHECKING, Any
 
+from trackopt.archive.arrays import built
 from trackopt.archive.bounds import Broken, bounded, checked_key
-from trackopt.archive.nodes import Global, Opaque
+from trackopt.archive.nodes import BYTES, Global, Opaque, Storage, Tensor
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+
+    from trackopt.archive.region import Region
 
 MAX_OPERATIONS = 3_000_000
 MAX_OBJECTS = 600_000
 MAX_COPIED = 64 << 20
 _STOP = ord(".")
+_WINDOW = 1 << 20
+_AHEAD = 1 << 10  # no operation but for its text or bytes is longer
+_LARGE = 1 << 16
+#: What a storage calls that is pickled by itself: its argument is a whole file.
+EMBEDDED = "torch.storage._load_from_bytes"
+_EMBEDDED_COST = 50
 
 
 class Machine:
     """Runs one pickle.
 
     Args:
-        data: The bytes; the pickle may end before they do.
+        data: The bytes, or where to read them as they are needed; the pickle may end before they do.
         call: Told a `Global` and the arguments, returns what stands for the result.
         persistent: Told a persistent id, returns what stands for the object.
 
     Attributes:
-        position: Where the next byte is read; behind the pickle once it has run.
+        data: The bytes, or the window of them that is at hand.
+        position: Where the next byte is read in ``data``.
         globals: Every name that the pickle refers to, in order.
     """
 
     def __init__(
         self,
-        data: bytes,
+        data: bytes | Region,
         call: Callable[[str, tuple[Any, ...]], Any],
         persistent: Callable[[Any], Any],
         position: int = 0,
     ) -> None:
-        self.data = data
+        self.data = data if isinstance(data, bytes) else b""
         self.position = position
+        self._region = None if isinstance(data, bytes) else data
+        self._base = 0
+        self._low = len(self.data)
+        self._taken = 0
         self.globals: dict[str, Global] = {}
         self._call = call
         self._persistent = persistent
         self._stack: list[Any] = []
         self._marks: list[list[Any]] = []
         self._memo: dict[int, Any] = {}
+        self._places: dict[int, int] = {}
         self._objects = 0
         self._copied = 0
 
-    def run(self, operations: Mapping[int, Callable[[Machine], None]]) -> Any:
+    def run(self, operations: Mapping[int, Callable[[Machine], None]], limit: int = MAX_OPERATIONS) -> Any:
         """The object that the pickle describes.
 
         Args:
             operations: What each opcode does.
+            limit: How many of them it may take.
 
         Raises:
             Broken: It is malformed, or it costs more than a checkpoint's may.
         """
         try:
-            for _ in range(MAX_OPERATIONS):
+            if self._region is not None:
+                self._refill()
+            for _ in range(limit):
+                if self.position > self._low:
+                    self._refill()
                 code = self.data[self.position]
                 self.position += 1
                 if code == _STOP:
                     return bounded(self._stack.pop())
                 operations[code](self)
         except KeyError as error:
-            raise Broken(f"unknown operation or missing reference {error} at byte {self.position}") from error
+            raise Broken(f"unknown operation or missing reference {error} at byte {self.offset}") from error
         except IndexError as error:
-            raise Broken(f"it ends, or takes more than was put in, at byte {self.position}") from error
+            raise Broken(f"it ends, or takes more than was put in, at byte {self.offset}") from error
         except (ValueError, TypeError, AttributeError, OverflowError, struct.error, RecursionError) as error:
-            raise Broken(f"{error} at byte {self.position}") from error
-        raise Broken(f"more than {MAX_OPERATIONS:,} operations")
+            raise Broken(f"{error} at byte {self.offset}") from error
+        raise Broken(f"more than {limit:,} operations")
 
     def take(self, length: int) -> bytes:
         """The next bytes."""
         end = self.position + length
         if length < 0 or end > len(self.data):
-            raise Broken(f"{length} bytes are announced at byte {self.position}, there are fewer")
+            return self._take_far(length)
         data = self.data[self.position : end]
         self.position = end
         return data
+
+    def payload(self, length: int) -> Any:
+        """The next bytes; where there are many in a file, a node that reads them when they are asked for."""
+        start = self.offset
+        if self._region is None or length < _LARGE or start + length > self._region.size:
+            return self.take(length)
+        self._refill(start + length)
+        part = self._region.part(start, start + length)
+        return Tensor(Storage(part.key, "uint8", "cpu", length, part), "uint8", (length,), (1,), kind=BYTES)
 
     def number(self, kind: struct.Struct) -> Any:
         """The next number of a fixed size."""
@@ -95,10 +124,51 @@ class Machine:
 
     def line(self) -> str:
         """The next text up to a newline."""
-        end = self.data.index(b"\n", self.position)
+        end = self.data.find(b"\n", self.position)
+        while end < 0:
+            end = self._find_newline()
         data = self.data[self.position : end]
         self.position = end + 1
         return data.decode("utf-8", "surrogateescape")
+
+    @property
+    def offset(self) -> int:
+        """Where the next byte stands in the file or the bytes; behind the pickle once it has run."""
+        return self._base + self.position
+
+    def _refill(self, offset: int | None = None, length: int = _WINDOW) -> None:
+        """Move the window, so that it begins at the next byte or at a given one."""
+        if self._region is None:
+            return
+        self._base = self.offset if offset is None else offset
+        if self._base > self._region.size:
+            raise Broken(f"it ends at byte {self._region.size}")
+        self.position = 0
+        self.data = self._region.read(self._base, min(self._base + length, self._region.size))
+        whole = self._base + len(self.data) == self._region.size
+        self._low = len(self.data) if whole else len(self.data) - _AHEAD
+
+    def _take_far(self, length: int) -> bytes:
+        """The next bytes, of which some are not in the window."""
+        start = self.offset
+        if self._region is None or length < 0 or start + length > self._region.size:
+            raise Broken(f"{length} bytes are announced at byte {start}, there are fewer")
+        self._taken += length
+        if self._taken > MAX_COPIED:
+            raise Broken(f"more than {MAX_COPIED:,} bytes of text")
+        data = self._region.read(start, start + length)
+        self._refill(start + length)
+        return data
+
+    def _find_newline(self) -> int:
+        """Widen the window until a line ends in it."""
+        length = 2 * max(len(self.data) - self.position, _WINDOW)
+        if self._region is None or self.offset + len(self.data) - self.position >= self._region.size:
+            raise Broken(f"a line does not end at byte {self.offset}")
+        if length > MAX_COPIED:
+            raise Broken(f"more than {MAX_COPIED:,} bytes of text")
+        self._refill(length=length)
+        return self.data.find(b"\n", self.position)
 
     def since_mark(self) -> list[Any]:
         """What was put in since the last mark."""
@@ -134,11 +204,16 @@ class Machine:
         """Remember the last value."""
         if key < 0:
             raise Broken(f"reference {key} is negative")
-        self._memo[key] = self._stack[-1]
+        self._remember(key, self._stack[-1])
 
     def memoize(self) -> None:
         """Remember the last value under the next free number."""
-        self._memo[len(self._memo)] = self._stack[-1]
+        self._remember(len(self._memo), self._stack[-1])
+
+    def _remember(self, key: int, value: Any) -> None:
+        self._memo[key] = value
+        if isinstance(value, Opaque):
+            self._places[id(value)] = key
 
     def get(self, key: int) -> None:
         """Put in what was remembered."""
@@ -161,15 +236,17 @@ class Machine:
         args = args if isinstance(args, tuple) else (args,)
         self.spend(sum(map(_weight, args)))
         if isinstance(function, Global):
+            if function.name == EMBEDDED:
+                self.spend(0, _EMBEDDED_COST)
             return self._call(function.name, args)
         return Opaque("call", (function, *args))
 
-    def spend(self, copied: int) -> None:
-        """Count a new object, and the bytes that making it may copy.
+    def spend(self, copied: int, objects: int = 1) -> None:
+        """Count new objects, and the bytes that making it may copy.
 
         A few operations can copy one long string or list any number of times.
         """
-        self._objects += 1
+        self._objects += objects
         self._copied += copied
         if self._objects > MAX_OBJECTS or self._copied > MAX_COPIED:
             raise Broken(f"more than {MAX_OBJECTS:,} objects, or {MAX_COPIED:,} bytes of them")
@@ -185,7 +262,17 @@ class Machine:
         target = self.top()
         if isinstance(target, Opaque):
             target.state = state
+            self._replace(target, built(target))
         # Attributes of a plain dictionary, such as a state_dict's `_metadata`, are no entries of it.
+
+    def _replace(self, target: Opaque, result: Any) -> None:
+        """Let something else stand for an object now that its state is known."""
+        if result is target:
+            return
+        self._stack[-1] = result
+        key = self._places.get(id(target))
+        if key is not None and self._memo.get(key) is target:
+            self._memo[key] = result
 
     def append(self, items: list[Any]) -> None:
         """Append to the last value."""

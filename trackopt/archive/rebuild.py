@@ -1,34 +1,24 @@
 """What the calls in a checkpoint's pickle stand for.
 
-Each entry of the table turns a name and its arguments into a plain value or a node. Whatever is not in it
-is described as an `Opaque` node. Nothing here imports or calls what the file names.
+Each entry of the table turns a name and its arguments into a plain value or a node; those of tensors are in
+`trackopt.archive.tensor_calls`. Whatever is not in it is described as an `Opaque` node. Nothing here imports
+or calls what the file names.
 """
 
 from __future__ import annotations
 
 import struct
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from trackopt.archive import arrays
 from trackopt.archive.bounds import Broken, checked_key
-from trackopt.archive.nodes import ITEMSIZE, Global, Opaque, Storage, Tensor
+from trackopt.archive.nodes import Global, Opaque, contiguous
+from trackopt.archive.tensor_calls import CALLS, STORAGES, is_size, storage, string
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-_MAX_RANK = 64
-STORAGES = {
-    "Double": "float64", "Float": "float32", "Half": "float16", "BFloat16": "bfloat16",
-    "Long": "int64", "Int": "int32", "Short": "int16", "Char": "int8", "Byte": "uint8", "Bool": "bool",
-    "ComplexDouble": "complex128", "ComplexFloat": "complex64",
-    "QInt32": "qint32", "QInt8": "qint8", "QUInt8": "quint8", "QUInt4x2": "quint4x2", "QUInt2x4": "quint2x4",
-    "Untyped": "uint8",
-}  # fmt: skip
-#: Letters of ``struct`` for the plain numbers that NumPy scalars are saved as.
-_SCALARS = {
-    "f8": "d", "f4": "f", "f2": "e", "i8": "q", "i4": "i", "i2": "h", "i1": "b",
-    "u8": "Q", "u4": "I", "u2": "H", "u1": "B", "b1": "?",
-}  # fmt: skip
+__all__ = ["STORAGES", "call", "contiguous", "is_size", "storage", "string"]
 
 
 def call(name: str, args: tuple[Any, ...]) -> Any:
@@ -46,68 +36,12 @@ def call(name: str, args: tuple[Any, ...]) -> Any:
         raise Broken(f"{name} has arguments that make no sense") from error
 
 
-def storage(key: Any) -> Any:
-    """The storage that a persistent id names, or what is known of it."""
-    if not (isinstance(key, tuple) and len(key) >= 5 and _string(key[0]) == "storage" and isinstance(key[1], Global)):
-        return Opaque("persistent id", (key,))
-    kind, _, suffix = key[1].name.rpartition(".")[2].partition("Storage")
-    dtype = STORAGES.get(kind)
-    if dtype is None or suffix:
-        raise Broken(f"{key[1].name} is not a kind of storage that torch has")
-    if not _is_size(key[4]):
-        raise Broken(f"storage {key[2]!r} has a size that makes no sense")
-    return Storage(_string(key[2]), dtype, _string(key[3]), key[4] * ITEMSIZE[dtype])
+def _embedded(data: Any) -> Any:
+    """A storage that was pickled by itself: its bytes are a whole file of the old format."""
+    from trackopt.archive.legacy import embedded
 
-
-def _string(value: Any) -> str:
-    return value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else str(value)
-
-
-def _is_size(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 62
-
-
-def _tensor(base: Any, offset: int, shape: Any, stride: Any, *rest: Any) -> Any:
-    """``_rebuild_tensor`` and ``_v2``: ``rest`` is requires_grad, hooks, and the conj and neg bits."""
-    if not isinstance(base, Storage):
-        return Opaque("torch.Tensor", (base, offset, shape, stride, *rest))
-    bits = rest[2] if len(rest) > 2 and isinstance(rest[2], dict) else {}
-    return _checked(base, base.dtype, (offset, shape, stride), bool(rest and rest[0]), bits)
-
-
-def _tensor_v3(base: Any, offset: int, shape: Any, stride: Any, *rest: Any) -> Any:
-    """``_rebuild_tensor_v3``: the dtype stands behind the hooks, since the storage is untyped."""
-    if not isinstance(base, Storage):
-        return Opaque("torch.Tensor", (base, offset, shape, stride, *rest))
-    dtype = rest[2].name.removeprefix("torch.")
-    if dtype not in ITEMSIZE:
-        raise Broken(f"the dtype {dtype} is not known")
-    bits = rest[3] if len(rest) > 3 and isinstance(rest[3], dict) else {}
-    return _checked(base, dtype, (offset, shape, stride), bool(rest[0]), bits)
-
-
-def _checked(
-    base: Storage, dtype: str, layout: tuple[Any, Any, Any], requires_grad: bool, bits: dict[Any, Any]
-) -> Tensor:
-    offset, shape, stride = layout
-    shape, stride = tuple(shape), tuple(stride)
-    if len(shape) != len(stride) or len(shape) > _MAX_RANK or not all(map(_is_size, (*shape, *stride, offset))):
-        raise Broken(f"a tensor in storage {base.key!r} has a shape, strides or an offset that make no sense")
-    conj, neg = bits.get("conj") is True, bits.get("neg") is True
-    return Tensor(base, dtype, shape, stride, offset, requires_grad=requires_grad, conj=conj, neg=neg)
-
-
-def _parameter(data: Any, requires_grad: Any = True, *_: Any) -> Any:
-    if isinstance(data, Tensor):
-        return replace(data, parameter=True, requires_grad=bool(requires_grad))
-    return data
-
-
-def _from_type(function: Global, _: Any, args: tuple[Any, ...], *__: Any) -> Any:
-    """A subclass of Tensor: what it holds is the plain tensor that it was made from."""
-    if function.name not in _TENSORS:
-        return Opaque(function.name, args)
-    return call(function.name, args)
+    place = arrays.region(data)
+    return Opaque("torch.storage._load_from_bytes", (data,)) if place is None else embedded(place)
 
 
 def _mapping(*args: Any) -> Any:
@@ -120,12 +54,25 @@ def _default_mapping(*args: Any) -> Any:
     return _mapping(*args[1:])
 
 
-def _size(sizes: Any = ()) -> Any:
-    return tuple(sizes)
+def _tuple(items: Any = ()) -> Any:
+    return tuple(items)
+
+
+def _list(items: Any = (), *_: Any) -> Any:
+    return list(items)
+
+
+def _same(value: Any, *_: Any) -> Any:
+    return value
 
 
 def _device(kind: Any, index: Any = None) -> Any:
-    return f"{_string(kind)}:{index}" if index is not None else _string(kind)
+    return f"{string(kind)}:{index}" if index is not None else string(kind)
+
+
+def _named(name: Any) -> Any:
+    """A layout or a memory format, which is saved by its name."""
+    return Global(string(name))
 
 
 def _encode(text: str, encoding: str = "utf-8") -> bytes:
@@ -134,10 +81,10 @@ def _encode(text: str, encoding: str = "utf-8") -> bytes:
     return text.encode(encoding)
 
 
-def _bytes(data: Any = b"", encoding: str = "latin1") -> bytes:
+def _bytes(data: Any = b"", encoding: str = "latin1") -> Any:
     if isinstance(data, str):
         return _encode(data, encoding)
-    if not isinstance(data, bytes):
+    if arrays.region(data) is None:
         raise Broken("bytes are made of something else")
     return data
 
@@ -146,43 +93,57 @@ def _complex(real: float, imaginary: float) -> complex:
     return complex(real, imaginary)
 
 
-def _scalar(dtype: Opaque, data: bytes = b"") -> Any:
-    """A NumPy scalar as the Python number of the same value."""
-    kind = dtype.args[0] if isinstance(dtype, Opaque) and dtype.args else None
-    if kind not in _SCALARS or len(data) != struct.calcsize("=" + _SCALARS[kind]):
-        return Opaque("numpy.scalar", (dtype, data))
-    big = isinstance(dtype.state, tuple) and len(dtype.state) > 1 and dtype.state[1] == ">"
-    return struct.unpack((">" if big else "<") + _SCALARS[kind], data)[0]
-
-
 def _set(kind: str) -> Callable[..., Any]:
     return lambda items=(): Opaque(kind, items=list(items))
 
 
-def _deque(items: Any = (), *_: Any) -> Any:
-    return list(items)
+def _object(kind: Global, base: Any = None, state: Any = None) -> Any:
+    """``copyreg._reconstructor``: an object of protocol 0 or 1, of a class on top of a built-in one."""
+    filled = () if state is None else (base, state)
+    return Opaque(kind.name, filled)
 
 
-_TENSORS: dict[str, Callable[..., Any]] = {
-    "torch._utils._rebuild_tensor": _tensor,
-    "torch._utils._rebuild_tensor_v2": _tensor,
-    "torch._utils._rebuild_tensor_v3": _tensor_v3,
-}
+def _path(*parts: str) -> str:
+    return "/".join(parts).replace("//", "/", 1) if all(isinstance(part, str) for part in parts) else ""
+
+
+def _date(data: Any, *rest: Any) -> Any:
+    """``datetime.date``, whose four bytes are the year, the month and the day."""
+    if not isinstance(data, bytes) or len(data) != 4:
+        return Opaque("datetime.date", (data, *rest))
+    year, month, day = struct.unpack(">HBB", data)
+    return Opaque("datetime.date", (f"{year:04}-{month:02}-{day:02}",))
+
+
+def _datetime(data: Any, *zone: Any) -> Any:
+    """``datetime.datetime``, whose ten bytes go down to the microsecond; a time zone stands behind them."""
+    if not isinstance(data, bytes) or len(data) != 10:
+        return Opaque("datetime.datetime", (data, *zone))
+    year, month, day, hour, minute, second = struct.unpack(">HBBBBB", data[:7])
+    fraction = int.from_bytes(data[7:], "big")
+    text = f"{year:04}-{month & 0x7F:02}-{day:02}T{hour:02}:{minute:02}:{second:02}"
+    return Opaque("datetime.datetime", (text + (f".{fraction:06}" if fraction else ""), *zone))
+
+
+_PATHS = ("Path", "PosixPath", "WindowsPath", "PurePath", "PurePosixPath", "PureWindowsPath")
 _BUILDERS: dict[str, Callable[..., Any]] = {
-    **_TENSORS,
-    "torch._utils._rebuild_parameter": _parameter,
-    "torch._utils._rebuild_parameter_with_state": _parameter,
-    "torch._tensor._rebuild_from_type": _from_type,
-    "torch._tensor._rebuild_from_type_v2": _from_type,
-    "torch.Size": _size,
+    **CALLS,
+    "torch.storage._load_from_bytes": _embedded,
+    "torch.Size": _tuple,
     "torch.device": _device,
+    "torch.serialization._get_layout": _named,
+    "torch.jit._pickle.restore_type_tag": _same,
+    **{f"torch.jit._pickle.build_{kind}list": _list for kind in ("int", "double", "bool", "tensor")},
     "collections.OrderedDict": _mapping,
     "collections.Counter": _mapping,
     "collections.defaultdict": _default_mapping,
-    "collections.deque": _deque,
+    "collections.deque": _list,
+    "datetime.date": _date,
+    "datetime.datetime": _datetime,
     "_codecs.encode": _encode,
-    "numpy.core.multiarray.scalar": _scalar,
-    "numpy._core.multiarray.scalar": _scalar,
+    "copyreg._reconstructor": _object,
+    "copy_reg._reconstructor": _object,
+    **{f"{module}.{name}": _path for module in ("pathlib", "pathlib._local") for name in _PATHS},
     **{
         f"{module}.{name}": builder
         for module in ("builtins", "__builtin__")

@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
+from trackopt.archive.nodes import ITEMSIZE
 from trackopt.errors import ArchiveError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+    from trackopt.archive.members import Files
     from trackopt.archive.nodes import Storage, Tensor
 
 
@@ -47,6 +49,7 @@ class Contents:
         source: Where tensor bytes come from.
         globals: Every name the file refers to.
         problems: What is wrong or ambiguous, one line each.
+        files: Files beside the one that was opened, to be closed with it.
     """
 
     format: str
@@ -54,12 +57,33 @@ class Contents:
     source: Source
     globals: tuple[str, ...] = ()
     problems: list[str] = field(default_factory=list)
+    files: Files | None = None
+
+
+def stored(source: Source, storage: Storage, start: int, stop: int) -> bytes:
+    """The bytes ``start`` to ``stop`` of a storage, wherever they are."""
+    place = storage.region
+    data = source.read(storage, start, stop) if place is None else place.read(start, stop)
+    if storage.byteorder in (None, source.byteorder):
+        return data
+    return _swapped(data, storage.dtype)
+
+
+def _swapped(data: bytes, dtype: str) -> bytes:
+    """Numbers in the other byte order."""
+    size = ITEMSIZE[dtype] // (2 if dtype.startswith("complex") else 1)
+    swapped = bytearray(len(data))
+    for position in range(size):
+        swapped[position::size] = data[size - 1 - position :: size]
+    return bytes(swapped)
 
 
 def misfit(tensor: Tensor, source: Source) -> str | None:
     """Why a tensor cannot be read from its storage, or None if it can."""
+    if tensor.storage.device == "meta":
+        return None  # it never had values
     try:
-        size = source.size(tensor.storage)
+        size = tensor.storage.region.size if tensor.storage.region is not None else source.size(tensor.storage)
     except ArchiveError as error:
         return str(error)
     if size != tensor.storage.nbytes:

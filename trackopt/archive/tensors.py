@@ -11,7 +11,7 @@ import struct
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from trackopt.archive.source import Source, misfit
+from trackopt.archive.source import Source, misfit, stored
 from trackopt.errors import ArchiveError
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def scalar(source: Source, tensor: Tensor) -> float | int | None:
         return None
     start = tensor.offset * tensor.itemsize
     order = "<" if source.byteorder == "little" else ">"
-    (value,) = struct.unpack(order + letter, source.read(tensor.storage, start, start + tensor.itemsize))
+    (value,) = struct.unpack(order + letter, stored(source, tensor.storage, start, start + tensor.itemsize))
     if tensor.dtype == "bfloat16":
         (value,) = struct.unpack("<f", struct.pack("<I", value << 16))
     result: float | int = -value if tensor.neg else value
@@ -66,6 +66,8 @@ def check(source: Source, tensor: Tensor) -> None:
     problem = misfit(tensor, source)
     if problem is None and tensor.nbytes > max(_MAX_EXPANDED, tensor.storage.nbytes):
         problem = f"a tensor of {tensor.nbytes:,} bytes is made of {tensor.storage.nbytes:,} stored ones"
+    if tensor.storage.device == "meta":
+        problem = "a tensor on the meta device has no values"
     if problem is not None:
         problem = problem.removeprefix(f"{source.path}: ")
         raise ArchiveError(f"{source.path}: {problem}; its values cannot be read, use another checkpoint")
@@ -83,7 +85,7 @@ def raw(source: Source, tensor: Tensor, chunk: int = CHUNK) -> Iterator[bytes | 
     if tensor.contiguous:
         for position in range(0, tensor.nbytes, step):
             stop = min(position + step, tensor.nbytes)
-            yield source.read(tensor.storage, start + position, start + stop)
+            yield stored(source, tensor.storage, start + position, start + stop)
         return
     whole = memoryview(_gathered(source, tensor, start).tobytes())
     for position in range(0, tensor.nbytes, step):
@@ -94,7 +96,7 @@ def _gathered(source: Source, tensor: Tensor, start: int) -> Array:
     import numpy as np
 
     size = tensor.itemsize
-    data = np.frombuffer(source.read(tensor.storage, start, start + tensor.span * size), f"V{size}")
+    data = np.frombuffer(stored(source, tensor.storage, start, start + tensor.span * size), f"V{size}")
     strides = [step * size for step in tensor.stride]
     return np.ascontiguousarray(np.lib.stride_tricks.as_strided(data, tensor.shape, strides, writeable=False)).view(
         "u1"

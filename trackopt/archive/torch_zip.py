@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from typing import TYPE_CHECKING
 
 from trackopt.archive import rebuild
@@ -20,19 +19,22 @@ if TYPE_CHECKING:
     from trackopt.archive.nodes import Storage
 
 MAX_PICKLE = 64 << 20
+_NEWEST = 10  # the newest version of the format that torch reads
 
 
-def load(path: Path, file: int) -> Contents:
+def load(path: Path, file: int, start: int = 0, size: int | None = None) -> Contents:
     """Read the structure of a zip checkpoint; the tensors stay in the file.
 
     Args:
         path: For messages.
         file: An open descriptor.
+        start: Where the checkpoint begins in the file.
+        size: How many bytes it has; by default all up to the end.
 
     Raises:
         ArchiveError: It is no checkpoint, or damaged.
     """
-    zipped = Zip(path, file)
+    zipped = Zip(path, file, start, size)
     source = ZipSource(zipped)
     record = source.find("data.pkl")
     if record is None:
@@ -77,25 +79,35 @@ class ZipSource:
         return self._zip.read(self._record(storage), start, stop)
 
     def damaged(self) -> Iterator[str]:
-        """Compare every record's CRC-32 with the directory's; a 0 there with data behind it is none."""
-        for record in self._zip.records.values():
-            crc = 0
-            try:
-                for chunk in self._zip.chunks(record):
-                    crc = zlib.crc32(chunk, crc)
-            except ArchiveError as error:
-                yield str(error).removeprefix(f"{self._zip.path}: ")
-                continue
-            if record.crc != crc and record.crc:
-                yield f"record {record.name!r} has the checksum {crc:08x}, {record.crc:08x} was written"
+        """Compare every record's CRC-32 with the directory's."""
+        from trackopt.archive.checksums import damaged
+
+        return damaged(self._zip)
 
     def oddities(self) -> Iterator[str]:
         """What torch would stumble over, or another program would read differently."""
         strangers = [name for name in self._zip.records if not name.startswith(self._root)]
         if strangers:
             yield f"{len(strangers)} records lie outside of {self._root!r}: {strangers[0]!r}"
-        if self.find("version") is None:
+        if not self._root:
+            yield "its records stand in no folder: torch does not load the file"
+        pickle = self.find("data.pkl")
+        if pickle is not None and pickle.name != self._root + "data.pkl":
+            yield f"its pickle is named {pickle.name!r}: torch reads it, other programs find none"
+        yield from self._odd_version()
+
+    def _odd_version(self) -> Iterator[str]:
+        record = self.find("version")
+        if record is None:
             yield "the record 'version' is missing: torch does not load the file"
+            return
+        try:
+            text = self._zip.read(record, 0, min(record.size, 16)).strip()
+        except ArchiveError as error:
+            yield str(error).removeprefix(f"{self.path}: ")
+            return
+        if not text.isdigit() or not 1 <= int(text) <= _NEWEST:
+            yield f"the record 'version' holds {text!r}, not 1 to {_NEWEST}: torch does not load the file"
 
     def _record(self, storage: Storage) -> Record:
         record = self.find(f"data/{storage.key}")

@@ -61,6 +61,8 @@ class Zip:
     Args:
         path: The file, for messages.
         file: An open descriptor; it is read at given offsets only.
+        start: Where the zip file begins in it.
+        size: How many bytes it has; by default all up to the end.
 
     Attributes:
         records: The directory, by name; of several with one name the first, as torch has it.
@@ -70,17 +72,18 @@ class Zip:
         ArchiveError: There is no sound directory.
     """
 
-    def __init__(self, path: Path, file: int) -> None:
+    def __init__(self, path: Path, file: int, start: int = 0, size: int | None = None) -> None:
         self.path = path
         self.file = file
-        self.size = os.fstat(file).st_size
+        self.start = start
+        self.size = os.fstat(file).st_size - start if size is None else size
         self.records: dict[str, Record] = {}
         self.problems: list[str] = []
         self._places: dict[str, int] = {}
         self._unpacking: tuple[str, int, Iterator[bytes], bytes] | None = None
-        start, length, count = self._find_directory()
-        self._end = start
-        self._read_directory(self._pread(start, length), count)
+        directory, length, count = self._find_directory()
+        self._end = directory
+        self._read_directory(self._pread(directory, length), count)
         self._find_overlaps()
 
     def chunks(self, record: Record, size: int = CHUNK) -> Iterator[bytes]:
@@ -110,9 +113,9 @@ class Zip:
         return ArchiveError(f"{self.path}: {what}; the file is damaged, copy it again or use another checkpoint")
 
     def _pread(self, offset: int, length: int) -> bytes:
-        data = os.pread(self.file, length, offset)
+        data = os.pread(self.file, length, self.start + offset)
         while len(data) < length:
-            more = os.pread(self.file, length - len(data), offset + len(data))
+            more = os.pread(self.file, length - len(data), self.start + offset + len(data))
             if not more:
                 raise self.broken(
                     f"{length} bytes expected at offset {offset}, the file ends after {len(data)} of them"

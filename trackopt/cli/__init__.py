@@ -19,6 +19,7 @@ from trackopt.errors import TrackoptError
 _COMMANDS = {
     "inspect": "What a checkpoint holds, and whether training can go on from it.",
     "diff": "What changed between two checkpoints.",
+    "verify": "Whether files are what was written; what a damaged one still holds.",
     "ls": "The runs in a directory, or the checkpoints of a run.",
     "sync": "Deliver a journal that was left behind to TensorBoard and MLflow.",
     "ui": "TensorBoard and the MLflow UI for the runs in a directory.",
@@ -59,7 +60,7 @@ def group(context: click.Context) -> None:
     Example:
       trackopt inspect runs/digits
 
-    Exit codes: 0 done, 1 a negative finding (diff: they differ), 2 trouble.
+    Exit codes: 0 done, 1 a negative finding (diff: they differ; verify: damaged), 2 trouble.
     """
     if context.invoked_subcommand is None:
         click.echo(context.get_help())

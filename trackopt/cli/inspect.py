@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from trackopt.state import Group, Model, Optimizer, Scheduler
 
 _PLAIN_EXTRAS = 3
+_EXTRAS = 12
 
 
 @click.command()
@@ -45,10 +47,11 @@ def command(path: str, tensors: bool, as_json: bool) -> None:
         if as_json:
             screen.write_json(summary.as_dict())
         else:
-            screen.show(_screen(summary))
+            screen.show(drawn(summary))
 
 
-def _screen(summary: Summary) -> Iterator[RenderableType]:
+def drawn(summary: Summary) -> Iterator[RenderableType]:
+    """The lines of the screen."""
     from rich.text import Text
 
     state = summary.state
@@ -88,9 +91,8 @@ def _header(summary: Summary) -> Text:
     if state.meta is not None:
         facts.append(f"saved {screen.since(state.meta.get('time'))}")
     else:
-        facts += [f"{name} {screen.number(value)}" for name, value in state.extras if isinstance(value, float)][
-            :_PLAIN_EXTRAS
-        ]
+        plain = islice(((name, value) for name, value in state.extras if isinstance(value, float)), _PLAIN_EXTRAS)
+        facts += [f"{name} {screen.number(value)}" for name, value in plain]
     name = screen.clean(Path(summary.path).name)
     line = screen.flow([f"{name}   {facts[0]}", *facts[1:]], indent=4, first=0, gap=" · ")
     text = Text(line)
@@ -176,8 +178,10 @@ def _also(summary: Summary) -> Iterator[str]:
         yield f"rng ({', '.join(state.rng)})"
     if state.batch is not None:
         yield f"progress (epoch {screen.number(state.epoch)}, batch {state.batch:,})"
-    for name, value in state.extras:
+    for name, value in state.extras[:_EXTRAS]:
         yield (f"{name} {screen.number(value)}" if not isinstance(value, dict) else f"{name} ({len(value)} entries)")
+    if len(state.extras) > _EXTRAS:
+        yield f"and {len(state.extras) - _EXTRAS:,} more entries"
 
 
 def _tensors(tensors: dict[str, Tensor]) -> Padding:

@@ -106,14 +106,19 @@ def width() -> int:
 
 def show(parts: Iterable[RenderableType]) -> None:
     """Write lines and tables to stdout, in one go; a pipe gets no escapes."""
+    sys.stdout.write(lines(parts))
+    sys.stdout.flush()
+
+
+def lines(parts: Iterable[RenderableType]) -> str:
+    """Lines and tables as they are shown on stdout."""
     from rich.console import Console
 
     screen = Console(highlight=False, markup=False, emoji=False, width=width())
     with screen.capture() as captured:
         for part in parts:
             screen.print(part, overflow="fold")
-    sys.stdout.write("\n".join(line.rstrip() for line in captured.get().split("\n")))
-    sys.stdout.flush()
+    return "\n".join(line.rstrip() for line in captured.get().split("\n"))
 
 
 def row(label: str, facts: Iterable[str], *, style: str = "bold") -> Text:
@@ -159,6 +164,14 @@ def finding(level: str, text: str) -> Text:
     sign, style = LEVELS[level]
     lines = textwrap.wrap(clean(text, _LONGEST_FINDING), width() - 4, break_on_hyphens=False)
     return Text("  ").append(sign, style=style).append(" " + "\n    ".join(lines))
+
+
+def detail(text: str) -> Text:
+    """A line below a finding, wrapped under itself."""
+    from rich.text import Text
+
+    lines = textwrap.wrap(clean(text, _LONGEST_FINDING), width() - 6, break_on_hyphens=False)
+    return Text("    " + "\n      ".join(lines))
 
 
 def table(heads: Iterable[str], rows: Iterable[Iterable[str]], *, indent: int = 2, left: int = 1) -> Padding:

@@ -7,12 +7,17 @@ something was found out, where that was not certain, is said beside it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from trackopt.archive.nodes import Path, Tensor
+from trackopt.errors import ArchiveError
+from trackopt.state.frameworks import counters, recognize
+from trackopt.state.layout import Entry, entries, label
 from trackopt.state.models import Model, find_models, is_state_dict
 from trackopt.state.optimizers import Buffer, Group, Optimizer, is_optimizer, read_optimizer
+from trackopt.state.randomness import generators, is_random
 from trackopt.state.schedulers import Scheduler, is_scheduler, read_scheduler
 
 if TYPE_CHECKING:
@@ -23,9 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["Buffer", "Group", "Model", "Optimizer", "Scheduler", "TrainingState", "read"]
 
 META = "trackopt"
-_STEP_KEYS = ("global_step", "step", "iteration", "iter", "it", "n_iter", "current_iter", "num_updates")
-_EPOCH_KEYS = ("epoch", "current_epoch", "last_epoch")
-_RANDOM = ("rng", "random_state", "random_states")
+_SCALER = frozenset({"scale", "growth_factor", "backoff_factor"})
 
 
 @dataclass(frozen=True)
@@ -33,15 +36,17 @@ class TrainingState:
     """What a checkpoint says about a training run.
 
     Attributes:
-        models: State dicts of weights.
+        models: State dicts of weights; averages of them too.
         optimizers: With groups, buffers and parameter names.
         schedulers: With their position.
         rng: The random generators whose states are there.
         extras: Whatever else stands at the top, by its name.
         step: Optimizer steps completed, if that is said.
-        epoch: As the writer counts it, if that is said.
+        epoch: As the writer counts it, if that is said; of a fraction the whole ones.
         batch: Batches of the epoch that were used up; only trackopt says it.
         meta: trackopt's own entry; empty for everybody else's files.
+        framework: Who wrote it, as ``"Lightning"``; None where nothing tells.
+        scaler: Name and state of a gradient scaler; it is among the extras too.
     """
 
     models: tuple[Model, ...] = ()
@@ -53,6 +58,8 @@ class TrainingState:
     epoch: int | None = None
     batch: int | None = None
     meta: dict[str, Any] | None = None
+    framework: str | None = None
+    scaler: tuple[str, dict[str, Any]] | None = None
 
     @property
     def own(self) -> bool:
@@ -79,10 +86,13 @@ def read(archive: Archive) -> TrainingState:
         (3, 'SGD', 3)
     """
     tree = archive.tree
-    if not isinstance(tree, dict):
-        return TrainingState(extras=(("the file", tree),))
-    if is_state_dict(tree):
-        return TrainingState(models=find_models("model", (), tree))
+    if is_state_dict(tree) or not isinstance(tree, dict):
+        models = find_models("model", (), tree)
+        return TrainingState(models=models) if models else TrainingState(extras=(("the file", tree),))
+    if is_optimizer(tree):
+        return TrainingState(optimizers=(read_optimizer(archive, "optimizer", (), tree, ((), None)),))
+    if is_scheduler(tree):
+        return TrainingState(schedulers=(read_scheduler("scheduler", (), tree, (), None),))
     meta = tree.get(META)
     return _Reader(archive, tree, meta if isinstance(meta, dict) and "format" in meta else None).state()
 
@@ -94,74 +104,100 @@ class _Reader:
         self._archive = archive
         self._tree = {str(key): value for key, value in tree.items()}
         self._meta = meta
-        self._used: set[str] = {META} if meta is not None else set()
+        self._framework, self._places = recognize(archive.format, self._tree)
+        own: list[Entry] = [(key, (key,), node) for key, node in self._tree.items()]
+        self._entries = own if meta is not None else entries(self._tree)
+        self._used: set[Path] = {(META,)} if meta is not None else set()
 
     def state(self) -> TrainingState:
         models = tuple(self._models())
+        told = self._told()
         optimizers = tuple(
-            read_optimizer(self._archive, name, path, node, (models, self._meta))
+            read_optimizer(self._archive, name, path, node, (models, told))
             for name, path, node in self._named("optim", is_optimizer, "optimizer")
         )
         schedulers = tuple(
-            read_scheduler(name, path, node, optimizers, self._meta)
+            read_scheduler(name, path, node, optimizers, told)
             for name, path, node in self._named("sched", is_scheduler, "scheduler")
         )
-        rng = tuple(self._rng())
-        progress = {
-            "step": self._counter("step", _STEP_KEYS),
-            "epoch": self._counter("epoch", _EPOCH_KEYS),
-            "batch": self._counter("batch", ()),
-        }
-        extras = tuple((key, value) for key, value in self._tree.items() if key not in self._used)
-        return TrainingState(models, optimizers, schedulers, rng, extras, **progress, meta=self._meta)
+        rng = tuple(dict.fromkeys(self._rng()))
+        found = TrainingState(models, optimizers, schedulers, rng, meta=self._meta, framework=self._framework)
+        found = replace(found, **self._progress())
+        extras = tuple((".".join(path), node) for _, path, node in self._entries if path not in self._used)
+        return replace(found, extras=extras, scaler=next((extra for extra in extras if _is_scaler(extra[1])), None))
+
+    def _told(self) -> dict[str, Any] | None:
+        """What was written down about classes: by trackopt, or by Composer, whose keys are class names."""
+        if self._framework != "Composer":
+            return self._meta
+        named = {str(part): str(part) for _, _, node in self._entries if isinstance(node, dict) for part in node}
+        return {"optimizer_class": named, "scheduler_class": named}
 
     def _models(self) -> Iterator[Model]:
-        for key, node in self._tree.items():
-            if key in self._used or (self._meta is not None and key != "model") or _is_random(key):
+        for key, path, node in self._entries:
+            if path in self._used or (self._meta is not None and key != "model") or is_random(key):
                 continue
-            found = find_models(key, (key,), node)
+            found = find_models(key, path, node)
             if found:
-                self._used.add(key)
+                self._used.add(path)
                 yield from found
 
-    def _named(self, word: str, is_kind: Any, name: str) -> Iterator[tuple[str, Path, Any]]:
-        """Nodes of one kind, alone at the top or in a dict or a list there: name, path and node."""
-        for key, node in self._tree.items():
-            if key in self._used:
+    def _named(self, word: str, is_kind: Any, name: str) -> list[Entry]:
+        """Nodes of one kind, alone or in a dict or a list: name, path and node."""
+        found: list[Entry] = []
+        for key, path, node in self._entries:
+            if path in self._used:
                 continue
             if is_kind(node):
-                self._used.add(key)
-                yield (name if word in key.lower() else key), (key,), node
+                found.append((label(key, name) if self._meta is None else name, path, node))
             elif inner := _several(node, is_kind):
-                self._used.add(key)
-                for part, child in inner:
-                    yield part, (key, part), child
-            elif word in key.lower() and not node:
-                self._used.add(key)  # none, or an empty state
+                found.extend((_part_name(part, name, len(inner)), (*path, part), child) for part, child in inner)
+            elif word not in key.lower() or node:
+                continue
+            self._used.add(path)  # its kind, or none, or an empty state
+        return found
 
     def _rng(self) -> Iterator[str]:
-        for key, node in self._tree.items():
-            if key in self._used or not _is_random(key):
-                continue
-            self._used.add(key)
-            yield from [str(part) for part in node] if isinstance(node, dict) else [key]
+        for key, path, node in self._entries:
+            if path not in self._used and is_random(key):
+                self._used.add(path)
+                yield from generators(key, node)
 
-    def _counter(self, name: str, spellings: tuple[str, ...]) -> int | None:
+    def _progress(self) -> dict[str, Any]:
         if self._meta is not None:
-            value = self._meta.get(name)
-            return value if isinstance(value, int) else None
-        for key in spellings:
-            value = self._tree.get(key)
-            if isinstance(value, Tensor) and value.elements == 1:
+            said = {name: self._meta.get(name) for name in ("step", "epoch", "batch")}
+            return {name: value for name, value in said.items() if isinstance(value, int)}
+        found: dict[str, int] = {}
+        for which, key, value in counters(self._places):
+            number = self._number(value)
+            if which in found or number is None or (which == "step" and number != int(number)):
+                continue
+            found[which] = int(number)
+            if self._tree.get(key) is value:
+                self._used.add((key,))
+        return found
+
+    def _number(self, value: Any) -> float | None:
+        """A finite count."""
+        if isinstance(value, Tensor) and value.elements == 1:
+            try:
                 value = self._archive.scalar(value)
-            if isinstance(value, int) and not isinstance(value, bool):
-                self._used.add(key)
-                return value
-        return None
+            except ArchiveError:
+                return None
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            return None
+        return value
 
 
-def _is_random(key: str) -> bool:
-    return any(word in key.lower() for word in _RANDOM)
+def _is_scaler(node: Any) -> bool:
+    return isinstance(node, dict) and set(node) >= _SCALER
+
+
+def _part_name(part: str, name: str, count: int) -> str:
+    """What to call one of a dict's or a list's parts."""
+    if not part.isdecimal():
+        return part
+    return name if count == 1 else name + part
 
 
 def _several(node: Any, is_kind: Any) -> list[tuple[str, Any]]:

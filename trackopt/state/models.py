@@ -68,8 +68,19 @@ def dtypes(tensors: Iterable[Tensor]) -> dict[str, int]:
 
 def unique(tensors: Iterable[Tensor]) -> list[Tensor]:
     """The tensors without those that show the same memory again."""
-    seen = {(tensor.storage.key, tensor.offset, tensor.shape, tensor.stride): tensor for tensor in tensors}
-    return list(seen.values())
+    return list(unique_names({str(index): tensor for index, tensor in enumerate(tensors)}).values())
+
+
+def unique_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors under their first names, without those that show the same memory again."""
+    seen = set()
+    found = {}
+    for name, tensor in tensors.items():
+        place = (tensor.storage.key, tensor.offset, tensor.shape, tensor.stride)
+        if place not in seen:
+            seen.add(place)
+            found[name] = tensor
+    return found
 
 
 def is_state_dict(node: Any) -> bool:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from trackopt.archive.nodes import Path, Tensor, tensors
 from trackopt.errors import ArchiveError
+from trackopt.state.inference import infer
+from trackopt.state.matching import alike, flat, match
 
 if TYPE_CHECKING:
     from trackopt.archive import Archive
@@ -14,32 +16,7 @@ if TYPE_CHECKING:
 
 #: Tensors in a parameter's state that count or scale, and are no buffers.
 _COUNTERS = frozenset({"step", "eta", "mu", "mu_product", "H_diag", "t"})
-#: Buffers of the same shape as their parameter.
-_ALIKE = (
-    "exp_avg", "momentum_buffer", "square_avg", "exp_avg_sq", "sum", "prev", "ax", "exp_inf",
-    "max_exp_avg_sq", "acc_delta", "step_size", "grad_avg",
-)  # fmt: skip
 _NO_HYPERPARAMETERS = frozenset({"params", "param_names", "name"})
-#: A class of torch.optim, keys that its groups have, and keys that they lack. The first that fits is taken.
-_SIGNATURES: tuple[tuple[str, frozenset[str], frozenset[str]], ...] = tuple(
-    (name, frozenset(needs.split()), frozenset(lacks.split()))
-    for name, needs, lacks in (
-        ("Muon", "ns_coefficients ns_steps", ""),
-        ("LBFGS", "history_size tolerance_grad", ""),
-        ("Adafactor", "beta2_decay d", ""),
-        ("NAdam", "betas momentum_decay", ""),
-        ("RAdam", "betas decoupled_weight_decay", "amsgrad"),
-        ("Adam", "betas amsgrad", ""),
-        ("SparseAdam", "betas eps", "weight_decay"),
-        ("Adamax", "betas eps foreach", "amsgrad"),
-        ("ASGD", "lambd alpha t0", ""),
-        ("Adadelta", "rho eps", ""),
-        ("Adagrad", "lr_decay", ""),
-        ("RMSprop", "alpha centered", ""),
-        ("Rprop", "etas step_sizes", ""),
-        ("SGD", "momentum dampening nesterov", ""),
-    )
-)
 
 
 @dataclass(frozen=True)
@@ -81,6 +58,7 @@ class Optimizer:
         path: Where it stands in the tree.
         cls: Its class, as ``"AdamW"``; empty where it cannot be told.
         evidence: What the class was told from.
+        unknown: Hyperparameters and buffers that the class is not known to have.
         groups: The parameter groups.
         buffers: By name.
         steps: Smallest and largest step counter; None where there is none.
@@ -94,6 +72,7 @@ class Optimizer:
     path: Path
     cls: str
     evidence: str
+    unknown: tuple[str, ...]
     groups: tuple[Group, ...]
     buffers: dict[str, Buffer]
     steps: tuple[float, float] | None
@@ -130,16 +109,20 @@ def read_optimizer(
         context: The models beside it, and trackopt's own entry if there is one.
     """
     models, meta = context
-    groups, state = node["param_groups"], node["state"]
-    names, matching = _names(groups, state, models, _told(meta, "param_names", name))
-    cls, evidence = _class(groups, state, _told(meta, "optimizer_class", name))
+    groups, state = node["param_groups"], _keyed(node["state"], node["param_groups"])
+    names, matching = match(groups, state, models, _told(meta, "param_names", name))
+    guess = infer(groups, state)
+    told = _told(meta, "optimizer_class", name)
+    if isinstance(told, str):
+        guess = replace(guess, cls=told.rpartition(".")[2], evidence="saved beside it")
     shapes = _shapes(groups, state, names, models, _told(meta, "param_shapes", name))
     unmatched = [str(key) for key in state if key not in names or not matching]
     return Optimizer(
         name=name,
         path=path,
-        cls=cls,
-        evidence=evidence,
+        cls=guess.cls,
+        evidence=guess.evidence,
+        unknown=guess.unknown,
         groups=tuple(_group(archive, i, group, names, shapes) for i, group in enumerate(groups)),
         buffers=_buffers(state, names),
         steps=_steps(archive, state),
@@ -148,6 +131,12 @@ def read_optimizer(
         stateful=tuple(names[key] for key, entry in state.items() if key in names and entry),
         unmatched=tuple(unmatched),
     )
+
+
+def _keyed(state: dict[Any, Any], groups: Any) -> dict[Any, Any]:
+    """The state by the groups' own ids; formats that know only text for keys have made text of numbers."""
+    ids = {str(key): key for group in groups for key in group["params"]}
+    return {ids.get(key, key) if isinstance(key, str) else key: entry for key, entry in state.items()}
 
 
 def _told(meta: dict[str, Any] | None, key: str, name: str) -> Any:
@@ -164,83 +153,16 @@ def _ids(group: dict[Any, Any]) -> list[Any] | None:
     return None
 
 
-def _lists(value: Any, groups: list[Any]) -> list[Any] | None:
-    """A list per group with an entry per parameter, flattened; None if it does not fit the groups."""
-    if not isinstance(value, list | tuple) or len(value) != len(groups):
-        return None
-    flat: list[Any] = []
-    for part, group in zip(value, groups, strict=True):
-        if not isinstance(part, list | tuple) or len(part) != len(group["params"]):
-            return None
-        flat.extend(part)
-    return flat
-
-
-def _names(groups: Any, state: Any, models: tuple[Model, ...], told: Any) -> tuple[dict[Any, str], str]:
-    ids = [key for group in groups for key in group["params"]]
-    given = _lists(told, groups)
-    if given is not None:
-        return dict(zip(ids, map(str, given), strict=True)), "saved beside it"
-    given = _lists([group.get("param_names") for group in groups], groups)
-    if given is not None:
-        return dict(zip(ids, map(str, given), strict=True)), "saved in its groups"
-    if ids and all(isinstance(key, str) for key in ids):
-        return {key: key for key in ids}, "its keys"
-    candidates = {name: tensor for model in models for name, tensor in model.trainable.items()}
-    if len(candidates) == len(ids) and all(
-        _fits(state.get(key), tensor) for key, tensor in zip(ids, candidates.values(), strict=True)
-    ):
-        return dict(zip(ids, candidates, strict=True)), "order against the model"
-    return {key: str(key) for key in ids}, ""
-
-
-def _fits(entry: Any, parameter: Tensor) -> bool:
-    """Whether a parameter's state can be that of a model's tensor, by its shapes."""
-    like = _alike(entry)
-    return like is None or like.shape == parameter.shape
-
-
-def _alike(entry: Any) -> Tensor | None:
-    """A buffer shaped like the parameter that it belongs to."""
-    if not isinstance(entry, dict):
-        return None
-    return next((entry[key] for key in _ALIKE if isinstance(entry.get(key), Tensor)), None)
-
-
-def _class(groups: Any, state: Any, told: Any) -> tuple[str, str]:
-    if isinstance(told, str):
-        return told.rpartition(".")[2], "saved beside it"
-    keys = set(groups[0]) if groups else set()
-    for name, needs, lacks in _SIGNATURES:
-        if needs <= keys and not lacks & keys:
-            return _refined(name, groups[0], needs)
-    buffers = sorted({str(key) for entry in state.values() if isinstance(entry, dict) for key in entry})
-    if "betas" in keys and {"exp_avg", "exp_avg_sq"} <= set(buffers):
-        return "Adam or AdamW", "its buffers: exp_avg, exp_avg_sq"
-    unknown = sorted(str(key) for key in keys - {"params"})
-    return "", f"unknown keys: {', '.join(unknown)}; buffers: {', '.join(buffers)}"
-
-
-def _refined(name: str, group: dict[Any, Any], needs: frozenset[str]) -> tuple[str, str]:
-    evidence = f"its keys: {', '.join(sorted(needs))}"
-    if name == "Adam" and "decoupled_weight_decay" in group:
-        cls = "AdamW" if group["decoupled_weight_decay"] else "Adam"
-        return cls, f"{evidence}, decoupled_weight_decay={group['decoupled_weight_decay']}"
-    if name == "Adam":
-        return "Adam or AdamW", f"{evidence}; before torch 2.7 the two save the same keys"
-    return name, evidence
-
-
 def _shapes(groups: Any, state: Any, names: dict[Any, str], models: Any, told: Any) -> dict[Any, tuple[int, ...]]:
     """The parameters' shapes by id, as far as they are known."""
     shapes: dict[Any, tuple[int, ...]] = {}
-    given = _lists(told, groups)
+    given = flat(told, groups)
     ids = [key for group in groups for key in group["params"]]
     if given is not None and all(isinstance(shape, list | tuple) for shape in given):
         return {key: tuple(shape) for key, shape in zip(ids, given, strict=True)}
     known = {name: tensor.shape for model in models for name, tensor in model.tensors.items()}
     for key in ids:
-        like = _alike(state.get(key))
+        like = alike(state.get(key))
         if like is not None:
             shapes[key] = like.shape
         elif names[key] in known:

@@ -11,6 +11,7 @@ from trackopt import archive
 from trackopt.errors import ArchiveError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     from trackopt.archive import Archive
@@ -42,7 +43,18 @@ def check(path: str | Path, *, crc: bool = True) -> list[str]:
 
 def problems(opened: Archive, *, crc: bool = True) -> list[str]:
     """The same for an archive that is already open."""
-    found = [*opened.problems, *opened.misfits()]
+    found = [*opened.problems, *opened.misfits(), *_contradictions(opened)]
     if crc:
         found.extend(opened.source.damaged())
-    return found
+    return list(dict.fromkeys(found))
+
+
+def _contradictions(opened: Archive) -> Iterator[str]:
+    """Where two tensors disagree about the storage that they share; torch takes the word of the first."""
+    first: dict[str, str] = {}
+    told: set[str] = set()
+    for name, tensor in opened.tensors():
+        key, dtype = tensor.storage.key, tensor.storage.dtype
+        if first.setdefault(key, dtype) != dtype and key not in told:
+            told.add(key)
+            yield f"{name}: storage {key!r} is said to be two things, {first[key]} and {dtype}; torch takes the first"

@@ -1,0 +1,89 @@
+"""What is mutated: files that torch writes, in all its formats, and the small ones of the hostile corpus."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tests.checkpoints import trained
+from tests.hostile import containers, directories, output, pickles, tensors, zips
+
+_LARGEST = 64 << 10
+
+
+def corpus() -> list[tuple[str, bytes]]:
+    """File names with their contents; the names' ends matter to some formats."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return [*_real(), *_hostile()]
+
+
+def _real() -> list[tuple[str, bytes]]:
+    trees = {
+        "adamw": trained(),
+        "sgd": trained(optimizer=torch.optim.SGD),
+        "tensors": _tensors(),
+        "module": nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)),
+        "lightning": {
+            "state_dict": {"net.weight": torch.ones(3)}, "optimizer_states": [trained()["optimizer"]],
+            "lr_schedulers": [trained()["scheduler"]], "epoch": 2, "global_step": 3, "loops": {},
+        },
+    }  # fmt: skip
+    found = [(f"{name}.pt", _saved(tree)) for name, tree in trees.items()]
+    found += [(f"{name}.pth", _saved(tree, _use_new_zipfile_serialization=False)) for name, tree in trees.items()]
+    found.append(("plain.pkl", pickle.dumps(trees["tensors"], 4)))
+    found.append(("script.pt", _script()))
+    weights = {f"w{i}": {"dtype": "F32", "shape": [2, 2], "data_offsets": [16 * i, 16 * i + 16]} for i in range(3)}
+    found.append(("model.safetensors", directories.safetensors(weights, b"\0" * 48)))
+    return found
+
+
+def _tensors() -> dict[str, Any]:
+    square = torch.arange(12.0).reshape(3, 4)
+    return {
+        "views": [square, square.T, square[1:, ::2], square.flatten()[::3]],
+        "dtypes": [torch.ones(2).to(dtype) for dtype in (torch.bfloat16, torch.int8, torch.bool, torch.complex64,
+                                                         torch.float8_e4m3fn)],
+        "conj": torch.ones(2, dtype=torch.complex64).conj(),
+        "sparse": torch.eye(3).to_sparse(),
+        "csr": torch.eye(3).to_sparse_csr(),
+        "quantized": torch.quantize_per_tensor(torch.ones(4), 0.1, 0, torch.quint8),
+        "parameter": nn.Parameter(torch.ones(2)),
+        "empty": torch.zeros(0, 3),
+        "scalar": torch.tensor(5),
+        "array": torch.ones(3).numpy(),
+        "plain": [1, -1, 1 << 70, 0.5, None, True, "text", b"bytes", 1j, {1, 2}, (1, (2,))],
+    }  # fmt: skip
+
+
+def _saved(tree: Any, **options: Any) -> bytes:
+    stream = io.BytesIO()
+    torch.save(tree, stream, **options)
+    return stream.getvalue()
+
+
+def _script() -> bytes:
+    stream = io.BytesIO()
+    torch.jit.save(torch.jit.trace(nn.Linear(2, 2), torch.ones(1, 2)), stream)
+    return stream.getvalue()
+
+
+def _hostile() -> list[tuple[str, bytes]]:
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        for module in (zips, pickles, tensors, containers, directories, output):
+            for index, case in enumerate(module.CASES.values()):
+                place = Path(folder) / f"{module.__name__}-{index}"
+                place.mkdir()
+                case.make(place / "t.pt")
+                (path,) = place.iterdir()
+                if path.is_file() and path.stat().st_size <= _LARGEST:
+                    found.append((path.name, path.read_bytes()))
+    return found

@@ -1,0 +1,97 @@
+"""Whatever a file holds, trackopt answers: in words, soon, in little memory, and without doing what it says."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.hostile import containers, directories, output, pickles, tensors, zips
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+ROOT = Path(__file__).parents[1]
+FAMILIES = {"zip": zips, "pickle": pickles, "tensor": tensors, "container": containers, "directory": directories,
+            "output": output}  # fmt: skip
+CASES = {f"{family}: {name}": case for family, module in FAMILIES.items() for name, case in module.CASES.items()}
+COMMANDS = (["inspect"], ["inspect", "--json", "--tensors"], ["verify"])
+SECONDS = 5.0
+ROOM = 256 << 10  # KiB above what looking at an honest file takes
+ESCAPES = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2028\u2029\u2066-\u2069]")
+
+
+class Reader:
+    """`tests.hostile.reader`, which runs each command in a child of its own."""
+
+    def __init__(self) -> None:
+        command = [sys.executable, "-m", "tests.hostile.reader"]
+        self._process = subprocess.Popen(
+            command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+
+    def ask(self, *arguments: object) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(list(map(str, arguments))) + "\n")
+        self._process.stdin.flush()
+        answer: dict[str, Any] = json.loads(self._process.stdout.readline())
+        return answer
+
+    def close(self) -> None:
+        self._process.communicate()
+
+
+@pytest.fixture(scope="module")
+def reader() -> Iterator[Reader]:
+    one = Reader()
+    yield one
+    one.close()
+
+
+@pytest.fixture(scope="module")
+def usual(reader: Reader, tmp_path_factory: pytest.TempPathFactory) -> int:
+    """KiB that looking at an honest file takes."""
+    path = tmp_path_factory.mktemp("honest") / "t.pt"
+    tensors.CASES["an honest tensor"].make(path)
+    answer = reader.ask("inspect", path)
+    assert answer["code"] == 0, answer["err"]
+    return int(answer["kib"])
+
+
+def check(answer: dict[str, Any], usual: int) -> None:
+    """What holds for every answer to every input."""
+    assert answer["code"] in {0, 1, 2}, answer["err"][-2000:]
+    assert "Traceback" not in answer["err"]
+    assert answer["seconds"] < SECONDS
+    assert answer["kib"] - usual < ROOM
+    if answer["code"] == 2 and not answer["out"]:
+        assert answer["err"].startswith("trackopt: ")
+        assert answer["err"].count("\n") == 1
+    assert not ESCAPES.search(answer["err"])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_hostile_input_gets_an_answer_and_nothing_else(name: str, reader: Reader, usual: int, tmp_path: Path) -> None:
+    case, said = CASES[name], ""
+    folder = tmp_path / "input"
+    folder.mkdir()
+    case.make(folder / "t.pt")
+    (path,) = folder.iterdir()
+    before = sorted(tmp_path.rglob("*"))
+    for command in COMMANDS:
+        answer = reader.ask(*command, path)
+        check(answer, usual)
+        if "--json" not in command:
+            assert not ESCAPES.search(answer["out"])
+        elif answer["out"]:
+            json.loads(answer["out"], parse_constant=pytest.fail)
+        said += answer["out"] + answer["err"]
+    assert sorted(tmp_path.rglob("*")) == before
+    assert not (ROOT / pickles.CANARY).exists()
+    assert re.search(case.says, re.sub(r"\s+", " ", said)), said

@@ -1,0 +1,173 @@
+"""What is left of a zip checkpoint whose end is missing: its records are found by their own headers.
+
+torch writes the pickle first and each record behind a header with its name, but without its size: that
+stands behind the data and in the directory, which is what a truncated file lacks. The pickle ends itself,
+and from it the sizes of the storages are known.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import struct
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from trackopt.archive import nodes, rebuild
+from trackopt.archive.bounds import Broken
+from trackopt.archive.checksums import crc32
+from trackopt.archive.opcodes import OPERATIONS
+from trackopt.archive.pickle import Machine
+from trackopt.archive.torch_zip import MAX_PICKLE
+from trackopt.errors import ArchiveError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+    from types import TracebackType
+
+    from typing_extensions import Self
+
+    from trackopt.archive.nodes import Tensor
+
+_LOCAL = struct.Struct("<4s5H3L2H")
+_DESCRIPTORS = (struct.Struct("<4sLLL"), struct.Struct("<4sLQQ"))
+_MAGIC, _BEHIND = b"PK\x03\x04", b"PK\x07\x08"
+_CHUNK = 1 << 18
+_MAX_RECORDS = 400_000
+_KEY = re.compile(r"[^/]+/data/(.+)")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A record that was found.
+
+    Attributes:
+        name: Its path inside the file.
+        start: Where its data begins.
+        size: Bytes of its data.
+    """
+
+    name: str
+    start: int
+    size: int
+
+
+class Partial:
+    """A damaged zip checkpoint that is open for rescue; use it with ``with``.
+
+    Args:
+        path: The file.
+
+    Attributes:
+        tree: Its structure.
+        tensors: All tensors, by path.
+        pieces: The storages that are whole, by key, and the small records.
+        whole: The paths of the tensors that are whole.
+        pickle: The bytes of its pickle.
+
+    Raises:
+        ArchiveError: Not even its structure can be read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except OSError as error:
+            raise ArchiveError(f"{path}: cannot be opened ({error.strerror}); check its permissions") from error
+        try:
+            self._read()
+        except BaseException:
+            self.close()
+            raise
+
+    def _read(self) -> None:
+        self.size = os.fstat(self._file).st_size
+        name, start = self._header(0)
+        if not name.lower().endswith("/data.pkl"):
+            raise ArchiveError(f"{self.path}: it does not begin with a pickle, as torch's files do; nothing is left")
+        data = os.pread(self._file, MAX_PICKLE, start)
+        machine = Machine(data, rebuild.call, rebuild.storage)
+        try:
+            self.tree: Any = machine.run(OPERATIONS)
+        except Broken as error:
+            raise ArchiveError(f"{self.path}: its pickle is not whole ({error}); use another checkpoint") from error
+        self.pickle = data[: machine.position]
+        self.tensors: dict[str, Tensor] = {".".join(where): tensor for where, tensor in nodes.tensors(self.tree)}
+        self.sizes = {tensor.storage.key: tensor.storage.nbytes for tensor in self.tensors.values()}
+        self.pieces = {name: Piece(name, start, len(self.pickle))}
+        self._follow(start + len(self.pickle))
+        keys = {match[1] for name in self.pieces if (match := _KEY.fullmatch(name))}
+        self.whole = [name for name, tensor in self.tensors.items() if tensor.storage.key in keys]
+
+    def read(self, piece: Piece, start: int, length: int) -> bytes:
+        """Some bytes of a record's data."""
+        return os.pread(self._file, min(length, piece.size - start), piece.start + start)
+
+    def _follow(self, position: int) -> None:
+        """Go from header to header, as far as they lead."""
+        while len(self.pieces) < _MAX_RECORDS:
+            found = self._find(_MAGIC, position)
+            if found is None or found + _LOCAL.size > self.size:
+                return
+            name, start = self._header(found)
+            size = self._size_of(name, start)
+            if size is None:
+                position = start
+                continue
+            if start + size > self.size:
+                return
+            if self._intact(found, start, size):
+                self.pieces.setdefault(name, Piece(name, start, size))
+            position = start + size
+
+    def _header(self, position: int) -> tuple[str, int]:
+        """The name of the record whose header stands here, and where its data begins."""
+        fixed = os.pread(self._file, _LOCAL.size, position)
+        if len(fixed) < _LOCAL.size or not fixed.startswith(_MAGIC):
+            raise ArchiveError(f"{self.path}: there is no record's header at byte {position}; nothing is left")
+        *_, length, extra = _LOCAL.unpack(fixed)
+        name = os.pread(self._file, length, position + _LOCAL.size).decode("utf-8", "surrogateescape")
+        return name, position + _LOCAL.size + length + extra
+
+    def _find(self, magic: bytes, position: int) -> int | None:
+        """Where a signature stands next; torch's descriptors and paddings are short, so it is near."""
+        for reach in (1 << 9, 1 << 17):
+            at = os.pread(self._file, reach, position).find(magic)
+            if at >= 0:
+                return position + at
+        return None
+
+    def _size_of(self, name: str, start: int) -> int | None:
+        """A storage's size is in the pickle; a small record's is told by where its descriptor stands."""
+        match = _KEY.fullmatch(name)
+        if match:
+            return self.sizes.get(match[1])
+        end = self._find(_BEHIND, start)
+        return None if end is None else end - start
+
+    def _intact(self, header: int, start: int, size: int) -> bool:
+        """Whether data has the checksum that its descriptor or its header tells; 0 is one that was left out."""
+        crc = 0
+        for position in range(start, start + size, _CHUNK):
+            crc = crc32(os.pread(self._file, min(_CHUNK, start + size - position), position), crc)
+        behind = os.pread(self._file, 24, start + size)
+        for shape in _DESCRIPTORS:
+            if len(behind) >= shape.size and behind.startswith(_BEHIND):
+                _, told, packed, unpacked = shape.unpack_from(behind)
+                if packed == unpacked == size:
+                    return told in (0, crc)
+        _, _, _, _, _, _, told, packed, unpacked, _, _ = _LOCAL.unpack(os.pread(self._file, _LOCAL.size, header))
+        return bool(packed == unpacked == size and told in (0, crc))
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._file)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,54 @@
+"""``trackopt verify``: whether files are what was written."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from trackopt.cli import screen
+from trackopt.integrity.report import DAMAGED, SOUND, UNREADABLE, Checked, verify
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from rich.console import RenderableType
+
+_CODES = {SOUND: 0, DAMAGED: 1, UNREADABLE: 2}
+_LEVELS = {SOUND: "ok", DAMAGED: "error", UNREADABLE: "error"}
+_SHOWN = 20
+
+
+@click.command()
+@click.argument("paths", metavar="PATH...", nargs=-1, required=True)
+@click.option("--json", "as_json", is_flag=True, help="Print the same facts as JSON.")
+def command(paths: tuple[str, ...], as_json: bool) -> int:
+    r"""Whether files are what was written: structure, checksums and bounds of every tensor.
+
+    PATH is a file, DIRECTORY@STEP, or a run's directory: then every checkpoint in it and its journal are
+    checked. Of a file that was cut short it says what can still be saved.
+
+    \b
+    Example:
+      trackopt verify runs/digits
+      trackopt verify model.pt && rm model.bak.pt
+
+    Exit codes: 0 sound, 1 damaged, 2 unreadable.
+    """
+    found = [one for path in paths for one in verify(path)]
+    if as_json:
+        screen.write_json({"sound": all(one.status == SOUND for one in found), "files": [o.as_dict() for o in found]})
+    else:
+        screen.show(line for one in found for line in _lines(one))
+    return max(_CODES[one.status] for one in found)
+
+
+def _lines(one: Checked) -> Iterator[RenderableType]:
+    about = " · ".join(filter(None, (one.format, screen.size(one.bytes) if one.bytes else "")))
+    yield screen.finding(_LEVELS[one.status], f"{screen.clean(one.path)}: {one.status}{about and f'   {about}'}")
+    for problem in one.problems[:_SHOWN]:
+        yield screen.detail(problem)
+    if len(one.problems) > _SHOWN:
+        yield screen.detail(f"and {len(one.problems) - _SHOWN:,} more problems")
+    if one.rescue:
+        yield screen.detail(one.rescue)

@@ -1,0 +1,122 @@
+"""Whose state is it: the parameter names behind an optimizer's ids, and how sure that is."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from trackopt.archive.nodes import Tensor
+from trackopt.state.models import unique_names
+
+if TYPE_CHECKING:
+    from trackopt.state.models import Model
+
+#: Buffers of the same shape as their parameter.
+_ALIKE = (
+    "exp_avg", "momentum_buffer", "square_avg", "exp_avg_sq", "sum", "prev", "ax", "exp_inf",
+    "max_exp_avg_sq", "acc_delta", "step_size", "grad_avg", "variance",
+)  # fmt: skip
+_MAX_ORDERS = 256
+
+Names = dict[Any, str]
+
+
+def alike(entry: Any) -> Tensor | None:
+    """A buffer shaped like the parameter that it belongs to."""
+    if not isinstance(entry, dict):
+        return None
+    return next((entry[key] for key in _ALIKE if isinstance(entry.get(key), Tensor)), None)
+
+
+def flat(value: Any, groups: list[Any]) -> list[Any] | None:
+    """A list per group with an entry per parameter, flattened; None if it does not fit the groups."""
+    if not isinstance(value, list | tuple) or len(value) != len(groups):
+        return None
+    result: list[Any] = []
+    for part, group in zip(value, groups, strict=True):
+        if not isinstance(part, list | tuple) or len(part) != len(group["params"]):
+            return None
+        result.extend(part)
+    return result
+
+
+def match(groups: Any, state: Any, models: tuple[Model, ...], told: Any) -> tuple[Names, str]:
+    """Names by id, and how they were found; an empty text where they were not.
+
+    Args:
+        groups: The ``param_groups``.
+        state: The ``state``.
+        models: The models beside it.
+        told: Names that were saved for this purpose, a list per group; None if there are none.
+    """
+    ids = [key for group in groups for key in group["params"]]
+    for value, how in (
+        (told, "saved beside it"),
+        ([group.get("param_names") for group in groups], "saved in its groups"),
+    ):
+        given = flat(value, groups)
+        if given is not None:
+            return dict(zip(ids, map(str, given), strict=True)), how
+    if ids and all(isinstance(key, str) for key in ids):
+        return {key: key for key in ids}, "its keys"
+    for candidates in _candidates(models):
+        found, how = _by_order(groups, state, candidates)
+        if found:
+            return found, how
+    return {key: str(key) for key in ids}, ""
+
+
+def _candidates(models: tuple[Model, ...]) -> list[dict[str, Tensor]]:
+    """What an optimizer may have been given: one model's parameters, or those of all."""
+    each = [unique_names(model.trainable) for model in models]
+    several = [{name: tensor for one in each for name, tensor in one.items()}] if len(each) > 1 else []
+    return each + several
+
+
+def _by_order(groups: Any, state: Any, candidates: dict[str, Tensor]) -> tuple[Names, str]:
+    ids = [key for group in groups for key in group["params"]]
+    if not ids or len(set(ids)) < len(ids) or len(ids) > len(candidates):
+        return {}, ""
+    shapes = {key: like.shape for key in ids if (like := alike(state.get(key))) is not None}
+    how = "order against the model" if shapes else "order against the model, with no shapes to check"
+    if len(candidates) == len(ids) and all(
+        shapes.get(key, tensor.shape) == tensor.shape for key, tensor in zip(ids, candidates.values(), strict=True)
+    ):
+        return dict(zip(ids, candidates, strict=True)), how
+    if len(shapes) < len(ids):
+        return {}, ""
+    found = _merged([[(key, shapes[key]) for key in group["params"]] for group in groups], candidates)
+    left = len(candidates) - len(ids)
+    return found, f"{how}, {left} frozen left out" if left else f"{how}, in each group"
+
+
+def _merged(groups: list[list[tuple[Any, tuple[int, ...]]]], candidates: dict[str, Tensor]) -> Names:
+    """The only way to deal the model's parameters out to the groups, each in order, by shape; else nothing.
+
+    Trainers put weights into one group and biases into another, so that the ids of neither follow the
+    model's order, but each group does. Parameters that no group takes are frozen.
+    """
+    spare = len(candidates) - sum(map(len, groups))
+    ways: dict[tuple[int, ...], tuple[int, Any]] = {(0,) * len(groups): (1, None)}
+    for seen, (name, tensor) in enumerate(candidates.items()):
+        after: dict[tuple[int, ...], tuple[int, Any]] = {}
+        for at, (count, trail) in ways.items():
+            for index, group in enumerate(groups):
+                if at[index] < len(group) and group[at[index]][1] == tensor.shape:
+                    _add(
+                        after, (*at[:index], at[index] + 1, *at[index + 1 :]), count, (group[at[index]][0], name, trail)
+                    )
+            if seen - sum(at) < spare:
+                _add(after, at, count, trail)
+        if len(after) > _MAX_ORDERS:
+            return {}
+        ways = after
+    count, trail = ways.get(tuple(map(len, groups)), (0, None))
+    names = {}
+    while count == 1 and trail is not None:
+        key, name, trail = trail
+        names[key] = name
+    return names
+
+
+def _add(ways: dict[tuple[int, ...], tuple[int, Any]], at: tuple[int, ...], count: int, trail: Any) -> None:
+    ways[at] = (ways[at][0] + count if at in ways else count, trail)
