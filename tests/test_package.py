@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "archive": set(),
     "state": {"archive"},
     "integrity": {"archive", "journal"},
+    "salvage": {"archive"},
     "summary": {"archive", "state", "integrity"},
     "difference": {"archive", "state"},
     "journal": set(),
@@ -31,7 +32,7 @@ MAY_IMPORT = {
     "recorder": {"journal", "directory"},
     "arguments": {"checkpoint"},
     "run": {"arguments", "checkpoint", "directory", "journal", "loop", "observe", "pending", "recorder"},
-    "cli": {"archive", "state", "summary", "difference", "integrity", "journal", "directory", "recorder"},
+    "cli": {"archive", "state", "summary", "difference", "integrity", "salvage", "journal", "directory", "recorder"},
     "__main__": {"cli"},
 }
 TORCH = {"observe", "checkpoint", "loop", "arguments", "run"}

@@ -84,13 +84,14 @@ def test_every_optimizer_of_torch_is_told_from_its_keys(name: str, tmp_path: Pat
         key for key, value in live.state[model.weight].items() if torch.is_tensor(value) and value.shape == (2, 3)
     }
     assert shaped <= set(found.buffers)
+    assert found.unknown == ()
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_an_optimizer_that_has_not_stepped_is_told_too(name: str, tmp_path: Path) -> None:
     live = getattr(optim, name)([nn.Parameter(torch.ones(2, 2))], lr=0.5)
     found = read({"optimizer": live.state_dict()}, tmp_path).optimizers[0]
-    assert found.cls == name
+    assert (found.cls, found.unknown) == (name, ())
     assert found.groups[0].hyperparameters["lr"] == 0.5
 
 
@@ -123,6 +124,9 @@ def test_every_scheduler_of_torch_is_told_from_its_keys(name: str, tmp_path: Pat
     scheduler.step(*([1.0] if name == "ReduceLROnPlateau" else []))
     found = read({"optimizer": live.state_dict(), "scheduler": scheduler.state_dict()}, tmp_path).schedulers[0]
     assert name in found.cls.split(" or ")
+    assert found.unknown == ()
+    if " or " in found.cls:
+        assert "save the same keys" in found.evidence
     assert found.last_epoch == 1
     assert found.last_lr == (live.param_groups[0]["lr"],)
     assert found.agrees is True
@@ -249,3 +253,109 @@ def test_tied_weights_count_once_and_statistics_are_no_parameters(tmp_path: Path
     found = read({"a.weight": weight, "b.weight": weight, "n.running_mean": torch.ones(9)}, tmp_path)
     assert found.models[0].parameters == 5
     assert found.models[0].nbytes == 20 + 36
+
+
+@pytest.mark.parametrize("name", ["RAdam", "Adamax", "Adam", "AdamW"])
+def test_state_of_an_older_torch_is_told_by_its_buffers(name: str, tmp_path: Path) -> None:
+    saved_by_now = stepped(name)[1].state_dict()
+    for key in ("decoupled_weight_decay", "maximize", "capturable", "fused", "differentiable"):
+        saved_by_now["param_groups"][0].pop(key, None)
+    found = read({"optimizer": saved_by_now}, tmp_path).optimizers[0]
+    assert name in found.cls.split(" or ")
+    if " or " in found.cls:
+        assert "save the same keys" in found.evidence
+
+
+def test_a_stranger_among_hyperparameters_and_buffers_is_named(tmp_path: Path) -> None:
+    live = stepped("SGD")[1]
+    live.param_groups[0]["trust_ratio"] = 0.1
+    found = read({"optimizer": live.state_dict()}, tmp_path).optimizers[0]
+    assert (found.cls, found.unknown) == ("SGD", ("trust_ratio",))
+
+
+def grouped(model: nn.Module) -> optim.Optimizer:
+    """Adam in two groups by shape, as trainers do, after a step."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    live = optim.Adam([{"params": [p for p in parameters if p.ndim == n]} for n in (2, 1)], lr=0.1)
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    live.step()
+    return live
+
+
+def test_groups_by_shape_are_named_in_each_group(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 5))
+    found = read({"model": model.state_dict(), "optimizer": grouped(model).state_dict()}, tmp_path).optimizers[0]
+    assert [group.parameters for group in found.groups] == [("0.weight", "1.weight"), ("0.bias", "1.bias")]
+    assert found.matching == "order against the model, in each group"
+
+
+def test_frozen_and_tied_parameters_do_not_shift_the_names(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Embedding(7, 3), nn.Linear(3, 4), nn.Linear(4, 3), nn.Linear(3, 7))
+    model[3].weight = model[0].weight
+    model[1].requires_grad_(False)
+    found = read({"model": model.state_dict(), "optimizer": grouped(model).state_dict()}, tmp_path).optimizers[0]
+    assert [group.parameters for group in found.groups] == [("0.weight", "2.weight"), ("2.bias", "3.bias")]
+    assert found.matching == "order against the model, 2 frozen left out"
+
+
+def test_two_ways_to_deal_names_out_are_one_too_many(tmp_path: Path) -> None:
+    model = nn.Sequential(*(nn.Linear(3, 3, bias=False) for _ in range(3)))
+    model[1].requires_grad_(False)
+    found = read({"model": model.state_dict(), "optimizer": grouped(model).state_dict()}, tmp_path).optimizers[0]
+    assert (found.matching, found.unmatched) == ("", ("0", "1"))
+
+
+def layouts() -> dict[str, tuple[dict[str, Any], int | None, int | None]]:
+    """Trees as the frameworks lay them out, with the step and the epoch that they say."""
+    ours = trained()
+    model, optimizer, scheduler = ours["model"], ours["optimizer"], ours["scheduler"]
+    clock = {"batch": 70, "epoch": 2}
+    composer = {"model": model, "optimizers": {"AdamW": optimizer}, "schedulers": {"StepLR": scheduler}}
+    usual = {"model": model, "optimizer": optimizer, "lr_scheduler": scheduler}
+    engine = {"epoch_length": 7, "iteration": 70, "max_epochs": 12}
+    return {
+        "Composer": ({"state": {**composer, "timestamp": clock}, "rng": [{"python": (3,), "torch": [1]}]}, 70, 2),
+        "timm": ({"arch": "a", "state_dict": model, "state_dict_ema": model, "optimizer": optimizer, "epoch": 2,
+                  "args": {}, "metric": 0.5}, None, 2),
+        "torchvision": ({**usual, "epoch": 2, "args": {}, "model_ema": model}, None, 2),
+        "MMEngine": ({"meta": {"epoch": 2, "iter": 70, "mmengine_version": "1"}, "state_dict": model,
+                      "message_hub": {}, "optimizer": optimizer, "param_schedulers": [scheduler]}, 70, 2),
+        "fairseq": ({"cfg": {}, "model": model, "last_optimizer_state": optimizer,
+                     "optimizer_history": [{"num_updates": 70}],
+                     "extra_state": {"train_iterator": {"epoch": 2}}}, 70, 2),
+        "ignite": ({**usual, "trainer": engine}, 70, 10),
+        "Lightning": ({"pytorch-lightning_version": "2", "epoch": 2, "global_step": 70, "state_dict": model,
+                       "optimizer_states": [optimizer], "lr_schedulers": [scheduler]}, 70, 2),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", layouts())
+def test_each_framework_is_recognized_with_its_counters(name: str, tmp_path: Path) -> None:
+    tree, step, epoch = layouts()[name]
+    found = read(tree, tmp_path)
+    assert (found.framework, found.step, found.epoch) == (name, step, epoch)
+    assert [one.cls for one in found.optimizers] == ["AdamW"]
+    assert {one.cls for one in found.schedulers} <= {"StepLR"}
+    assert found.models[0].parameters > 0
+
+
+def test_a_gan_in_folders_and_one_in_a_row_keep_their_names(tmp_path: Path) -> None:
+    model, live = stepped("Adam")
+    parts = {"model": model.state_dict(), "optimizer": live.state_dict()}
+    row = {"netG": parts["model"], "optimizer_G": parts["optimizer"], "optimizer_D": parts["optimizer"]}
+    assert [one.name for one in read(row, tmp_path).optimizers] == ["G", "D"]
+    found = read({"generator": parts, "epoch": 3}, tmp_path)
+    assert [one.path for one in found.optimizers] == [("generator", "optimizer")]
+    assert found.optimizers[0].matching == "order against the model"
+
+
+def test_a_bare_optimizer_or_scheduler_is_one(tmp_path: Path) -> None:
+    ours = trained()
+    assert read(ours["optimizer"], tmp_path).optimizers[0].cls == "AdamW"
+    assert read(ours["scheduler"], tmp_path).schedulers[0].cls == "StepLR"
+
+
+def test_a_gradient_scaler_is_told(tmp_path: Path) -> None:
+    scaler = torch.amp.GradScaler("cpu").state_dict()
+    assert read({**trained(), "amp": scaler}, tmp_path).scaler == ("amp", scaler)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import struct
 import sys
 import tempfile
@@ -10,15 +11,12 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
 from tests.benchmarks.measure import Cost, Row, pairwise, process, table, uncached
-from tests.checkpoints import pickled
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-_TIMES = 9
+_TIMES = 5
 _GB = 1e9
 _SCRIPT = """
 import sys, torch
@@ -36,6 +34,8 @@ show(torch.load(sys.argv[1], weights_only=True, mmap=True, map_location="cpu"))
 
 def build(path: Path, layers: int = 12, width: int = 768) -> None:
     """Write the checkpoint of 1 GB."""
+    import torch
+
     torch.manual_seed(0)
     shapes = {"attn.weight": (3 * width, width), "attn.bias": (3 * width,), "proj.weight": (width, width),
               "fc1.weight": (4 * width, width), "fc2.weight": (width, 4 * width), "ln.weight": (width,)}  # fmt: skip
@@ -85,22 +85,26 @@ def _pickle(names: list[str], elements: int) -> bytes:
 
 
 def _bare(value: object) -> bytes:
-    return pickled(value)[2:-1]
+    return pickle.dumps(value, 2)[2:-1]
 
 
 def main() -> bool:
     """Print the table; whether every target is reached."""
     with tempfile.TemporaryDirectory(prefix="trackopt-benchmark-") as folder:
         one, hole = Path(folder) / "one.pt", Path(folder) / "hole.pt"
-        build(one)
+        # In a process of its own: what this one holds would count as the peak of those that it starts.
+        program = "import sys, pathlib; from tests.benchmarks import reading; reading.build(pathlib.Path(sys.argv[1]))"
+        process([sys.executable, "-c", program, str(one)])
         build_hole(hole)
-        rows = [*_against_torch("1 GB", one), *_against_torch("100 GB, sparse", hole), *_throughput(one)]
+        rows = [*_against_torch("1 GB", one, one), *_against_torch("100 GB, sparse", hole, one)]
+        rows += _throughput(one)
     return table("reading: against a torch script that prints every shape, and against plain reads", rows)
 
 
-def _against_torch(name: str, path: Path) -> list[Row]:
+def _against_torch(name: str, path: Path, small: Path) -> list[Row]:
+    """The script always reads the small file: torch cannot map one that is larger than the memory."""
     look = [sys.executable, "-m", "trackopt", "inspect", str(path)]
-    script = [sys.executable, "-c", _SCRIPT, str(path)]
+    script = [sys.executable, "-c", _SCRIPT, str(small)]
     ours, theirs, ratio = pairwise(lambda: process(look), lambda: process(script), _TIMES)
     figures = f"{ours.seconds:.3f} s against {theirs.seconds:.3f} s"
     return [
@@ -111,10 +115,9 @@ def _against_torch(name: str, path: Path) -> list[Row]:
 
 def _throughput(path: Path) -> list[Row]:
     """In one process, start-up left out: it is the same for a file of any size."""
-    from trackopt.summary.statistics import measure
-
     from trackopt import archive
     from trackopt.integrity.report import verify
+    from trackopt.summary.statistics import measure
 
     def checked() -> None:
         assert [one.status for one in verify(path)] == ["sound"]

@@ -1,4 +1,4 @@
-"""Accelerate's save_state: SGD with momentum and a cosine schedule, after five steps, and an object of the user's own."""
+"""save_state of Accelerate: SGD with momentum and a cosine schedule, after five steps, and a user's own object."""
 
 import json
 import sys

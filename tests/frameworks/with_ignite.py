@@ -21,7 +21,7 @@ def update(engine, batch):
 
 trainer = Engine(update)
 objects = {"model": model, "optimizer": optimizer, "lr_scheduler": scheduler, "trainer": trainer}
-trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda: scheduler.step())
+trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda: scheduler.step())  # noqa: PLW0108 - it would be given the engine
 trainer.add_event_handler(Events.EPOCH_COMPLETED, Checkpoint(objects, DiskSaver(sys.argv[1]), n_saved=1))
 trainer.run([torch.randn(4, 4) for _ in range(3)], max_epochs=2)
 told = {

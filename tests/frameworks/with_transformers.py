@@ -1,4 +1,4 @@
-"""A Trainer of transformers: a tiny model from its configuration, four steps with a linear schedule, saved at the last."""
+"""A Trainer of transformers: a tiny model from its configuration, six steps with a linear schedule."""
 
 import json
 import sys

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from trackopt.archive import detect, nodes
 from trackopt.archive import tensors as values
 from trackopt.archive.locate import checkpoints, locate
-from trackopt.archive.nodes import Global, Opaque, Storage, Tensor
+from trackopt.archive.nodes import Compound, Global, Opaque, Storage, Tensor
 from trackopt.archive.source import Contents, misfit
 from trackopt.archive.strangers import recognized
 from trackopt.errors import ArchiveError
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from trackopt.archive.tensors import Array
 
-__all__ = ["Archive", "Global", "Opaque", "Storage", "Tensor", "checkpoints", "locate", "open"]
+__all__ = ["Archive", "Compound", "Global", "Opaque", "Storage", "Tensor", "checkpoints", "locate", "open"]
 
 
 class Archive:

@@ -17,6 +17,8 @@ try:
 except ImportError:  # no wheel for this platform
     from zlib import crc32
 
+__all__ = ["combined", "crc32", "damaged"]
+
 _SLICE = 32 << 20
 _CHUNK = 1 << 18  # stays in a core's cache between the read and the sum
 _ALONE = 8 << 20  # below this, starting threads takes longer than they save

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from trackopt.archive import rebuild
 from trackopt.archive.bounds import MAX_DEPTH, Broken, bounded
 from trackopt.archive.members import renamed
-from trackopt.archive.nodes import ITEMSIZE, Global, Opaque, Storage, Tensor
+from trackopt.archive.nodes import ITEMSIZE, Global, Opaque, Storage, Tensor, contiguous
 from trackopt.archive.opcodes import OPERATIONS
 from trackopt.archive.pickle import Machine
 from trackopt.archive.region import Regions
@@ -118,7 +118,7 @@ class _Reader:
         if sum(math.prod(piece.sizes) for piece in pieces) != math.prod(shape):
             self._problems.append(f"the parts of {name!r} do not make up its shape {list(shape)}")
         region = Sharded(name, dtype, shape, tuple(pieces))
-        return Tensor(Storage(name, dtype, "cpu", region.size, region), dtype, shape, rebuild.contiguous(shape))
+        return Tensor(Storage(name, dtype, "cpu", region.size, region), dtype, shape, contiguous(shape))
 
     def _shape(self, name: str, state: Any) -> tuple[str, tuple[int, ...], list[tuple[Any, Any]]]:
         try:

@@ -29,6 +29,14 @@ def _is_stranger(head: bytes) -> bool:
     return recognized(head) is not None
 
 
+def is_tar(head: bytes) -> bool:
+    """By the checksum of the first member's header."""
+    field = head[148:156].strip(b" \0")
+    if len(head) < HEAD or not head[0] or not field or field.strip(b"01234567"):
+        return False
+    return int(field, 8) == sum(head[:148]) + 8 * 32 + sum(head[156:HEAD])
+
+
 def _is_safetensors(head: bytes) -> bool:
     return head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 32
 
@@ -44,6 +52,7 @@ def _looks_pickled(head: bytes) -> bool:
 _FORMATS = (
     (_is_zip, "torch_zip"),
     (_is_stranger, None),
+    (is_tar, "tar"),
     (_is_safetensors, "safetensors"),
     (_is_legacy, "legacy"),
     (_looks_pickled, "plain"),

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from trackopt.archive.bounds import Broken, bounded
-from trackopt.archive.members import Files, Members, renamed
+from trackopt.archive.members import Files, Members, confined, renamed
 from trackopt.archive.source import Contents
 from trackopt.errors import ArchiveError
 
@@ -53,8 +53,8 @@ def newest(directory: Path) -> Path | None:
         return directory
     latest = directory / "latest"
     if latest.is_file() and latest.stat().st_size < 256:
-        tagged = directory / latest.read_text(errors="replace").strip()
-        if tagged.parent == directory and tagged.is_dir() and _layout(tagged) is not None:
+        tagged = confined(directory, latest.read_text(errors="replace").strip())
+        if tagged.is_dir() and _layout(tagged) is not None:
             return tagged
     numbered = {int(match[1]): path for path in directory.iterdir() if (match := _STEP.fullmatch(path.name))}
     found = [path for _, path in sorted(numbered.items()) if path.is_dir() and _layout(path) is not None]

@@ -22,6 +22,7 @@ from trackopt.archive.torch_zip import MAX_PICKLE
 from trackopt.errors import ArchiveError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
     from types import TracebackType
 
@@ -61,7 +62,9 @@ class Partial:
     Attributes:
         tree: Its structure.
         tensors: All tensors, by path.
-        pieces: The storages that are whole, by key, and the small records.
+        sizes: Bytes of each storage, by key.
+        pieces: The records that are whole, by name.
+        byteorder: ``"little"`` or ``"big"``.
         whole: The paths of the tensors that are whole.
         pickle: The bytes of its pickle.
 
@@ -97,12 +100,25 @@ class Partial:
         self.sizes = {tensor.storage.key: tensor.storage.nbytes for tensor in self.tensors.values()}
         self.pieces = {name: Piece(name, start, len(self.pickle))}
         self._follow(start + len(self.pickle))
-        keys = {match[1] for name in self.pieces if (match := _KEY.fullmatch(name))}
-        self.whole = [name for name, tensor in self.tensors.items() if tensor.storage.key in keys]
+        self._storages = {match[1]: one for name, one in self.pieces.items() if (match := _KEY.fullmatch(name))}
+        self.whole = [name for name, tensor in self.tensors.items() if self._fits(tensor)]
+        self.byteorder = self._byteorder()
 
-    def read(self, piece: Piece, start: int, length: int) -> bytes:
-        """Some bytes of a record's data."""
-        return os.pread(self._file, min(length, piece.size - start), piece.start + start)
+    def chunks(self, key: str, size: int) -> Iterator[bytes]:
+        """The bytes of a storage that is whole, in pieces of at most ``size``."""
+        piece = self._storages[key]
+        for position in range(piece.start, piece.start + piece.size, size):
+            yield os.pread(self._file, min(size, piece.start + piece.size - position), position)
+
+    def _byteorder(self) -> str:
+        """As the record says, if it is among what is left; what torch writes today is little-endian."""
+        piece = next((one for name, one in self.pieces.items() if name.endswith("/byteorder")), None)
+        said = os.pread(self._file, min(piece.size, 16), piece.start) if piece is not None else b""
+        return "big" if said == b"big" else "little"
+
+    def _fits(self, tensor: Tensor) -> bool:
+        end = (tensor.offset + tensor.span) * tensor.itemsize
+        return tensor.storage.key in self._storages and end <= self._storages[tensor.storage.key].size
 
     def _follow(self, position: int) -> None:
         """Go from header to header, as far as they lead."""

@@ -7,8 +7,8 @@ from bisect import bisect_right
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from trackopt.archive import rebuild, tensors, torch_zip
-from trackopt.archive.nodes import ITEMSIZE, Tensor
+from trackopt.archive import tensors, torch_zip
+from trackopt.archive.nodes import ITEMSIZE, Tensor, contiguous
 from trackopt.archive.region import BytesRegion
 from trackopt.archive.source import stored
 from trackopt.errors import ArchiveError
@@ -71,7 +71,7 @@ class Sharded:
         self._dtype = dtype
         self._shape = shape
         self._pieces = pieces
-        self._stride = rebuild.contiguous(shape)
+        self._stride = contiguous(shape)
         self._opened: dict[int, tuple[Contents, Tensor]] = {}
 
     def read(self, start: int, stop: int) -> bytes:
@@ -107,7 +107,8 @@ class Sharded:
         length = math.prod(piece.sizes[split:]) * size
 
         def place(run: int) -> int:
-            at = sum(offset * step for offset, step in zip(piece.offsets[split:], self._stride[split:], strict=True))
+            rest = zip(piece.offsets[split:], self._stride[split:], strict=True)
+            at: int = sum(offset * step for offset, step in rest)
             for dimension in reversed(range(split)):
                 run, index = divmod(run, lead[dimension])
                 at += (piece.offsets[dimension] + index) * self._stride[dimension]

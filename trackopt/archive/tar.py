@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from trackopt.archive import rebuild
 from trackopt.archive.bounds import Broken
+from trackopt.archive.detect import is_tar
 from trackopt.archive.nodes import ITEMSIZE, Global, Opaque, Storage, Tensor
 from trackopt.archive.opcodes import OPERATIONS
 from trackopt.archive.pickle import MAX_OPERATIONS, Machine
@@ -62,7 +63,7 @@ def _members(whole: FileRegion, problems: list[str]) -> dict[str, Region]:
             break
         header = whole.read(position, position + _BLOCK)
         size = _octal(header[124:136])
-        if not is_header(header) or size is None:
+        if not is_tar(header) or size is None:
             break
         name = header[:100].partition(b"\0")[0].decode("utf-8", "surrogateescape").removeprefix("./")
         position += _BLOCK
@@ -75,14 +76,6 @@ def _members(whole: FileRegion, problems: list[str]) -> dict[str, Region]:
             problems.append(f"member {name!r} of the tar file is no plain file; it was passed by")
             position += -(-size // _BLOCK) * _BLOCK if header[156:157] in b"xgLKS7" else 0
     return found
-
-
-def is_header(block: bytes) -> bool:
-    """Whether 512 bytes are a tar member's header, by their checksum."""
-    if len(block) < _BLOCK or not block[0]:
-        return False
-    total = sum(block[:148]) + 8 * 32 + sum(block[156:_BLOCK])
-    return _octal(block[148:156]) == total
 
 
 def _octal(field: bytes) -> int | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import islice
 from typing import Any
 
-from trackopt.archive.nodes import Global, Opaque, Storage, Tensor
+from trackopt.archive.nodes import Compound, Global, Opaque, Storage, Tensor
 
 _ITEMS = 4
 
@@ -19,6 +19,8 @@ def describe(value: Any, depth: int = 2) -> str:
         >>> describe((0.9, 0.999)), describe({"a": [1] * 9})
         ('(0.9, 0.999)', '{a: [1, 1, 1, 1, … 9 items]}')
     """
+    if isinstance(value, Compound):
+        return f"{value.dtype} {value.kind.rpartition('.')[2]} tensor {list(value.shape)}"
     if isinstance(value, Tensor):
         return f"{value.dtype} tensor {list(value.shape)}"
     if isinstance(value, Storage):

@@ -37,6 +37,10 @@ def load(path: Path, file: int, start: int = 0, size: int | None = None) -> Cont
     zipped = Zip(path, file, start, size)
     source = ZipSource(zipped)
     record = source.find("data.pkl")
+    if record is None and source.text("archive_format") == "pt2":
+        from trackopt.archive import pt2
+
+        return pt2.contents(zipped, source, zipped.problems)
     if record is None:
         raise ArchiveError(f"{path}: a zip file without a data.pkl is not a checkpoint; name one that torch.save wrote")
     if record.size > MAX_PICKLE:
@@ -50,7 +54,8 @@ def load(path: Path, file: int, start: int = 0, size: int | None = None) -> Cont
     problems = [*zipped.problems, *source.oddities()]
     if machine.position != record.size:
         problems.append(f"{record.size - machine.position:,} bytes follow the pickle in data.pkl; torch ignores them")
-    return Contents("torch zip", tree, source, tuple(machine.globals), problems)
+    scripted = source.find("constants.pkl") is not None and any("/code/" in name for name in zipped.records)
+    return Contents("TorchScript" if scripted else "torch zip", tree, source, tuple(machine.globals), problems)
 
 
 class ZipSource:
@@ -69,6 +74,11 @@ class ZipSource:
         """A record by its name below the root, which torch looks up without regard to case."""
         full = self._root + name
         return self._zip.records.get(full) or self._lower.get(full.lower())
+
+    def text(self, name: str) -> str | None:
+        """What a small record says; None if it is not there, or is not small."""
+        record = self.find(name)
+        return self._zip.read(record).decode("latin1").strip() if record is not None and record.size <= 16 else None
 
     def size(self, storage: Storage) -> int:
         """Bytes of a storage's record."""

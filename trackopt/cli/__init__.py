@@ -20,6 +20,7 @@ _COMMANDS = {
     "inspect": "What a checkpoint holds, and whether training can go on from it.",
     "diff": "What changed between two checkpoints.",
     "verify": "Whether files are what was written; what a damaged one still holds.",
+    "salvage": "The intact part of a damaged checkpoint, as a new one.",
     "ls": "The runs in a directory, or the checkpoints of a run.",
     "sync": "Deliver a journal that was left behind to TensorBoard and MLflow.",
     "ui": "TensorBoard and the MLflow UI for the runs in a directory.",

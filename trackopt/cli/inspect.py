@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from dataclasses import replace
+from fnmatch import fnmatchcase
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +13,7 @@ import click
 
 from trackopt import archive
 from trackopt.cli import screen
+from trackopt.cli.tree import outline
 from trackopt.state.models import dtypes
 from trackopt.summary import Summary, summarize
 
@@ -20,18 +24,29 @@ if TYPE_CHECKING:
     from rich.padding import Padding
     from rich.text import Text
 
-    from trackopt.archive.nodes import Tensor
     from trackopt.state import Group, Model, Optimizer, Scheduler
+    from trackopt.summary.statistics import Statistics
 
+_ALL = "*"
+_VALUES = ("norm", "mean", "std", "min", "max")
 _PLAIN_EXTRAS = 3
 _EXTRAS = 12
 
 
 @click.command()
-@click.argument("path")
-@click.option("--tensors", is_flag=True, help="List every tensor with its shape, dtype and size.")
+@click.argument("path", required=False)
+@click.option(
+    "--tensors",
+    "pattern",
+    is_flag=False,
+    flag_value=_ALL,
+    metavar="[GLOB]",
+    help="List the tensors, or those whose names match, with shape, dtype and size.",
+)
+@click.option("--stats", is_flag=True, help="Read every tensor: norm, mean, std, min, max, odd values.")
+@click.option("--tree", is_flag=True, help="Show everything in the file as an outline.")
 @click.option("--json", "as_json", is_flag=True, help="Print the same facts as JSON.")
-def command(path: str, tensors: bool, as_json: bool) -> None:
+def command(path: str | None, pattern: str | None, stats: bool, tree: bool, as_json: bool) -> None:
     r"""What a checkpoint holds, and whether training can go on from it.
 
     PATH is a file, a run's directory (its newest checkpoint) or DIRECTORY@STEP. Neither torch is needed nor
@@ -41,11 +56,22 @@ def command(path: str, tensors: bool, as_json: bool) -> None:
     Example:
       trackopt inspect runs/digits@400
       trackopt inspect model_best.pth.tar --tensors
+      trackopt inspect model.pt --stats --tensors '*.weight'
     """
+    if path is None and pattern is not None:
+        path, pattern = pattern, _ALL  # `--tensors PATH`: what follows is the path, unless there is another
+    if path is None:
+        raise click.UsageError("Missing argument 'PATH'.")
     with archive.open(path) as opened:
-        summary = summarize(opened, tensors=tensors)
+        with screen.progress("reading", shown=stats) as progress:
+            summary = summarize(opened, tensors=pattern is not None, statistics=stats, progress=progress)
+        if summary.tensors is not None and pattern != _ALL:
+            chosen = {name: one for name, one in summary.tensors.items() if fnmatchcase(name, pattern or "")}
+            summary = replace(summary, tensors=chosen)
         if as_json:
             screen.write_json(summary.as_dict())
+        elif tree:
+            sys.stdout.writelines(f"{line}\n" for line in outline(opened.tree))
         else:
             screen.show(drawn(summary))
 
@@ -70,7 +96,10 @@ def drawn(summary: Summary) -> Iterator[RenderableType]:
         yield Text("  also        ").append(screen.flow(also, indent=screen.LABEL + 2, gap=" · "))
     if summary.tensors is not None:
         yield ""
-        yield _tensors(summary.tensors)
+        yield _tensors(summary)
+    elif summary.statistics is not None:
+        yield ""
+        yield _statistics(summary)
     yield ""
     for one in summary.findings:
         yield screen.finding(one.level, one.text)
@@ -184,9 +213,21 @@ def _also(summary: Summary) -> Iterator[str]:
         yield f"and {len(state.extras) - _EXTRAS:,} more entries"
 
 
-def _tensors(tensors: dict[str, Tensor]) -> Padding:
-    rows = [
-        [name, "×".join(map(str, tensor.shape)) or "scalar", tensor.dtype, screen.size(tensor.nbytes)]
-        for name, tensor in tensors.items()
-    ]
+def _tensors(summary: Summary) -> Padding:
+    tensors, measured = summary.tensors or {}, summary.statistics
+    shapes = {name: "×".join(map(str, tensor.shape)) or "scalar" for name, tensor in tensors.items()}
+    if measured is not None:
+        rows = [[name, shapes[name], *_values(measured.get(name))] for name in tensors]
+        return screen.table(["tensor", "shape", *_VALUES], rows)
+    rows = [[name, shapes[name], tensor.dtype, screen.size(tensor.nbytes)] for name, tensor in tensors.items()]
     return screen.table(["tensor", "shape", "dtype", "size"], rows)
+
+
+def _statistics(summary: Summary) -> Padding:
+    """Each model and each buffer as a whole."""
+    rows = [[name, *_values(together)] for name, together in summary.together().items()]
+    return screen.table(["values", *_VALUES], rows)
+
+
+def _values(one: Statistics | None) -> list[str]:
+    return [f"{getattr(one, name):.3g}" for name in _VALUES] if one is not None else [""] * len(_VALUES)

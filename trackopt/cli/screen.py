@@ -12,12 +12,13 @@ import shutil
 import sys
 import textwrap
 import time
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from trackopt.archive.text import describe
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable, Iterator
 
     from rich.console import RenderableType
     from rich.padding import Padding
@@ -196,6 +197,21 @@ def table(heads: Iterable[str], rows: Iterable[Iterable[str]], *, indent: int = 
     for cells in rows:
         grid.add_row(*(Text(clean(cell)) for cell in cells))
     return Padding(grid, (0, 0, 0, indent), expand=False)
+
+
+@contextmanager
+def progress(what: str, *, shown: bool) -> Iterator[Callable[[int, int], None] | None]:
+    """A bar on stderr, if that is a terminal: what it gives is told how much is done, and of how much."""
+    if not (shown and sys.stderr.isatty()):
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def write_json(value: Any) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from trackopt.archive.nodes import Tensor
 from trackopt.state.models import unique_names
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from trackopt.state.models import Model
 
 #: Buffers of the same shape as their parameter.
@@ -16,6 +19,7 @@ _ALIKE = (
     "max_exp_avg_sq", "acc_delta", "step_size", "grad_avg", "variance",
 )  # fmt: skip
 _MAX_ORDERS = 256
+_LEAVES = {"weight", "bias"}
 
 Names = dict[Any, str]
 
@@ -40,7 +44,7 @@ def flat(value: Any, groups: list[Any]) -> list[Any] | None:
 
 
 def match(groups: Any, state: Any, models: tuple[Model, ...], told: Any) -> tuple[Names, str]:
-    """Names by id, and how they were found; an empty text where they were not.
+    """Names by id as far as they are known, and how they were found; an empty text where they were not.
 
     Args:
         groups: The ``param_groups``.
@@ -58,11 +62,16 @@ def match(groups: Any, state: Any, models: tuple[Model, ...], told: Any) -> tupl
             return dict(zip(ids, map(str, given), strict=True)), how
     if ids and all(isinstance(key, str) for key in ids):
         return {key: key for key in ids}, "its keys"
-    for candidates in _candidates(models):
+    sets = _candidates(models)
+    for candidates in filter(None, map(_in_order, sets)):
         found, how = _by_order(groups, state, candidates)
         if found:
             return found, how
-    return {key: str(key) for key in ids}, ""
+    for candidates in sets:
+        found = _by_shape(ids, state, candidates)
+        if found:
+            return found, f"shapes that only one has, {len(found)} of {len(ids)}"
+    return {}, ""
 
 
 def _candidates(models: tuple[Model, ...]) -> list[dict[str, Tensor]]:
@@ -70,6 +79,50 @@ def _candidates(models: tuple[Model, ...]) -> list[dict[str, Tensor]]:
     each = [unique_names(model.trainable) for model in models]
     several = [{name: tensor for one in each for name, tensor in one.items()}] if len(each) > 1 else []
     return each + several
+
+
+def _in_order(candidates: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The parameters in the model's order; none where that is lost.
+
+    It is in formats that sort their names, unless numbers and "weight, bias" are all that decides.
+    """
+    if not any(map(_is_sorted, candidates.values())):
+        return candidates
+    if not _order_is_known(candidates):
+        return {}
+    return dict(sorted(candidates.items(), key=lambda item: _position(item[0])))
+
+
+def _is_sorted(tensor: Tensor) -> bool:
+    """Whether a tensor is from a file of a directory whose format sorts its names."""
+    return ".safetensors/" in tensor.storage.key
+
+
+def _order_is_known(names: Iterable[str]) -> bool:
+    below: dict[str, set[str]] = {}
+    for name in names:
+        parts = name.split(".")
+        for depth, part in enumerate(parts):
+            below.setdefault(".".join(parts[:depth]), set()).add(part)
+    return all(len(parts) == 1 or all(map(str.isdecimal, parts)) or parts == _LEAVES for parts in below.values())
+
+
+def _position(name: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdecimal() else (part == "bias", part) for part in name.split(".")]
+
+
+def _by_shape(ids: list[Any], state: Any, candidates: dict[str, Tensor]) -> Names:
+    """The names of those whose shape no other parameter has."""
+    wanted = Counter(like.shape for key in ids if (like := alike(state.get(key))) is not None)
+    there: dict[tuple[int, ...], list[str]] = {}
+    for name, tensor in candidates.items():
+        there.setdefault(tensor.shape, []).append(name)
+    found = {}
+    for key in ids:
+        like = alike(state.get(key))
+        if like is not None and wanted[like.shape] == 1 and len(there.get(like.shape, ())) == 1:
+            found[key] = there[like.shape][0]
+    return found
 
 
 def _by_order(groups: Any, state: Any, candidates: dict[str, Tensor]) -> tuple[Names, str]:

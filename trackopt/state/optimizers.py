@@ -110,13 +110,14 @@ def read_optimizer(
     """
     models, meta = context
     groups, state = node["param_groups"], _keyed(node["state"], node["param_groups"])
-    names, matching = match(groups, state, models, _told(meta, "param_names", name))
+    known, matching = match(groups, state, models, _told(meta, "param_names", name))
+    names = {key: known.get(key, str(key)) for group in groups for key in group["params"]}
     guess = infer(groups, state)
     told = _told(meta, "optimizer_class", name)
     if isinstance(told, str):
         guess = replace(guess, cls=told.rpartition(".")[2], evidence="saved beside it")
     shapes = _shapes(groups, state, names, models, _told(meta, "param_shapes", name))
-    unmatched = [str(key) for key in state if key not in names or not matching]
+    unmatched = [str(key) for key in state if key not in known]
     return Optimizer(
         name=name,
         path=path,

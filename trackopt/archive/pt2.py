@@ -1,0 +1,83 @@
+"""The files of ``torch.export.save``: a zip with one record per weight, and JSON that describes them."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from trackopt.archive import rebuild
+from trackopt.archive.bounds import Broken
+from trackopt.archive.nodes import ITEMSIZE, Opaque, Storage
+from trackopt.archive.source import Contents
+from trackopt.errors import ArchiveError
+
+if TYPE_CHECKING:
+    from trackopt.archive.torch_zip import ZipSource
+    from trackopt.archive.zip import Record, Zip
+
+_MAX_CONFIG = 16 << 20
+_MAX_MARKS = 2_000_000
+_KINDS = ("weights", "constants")
+#: The numbers of ``torch._export.serde.schema.ScalarType``.
+_DTYPES = {
+    1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 6: "float16", 7: "float32", 8: "float64",
+    9: "complex32", 10: "complex64", 11: "complex128", 12: "bool", 13: "bfloat16", 28: "uint16",
+    29: "float8_e4m3fn", 30: "float8_e5m2", 31: "float8_e4m3fnuz", 32: "float8_e5m2fnuz",
+    33: "float8_e8m0fnu", 34: "uint32", 35: "uint64",
+}  # fmt: skip
+
+
+def contents(zipped: Zip, source: ZipSource, problems: list[str]) -> Contents:
+    """The weights and constants of an exported program; its graph is not looked at.
+
+    Raises:
+        ArchiveError: A description is malformed.
+    """
+    tree: dict[str, dict[str, Any]] = {}
+    for record in zipped.records.values():
+        for kind in _KINDS:
+            _, folder, rest = record.name.partition(f"/data/{kind}/")
+            model = rest.removesuffix(f"_{kind}_config.json")
+            if not folder or model == rest:
+                continue
+            found = _described(zipped, source, record, kind)
+            if found:
+                name = model if kind == "weights" else f"{model}_constants"
+                tree[name] = found
+    return Contents("torch.export (pt2)", tree, source, (), problems)
+
+
+def _described(zipped: Zip, source: ZipSource, record: Record, kind: str) -> dict[str, Any]:
+    if record.size > _MAX_CONFIG:
+        raise _malformed(zipped, record, f"has {record.size:,} bytes, at most {_MAX_CONFIG:,} are read")
+    text = zipped.read(record)
+    if text.count(b"{") + text.count(b"[") > _MAX_MARKS:
+        raise _malformed(zipped, record, "describes more than is read")
+    try:
+        entries = json.loads(text)["config"]
+        return {name: _tensor(source, entry, kind) for name, entry in entries.items()}
+    except (TypeError, ValueError, LookupError, AttributeError, RecursionError, Broken) as error:
+        raise _malformed(zipped, record, "makes no sense") from error
+
+
+def _tensor(source: ZipSource, entry: dict[str, Any], kind: str) -> Any:
+    """A weight; one that was pickled, or is no tensor, stays in its record."""
+    meta = entry.get("tensor_meta")
+    if entry.get("use_pickle") or not isinstance(meta, dict):
+        return Opaque("torch.export.payload", (entry,))
+    dtype = _DTYPES[meta["dtype"]]
+    key = f"{kind}/{rebuild.string(entry['path_name'])}"
+    record = source.find(f"data/{key}")
+    size = 0 if record is None else record.size // ITEMSIZE[dtype] * ITEMSIZE[dtype]
+    shape, stride = (tuple(part["as_int"] for part in meta[name]) for name in ("sizes", "strides"))
+    device = meta["device"]
+    place = Storage(key, dtype, rebuild.call("torch.device", (device["type"], device.get("index"))), size)
+    layout = (place, meta["storage_offset"]["as_int"], shape, stride, bool(meta.get("requires_grad")))
+    tensor = rebuild.call("torch._utils._rebuild_tensor", layout)
+    if not entry.get("is_param"):
+        return tensor
+    return rebuild.call("torch._utils._rebuild_parameter", (tensor, tensor.requires_grad))
+
+
+def _malformed(zipped: Zip, record: Record, what: str) -> ArchiveError:
+    return ArchiveError(f"{zipped.path}: record {record.name!r} {what}; use another checkpoint")

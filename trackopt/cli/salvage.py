@@ -1,0 +1,44 @@
+"""``trackopt salvage``: the intact part of a damaged file, as a new one."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import click
+
+from trackopt.cli import screen
+from trackopt.salvage import salvage
+
+_SHOWN = 10
+
+
+@click.command()
+@click.argument("source", metavar="SRC")
+@click.argument("target", metavar="DST")
+@click.option("--json", "as_json", is_flag=True, help="Print the same facts as JSON.")
+def command(source: str, target: str, as_json: bool) -> None:
+    r"""Write what is whole of a damaged checkpoint to a new file, which torch loads.
+
+    SRC is a file of torch.save that was cut short or damaged; it stays as it is. DST must not be there yet.
+    Every tensor in it has its right checksum; what is lost is listed.
+
+    \b
+    Example:
+      trackopt salvage broken.pt rescued.pt
+    """
+    done = salvage(source, target)
+    if as_json:
+        screen.write_json(asdict(done))
+        return
+    lines = [
+        screen.finding(
+            "ok",
+            f"{done.target}: {done.tensors:,} of {done.tensors + len(done.lost):,} saved, {screen.size(done.bytes)}",
+        )
+    ]
+    if done.lost:
+        lines.append(screen.finding("warning", f"lost: {len(done.lost):,}"))
+        lines += [screen.detail(name) for name in done.lost[:_SHOWN]]
+        if len(done.lost) > _SHOWN:
+            lines.append(screen.detail(f"and {len(done.lost) - _SHOWN:,} more; --json lists all"))
+    screen.show(lines)

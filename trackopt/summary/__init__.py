@@ -1,0 +1,188 @@
+"""What `inspect` says about a checkpoint: the facts behind its screen and its JSON.
+
+Neither torch nor NumPy is imported, and nothing is printed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from trackopt import state
+from trackopt.archive.text import describe
+from trackopt.state import TrainingState
+from trackopt.state.models import dtypes
+from trackopt.summary.findings import LISTED, Finding, findings, of_buffer, parts_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from trackopt.archive import Archive
+    from trackopt.archive.nodes import Tensor
+    from trackopt.state import Optimizer, Scheduler
+    from trackopt.summary.statistics import Statistics
+
+
+_MOST_KEYS = 250_000
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A checkpoint, summed up.
+
+    Attributes:
+        path: The file.
+        format: What it is, in words.
+        bytes: Its size.
+        state: The training state in it.
+        globals: Every name of a class or function that it refers to.
+        findings: What a person should know, worst first.
+        tensors: All tensors by path; None unless they were asked for.
+        statistics: Those of the tensors that could be measured, by path; None unless they were asked for.
+    """
+
+    path: str
+    format: str
+    bytes: int
+    state: TrainingState
+    globals: tuple[str, ...]
+    findings: tuple[Finding, ...]
+    tensors: dict[str, Tensor] | None
+    statistics: dict[str, Statistics] | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """The facts under the keys of ``inspect --json``."""
+        weights = [tensor for model in self.state.models for tensor in model.tensors.values()]
+        result = {
+            "path": self.path,
+            "format": self.format,
+            "bytes": self.bytes,
+            "step": self.state.step,
+            "epoch": self.state.epoch,
+            "model": {
+                "tensors": len(weights),
+                "parameters": sum(model.parameters for model in self.state.models),
+                "bytes": sum(model.nbytes for model in self.state.models),
+                "dtypes": dtypes(weights),
+            },
+            "optimizers": [_optimizer(one, self.statistics) for one in self.state.optimizers],
+            "schedulers": [_scheduler(one) for one in self.state.schedulers],
+            "rng": list(self.state.rng),
+            "extras": [{"name": name, "value": describe(value)} for name, value in self.state.extras[:LISTED]],
+            "globals": list(self.globals[:LISTED]),
+            "findings": [{"level": one.level, "text": one.text} for one in self.findings],
+        }
+        if self.tensors is not None:
+            result["tensors"] = [_tensor(name, tensor, self.statistics) for name, tensor in self.tensors.items()]
+        return result
+
+    def together(self) -> dict[str, Statistics]:
+        """The statistics of each model's and each buffer's tensors, as if they were one."""
+        from trackopt.summary.statistics import joined
+
+        measured = self.statistics or {}
+        parts = {what: [measured[name] for name in names] for what, names in parts_of(self.state, measured).items()}
+        return {what: joined(some) for what, some in parts.items() if some}
+
+
+def summarize(
+    archive: Archive,
+    *,
+    tensors: bool = False,
+    statistics: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Summary:
+    """Sum up a checkpoint.
+
+    Checksums are read too if the file is small; of a large one only the structure is, in milliseconds.
+
+    Args:
+        archive: An open archive.
+        tensors: Whether to list every tensor.
+        statistics: Whether to read every tensor and measure its values.
+        progress: Told the bytes that are measured and the bytes in all, from time to time.
+
+    Example:
+        >>> import tempfile, torch
+        >>> import trackopt
+        >>> path = tempfile.mktemp(suffix=".pt")
+        >>> torch.save({"weight": torch.ones(2, 3)}, path)
+        >>> with trackopt.open(path) as archive:
+        ...     summarize(archive).as_dict()["model"]
+        {'tensors': 1, 'parameters': 6, 'bytes': 24, 'dtypes': {'float32': 6}}
+    """
+    found, measured = _understood(archive), None
+    if statistics:
+        from trackopt.summary.statistics import measure
+
+        measured = measure(archive, progress)
+    return Summary(
+        path=str(archive.path),
+        format=archive.format,
+        bytes=archive.bytes,
+        state=found,
+        globals=archive.globals,
+        findings=tuple(findings(archive, found, measured)),
+        tensors=dict(archive.tensors()) if tensors else None,
+        statistics=measured,
+    )
+
+
+def _understood(archive: Archive) -> TrainingState:
+    """The training state; what has more keys at its top than any checkpoint is not searched for one."""
+    if isinstance(archive.tree, dict) and len(archive.tree) > _MOST_KEYS:
+        return TrainingState(extras=(("the file", archive.tree),))
+    return state.read(archive)
+
+
+def _optimizer(one: Optimizer, statistics: dict[str, Statistics] | None) -> dict[str, Any]:
+    return {
+        "name": one.name,
+        "class": one.cls or None,
+        "evidence": one.evidence,
+        "groups": [
+            {
+                "name": group.name,
+                "parameters": group.elements,
+                "tensors": len(group.parameters),
+                **group.hyperparameters,
+            }
+            for group in one.groups
+        ],
+        "buffers": {
+            name: {
+                "tensors": len(buffer.tensors),
+                "elements": sum(tensor.elements for tensor in buffer.tensors.values()),
+                "bytes": sum(tensor.nbytes for tensor in buffer.tensors.values()),
+                "dtypes": dtypes(buffer.tensors.values()),
+                **_together(one, name, statistics),
+            }
+            for name, buffer in one.buffers.items()
+        },
+        "steps": {"min": one.steps[0], "max": one.steps[1]} if one.steps else None,
+        "unmatched": list(one.unmatched),
+    }
+
+
+def _scheduler(one: Scheduler) -> dict[str, Any]:
+    return {
+        "name": one.name,
+        "class": one.cls or None,
+        "last_epoch": one.last_epoch,
+        "last_lr": list(one.last_lr),
+        "agrees": one.agrees,
+    }
+
+
+def _tensor(name: str, tensor: Tensor, statistics: dict[str, Statistics] | None) -> dict[str, Any]:
+    facts = {"name": name, "shape": list(tensor.shape), "dtype": tensor.dtype, "bytes": tensor.nbytes}
+    return facts | (statistics[name].as_dict() if statistics and name in statistics else {})
+
+
+def _together(one: Optimizer, buffer: str, statistics: dict[str, Statistics] | None) -> dict[str, float]:
+    """The statistics of all of a buffer's tensors, as if they were one."""
+    if statistics is None:
+        return {}
+    from trackopt.summary.statistics import joined
+
+    return joined(statistics[name] for name in of_buffer(one, buffer, statistics)).as_dict()
