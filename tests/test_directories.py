@@ -189,6 +189,7 @@ def put(target: Any, **values: Any) -> None:
         lambda m: put(m.state_dict_metadata["model.w"], size=(2,)),
         lambda m: put(m.state_dict_metadata["model.w"].properties, dtype="float32"),
         lambda m: put(m, state_dict_metadata=[1]),
+        lambda m: put(m.state_dict_metadata["model.w"], size=(1,) * 99),
     ],
 )
 def test_metadata_that_lie_are_one_line(distributed: Path, spoil: Callable[[Metadata], None]) -> None:
@@ -205,6 +206,8 @@ def test_metadata_that_lie_are_one_line(distributed: Path, spoil: Callable[[Meta
         lambda m: put(chunk(m), sizes=torch.Size((1, 3))),
         lambda m: put(chunk(m), offsets=torch.Size((1, 0))),
         lambda m: m.state_dict_metadata["model.w"].chunks.clear(),
+        lambda m: put(m, storage_data=7),
+        lambda m: [put(index, offset=3, fqn=[1]) for index in m.storage_data],
         lambda m: m.planner_data.update({"epoch": ("model", "w", "deeper")}),
     ],
 )

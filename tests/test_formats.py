@@ -530,6 +530,19 @@ def test_links_and_devices_in_a_tar_are_told_and_passed_by(tmp_path: Path) -> No
         assert np.array_equal(archive.read(archive.tree).ravel(), NUMBERS)
 
 
+def test_a_tar_that_is_a_pickle_too_is_read_as_a_tar_and_it_is_told(tmp_path: Path) -> None:
+    path = tarred(tmp_path / "t", NUMBERS.tobytes(), Key(10), (tarfile.TarInfo("p" * 40),))
+    data = bytearray(path.read_bytes())
+    name = pickled("harmless")
+    data[: len(name)] = name
+    data[148:156] = b"%06o\0 " % (sum(data[:148]) + 8 * 32 + sum(data[156:512]))
+    path.write_bytes(data)
+    assert pickle.loads(data) == "harmless"
+    with trackopt.open(path) as archive:
+        assert archive.format == "torch tar"
+        assert "begins as a pickle" in archive.problems[0]
+
+
 @pytest.mark.parametrize("count", [-1, 2, 1 << 40])
 def test_a_tar_that_lies_is_one_line(count: int, tmp_path: Path) -> None:
     one_line(lambda: trackopt.open(tarred(tmp_path / "t", NUMBERS.tobytes(), Key(10), count=count)))
@@ -666,3 +679,14 @@ def test_two_files_can_be_compared_whatever_their_formats(tmp_path: Path) -> Non
             assert all(isinstance(tensor, Tensor) for tensor in archive.tree.values())
             read.append({name: archive.read(tensor).tolist() for name, tensor in archive.tensors()})
     assert all(one == read[0] for one in read)
+
+
+def test_the_difference_sees_into_sparse_and_quantized_tensors(tmp_path: Path) -> None:
+    meta, ones = torch.empty(2, device="meta"), torch.ones(2)
+    for name, scale in (("a", 1.0), ("b", 2.0)):
+        quantized = quiet(torch.quantize_per_tensor, ones * scale, scale / 10, 0, torch.quint8)
+        sparse = torch.eye(3).mul(scale).to_sparse()
+        zip_file({"sparse": sparse, "quantized": quantized, "meta": meta}, tmp_path / name)
+    changes = {change.path: change.kind for change in trackopt.diff(tmp_path / "a", tmp_path / "b").changes}
+    assert changes == {"sparse.values": "tensor", "quantized.scale": "value"}
+    assert trackopt.diff(tmp_path / "a", tmp_path / "a").equal

@@ -359,3 +359,16 @@ def test_a_bare_optimizer_or_scheduler_is_one(tmp_path: Path) -> None:
 def test_a_gradient_scaler_is_told(tmp_path: Path) -> None:
     scaler = torch.amp.GradScaler("cpu").state_dict()
     assert read({**trained(), "amp": scaler}, tmp_path).scaler == ("amp", scaler)
+
+
+def test_a_pickled_module_is_a_model_with_its_parameters(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    live = optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    live.step()
+    found = read({"ema": model, "train_args": {}, "optimizer": live.state_dict(), "epoch": 3}, tmp_path)
+    assert (found.framework, found.epoch) == ("Ultralytics", 3)
+    assert (found.models[0].parameters, found.models[0].averaged) == (12, True)
+    assert list(found.optimizers[0].names.values()) == [name for name, _ in model.named_parameters()]
+    assert list(read(model, tmp_path).models[0].tensors) == list(model.state_dict())

@@ -24,9 +24,12 @@ from trackopt.errors import ArchiveError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from typing import TypeGuard
 
     from trackopt.archive.members import Files, Load
 
+MAX_PLAIN = 128 << 20
+_MAX_RANK = 64
 _OWN = ("torch.distributed.checkpoint.", "torch.serialization._get_layout", "pathlib.", "torch.Size", "torch.float")
 
 
@@ -47,19 +50,22 @@ class _Reader:
         self._path = files.directory / ".metadata"
         self._globals: dict[str, None] = {}
         self._problems: list[str] = []
+        self._plain = 0
         metadata = self._metadata()
         self._described: dict[Any, Any] = _dictionary(metadata.get("state_dict_metadata"))
         self._paths = _dictionary(metadata.get("planner_data"))
         self._items: dict[tuple[str, tuple[int, ...]], Item] = {}
         for index, info in _dictionary(metadata.get("storage_data")).items():
             place = _state(index)
-            self._items[str(place.get("fqn")), tuple(place.get("offset") or ())] = self._item(_state(info))
+            offsets = place.get("offset")
+            offsets = offsets if isinstance(offsets, tuple) and all(map(_is_count, offsets)) else ()
+            self._items[str(place.get("fqn")), offsets] = self._item(_state(info))
 
     def contents(self) -> Contents:
         tree: dict[str, Any] = {}
         for name, described in self._described.items():
-            path = self._paths.get(name)
-            path = path if isinstance(path, tuple) and 0 < len(path) < MAX_DEPTH else (name,)
+            told = self._paths.get(name)
+            path: tuple[Any, ...] = told if _is_path(told) else (name,)
             if not _put(tree, path, self._value(str(name), described)):
                 self._problems.append(f"{name!r} stands where another value stands")
         source = _Items(self._files, list(self._items.values()))
@@ -99,6 +105,9 @@ class _Reader:
         if kind != "BytesStorageMetadata" or item is None:
             self._problems.append(f"{name!r} is described, but not in any file")
             return Opaque("missing")
+        self._plain += item.length
+        if self._plain > MAX_PLAIN:
+            raise self._broken(f"values besides tensors take more than {MAX_PLAIN:,} bytes")
         contents = item.contents()
         self._globals.update(dict.fromkeys(contents.globals))
         self._problems.extend(f"{name}: {line}" for line in contents.problems)
@@ -159,6 +168,10 @@ def _state(node: Any) -> dict[Any, Any]:
     return _dictionary(node.state) if isinstance(node, Opaque) else {}
 
 
+def _is_path(value: Any) -> TypeGuard[tuple[Any, ...]]:
+    return isinstance(value, tuple) and 0 < len(value) < MAX_DEPTH and all(isinstance(key, str | int) for key in value)
+
+
 def _dictionary(value: Any) -> dict[Any, Any]:
     return value if isinstance(value, dict) else {}
 
@@ -172,7 +185,7 @@ def _is_count(value: Any) -> bool:
 
 
 def _counts(value: Any) -> tuple[int, ...]:
-    if not isinstance(value, tuple) or not all(map(_is_count, value)):
+    if not isinstance(value, tuple) or len(value) > _MAX_RANK or not all(map(_is_count, value)):
         raise ValueError("no sizes")
     return value
 

@@ -137,6 +137,11 @@ class Tensor:
     quantizer: Quantizer | None = None
 
     @property
+    def meta(self) -> bool:
+        """Whether it was on the meta device, where tensors have a shape and no values."""
+        return self.storage.device == "meta"
+
+    @property
     def elements(self) -> int:
         """How many values it has."""
         return math.prod(self.shape)

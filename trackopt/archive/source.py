@@ -80,7 +80,7 @@ def _swapped(data: bytes, dtype: str) -> bytes:
 
 def misfit(tensor: Tensor, source: Source) -> str | None:
     """Why a tensor cannot be read from its storage, or None if it can."""
-    if tensor.storage.device == "meta":
+    if tensor.meta:
         return None  # it never had values
     try:
         size = tensor.storage.region.size if tensor.storage.region is not None else source.size(tensor.storage)

@@ -40,7 +40,10 @@ def load(path: Path, file: int) -> Contents:
         ArchiveError: It is malformed, or no checkpoint.
     """
     problems: list[str] = []
-    found = _members(FileRegion(path, file), problems)
+    whole = FileRegion(path, file)
+    if whole.read(0, 1) == b"\x80":
+        problems.append("it is a tar file that begins as a pickle does: torch reads the tar, other programs the pickle")
+    found = _members(whole, problems)
     missing = [name for name in _MEMBERS if name not in found]
     if missing:
         raise ArchiveError(f"{path}: a tar file without a member {missing[0]!r} is not a checkpoint; unpack it first")

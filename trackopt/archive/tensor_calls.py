@@ -184,7 +184,7 @@ def _from_type(function: Global, kind: Global, args: tuple[Any, ...], state: Any
     """A subclass of Tensor: what it holds is what it was made from, or the tensors among its attributes."""
     known = TENSORS.get(function.name)
     inner = known(*args) if known is not None else Opaque(kind.name, args, state)
-    if isinstance(inner, Tensor) and inner.storage.device != "meta":
+    if isinstance(inner, Tensor) and not inner.meta:
         return replace(inner, kind=kind.name)
     if isinstance(inner, Compound):
         return inner

@@ -66,7 +66,7 @@ def check(source: Source, tensor: Tensor) -> None:
     problem = misfit(tensor, source)
     if problem is None and tensor.nbytes > max(_MAX_EXPANDED, tensor.storage.nbytes):
         problem = f"a tensor of {tensor.nbytes:,} bytes is made of {tensor.storage.nbytes:,} stored ones"
-    if tensor.storage.device == "meta":
+    if tensor.meta:
         problem = "a tensor on the meta device has no values"
     if problem is not None:
         problem = problem.removeprefix(f"{source.path}: ")

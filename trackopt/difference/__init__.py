@@ -161,6 +161,8 @@ def _pair(a: Archive, b: Archive, one: Leaf, other: Leaf) -> Change:
         return Change(one.path, "shape", x, y, role=one.role)
     if x.dtype != y.dtype:
         return Change(one.path, "dtype", x, y, role=one.role)
+    if x.meta or y.meta:
+        return Change(one.path, "same" if x.meta == y.meta else "value", x, y, role=one.role)
     numbers = compare(Side(a, x), Side(b, y))
     return Change(one.path, "tensor" if numbers else "same", x, y, numbers, one.role)
 

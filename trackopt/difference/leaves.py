@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from trackopt.archive.nodes import Global, Opaque, Path, children
+from trackopt.archive.nodes import Compound, Global, Opaque, Path, Tensor, children
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -58,6 +58,9 @@ class _Flattener:
             yield from self._optimizer(node, self._optimizers[path])
         elif _is_leaf(node):
             yield Leaf(".".join(path), node, self._role(path))
+            if isinstance(node, Tensor) and node.quantizer is not None:
+                yield Leaf(".".join((*path, "scale")), node.quantizer.scale)
+                yield Leaf(".".join((*path, "zero_point")), node.quantizer.zero_point)
         else:
             if isinstance(node, Opaque):
                 yield Leaf(".".join((*path, "class")), node.name)
@@ -100,7 +103,7 @@ def _is_leaf(node: Any) -> bool:
         return not node
     if isinstance(node, Opaque):
         return node.name in _SETS
-    return True
+    return not isinstance(node, Compound)
 
 
 def same(a: Any, b: Any) -> bool:

@@ -18,7 +18,9 @@ _ALIKE = (
     "exp_avg", "momentum_buffer", "square_avg", "exp_avg_sq", "sum", "prev", "ax", "exp_inf",
     "max_exp_avg_sq", "acc_delta", "step_size", "grad_avg", "variance",
 )  # fmt: skip
-_MAX_ORDERS = 256
+#: What is tried at most: ways to go on at a time, and parameters times groups.
+_MAX_ORDERS = 128
+_MAX_TRIALS = 20_000
 _LEAVES = {"weight", "bias"}
 
 Names = dict[Any, str]
@@ -135,7 +137,7 @@ def _by_order(groups: Any, state: Any, candidates: dict[str, Tensor]) -> tuple[N
         shapes.get(key, tensor.shape) == tensor.shape for key, tensor in zip(ids, candidates.values(), strict=True)
     ):
         return dict(zip(ids, candidates, strict=True)), how
-    if len(shapes) < len(ids):
+    if len(shapes) < len(ids) or len(candidates) * len(groups) > _MAX_TRIALS:
         return {}, ""
     found = _merged([[(key, shapes[key]) for key in group["params"]] for group in groups], candidates)
     left = len(candidates) - len(ids)

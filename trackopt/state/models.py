@@ -6,13 +6,16 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from trackopt.archive.nodes import Path, Tensor
+from trackopt.archive import nodes
+from trackopt.archive.nodes import Opaque, Path, Tensor
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
 #: Ends of names that are buffers of a module, which no optimizer moves.
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
+_AVERAGES = ("ema", "swa", "average", "averaged")
+_MODULE = frozenset({"_parameters", "_buffers", "_modules"})
 _FLOATING = ("float", "bfloat", "complex")
 
 
@@ -32,8 +35,9 @@ class Model:
 
     @property
     def trainable(self) -> dict[str, Tensor]:
-        """What looks like a parameter: floating, and no running statistic."""
-        return {
+        """What looks like a parameter: floating, and no running statistic; of a pickled module what is one."""
+        told = {name: tensor for name, tensor in self.tensors.items() if tensor.parameter}
+        return told or {
             name: tensor
             for name, tensor in self.tensors.items()
             if tensor.dtype.startswith(_FLOATING) and not name.endswith(_BUFFERS)
@@ -48,6 +52,11 @@ class Model:
     def nbytes(self) -> int:
         """Bytes of its tensors; what is tied counts once."""
         return sum(tensor.nbytes for tensor in unique(self.tensors.values()))
+
+    @property
+    def averaged(self) -> bool:
+        """Whether it is a running average of the weights rather than what is trained, by its name."""
+        return any(word in self.name.lower() for word in _AVERAGES)
 
     @property
     def prefix(self) -> str:
@@ -87,19 +96,23 @@ def is_state_dict(node: Any) -> bool:
     """Whether a node is a flat dictionary of names to tensors (extra state of modules aside)."""
     if not isinstance(node, dict) or not node or not all(isinstance(key, str) for key in node):
         return False
-    others = [key for key, value in node.items() if not isinstance(value, Tensor)]
+    others = [key for key, value in node.items() if not isinstance(value, Tensor | nodes.Compound)]
     return len(others) < len(node) and all(key.endswith("_extra_state") for key in others)
+
+
+def is_module(node: Any) -> bool:
+    """Whether a node describes a whole pickled module."""
+    return isinstance(node, Opaque) and isinstance(node.state, dict) and set(node.state) >= _MODULE
 
 
 def find_models(key: str, path: Path, node: Any) -> tuple[Model, ...]:
     """The models in one entry of a checkpoint: itself, or a dictionary of several; none if it is neither."""
-    if is_state_dict(node):
-        tensors = {name: value for name, value in node.items() if isinstance(value, Tensor)}
+    if is_state_dict(node) or is_module(node):
+        tensors = {".".join(below): tensor for below, tensor in nodes.tensors(node)}
         usual = key in ("model", "model_state_dict", "state_dict", "net", "model_state", "network")
         return (Model("model" if usual else key, path, tensors),)
-    if isinstance(node, dict) and node and all(is_state_dict(value) for value in node.values()):
+    if isinstance(node, dict) and node and all(is_state_dict(value) or is_module(value) for value in node.values()):
         return tuple(
-            Model(str(name), (*path, str(name)), {k: v for k, v in value.items() if isinstance(v, Tensor)})
-            for name, value in node.items()
+            model for name, value in node.items() for model in find_models(str(name), (*path, str(name)), value)
         )
     return ()
