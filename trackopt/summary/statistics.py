@@ -10,6 +10,7 @@ import os
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from trackopt.archive.source import misfit
 from trackopt.errors import ArchiveError
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ def measure(archive: Archive, progress: Callable[[int, int], None] | None = None
 
     alike: dict[tuple[Tensor, int], list[str]] = {}
     for name, tensor in archive.tensors():
-        if tensor.dtype.startswith(_MEASURED):
+        if tensor.dtype.startswith(_MEASURED) and misfit(tensor, archive.source) is None:
             alike.setdefault((_flat(tensor), id(tensor.storage.region)), []).append(name)
     pieces = [(key, piece) for key in alike for piece in _pieces(key[0])]
     total, done = sum(piece.nbytes for _, piece in pieces), 0
