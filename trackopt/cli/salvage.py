@@ -30,12 +30,9 @@ def command(source: str, target: str, as_json: bool) -> None:
     if as_json:
         screen.write_json(asdict(done))
         return
-    lines = [
-        screen.finding(
-            "ok",
-            f"{done.target}: {done.tensors:,} of {done.tensors + len(done.lost):,} saved, {screen.size(done.bytes)}",
-        )
-    ]
+    count = done.tensors + len(done.lost)
+    told = f"{done.target}: {done.tensors:,} of {count:,} saved, {screen.size(done.bytes)}"
+    lines = [screen.finding("ok", told)]
     if done.lost:
         lines.append(screen.finding("warning", f"lost: {len(done.lost):,}"))
         lines += [screen.detail(name) for name in done.lost[:_SHOWN]]
