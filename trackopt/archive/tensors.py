@@ -7,6 +7,7 @@ Quantized and packed ones are given as the integers that they are stored as.
 
 from __future__ import annotations
 
+import math
 import struct
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -110,11 +111,20 @@ def chunks(source: Source, tensor: Tensor, chunk: int = CHUNK) -> Iterator[Array
 
 
 def read(source: Source, tensor: Tensor) -> Array:
-    """A tensor's values as an array of its shape."""
+    """A tensor's values as an array of its shape.
+
+    Raises:
+        ArchiveError: Its record is shorter than its shape says.
+    """
     import numpy as np
 
     pieces = list(chunks(source, tensor)) or [values(b"", tensor, source.byteorder)]
-    return (pieces[0] if len(pieces) == 1 else np.concatenate(pieces)).reshape(tensor.shape)
+    array = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+    if array.size != math.prod(tensor.shape):
+        raise ArchiveError(
+            f"{source.path}: {array.size} values are stored of a tensor of shape {list(tensor.shape)}; see trackopt verify"
+        )
+    return array.reshape(tensor.shape)
 
 
 def values(data: bytes | memoryview, tensor: Tensor, byteorder: str) -> Array:
