@@ -122,7 +122,7 @@ def read(source: Source, tensor: Tensor) -> Array:
     array = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
     if array.size != math.prod(tensor.shape):
         raise ArchiveError(
-            f"{source.path}: {array.size} values are stored of a tensor of shape {list(tensor.shape)}; see trackopt verify"
+            f"{source.path}: {array.size} values are stored of a tensor of shape {list(tensor.shape)}; it is damaged"
         )
     return array.reshape(tensor.shape)
 
