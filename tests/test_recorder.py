@@ -189,6 +189,38 @@ def test_a_resumed_run_that_differs_is_tagged(tmp_path):
     assert [value for _, value in tensorboard_points(directory)["loss"]][1:] == pytest.approx([0.1, 0.75])
 
 
+TARGET = """
+import sys, warnings
+warnings.simplefilter("ignore")
+import trackopt
+from tests.conftest import build
+from trackopt.directory import read_identity
+
+if "code" in sys.argv:
+    import mlflow
+    mlflow.set_tracking_uri("sqlite:///told.db")
+model, optimizer, _ = build()
+run = trackopt.wrap(optimizer, dir="run", sinks=())
+run.close()
+print(read_identity(run.dir)["mlflow"])
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "environment", "uri", "experiment"),
+    [
+        ([], {}, "sqlite:///{here}/mlruns/mlflow.db", "Default"),
+        ([], {"MLFLOW_TRACKING_URI": "http://host:1", "MLFLOW_EXPERIMENT_NAME": "mine"}, "http://host:1", "mine"),
+        (["code"], {"MLFLOW_TRACKING_URI": "http://host:1"}, "sqlite:///told.db", "Default"),
+    ],
+)
+def test_mlflow_data_goes_where_the_user_said(words, environment, uri, experiment, script, tmp_path):
+    """What the code told MLflow goes before the environment, and that before the store in mlruns."""
+    script.write_text(TARGET)
+    done = run_script(script, *words, **environment)
+    assert done.stdout == f"{ {'tracking_uri': uri.format(here=tmp_path), 'experiment': experiment} }\n", done.stderr
+
+
 @contextlib.contextmanager
 def mlflow_server(port, folder):
     """A real MLflow server on a SQLite store."""

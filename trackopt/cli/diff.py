@@ -79,7 +79,7 @@ def _headline(story: Story) -> str:
         _moved(name, *pair) for name, pair in (("step", story.step), ("epoch", story.epoch)) if pair != (None, None)
     ]
     if None not in story.step and story.step[0] != story.step[1]:
-        gap = abs(story.step[1] - story.step[0])  # type: ignore[operator]
+        gap = abs(story.step[1] - story.step[0])  # type: ignore[operator]  # both are known here
         facts.append(f"{gap:,} step{'s' * (gap != 1)} apart")
     if story.same_run is not None:
         facts.append("same run" if story.same_run else "another run")
