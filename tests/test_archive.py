@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 import trackopt
 from tests.checkpoints import Call, peak, pickled, saved, trained, zipped
 from trackopt.archive import Opaque, Tensor, locate, nodes
+from trackopt.archive.bounds import Broken, bounded
 from trackopt.errors import ArchiveError
 
 FLOAT8 = ["float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu"]
@@ -528,3 +529,14 @@ def test_closing_twice_is_harmless(tmp_path: Path) -> None:
     archive = opened({"a": 1}, tmp_path / "t.pt")
     archive.close()
     archive.close()
+
+
+def test_values_that_hold_each_other_too_often_are_refused():
+    """Sixty lists that stand for a million values would be walked for seconds; a long flat list is no trouble."""
+    nested = [1] * 10
+    for _ in range(5):
+        nested = [nested] * 10
+    with pytest.raises(Broken, match="hold each other so often that they stand for 1,111,111"):
+        bounded(nested)
+    flat = list(range(1_000_000))
+    assert bounded(flat) is flat

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 
 MAX_DEPTH = 200
 MAX_NODES = 5_000_000
+MAX_SHARED = 500_000  # where most of the values are the same ones again: no training state is, and each costs a visit
+_REPEATS = 10
 _MAX_KEY = 100
 _CONTAINERS = (dict, list, tuple, Opaque)
 
@@ -43,6 +45,7 @@ def bounded(root: Any) -> Any:
     sizes: dict[int, tuple[int, int]] = {}  # a container's size written out and its depth
     path: dict[int, Any] = {id(root): root}
     frames = [_frame(root)]
+    distinct = 0
     while frames:
         node, below, total = frames[-1]
         for key, child in below:
@@ -52,18 +55,23 @@ def bounded(root: Any) -> Any:
                 total[1] = max(total[1], known[1])
             elif id(child) in path:
                 _cut(node, key)
+                total[0] += 1
             else:
                 path[id(child)] = child
                 frames.append(_frame(child))
                 break
         else:
             sizes[id(node)] = (total[0], total[1] + 1)
+            distinct += len(node) if isinstance(node, dict | list | tuple) else 4
             _check_size(*sizes[id(node)])
             del path[id(node)]
             frames.pop()
             if frames:
                 frames[-1][2][0] += total[0]
                 frames[-1][2][1] = max(frames[-1][2][1], total[1] + 1)
+    written_out = sizes[id(root)][0]
+    if written_out > max(MAX_SHARED, _REPEATS * distinct):
+        raise Broken(f"its {distinct:,} values hold each other so often that they stand for {written_out:,}")
     return root
 
 
