@@ -531,12 +531,23 @@ def test_closing_twice_is_harmless(tmp_path: Path) -> None:
     archive.close()
 
 
-def test_values_that_hold_each_other_too_often_are_refused():
+def test_values_that_hold_each_other_too_often_are_refused() -> None:
     """Sixty lists that stand for a million values would be walked for seconds; a long flat list is no trouble."""
-    nested = [1] * 10
+    nested: list[Any] = [1] * 10
     for _ in range(5):
         nested = [nested] * 10
     with pytest.raises(Broken, match="hold each other so often that they stand for 1,111,111"):
         bounded(nested)
     flat = list(range(1_000_000))
     assert bounded(flat) is flat
+
+
+def test_parts_of_parts_are_counted_as_often_as_they_stand_there() -> None:
+    """A sparse tensor is small, and its parts would be visited at each of the places that it stands at."""
+    storage = nodes.Storage("0", "float32", "cpu", 4)
+    part = Tensor(storage, "float32", (1,), (1,))
+    inner = nodes.Compound("torch.nested", "float32", (), {str(index): part for index in range(16)})
+    outer = nodes.Compound("torch.nested", "float32", (), {str(index): inner for index in range(16)})
+    assert bounded([outer] * 10)
+    with pytest.raises(Broken, match="describes more than"):
+        bounded([outer] * 100_000)

@@ -12,6 +12,7 @@ import trackopt
 from tests.conftest import build, run_script, train_step
 from trackopt import CheckpointError, MismatchError, UsageError, journal
 from trackopt.checkpoint import Store, Training, capture, restore, rng
+from trackopt.checkpoint.saved import of_run
 
 
 def trained(directory="run", steps=6, **options):
@@ -189,13 +190,13 @@ def step_lr(optimizer):
             {},
             "saved from StepLR, here it is Exp",
         ),
-        (None, adamw, lambda o: None, {}, "a scheduler, but wrap() was given none"),
+        (None, adamw, lambda o: None, {}, "holds the scheduler scheduler, which was not handed over"),
         (
             None,
             adamw,
             step_lr,
             {"scaler": torch.amp.GradScaler("cpu")},
-            "nothing, but wrap() was given scaler",
+            "the checkpoint has no object scaler",
         ),
     ],
 )
@@ -249,7 +250,7 @@ def test_optimizer_state_finds_its_parameter_by_name():
     tree = capture(Training(model, optimizer), {})
     other, _, _ = build()
     reversed_optimizer = torch.optim.AdamW(reversed(list(other.named_parameters())))
-    restore(Training(other, reversed_optimizer), tree, Path("x.pt"))
+    restore(Training(other, reversed_optimizer), of_run(tree), Path("x.pt"))
     for (name, one), (_, two) in zip(model.named_parameters(), other.named_parameters(), strict=True):
         saved, loaded = optimizer.state[one], reversed_optimizer.state[two]
         assert torch.equal(saved["exp_avg"], loaded["exp_avg"]), name
@@ -266,7 +267,7 @@ def test_moments_keep_the_dtype_they_had():
         state["exp_avg"] = state["exp_avg"].float() + 1e-4
     tree = copy.deepcopy(capture(Training(model, optimizer), {}))
     other = torch.optim.AdamW(model.parameters())
-    restore(Training(model, other), tree, Path("x.pt"))
+    restore(Training(model, other), of_run(tree), Path("x.pt"))
     for parameter in model.parameters():
         assert torch.equal(other.state[parameter]["exp_avg"], optimizer.state[parameter]["exp_avg"])
 

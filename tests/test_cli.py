@@ -91,6 +91,69 @@ def test_a_pipe_gets_80_columns_and_no_escapes(run_directory: Path) -> None:
         assert max(map(len, done.stdout.splitlines())) <= 80
 
 
+def test_tensors_are_listed_by_a_glob(run_directory: Path) -> None:
+    done = trackopt("inspect", run_directory, "--tensors", "*.weight")
+    listed = re.findall(r"^  (\S+\.weight)\s+(\S+)\s+float32\s", done.stdout, re.MULTILINE)
+    assert listed == [("model.0.weight", "16×8"), ("model.1.weight", "16"), ("model.3.weight", "4×16")]
+    assert "bias" not in done.stdout
+    facts = json.loads(trackopt("inspect", run_directory, "--tensors", "optimizer.*.exp_avg", "--json").stdout)
+    assert [one["name"] for one in facts["tensors"]] == [f"optimizer.state.{index}.exp_avg" for index in range(6)]
+    assert "no tensor of such a name" in trackopt("inspect", run_directory, "--tensors", "nothing.*").stdout
+
+
+def test_the_tree_is_an_outline_with_plain_lists_on_one_line(run_directory: Path) -> None:
+    lines = trackopt("inspect", run_directory, "--tree").stdout.splitlines()
+    assert "    0.weight: 16×8 float32" in lines
+    assert "    param_groups  2 items" in lines
+    assert "    last_epoch: 6" in lines
+    assert "      1: 2,147,483,648, 766,982,754, 497,961,170, 3,952,298,588, … 625" in lines
+    assert len(lines) < 120
+    assert lines.index("  model  9 entries") < lines.index("  optimizer  2 entries") < lines.index("  rng  3 entries")
+
+
+def test_a_single_group_stands_in_the_optimizers_row(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 2)
+    live = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9)
+    model(torch.ones(1, 3)).sum().backward()
+    live.step()
+    parts = {"state_dict": {f"module.{name}": value for name, value in model.state_dict().items()}}
+    tree = {**parts, "optimizer": live.state_dict(), "epoch": 90, "arch": "resnet50", "best_acc1": torch.tensor(76.125)}
+    text = trackopt("inspect", saved(tree, tmp_path / "best.pth.tar"), COLUMNS="200").stdout
+    assert "epoch 90 · best_acc1 76.125" in text.splitlines()[0]
+    for words in (
+        "(names start with module.)",
+        "SGD with momentum (from its keys)   1 group   lr 0   momentum 0.9   state for 2 of 2 parameters",
+        "buffers: momentum_buffer, named by order against the model",
+        "none saved",
+        "arch resnet50",
+    ):
+        assert words in text
+    assert text.count("best_acc1") == 1
+
+
+def test_what_is_guessed_and_what_is_frozen_is_said(tmp_path: Path) -> None:
+    tree = trained()
+    del tree["trackopt"], tree["rng"]
+    tree["model"]["frozen.weight"] = torch.ones(7)
+    tree["optimizer"]["param_groups"][0]["trust"] = 1
+    tree |= {
+        "model_ema": tree["model"],
+        "pytorch-lightning_version": "2.6",
+        "scaler": torch.amp.GradScaler("cpu").state_dict(),
+    }
+    text = trackopt("inspect", saved(tree, tmp_path / "t.ckpt"), COLUMNS="160").stdout
+    for words in (
+        "t.ckpt   Lightning (torch zip) · ",
+        "(an average of the weights)",
+        "AdamW (from its keys, but trust is not among them)",
+        "StepLR (from its keys)",
+        "note        1 of 7 parameters are in no optimizer, so frozen or forgotten: frozen.weight",
+        "scaler (scale 65536)",
+    ):
+        assert words in text
+
+
 def test_json_is_the_same_facts_alone_on_stdout(run_directory: Path) -> None:
     facts = json.loads(trackopt("inspect", run_directory, "--json", "--tensors").stdout)
     assert facts["step"] == 6

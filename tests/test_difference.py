@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import trackopt
-from tests.checkpoints import peak, saved, trained
+from tests.checkpoints import saved, trained
 
 if TYPE_CHECKING:
     from trackopt.difference import Difference
@@ -86,67 +85,13 @@ def test_each_change_alone_is_found_and_nothing_else(change: Any, path: str, kin
     assert (only(found).path, only(found).kind) == (path, kind)
 
 
-def test_the_numbers_are_those_of_torch_in_float64(tmp_path: Path) -> None:
-    a, b = torch.randn(300, 200), torch.randn(300, 200)
-    b[:100] = a[:100]
-    numbers = only(compared({"w": a}, {"w": b}, tmp_path)).numbers
-    x, y = a.double().flatten(), b.double().flatten()
-    assert numbers.max_abs == (x - y).abs().max().item()
-    assert numbers.rel_l2 == pytest.approx(((x - y).norm() / x.norm()).item(), rel=1e-12)
-    assert numbers.cosine == pytest.approx((x @ y / x.norm() / y.norm()).item(), rel=1e-12)
-    assert (numbers.differing, numbers.elements) == (200 * 200, 60_000)
-
-
-@pytest.mark.parametrize(
-    "dtype", ["float64", "float16", "bfloat16", "int64", "uint8", "bool", "complex64", "complex128"]
-)
-def test_every_dtype_is_compared(dtype: str, tmp_path: Path) -> None:
-    a = torch.tensor([0, 1, 1, 0]).to(getattr(torch, dtype))
-    b = torch.tensor([0, 1, 0, 0]).to(getattr(torch, dtype))
-    numbers = only(compared({"w": a}, {"w": b}, tmp_path)).numbers
-    assert (numbers.max_abs, numbers.differing) == (1.0, 1)
-    assert numbers.rel_l2 == pytest.approx(math.sqrt(0.5))
-
-
-def test_nan_and_infinity_equal_themselves_and_are_told_where_they_appear(tmp_path: Path) -> None:
-    odd = torch.tensor([math.nan, math.inf, -math.inf, 1.0])
-    assert compared({"w": odd}, {"w": odd.clone()}, tmp_path).equal
-    assert compared({"x": math.nan}, {"x": math.nan}, tmp_path).equal
-    numbers = only(compared({"w": torch.ones(4)}, {"w": odd}, tmp_path)).numbers
-    assert math.isnan(numbers.max_abs)
-    assert numbers.differing == 3
-    numbers = only(compared({"w": odd}, {"w": odd + torch.tensor([0, 0, 0, 1.0])}, tmp_path)).numbers
-    assert (numbers.max_abs, numbers.differing) == (1.0, 1)
-
-
-def test_the_same_values_behind_other_strides_are_the_same(tmp_path: Path) -> None:
-    w = torch.randn(6, 4)
-    assert compared({"w": w}, {"w": w.t().contiguous().t()}, tmp_path).equal
-    assert compared({"w": w.t()}, {"w": w.clone().t()}, tmp_path).equal
-    found = compared({"w": w.t()}, {"w": (w + 1).t()}, tmp_path)
-    assert only(found).numbers.max_abs == pytest.approx(1.0)
-
-
-def test_optimizer_state_is_aligned_by_parameter_name(tmp_path: Path) -> None:
-    a, b = trained(), copy.deepcopy(trained())
-    state = b["optimizer"]["state"]
-    b["optimizer"]["state"] = {key: state[key] for key in reversed(state)}
-    names = b["trackopt"]["param_names"]["optimizer"][0]
-    names[0], names[1] = names[1], names[0]
-    shapes = b["trackopt"]["param_shapes"]["optimizer"][0]
-    shapes[0], shapes[1] = shapes[1], shapes[0]
-    b["optimizer"]["state"][0], b["optimizer"]["state"][1] = state[1], state[0]
-    changed = {change.path for change in compared(a, b, tmp_path).changes}
-    assert not any(path.startswith("optimizer.state") for path in changed)
-    assert "optimizer.param_groups.0.params" in changed
-
-
 def test_the_story_is_told(tmp_path: Path) -> None:
     a, b = trained(steps=3), trained(steps=6)
     story = compared(a, b, tmp_path).story
     assert (story.step, story.epoch, story.same_run) == ((3, 6), (1, 1), True)
     names = [name for name in a["model"] if "running" not in name and "tracked" not in name]
     x, y = (torch.cat([tree["model"][name].double().flatten() for name in names]) for tree in (a, b))
+    assert story.weights is not None
     assert story.weights.rel_l2 == pytest.approx(((x - y).norm() / x.norm()).item())
     assert story.weights.most[1] >= story.weights.rel_l2 >= story.weights.least[1]
     moments = {turn.buffer: turn for turn in story.buffers}
@@ -157,7 +102,8 @@ def test_the_story_is_told(tmp_path: Path) -> None:
         ("backbone", pytest.approx(0.0005), pytest.approx(0.000125)),
         ("group1", pytest.approx(0.005), pytest.approx(0.00125)),
     ]
-    assert [(one.a, one.b) for one in story.schedulers] == [(3, 6)]
+    assert [(one.cls, one.a, one.b) for one in story.schedulers] == [("StepLR", 3, 6)]
+    assert (story.settings, story.loss_scale, story.notes) == ((), None, ())
     assert "numpy" in story.rng_moved
     assert story.rng_same[0] == "python"
 
@@ -166,6 +112,7 @@ def test_weights_that_stayed_count_in_what_moved_overall(tmp_path: Path) -> None
     a = {"moved": torch.tensor([3.0, 0.0]), "frozen": torch.tensor([0.0, 4.0])}
     b = {"moved": torch.tensor([3.0, 1.0]), "frozen": torch.tensor([0.0, 4.0])}
     weights = compared(a, b, tmp_path).story.weights
+    assert weights is not None
     assert weights.rel_l2 == pytest.approx(1 / 5)
     assert weights.least == ("frozen", 0.0)
 
@@ -179,16 +126,6 @@ def test_sets_have_no_order_and_types_of_objects_count(tmp_path: Path) -> None:
     assert compared({"s": {"a", "b", "c"}}, {"s": {"c", "b", "a"}}, tmp_path).equal
     assert only(compared({"s": {1}}, {"s": {2}}, tmp_path)).kind == "value"
     assert not compared({"p": Path("a")}, {"p": Path("b")}, tmp_path).equal
-
-
-def test_memory_does_not_grow_with_the_tensors(tmp_path: Path) -> None:
-    big = torch.zeros(32 << 20)
-    saved({"w": big}, tmp_path / "a.pt")
-    big[-1] = 1
-    path = saved({"w": big}, tmp_path / "b.pt")
-    pair = "sys.argv[1].replace('b.pt', 'a.pt'), sys.argv[1]"
-    program = f"import sys, trackopt\nassert not trackopt.diff({pair}).equal"
-    assert peak(program, path) < 100 << 10
 
 
 LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)

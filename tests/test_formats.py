@@ -12,16 +12,20 @@ import json
 import pickle
 import struct
 import tarfile
+import tempfile
 import warnings
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from torch._C._distributed_c10d import FileStore
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import trackopt
 from tests.checkpoints import Call, peak, pickled, zipped
@@ -29,6 +33,11 @@ from trackopt.archive import Opaque, Tensor, nodes
 from trackopt.archive import tensors as values
 from trackopt.archive.nodes import Compound
 from trackopt.errors import ArchiveError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch.distributed.device_mesh import DeviceMesh
 
 FLOAT8 = ["float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu"]
 DTYPES = [
@@ -72,9 +81,10 @@ def of_bits(dtype: str) -> tuple[torch.Tensor, torch.Tensor]:
 def everything() -> tuple[dict[str, torch.Tensor], dict[str, bytes]]:
     """Each dtype in each view, and the bytes that its elements are."""
     tree, expected = {}, {}
+    views: dict[str, Any] = VIEWS
     for dtype in DTYPES:
         base, integers = of_bits(dtype)
-        for name, view in VIEWS.items():
+        for name, view in views.items():
             tree[f"{dtype} {name}"] = view(base)
             expected[f"{dtype} {name}"] = view(integers).contiguous().numpy().tobytes()
     return tree, expected
@@ -142,7 +152,8 @@ def test_a_view_shares_its_storage_and_drags_it_along(writer: str, tmp_path: Pat
 
 def swapped(tensor: torch.Tensor) -> bytes:
     size = tensor.element_size() // (2 if tensor.is_complex() else 1)
-    return np.frombuffer(tensor.flatten().view(torch.uint8).numpy().tobytes(), f"u{size}").byteswap().tobytes()
+    data: bytes = np.frombuffer(tensor.flatten().view(torch.uint8).numpy().tobytes(), f"u{size}").byteswap().tobytes()
+    return data
 
 
 def test_a_big_endian_legacy_file_is_swapped_by_each_dtype(tmp_path: Path) -> None:
@@ -183,7 +194,7 @@ def safetensors(header: Any, data: bytes, path: Path) -> Path:
     return path
 
 
-def entry(start: int, stop: int, shape: Any = (2,), dtype: str = "F32") -> dict[str, Any]:
+def entry(start: int, stop: int, shape: Any = (2,), dtype: Any = "F32") -> dict[str, Any]:
     return {"dtype": dtype, "shape": shape, "data_offsets": [start, stop]}
 
 
@@ -263,6 +274,7 @@ def test_sparse_tensors_are_read_by_their_parts(layout: str, writer: str, tmp_pa
         assert isinstance(read, Compound)
         assert (read.kind, read.shape, read.dtype) == (f"torch.{layout}", (4, 4), "float32")
         for name, part in read.parts.items():
+            assert isinstance(part, Tensor)
             truth = getattr(tensor, "_" + name if layout == "sparse_coo" else name)()
             assert np.array_equal(archive.read(part), truth.numpy()), name
         assert {name for name, _ in archive.tensors()} == {f"w.{part}" for part in read.parts}
@@ -299,7 +311,7 @@ class Labelled(torch.Tensor):
 
 def test_nested_meta_and_subclassed_tensors(tmp_path: Path) -> None:
     parts = [torch.ones(2), torch.arange(3.0)]
-    parameter = nn.Parameter(torch.ones(2))
+    parameter: Any = nn.Parameter(torch.ones(2))
     parameter.note = "kept in the state"
     tree = {
         "nested": quiet(torch.nested.nested_tensor, parts),
@@ -316,6 +328,86 @@ def test_nested_meta_and_subclassed_tensors(tmp_path: Path) -> None:
         assert "no values" in one_line(lambda: archive.read(meta))
         assert (sub.kind.rpartition(".")[2], read.parameter) == ("Labelled", True)
         assert list(archive.misfits()) == []
+
+
+@pytest.fixture(scope="module")
+def mesh() -> Iterator[DeviceMesh]:
+    """A mesh of this process alone."""
+    with tempfile.TemporaryDirectory() as folder:
+        torch.distributed.init_process_group("gloo", store=FileStore(f"{folder}/store", 1), rank=0, world_size=1)
+        yield init_device_mesh("cpu", (1,))
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("writer", ["torch zip", "torch legacy"])
+def test_a_distributed_tensor_that_is_whole_is_a_tensor(writer: str, mesh: DeviceMesh, tmp_path: Path) -> None:
+    data = torch.arange(12.0).reshape(3, 4)
+    tree = {
+        "rows": distribute_tensor(data, mesh, [Shard(0)]),
+        "columns": nn.Parameter(distribute_tensor(data.bfloat16(), mesh, [Shard(1)])),
+        "replica": distribute_tensor(data.t(), mesh, [Replicate()]),
+    }
+    path = WRITERS[writer](tree, tmp_path / "t")
+    truth = torch.load(path, map_location="cpu", weights_only=False)
+    with trackopt.open(path) as archive:
+        assert [name for name, _ in archive.tensors()] == list(tree)
+        for name, tensor in archive.tensors():
+            assert np.array_equal(archive.read(tensor), truth[name].to_local().float().detach().numpy()), name
+            assert tensor.kind.endswith("DTensor")
+        assert archive.tree["columns"].requires_grad
+
+
+def test_a_part_of_a_distributed_tensor_says_of_what(mesh: DeviceMesh, tmp_path: Path) -> None:
+    part = DTensor.from_local(
+        torch.arange(6.0).reshape(2, 3), mesh, [Shard(0)], shape=torch.Size((4, 3)), stride=(3, 1)
+    )
+    with trackopt.open(zip_file({"w": part}, tmp_path / "t")) as archive:
+        read = archive.tree["w"]
+        assert (read.shape, read.placements) == ((4, 3), ("Shard(dim=0)",))
+        ((name, local),) = archive.tensors()
+        assert name == "w._local_tensor"
+        assert np.array_equal(archive.read(local), part.to_local().numpy())
+
+
+DEVICES = ("cuda:0", "cuda", "mps", "xpu:1", "hpu:0", "npu:3")
+
+
+def on_device(tree: Any, device: str, path: Path, *, old: bool) -> Path:
+    """A file as it is written where the tensors are on another device."""
+    before, after = (b"X" + struct.pack("<I", len(name)) + name.encode() for name in ("cpu", device))
+    stream = io.BytesIO()
+    quiet(torch.save, tree, stream, _use_new_zipfile_serialization=not old)
+    if old:
+        path.write_bytes(stream.getvalue().replace(before, after))
+        return path
+    with zipfile.ZipFile(stream) as file:
+        records = {name.partition("/")[2]: file.read(name) for name in file.namelist()}
+    return zipped(records.pop("data.pkl").replace(before, after), path, records=records)
+
+
+@pytest.mark.parametrize("old", [False, True])
+@pytest.mark.parametrize("device", DEVICES)
+def test_tensors_of_other_devices_are_read_as_torch_does_on_the_cpu(device: str, old: bool, tmp_path: Path) -> None:
+    tree = {"w": torch.arange(6.0).reshape(2, 3).t(), "half": torch.ones(2).half(), "p": nn.Parameter(torch.ones(2))}
+    path = on_device(tree, device, tmp_path / "t", old=old)
+    truth = torch.load(path, map_location="cpu")
+    with trackopt.open(path) as archive:
+        assert [name for name, _ in archive.tensors()] == list(truth)
+        for name, tensor in archive.tensors():
+            assert tensor.storage.device == device
+            assert np.array_equal(archive.read(tensor), truth[name].detach().numpy())
+
+
+def test_a_tensor_of_a_device_without_storages_is_read(tmp_path: Path) -> None:
+    data = torch.arange(3.0)
+    tree = {
+        "array": Call(torch._utils._rebuild_device_tensor_from_numpy, data.numpy(), data.dtype, "xla:0", True),
+        "tensor": Call(torch._utils._rebuild_device_tensor_from_cpu_tensor, data, data.dtype, "maia:0", False),
+    }
+    with trackopt.open(zip_file(tree, tmp_path / "t")) as archive:
+        for tensor, device in ((archive.tree["array"], "xla:0"), (archive.tree["tensor"], "maia:0")):
+            assert tensor.storage.device == device
+            assert np.array_equal(archive.read(tensor), data.numpy())
 
 
 def test_arrays_are_tensors_and_scalars_are_numbers(tmp_path: Path) -> None:
@@ -421,12 +513,14 @@ class Net(nn.Module):
         self.sizes = [1, 2]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc(x) * self.scale
+        scaled: torch.Tensor = self.fc(x) * self.scale
+        return scaled
 
 
 def test_torchscript_has_its_tensors_names(tmp_path: Path) -> None:
     model = Net()
-    quiet(lambda: torch.jit.script(model).save(tmp_path / "t.pt"))
+    scripted: Any = quiet(torch.jit.script, model)
+    scripted.save(tmp_path / "t.pt")
     with trackopt.open(tmp_path / "t.pt") as archive:
         assert archive.format == "TorchScript"
         read = dict(archive.tensors())
@@ -434,6 +528,29 @@ def test_torchscript_has_its_tensors_names(tmp_path: Path) -> None:
         for name, tensor in model.state_dict().items():
             assert np.array_equal(archive.read(read[name]), tensor.numpy())
         assert archive.tree.state["sizes"] == [1, 2]
+
+
+def test_the_constants_of_torchscript_have_their_names_in_the_code(tmp_path: Path) -> None:
+    model = Net().eval()
+    frozen = quiet(lambda: torch.jit.freeze(torch.jit.script(model)))
+    quiet(frozen.save, tmp_path / "t.pt")
+    with trackopt.open(tmp_path / "t.pt") as archive:
+        read = {name: archive.read(tensor) for name, tensor in archive.tensors()}
+        assert list(archive.misfits()) == []
+    assert all(name.startswith("CONSTANTS.c") for name in read)
+    for tensor in model.state_dict().values():
+        assert any(np.array_equal(value, tensor.numpy()) for value in read.values())
+
+
+def test_constants_that_cannot_be_read_are_told_and_the_rest_is_read(tmp_path: Path) -> None:
+    scripted: Any = quiet(torch.jit.script, Net())
+    scripted.save(tmp_path / "whole.pt")
+    with zipfile.ZipFile(tmp_path / "whole.pt") as file:
+        records = {name.partition("/")[2]: file.read(name) for name in file.namelist()}
+    zipped(records.pop("data.pkl"), tmp_path / "t.pt", records={**records, "constants.pkl": b"nonsense"})
+    with trackopt.open(tmp_path / "t.pt") as archive:
+        assert "constants in its code are not read" in archive.problems[0]
+        assert "fc.weight" in dict(archive.tensors())
 
 
 @pytest.fixture(scope="module")
@@ -467,6 +584,32 @@ def test_a_malformed_exported_program_is_one_line(
             data = source.read(name)
             target.writestr(name, data.replace(old, new) if name.endswith("weights_config.json") else data)
     assert "makes no sense" in one_line(lambda: trackopt.open(tmp_path / "t"))
+
+
+@pytest.mark.parametrize("payload", ["torch.save", "pickle", "nothing"])
+def test_a_pickled_weight_of_an_exported_program_is_read(
+    payload: str, exported: tuple[Net, Path], tmp_path: Path
+) -> None:
+    stream, value = io.BytesIO(), torch.arange(5.0).as_subclass(Labelled)
+    torch.save(value, stream)
+    data = {"torch.save": stream.getvalue(), "pickle": pickle.dumps(value), "nothing": b""}[payload]
+    with zipfile.ZipFile(exported[1]) as file:
+        records = {name: file.read(name) for name in file.namelist()}
+    (place,) = (name for name in records if name.endswith("weights_config.json"))
+    config = json.loads(records[place])
+    config["config"]["scale"].update(use_pickle=True)
+    records[place] = json.dumps(config).encode()
+    records[place.replace("model_weights_config.json", config["config"]["scale"]["path_name"])] = data
+    with zipfile.ZipFile(tmp_path / "t", "w") as file:
+        for name, content in records.items():
+            file.writestr(name, content)
+    with trackopt.open(tmp_path / "t") as archive:
+        if payload == "nothing":
+            assert "'scale' is pickled, and not read" in archive.problems[0]
+        else:
+            assert archive.problems == ()
+            assert np.array_equal(archive.read(archive.tree["model"]["scale"]), np.arange(5, dtype="f4"))
+            assert list(archive.misfits()) == []
 
 
 # The tar of torch's first years.

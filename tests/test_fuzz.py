@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from tests.fuzz.corpus import corpus
 from tests.fuzz.look import made, run
+
+if TYPE_CHECKING:
+    from tests.fuzz.mutate import Content
 
 COUNT = 3000
 SEED = 7
@@ -18,5 +23,5 @@ def test_every_mutated_file_is_answered_or_refused() -> None:
 
 
 def test_an_input_is_known_by_its_number() -> None:
-    files = [("a.pt", bytes(range(200))), ("b.pt", b"PK\3\4")]
+    files: list[tuple[str, Content]] = [("a.pt", bytes(range(200))), ("b", {"model.bin": b"PK\3\4"})]
     assert made(files, SEED, 5) == made(files, SEED, 5)

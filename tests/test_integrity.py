@@ -14,6 +14,7 @@ import torch
 from tests.checkpoints import peak, pickled, saved, trained, zipped
 from trackopt import integrity
 from trackopt.archive.checksums import combined
+from trackopt.archive.parallel import in_threads
 from trackopt.integrity.report import verify
 
 if TYPE_CHECKING:
@@ -111,6 +112,25 @@ def test_a_flipped_bit_in_a_record_of_many_slices_is_found(tmp_path: Path) -> No
         file.write(b"\x01")
     (problem,) = integrity.check(path)
     assert "data/0" in problem
+
+
+def test_what_threads_make_keeps_its_order() -> None:
+    assert in_threads(lambda number: number * 2, range(1000)) == list(range(0, 2000, 2))
+    assert in_threads(str, []) == []
+
+
+def test_what_a_thread_raises_is_raised_for_the_caller() -> None:
+    """An error in any of them, such as that of a failing disk, is not lost, and ends the others' work."""
+    done = []
+
+    def work(number: int) -> None:
+        done.append(number)
+        if number == 10:
+            raise OSError("the disk failed")
+
+    with pytest.raises(OSError, match="the disk failed"):
+        in_threads(work, range(100_000))
+    assert len(done) < 100_000
 
 
 def test_of_a_run_every_checkpoint_and_the_journal_are_checked(tmp_path: Path) -> None:

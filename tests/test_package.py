@@ -24,19 +24,35 @@ MAY_IMPORT = {
     "summary": {"archive", "state", "integrity"},
     "difference": {"archive", "state"},
     "journal": set(),
-    "directory": {"journal"},
+    "directory": {"journal", "rehearsal"},
+    "rehearsal": {"archive", "checkpoint", "difference", "journal", "state"},
     "observe": set(),
-    "checkpoint": {"integrity"},
+    "checkpoint": {"archive", "integrity", "state"},
     "pending": set(),
     "loop": {"checkpoint"},
     "recorder": {"journal", "directory"},
     "arguments": {"checkpoint"},
-    "run": {"arguments", "checkpoint", "directory", "journal", "loop", "observe", "pending", "recorder"},
-    "cli": {"archive", "state", "summary", "difference", "integrity", "salvage", "journal", "directory", "recorder"},
+    "signals": set(),
+    "saving": {"checkpoint", "journal"},
+    "resuming": {"checkpoint", "directory"},
+    "restoring": {"archive", "arguments", "checkpoint", "integrity", "state"},
+    "run": {
+        *("arguments", "checkpoint", "directory", "journal", "loop", "observe", "pending", "recorder"),
+        *("rehearsal", "resuming", "saving", "signals"),
+    },
+    "cli": {
+        *("archive", "state", "summary", "difference", "integrity", "salvage", "journal", "directory", "recorder"),
+        "rehearsal",
+    },
     "__main__": {"cli"},
 }
-TORCH = {"observe", "checkpoint", "loop", "arguments", "run"}
-BACKENDS = {"recorder/mlflow.py": {"mlflow"}, "recorder/tensorboard.py": {"tensorboard"}}
+TORCH = {"observe", "checkpoint", "loop", "arguments", "resuming", "restoring", "run", "saving"}
+BACKENDS = {
+    "recorder/mlflow.py": {"mlflow"},
+    "recorder/tensorboard.py": {"tensorboard"},
+    "rehearsal/fingerprint.py": {"torch"},  # these two are the training process's side
+    "rehearsal/strays.py": {"torch"},
+}
 
 
 def modules():
@@ -77,12 +93,14 @@ def test_the_public_names_are_these():
         "ArchiveError",
         "CheckpointError",
         "MismatchError",
+        "Restored",
         "Run",
         "RunError",
         "TrackoptError",
         "UsageError",
         "diff",
         "open",
+        "restore",
         "wrap",
     ]
     for name in trackopt.__all__:
@@ -106,7 +124,9 @@ def test_import_is_silent_and_light():
     assert not modules & {*HEAVY, "numpy", "rich", "click"}
 
 
-@pytest.mark.parametrize("command", [["--help"], ["ls", "."], ["sync", "nowhere"], ["ui", "nowhere"]])
+@pytest.mark.parametrize(
+    "command", [["--help"], ["ls", "."], ["sync", "nowhere"], ["ui", "nowhere"], ["rehearse", "false"]]
+)
 def test_commands_that_do_not_train_are_light(command):
     """None of them imports what only training needs."""
     done, modules = loaded_by("-m", "trackopt", *command)

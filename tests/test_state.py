@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -13,7 +14,8 @@ from torch.optim import lr_scheduler, swa_utils
 import trackopt
 from tests.checkpoints import saved, trained
 from trackopt import state
-from trackopt.state import TrainingState
+from trackopt.archive import Tensor
+from trackopt.state import TrainingState, order
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -243,6 +245,10 @@ def test_whatever_a_file_holds_is_no_error(tree: Any, tmp_path: Path) -> None:
     assert isinstance(read(tree, tmp_path), TrainingState)
 
 
+def test_a_file_of_too_many_keys_is_not_searched(tmp_path: Path) -> None:
+    assert read(dict.fromkeys(range(250_001)), tmp_path).extras[0][0] == "the file"
+
+
 def test_a_bare_state_dict_is_a_model(tmp_path: Path) -> None:
     found = read(nn.Linear(3, 2).state_dict(), tmp_path)
     assert found.models[0].parameters == 8
@@ -306,6 +312,52 @@ def test_two_ways_to_deal_names_out_are_one_too_many(tmp_path: Path) -> None:
     assert (found.matching, found.unmatched) == ("", ("0", "1"))
 
 
+def test_groups_by_kind_are_named_where_shapes_alone_allow_two_ways(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1, bias=False), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 5))
+    kinds = [[model[1].bias, model[3].bias], [model[0].weight, model[3].weight], [model[1].weight]]
+    live = optim.SGD([{"params": group} for group in kinds], lr=0.1, momentum=0.9)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    live.step()
+    found = read({"model": model.state_dict(), "optimizer": live.state_dict()}, tmp_path).optimizers[0]
+    assert [group.parameters for group in found.groups] == [
+        ("1.bias", "3.bias"),
+        ("0.weight", "3.weight"),
+        ("1.weight",),
+    ]
+    assert found.matching == "the order within groups, shapes agree"
+
+
+def reordered(shapes: dict[str, tuple[int, ...]], groups: list[list[str]]) -> dict[str, str] | None:
+    """Names for ids that are the true names, told from the shapes alone."""
+    (hands,) = order.deals([[(name, shapes[name]) for name in group] for group in groups], dict(sorted(shapes.items())))
+    return order.reordered([[(name, shapes[name]) for name in group] for group in groups], hands)
+
+
+def test_an_order_that_a_file_has_lost_is_found_again_from_shapes() -> None:
+    shapes = {"stem.weight": (8, 3), "stem.bias": (8,)}
+    for layer in range(12):
+        shapes |= {f"body.{layer}.up.weight": (9, 8), f"body.{layer}.up.bias": (9,)}
+        shapes |= {f"body.{layer}.down.weight": (8, 9), f"body.{layer}.down.bias": (8,)}
+    weights = [name for name in shapes if name.endswith("weight")]
+    biases = [name for name in shapes if name.endswith("bias")]
+    for groups in ([list(shapes)], [weights, biases], [biases, weights]):
+        assert reordered(shapes, groups) == {name: name for name in shapes}
+
+
+def test_of_modules_that_shapes_cannot_tell_apart_none_is_named() -> None:
+    shapes = {"in.weight": (3, 2), "left.weight": (3, 3), "right.weight": (3, 3), "out.weight": (1, 3)}
+    assert reordered(shapes, [list(shapes)]) == {"in.weight": "in.weight", "out.weight": "out.weight"}
+    assert reordered({"b.weight": (2, 2), "a.weight": (2, 2)}, [["b.weight", "a.weight"]]) == {}
+
+
+def test_names_without_end_are_given_up_soon() -> None:
+    alike = {f"{chr(97 + index % 26)}{chr(97 + index // 26)}.weight": (2, 2) for index in range(250)}
+    start = time.monotonic()
+    assert reordered(alike, [list(alike)]) is None
+    assert time.monotonic() - start < 2
+
+
 def layouts() -> dict[str, tuple[dict[str, Any], int | None, int | None]]:
     """Trees as the frameworks lay them out, with the step and the epoch that they say."""
     ours = trained()
@@ -335,6 +387,7 @@ def test_each_framework_is_recognized_with_its_counters(name: str, tmp_path: Pat
     tree, step, epoch = layouts()[name]
     found = read(tree, tmp_path)
     assert (found.framework, found.step, found.epoch) == (name, step, epoch)
+    assert found.evidence.startswith("its ")
     assert [one.cls for one in found.optimizers] == ["AdamW"]
     assert {one.cls for one in found.schedulers} <= {"StepLR"}
     assert found.models[0].parameters > 0
@@ -356,6 +409,39 @@ def test_a_bare_optimizer_or_scheduler_is_one(tmp_path: Path) -> None:
     assert read(ours["scheduler"], tmp_path).schedulers[0].cls == "StepLR"
 
 
+def test_a_scalar_beside_the_rest_is_a_number(tmp_path: Path) -> None:
+    found = read({**trained(), "trackopt": 0, "loss": torch.tensor(0.5), "count": torch.ones(1)}, tmp_path)
+    extras = dict(found.extras)
+    assert extras["loss"] == 0.5
+    assert isinstance(extras["count"], Tensor)
+
+
+@pytest.mark.parametrize(
+    ("name", "averaged"),
+    [("ema", True), ("model_ema", True), ("state_dict_ema", True), ("schema", False), ("swap", False), ("net", False)],
+)
+def test_an_average_is_told_by_its_name(name: str, averaged: bool, tmp_path: Path) -> None:
+    (model,) = read({name: nn.Linear(2, 2).state_dict(), "epoch": 1}, tmp_path).models
+    assert model.averaged is averaged
+
+
+def test_what_is_trained_is_named_after_the_model_and_not_after_its_average(tmp_path: Path) -> None:
+    model, live = stepped("Adam")
+    averaged = swa_utils.AveragedModel(model).state_dict()
+    found = read({"ema": averaged, "model": model.state_dict(), "optimizer": live.state_dict()}, tmp_path)
+    assert found.optimizers[0].groups[0].parameters == ("weight",)
+    assert [model.name for model in found.weights] == ["model"]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_packed_weights_of_a_quantized_model_are_its_parameters(tmp_path: Path) -> None:
+    model = torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(4, 5)), {nn.Linear}, dtype=torch.qint8)
+    for tree in (model.state_dict(), {"model": model.state_dict(), "epoch": 3}, model):
+        (found,) = read(tree, tmp_path).models
+        assert {tensor.dtype for tensor in found.tensors.values()} >= {"qint8", "float32"}
+        assert 4 * 5 + 5 <= found.parameters <= 4 * 5 + 5 + 1  # the scale of the layer's outputs
+
+
 def test_a_gradient_scaler_is_told(tmp_path: Path) -> None:
     scaler = torch.amp.GradScaler("cpu").state_dict()
     assert read({**trained(), "amp": scaler}, tmp_path).scaler == ("amp", scaler)
@@ -370,5 +456,5 @@ def test_a_pickled_module_is_a_model_with_its_parameters(tmp_path: Path) -> None
     found = read({"ema": model, "train_args": {}, "optimizer": live.state_dict(), "epoch": 3}, tmp_path)
     assert (found.framework, found.epoch) == ("Ultralytics", 3)
     assert (found.models[0].parameters, found.models[0].averaged) == (12, True)
-    assert list(found.optimizers[0].names.values()) == [name for name, _ in model.named_parameters()]
+    assert [one.name for one in found.optimizers[0].parameters] == [name for name, _ in model.named_parameters()]
     assert list(read(model, tmp_path).models[0].tensors) == list(model.state_dict())

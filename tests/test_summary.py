@@ -29,22 +29,69 @@ def levels(summary: Summary) -> list[str]:
 def test_the_keys_are_the_documented_ones(tmp_path: Path) -> None:
     facts = of(trained(), tmp_path).as_dict()
     assert list(facts) == [
-        "path", "format", "bytes", "step", "epoch", "model", "optimizers", "schedulers", "rng", "extras",
-        "globals", "findings",
+        "path", "format", "framework", "bytes", "step", "epoch", "model", "averages", "optimizers", "schedulers",
+        "rng", "extras", "globals", "findings",
     ]  # fmt: skip
     assert set(facts["model"]) == {"tensors", "parameters", "bytes", "dtypes"}
     assert set(facts["optimizers"][0]) == {
-        "name",
-        "class",
-        "evidence",
-        "groups",
-        "buffers",
-        "steps",
-        "unmatched",
-    }
+        "name", "class", "evidence", "unknown", "groups", "buffers", "steps", "matching", "parameters", "unmatched",
+    }  # fmt: skip
     assert set(facts["optimizers"][0]["buffers"]["exp_avg"]) == {"tensors", "elements", "bytes", "dtypes"}
     assert facts["optimizers"][0]["groups"][1]["lr"] == pytest.approx(0.005)
-    assert {"name", "class", "last_epoch", "last_lr"} <= set(facts["schedulers"][0])
+    assert set(facts["schedulers"][0]) == {
+        "name", "class", "evidence", "unknown", "last_epoch", "last_lr", "agrees",
+    }  # fmt: skip
+
+
+def test_each_parameter_has_its_name_its_group_its_shape_and_its_buffers(tmp_path: Path) -> None:
+    (optimizer,) = of(trained(), tmp_path).as_dict()["optimizers"]
+    assert optimizer["matching"] == "saved beside it"
+    assert [(one["id"], one["name"], one["group"], one["shape"]) for one in optimizer["parameters"]] == [
+        (0, "0.weight", "backbone", [16, 8]),
+        (1, "0.bias", "backbone", [16]),
+        (2, "1.weight", "backbone", [16]),
+        (3, "1.bias", "backbone", [16]),
+        (4, "3.weight", "group1", [4, 16]),
+        (5, "3.bias", "group1", [4]),
+    ]
+    assert all(one["buffers"] == ["exp_avg", "exp_avg_sq"] for one in optimizer["parameters"])
+
+
+def test_a_parameter_whose_name_is_not_known_has_none(tmp_path: Path) -> None:
+    (optimizer,) = of({"optimizer": trained()["optimizer"]}, tmp_path).as_dict()["optimizers"]
+    assert optimizer["matching"] is None
+    assert [one["name"] for one in optimizer["parameters"]] == [None] * 6
+    assert optimizer["parameters"][0]["shape"] == [16, 8]
+    assert optimizer["unmatched"] == ["0", "1", "2", "3", "4", "5"]
+
+
+def test_averages_do_not_count_toward_the_model(tmp_path: Path) -> None:
+    model = nn.Linear(3, 2)
+    averaged = torch.optim.swa_utils.AveragedModel(model).state_dict()
+    for name in ("model_ema", "shadow"):
+        facts = of({"model": model.state_dict(), name: averaged}, tmp_path).as_dict()
+        assert facts["model"] == {"tensors": 2, "parameters": 8, "bytes": 32, "dtypes": {"float32": 8}}
+        assert [(one["name"], one["parameters"]) for one in facts["averages"]] == [(name, 8)]
+    alone = of({"model_ema": averaged}, tmp_path).as_dict()
+    assert (alone["model"]["parameters"], len(alone["averages"])) == (8, 1)
+
+
+def test_parameters_that_no_optimizer_moves_are_noted(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 5), nn.Linear(5, 6))
+    live = torch.optim.SGD(model[1:].parameters(), lr=0.1, momentum=0.9)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    live.step()
+    summary = of({"model": model.state_dict(), "optimizer": live.state_dict()}, tmp_path)
+    assert levels(summary) == ["warning", "warning", "info"]
+    words = "2 of 6 parameters are in no optimizer, so frozen or forgotten: 0.weight, 0.bias"
+    assert summary.findings[-1].text == words
+
+
+def test_a_frozen_parameter_does_not_keep_a_run_from_resuming(tmp_path: Path) -> None:
+    tree = trained()
+    tree["model"]["frozen.weight"] = torch.ones(3)
+    assert levels(of(tree, tmp_path)) == ["ok", "info"]
 
 
 def test_the_numbers_add_up(tmp_path: Path) -> None:

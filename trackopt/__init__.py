@@ -21,15 +21,18 @@ from trackopt.errors import (
 if TYPE_CHECKING:
     from trackopt.archive import Archive, open  # noqa: A004 - `trackopt.open` is meant to read like the built-in
     from trackopt.difference import diff
+    from trackopt.restoring import Restored, restore
     from trackopt.run import Run, wrap
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "Archive": "trackopt.archive",
+    "Restored": "trackopt.restoring",
     "Run": "trackopt.run",
     "diff": "trackopt.difference",
     "open": "trackopt.archive",
+    "restore": "trackopt.restoring",
     "wrap": "trackopt.run",
 }
 
@@ -38,12 +41,14 @@ __all__ = [
     "ArchiveError",
     "CheckpointError",
     "MismatchError",
+    "Restored",
     "Run",
     "RunError",
     "TrackoptError",
     "UsageError",
     "diff",
     "open",
+    "restore",
     "wrap",
 ]
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch.optim import Optimizer
 
+from trackopt.checkpoint import rng
 from trackopt.checkpoint.capture import RESERVED
 from trackopt.errors import UsageError
 
@@ -24,18 +25,16 @@ def check_objects(training: Training) -> None:
     Raises:
         UsageError: The first thing that is wrong.
     """
-    if not training.optimizers:
-        raise UsageError("wrap() was given no optimizer; pass one, or a dict of them by name")
     for name, optimizer in training.optimizers.items():
         if not isinstance(optimizer, Optimizer):
-            raise UsageError(f"{name} is a {type(optimizer).__name__}; wrap() takes a torch.optim.Optimizer")
+            raise UsageError(f"{name} is a {type(optimizer).__name__}; pass a torch.optim.Optimizer")
+    if taken := RESERVED & training.stateful.keys():
+        raise UsageError(f"wrap(..., {min(taken)}=…): this name is taken in checkpoints; choose another keyword")
     for name, thing in {**training.models, **training.schedulers, **training.stateful}.items():
-        if not (hasattr(thing, "state_dict") and hasattr(thing, "load_state_dict")):
+        if not rng.is_generator(thing) and not (hasattr(thing, "state_dict") and hasattr(thing, "load_state_dict")):
             raise UsageError(
                 f"{name} is a {type(thing).__name__} without state_dict() and load_state_dict(); wrap() cannot save it"
             )
-    if taken := RESERVED & training.stateful.keys():
-        raise UsageError(f"wrap(..., {min(taken)}=…): this name is taken in checkpoints; choose another keyword")
 
 
 def check_options(

@@ -16,6 +16,7 @@ import orjson
 
 from trackopt import journal
 from trackopt.errors import RunError
+from trackopt.rehearsal import plan
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -42,8 +43,11 @@ class RunDirectory:
     """
 
     def __init__(self, path: str | os.PathLike[str] | None) -> None:
-        chosen = os.environ.get("TRACKOPT_DIR") or path or Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S-%f}"
-        self.path = Path(chosen).absolute()
+        chosen = os.environ.get("TRACKOPT_DIR") or path
+        if (rehearsal := plan.current()) is not None:
+            self.path = rehearsal.directory(chosen)
+        else:
+            self.path = Path(chosen or Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S-%f}").absolute()
         self.checkpoints = self.path / CHECKPOINTS
         self.journal = self.path / journal.NAME
         self._made = not self.path.exists()

@@ -1,9 +1,10 @@
 """Where a training loop stands in its data, and how it gets back there.
 
 A position is an epoch, a pass over a loader within it (most epochs have one) and a number of batches within the pass.
-To return to it, the random number generators are put where they stood when the pass began, the loader is started, the
-batches that were trained on are passed over, and the generators are put where they stood at the checkpoint. What the
-loader yields next is then what it would have yielded.
+To return to it, the script runs the epoch's first lines again, with the random number generators as they stood then;
+the loader is started with them as they stood when the pass began, and the batches that were trained on are passed
+over. Then everything is put where it stood at the checkpoint. What the loader yields next is what it would have
+yielded.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from trackopt.checkpoint import rng
 from trackopt.errors import UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
 T = TypeVar("T")
 
@@ -24,35 +25,53 @@ T = TypeVar("T")
 class Position:
     """The position of one run.
 
+    Args:
+        stateful: The objects that the run saves beside model, optimizer and scheduler. Generators among them are put
+            back like the global ones; a loader among them (torchdata's ``StatefulDataLoader``) finds its way itself.
+
     Attributes:
         epoch: Finished epochs.
         in_epoch: Whether the loop is inside an epoch.
-        in_batch: Whether the loop is working on a batch right now.
+        in_pass: Whether it is inside a pass over a loader.
+        in_batch: Whether it is working on a batch right now.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, stateful: Mapping[str, Any]) -> None:
         self.epoch = 0
-        self.in_epoch = False
-        self.in_batch = False
+        self.in_epoch = self.in_pass = self.in_batch = False
+        self._broken_off = False
+        self._generators = {name: thing for name, thing in stateful.items() if rng.is_generator(thing)}
+        self._guided = [thing for thing in stateful.values() if not rng.is_generator(thing)]
         self._pass = 0  # passes finished in this epoch
         self._batch = 0  # batches taken in the current pass
-        self._start: dict[str, Any] | None = None  # the generators when the current pass began
+        self._epoch_start: dict[str, Any] | None = None  # the generators when the epoch began
+        self._pass_start: dict[str, Any] | None = None  # the generators, and the loader's, when the pass began
         self._loaders: dict[int, object] = {}
         self._saved: dict[str, Any] | None = None  # a restored position that the loop has not reached yet
-        self._generators: dict[int, Any] = {}  # restored states for loaders that are not known yet
+        self._own: dict[int, Any] = {}  # restored states of loaders that are not known yet
+        self._arrive: Callable[[], None] = lambda: None
+
+    @property
+    def settled(self) -> bool:
+        """Whether the loop over epochs has not begun or is done, so that nothing of an epoch would run twice."""
+        return not self.in_epoch and not self._broken_off
 
     def epochs(self, total: int) -> Iterator[int]:
         """The epochs that are still to come, of ``total``."""
         if self.in_epoch:
             raise UsageError("run.epochs() is running already; give each run one loop over its epochs")
-        if self._saved is not None:
-            rng.restore(self._saved["rng"])  # whatever the script drew while it was set up
+        if self._saved is not None:  # whatever the script drew while it was set up
+            self._put_back(self._saved["epoch_start"] or self._saved["here"])
         try:
             while self.epoch < total:
                 self.in_epoch = True
+                self._epoch_start = self._capture()
                 yield self.epoch
                 self.epoch += 1
                 self._pass, self._saved = 0, None
+        except GeneratorExit:
+            self._broken_off = True
+            raise
         finally:
             self.in_epoch = False
 
@@ -60,9 +79,10 @@ class Position:
         """The batches of one pass over ``loader``; after a restore, those that are still to come."""
         if not self.in_epoch:
             raise UsageError("run.batches() needs `for epoch in run.epochs(n):` around it; without epochs, n is 1")
-        if self.in_batch:
+        if self.in_pass:
             raise UsageError("run.batches() stands inside another; iterate over the inner loader itself")
         self._loaders[self._pass] = loader
+        self.in_pass = True
         try:
             for batch in self._begin(loader):
                 self._batch += 1
@@ -70,49 +90,85 @@ class Position:
                 yield batch
                 self.in_batch = False
         finally:
-            self.in_batch = False
-            self._pass, self._batch, self._start = self._pass + 1, 0, None
+            self.in_pass = self.in_batch = False
+            self._pass, self._batch, self._pass_start = self._pass + 1, 0, None
 
     def state_dict(self, *, epoch_done: bool) -> dict[str, Any]:
         """The position as plain values; ``epoch_done`` when the epoch's last line has run."""
-        generators = {number: rng.capture_generators(loader) for number, loader in self._loaders.items()}
+        own = {number: _state_of(loader) for number, loader in self._loaders.items()}
         if epoch_done:
-            return {"epoch": self.epoch + 1, "pass": 0, "batch": 0, "start": None, "generators": generators}
-        here = {"epoch": self.epoch, "pass": self._pass, "batch": self._batch, "start": self._start}
-        return {**here, "generators": generators}
+            return {"epoch": self.epoch + 1, "pass": 0, "batch": 0, "epoch_start": None, "pass_start": None, "own": own}
+        starts = {"epoch_start": self._epoch_start, "pass_start": self._pass_start}
+        return {"epoch": self.epoch, "pass": self._pass, "batch": self._batch, **starts, "own": own}
 
-    def load_state_dict(self, state: dict[str, Any], global_rng: dict[str, Any]) -> None:
-        """Aim at a saved position, which ``epochs`` and ``batches`` lead to; ``global_rng`` is as it was there."""
+    def load_state_dict(self, state: dict[str, Any], arrive: Callable[[], None]) -> None:
+        """Aim at a saved position, which ``epochs`` and ``batches`` lead to.
+
+        Args:
+            state: What ``state_dict`` returned. The generators stand now as they stood there.
+            arrive: Called when the loop is in the middle of the epoch again, before the first batch is asked for: it
+                undoes what the epoch's first lines did a second time.
+        """
         self.epoch = state["epoch"]
-        self._saved = {**state, "rng": global_rng}
-        self._generators = dict(state["generators"])
+        self._saved = {**state, "here": self._capture()}
+        self._own = dict(state["own"])
+        self._arrive = arrive
 
     def _begin(self, loader: Iterable[T]) -> Iterator[T]:
-        saved, generators = self._saved, self._generators.pop(self._pass, [])
-        if saved is not None and self._pass == saved["pass"] and saved["start"] is not None:
-            self._saved = None
-            self._start, self._batch = saved["start"], saved["batch"]
-            rng.restore(saved["start"]["rng"])
-            rng.restore_generators(loader, saved["start"]["generators"])
-            iterator = iter(loader)
-            _skip(iterator, loader, saved["batch"])
-            rng.restore(saved["rng"])
-            rng.restore_generators(loader, generators)
-            return iterator
-        rng.restore_generators(loader, generators)
+        saved, own = self._saved, self._own.pop(self._pass, {"generators": [], "warm": False})
         if saved is not None and self._pass < saved["pass"]:
             return iter(())
+        if own["warm"]:
+            _warm(loader)
         self._saved = None
-        self._start = {"rng": rng.capture(), "generators": rng.capture_generators(loader)}
-        return iter(loader)
+        if saved is not None and saved["epoch_start"] is not None:
+            self._arrive()
+            self._put_back(saved["here"])
+        if saved is None or saved["pass_start"] is None:
+            rng.restore_all(rng.generators_of(loader), own["generators"])
+            self._pass_start = {**self._capture(), "own": _state_of(loader)}
+            return iter(loader)
+        self._pass_start, self._batch = saved["pass_start"], saved["batch"]
+        self._put_back(self._pass_start)
+        rng.restore_all(rng.generators_of(loader), self._pass_start["own"]["generators"])
+        iterator = iter(loader)
+        if not any(loader is guided for guided in self._guided):
+            _skip(iterator, loader, self._batch)
+        self._put_back(saved["here"])
+        rng.restore_all(rng.generators_of(loader), own["generators"])
+        return iterator
+
+    def _capture(self) -> dict[str, Any]:
+        handed = {name: rng.state_of(generator) for name, generator in self._generators.items()}
+        return {"rng": rng.capture(), "handed": handed}
+
+    def _put_back(self, state: Mapping[str, Any]) -> None:
+        rng.restore(state["rng"])
+        for name, each in state["handed"].items():
+            rng.put_back(self._generators[name], each)
+
+
+def _state_of(loader: object) -> dict[str, Any]:
+    """Of a loader: its own generators, and whether its persistent workers are running."""
+    generators = [rng.state_of(generator) for generator in rng.generators_of(loader)]
+    return {"generators": generators, "warm": getattr(loader, "_iterator", None) is not None}
+
+
+def _warm(loader: Any) -> None:
+    """Start persistent workers as an earlier pass did: starting them draws a seed, which a later pass does not."""
+    if getattr(loader, "persistent_workers", False) and loader._iterator is None:
+        before = rng.capture(), [rng.state_of(generator) for generator in rng.generators_of(loader)]
+        iter(loader)
+        rng.restore(before[0])
+        rng.restore_all(rng.generators_of(loader), before[1])
 
 
 def _skip(iterator: Iterator[object], loader: object, count: int) -> None:
     """Pass over ``count`` batches.
 
-    A loader without workers loads its samples with the global generators, which are set afterwards, so it is enough
-    to draw the indices. With workers, whose generators cannot be reached, and for any other iterable the batches
-    themselves must be drawn.
+    A loader without workers loads its samples with generators that are set afterwards, so it is enough to draw the
+    indices. With workers, whose generators cannot be reached, and for any other iterable the batches themselves must
+    be drawn.
     """
     if (
         isinstance(loader, DataLoader)

@@ -10,30 +10,35 @@ import atexit
 import logging
 import os
 import sys
-import time
-from datetime import timedelta
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from trackopt.arguments import SINKS, check_objects, check_options
-from trackopt.checkpoint import Store, Training, capture, restore
+from trackopt.checkpoint import Store, Training
 from trackopt.checkpoint.capture import Stateful, versions
-from trackopt.checkpoint.store import load
+from trackopt.checkpoint.settings import settings
 from trackopt.directory import RunDirectory
-from trackopt.errors import CheckpointError, RunError, UsageError
+from trackopt.errors import UsageError
 from trackopt.journal import Journal
 from trackopt.loop import Position
-from trackopt.observe import Observer, params
+from trackopt.observe import Ledger, Observer, Turns, params
 from trackopt.pending import Pending
 from trackopt.recorder.process import RecorderProcess
 from trackopt.recorder.target import mlflow_target
+from trackopt.rehearsal import plan
+from trackopt.resuming import Resumption, find
+from trackopt.saving import Saving
+from trackopt.signals import StopSignals
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from datetime import timedelta
     from types import TracebackType
 
     from torch import nn
     from torch.optim import Optimizer
+
+    from trackopt.checkpoint.capture import Generator
+    from trackopt.rehearsal.probe import Probe
 
 _FORGOTTEN = 100  # steps without the end of an iteration, after which the user is reminded of it
 
@@ -55,7 +60,8 @@ def wrap(
     sinks: Sequence[str] = SINKS,
     experiment: str | None = None,
     name: str | None = None,
-    **stateful: Stateful,
+    strict: bool = True,
+    **stateful: Stateful | Generator,
 ) -> Run:
     """Track a training, and make it one that can be stopped and started anywhere.
 
@@ -78,8 +84,10 @@ def wrap(
         sinks: Where the journal goes: ``"tensorboard"``, ``"mlflow"``, both or none.
         experiment: MLflow's experiment. Default: ``MLFLOW_EXPERIMENT_NAME``, else MLflow's own default.
         name: The run's name. Default: the directory's.
-        **stateful: Whatever else has ``state_dict`` and ``load_state_dict`` (a ``GradScaler``, an EMA model), saved
-            and restored under its keyword.
+        strict: Whether a checkpoint must fit the objects in every name, shape, dtype, class and setting. With
+            ``False`` what fits is loaded, and the rest is listed in a warning.
+        **stateful: Whatever else has ``state_dict`` and ``load_state_dict`` (a ``GradScaler``, an EMA model), and
+            random generators of torch, NumPy or python; saved and restored under its keyword.
 
     Returns:
         The run; close it when the loop is done, or use it as a context manager.
@@ -107,29 +115,36 @@ def wrap(
         3
     """
     training = Training(model, optimizer, scheduler, stateful)
+    if not training.optimizers:
+        raise UsageError("wrap() was given no optimizer; pass one, or a dict of them by name")
     check_objects(training)
     check_options(save_every=save_every, keep=keep, stats=stats, stats_every=stats_every, sinks=sinks)
+    built = {name: settings(each) for name, each in training.schedulers.items()}
     directory = RunDirectory(dir)
     try:
         store = Store(directory.checkpoints, keep)
-        found = _find(directory, store, resume)
+        found, left_out = find(directory, store, resume), []
+        resumption = None
         if found is not None:
-            restore(training, found[1], found[0])
+            resumption = Resumption(training, found[0], found[1]["trackopt"], strict=strict)
+            left_out = resumption.apply(found[1])
         if not directory.identity:
             directory.found(name, mlflow_target(experiment))
         run = Run(
             training,
             directory,
             store,
+            built=built,
             save_every=save_every,
             stats=stats,
             stats_every=stats_every,
-            sinks=sinks,
+            sinks=sinks if plan.current() is None else (),
         )
     except BaseException:
         directory.release()
         raise
-    run._start(found)
+    _tell(f"left as it is here: {problem}" for problem in left_out)
+    run._start(resumption)
     return run
 
 
@@ -147,6 +162,7 @@ class Run:
         directory: RunDirectory,
         store: Store,
         *,
+        built: dict[str, dict[str, Any]],
         save_every: int | timedelta | None,
         stats: str | None,
         stats_every: int,
@@ -157,11 +173,14 @@ class Run:
         self._training = training
         self._directory = directory
         self._store = store
-        self._every = save_every
+        self._built = built
         self._sinks = sinks
-        self._position = Position()
+        self._position = Position(training.stateful)
+        self._groups: dict[str, int] = {}  # parameter groups when the epoch began
         self._pending = Pending()
         self._journal = Journal(directory.journal)
+        self._saving = Saving(training, store, self._journal, save_every)
+        self._turns = Turns(training.schedulers, training.stateful.values())
         optimizers = training.optimizers
         self._observers = {
             name: Observer(
@@ -169,15 +188,15 @@ class Run:
                 prefix=f"{name}." if len(optimizers) > 1 else "",
                 stats=stats,
                 stats_every=stats_every,
+                before_first=self._turns.before_first_step,
             )
             for name, optimizer in optimizers.items()
         }
         self._attempt = directory.begin_attempt(sinks)
+        self._resumption: Resumption | None = None
         self._recorder: RecorderProcess | None = None
+        self._probe: Probe | None = None
         self._recorded = 0  # the step of the latest record
-        self._saved: tuple[int, Any] = (0, None)  # the step and the position of the latest checkpoint
-        self._saved_at = time.monotonic()
-        self._due: bool | None = None  # a checkpoint is to be taken at the next boundary; True: kept for good
         self._pid = os.getpid()
         self._open = True
         self._reminded = False
@@ -191,6 +210,26 @@ class Run:
     def epoch(self) -> int:
         """The current epoch, from 0; after the loop, the number of finished ones."""
         return self._position.epoch
+
+    @property
+    def ledger(self) -> Ledger:
+        """What kinds of steps the run has taken, over all its attempts."""
+        observers = self._observers.values()
+        return Ledger(
+            iterations=self._turns.iterations,
+            steps=sum(observer.steps for observer in observers),
+            skipped=self._turns.skipped,
+            evaluations=sum(observer.evaluations for observer in observers),
+        )
+
+    @property
+    def should_stop(self) -> bool:
+        """Whether SIGTERM, SIGINT or SIGUSR1 asked the training to stop.
+
+        ``batches``, ``epochs`` and ``step`` act on it by themselves, at the end of the iteration. A loop that uses
+        none of them, or has something long before it, looks here, leaves, and closes the run.
+        """
+        return self._signals.received is not None
 
     def log(self, **metrics: Any) -> None:
         """Log numbers: python's, NumPy's, or tensors of one element.
@@ -217,14 +256,19 @@ class Run:
         self.log(**metrics)
         self._end_iteration()
         if not self._position.in_epoch:
-            self._save_if_due(epoch_done=False)
+            self._boundary()
+        elif self.should_stop:
+            self._stop()
 
     def epochs(self, total: int) -> Iterator[int]:
         """The numbers of the epochs that are still to come, of ``total``: ``for epoch in run.epochs(10)``."""
+        if self._resumption is not None:
+            self._resumption.begin_loop()
         for epoch in self._position.epochs(total):
+            self._groups = {name: len(one.param_groups) for name, one in self._training.optimizers.items()}
             yield epoch
             self._record_rest()
-            self._save_if_due(epoch_done=True)
+            self._boundary(epoch_done=True)
 
     def batches(self, loader: Iterable[T]) -> Iterator[T]:
         """The batches of one pass over ``loader``; in a resumed epoch those that are still to come.
@@ -234,14 +278,19 @@ class Run:
         """
         self._record_rest()
         batches = self._position.batches(loader)
+        if self._probe is not None:
+            batches = self._probe.watch(batches, loader)
         try:
             for batch in batches:
+                self._turns.begin_iteration()
                 yield batch
                 self._end_iteration()
-                self._save_if_due(epoch_done=False)
+                self._boundary()
         except GeneratorExit:  # the loop was left by `break`
             if self._open:
                 self._end_iteration()
+                if self.should_stop:  # in a moment the position will be that of a pass that is over
+                    self._saving.try_to_commit(self._progress())
             raise
 
     def save(self, *, keep: bool = False) -> None:
@@ -252,17 +301,18 @@ class Run:
         Args:
             keep: Keep it for good.
         """
-        self._due = keep or bool(self._due)
+        self._saving.request(keep=keep)
         if not self._position.in_epoch:
-            self._save_if_due(epoch_done=False)
+            self._boundary()
 
     def close(self) -> None:
         """Take a last checkpoint, deliver everything, and let go of the optimizer and the directory.
 
         Raises:
             CheckpointError: The last checkpoint could not be written; all else is done.
+            SystemExit: A signal had asked the training to stop.
         """
-        self._close("FINISHED")
+        self._leave(None)
 
     def __enter__(self) -> Run:
         return self
@@ -270,35 +320,42 @@ class Run:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._close(_status(error), error)
+        self._leave(error)
 
-    def _start(self, found: tuple[Path, dict[str, Any]] | None) -> None:
+    def _start(self, resumption: Resumption | None) -> None:
         """Begin the attempt in the journal, then let the recorder tell it on."""
         details = {"attempt": self._attempt, "pid": os.getpid(), "versions": versions()}
         described = params(self._training.optimizers, self._training.schedulers)
         self._store.clean()
-        if found is not None:
-            self._resume(*found, details)
+        self._signals = StopSignals()
+        if resumption is not None:
+            self._resume(resumption, details)
         elif self._attempt > 1:
             self._journal.mark("resume", 0, offset=0, **details)
         else:
             self._journal.mark("start", 0, params=described, **details)
         if self._sinks:
             self._recorder = RecorderProcess(self.dir)
+        if (rehearsal := plan.current()) is not None:
+            from trackopt.rehearsal.probe import Probe
+
+            self._probe = Probe(rehearsal, self._training, self.dir, self.global_step)
         atexit.register(self._at_exit)
 
-    def _resume(self, path: Path, tree: dict[str, Any], details: dict[str, Any]) -> None:
-        meta = tree["trackopt"]
+    def _resume(self, resumption: Resumption, details: dict[str, Any]) -> None:
+        meta = resumption.meta
+        self._resumption = resumption
         self.resumed_from = self._recorded = meta["step"]
         for name, observer in self._observers.items():
             observer.load_state_dict(meta["observers"][name])
-        self._position.load_state_dict(meta["position"], tree["rng"])
+        self._position.load_state_dict(meta["position"], resumption.arrive)
+        self._turns.load_state_dict(meta["turns"])
         self._pending.load_state_dict(meta["pending"])
-        self._saved = (meta["step"], meta["position"])
+        self._saving.latest = (meta["step"], meta["position"])
         if meta["run_id"] == self._directory.identity["id"]:
             self._store.abandon_after(meta["step"])
             details = {**details, "offset": meta["journal_offset"]}
-        self._journal.mark("resume", meta["step"], checkpoint=str(path), **details)
+        self._journal.mark("resume", meta["step"], checkpoint=str(resumption.path), **details)
         logger.warning(
             "trackopt: resumed %s at step %d (epoch %d, batch %d)",
             self._directory.identity["name"],
@@ -309,15 +366,19 @@ class Run:
 
     def _end_iteration(self) -> None:
         step = self.global_step
+        overflowed = sum(observer.take_overflow() for observer in self._observers.values()) > 0
+        self._turns.end_iteration(stepped=step > self._recorded, overflowed=overflowed)
         if step > self._recorded:
             metrics = self._pending.take()
             for observer in self._observers.values():
                 metrics |= observer.take()
             self._journal.record(step, metrics)
             self._pending.recorded = set(metrics)
-            if self._is_due(self._recorded, step):
-                self._due = bool(self._due)
+            self._saving.advance(self._recorded, step)
             self._recorded = step
+            if self._probe is not None:
+                self._probe.record(step)
+        _tell(self._turns.messages())
         if self._recorder is not None:
             _tell(self._recorder.messages())
 
@@ -326,25 +387,35 @@ class Run:
         if self._recorded and (rest := self._pending.take_rest()):
             self._journal.record(self._recorded, rest)
 
-    def _is_due(self, before: int, step: int) -> bool:
-        if isinstance(self._every, timedelta):
-            return time.monotonic() - self._saved_at >= self._every.total_seconds()
-        return self._every is not None and step // self._every > before // self._every
+    def _boundary(self, *, epoch_done: bool = False) -> None:
+        """The loop stands where a resumed run can go on exactly: save what is due, and stop if a signal says so."""
+        if self._saving.due or self.should_stop:
+            self._saving.try_to_commit(self._progress(epoch_done=epoch_done))
+        if self.should_stop:
+            self._stop()
 
-    def _save_if_due(self, *, epoch_done: bool) -> None:
-        """Take the checkpoint that is due. One that cannot be written is told, and training goes on."""
-        if self._due is None:
+    def _stop(self) -> None:
+        """Leave the training for a signal."""
+        self._close("KILLED")
+        logger.warning(
+            "trackopt: stopped at step %d; the newest checkpoint is of step %d", self._recorded, self._saving.latest[0]
+        )
+        raise SystemExit(self._signals.exit_code)
+
+    def _leave(self, error: BaseException | None) -> None:
+        """The loop is done, or left by an error."""
+        if not self._open:
             return
-        try:
-            self._commit(epoch_done=epoch_done)
-        except CheckpointError as error:
-            logger.warning("trackopt: %s; training goes on", error)
-            self._journal.mark("checkpoint_failed", self._recorded, reason=str(error))
+        if error is None and self.should_stop:
+            if self._position.settled:
+                self._saving.try_to_commit(self._progress())
+            self._stop()
+        self._close(_status(error), error)
 
-    def _commit(self, *, epoch_done: bool) -> None:
-        keep, self._due = bool(self._due), None
+    def _progress(self, *, epoch_done: bool = False) -> dict[str, Any]:
+        """Where the run stands, for a checkpoint."""
         position = self._position.state_dict(epoch_done=epoch_done)
-        progress = {
+        return {
             "run_id": self._directory.identity["id"],
             "name": self._directory.identity["name"],
             "step": self.global_step,
@@ -353,38 +424,41 @@ class Run:
             "attempt": self._attempt,
             "journal_offset": self._journal.offset,
             "position": position,
+            "groups": self._groups,
+            "settings": self._built,
+            "turns": self._turns.state_dict(),
             "observers": {name: observer.state_dict() for name, observer in self._observers.items()},
             "pending": self._pending.state_dict(),
         }
-        tree = capture(self._training, progress)
-        path = self._store.commit(tree, keep=keep, before_commit=self._journal.sync)
-        self._saved, self._saved_at = (self.global_step, position), time.monotonic()
-        self._journal.mark("checkpoint", self.global_step, path=str(path.relative_to(self.dir)))
 
     def _close(self, status: str, error: BaseException | None = None) -> None:
         if not self._open:
             return
         self._open = False
         try:
-            self._end_iteration()
+            if self.global_step > self._recorded:
+                self._end_iteration()
             self._record_rest()
             if status == "FINISHED" and self._has_moved():
-                self._commit(epoch_done=False)
+                self._saving.commit(self._progress())
         finally:
             why = {} if error is None else {"error": f"{type(error).__name__}: {error}"}
-            self._journal.mark("close", self._recorded, status=status, **why)
+            if self._signals.received is not None:
+                self._journal.mark("stop", self._recorded, signal=self._signals.received.name)
+            self._journal.mark("close", self._recorded, status=status, ledger=self.ledger.as_dict(), **why)
+            self._signals.close()
             for observer in self._observers.values():
                 observer.close()
             if self._recorder is not None:
-                _tell(self._recorder.finish())
+                _tell(self._recorder.finish(wait=not self.should_stop))
             self._journal.close()
             self._directory.release()
             atexit.unregister(self._at_exit)
 
     def _has_moved(self) -> bool:
         """Whether anything happened since the latest checkpoint."""
-        step, position = self._saved
-        if self._due is not None or self.global_step != step:
+        step, position = self._saving.latest
+        if self._saving.due or self.global_step != step:
             return True
         now = self._position.state_dict(epoch_done=False)
         return step > 0 and any(now[key] != position[key] for key in ("epoch", "pass", "batch"))
@@ -395,23 +469,6 @@ class Run:
             error = getattr(sys, "last_exc", None) or getattr(sys, "last_value", None)
             unfinished = self._position.in_batch and error is None
             self._close("KILLED" if unfinished else _status(error), error)
-
-
-def _find(directory: RunDirectory, store: Store, resume: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]] | None:
-    """The checkpoint to go on from, read."""
-    if resume == "never":
-        if directory.identity:
-            raise RunError(f"{directory.path}: holds a run already and resume='never'; choose another dir")
-        return None
-    if resume in {"auto", "must"}:
-        found = store.newest()
-        if found is None and resume == "must":
-            raise CheckpointError(f"{directory.path}: no checkpoint to resume from; start with resume='auto'")
-    else:
-        found = (Path(resume), load(Path(resume)))
-    if found is not None and directory.identity and found[1]["trackopt"]["run_id"] != directory.identity["id"]:
-        raise RunError(f"{found[0]}: belongs to another run than {directory.path}; choose another dir")
-    return found
 
 
 def _status(error: BaseException | None) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import struct
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING
 from trackopt.archive.checksums import crc32
 from trackopt.archive.partial import Partial
 from trackopt.archive.repickle import Writer
+from trackopt.archive.torch_zip import MAX_PICKLE
 from trackopt.errors import ArchiveError, UsageError
 
 if TYPE_CHECKING:
@@ -56,36 +56,48 @@ def salvage(source: str | Path, target: str | Path) -> Salvaged:
     """
     source, target = Path(source), Path(target)
     with Partial(source) as partial:
-        whole = set(partial.whole)
-        writer = Writer(lambda name: name in whole)
+        writer = Writer(partial.fits)
         pickle = writer.dump(partial.tree)
         if not writer.storages and partial.tensors:
             raise ArchiveError(
                 f"{source}: none of its {len(partial.tensors):,} tensors is whole; use another checkpoint"
             )
-        try:
-            with target.open("xb") as file:
-                _write(file, target.stem, pickle, partial, list(writer.storages))
-                file.flush()
-                os.fsync(file.fileno())
-        except FileExistsError as error:
-            raise UsageError(
-                f"{target}: it is there already, and nothing is overwritten; choose another name"
-            ) from error
-        except OSError as error:
-            with suppress(OSError):
-                target.unlink()
-            raise ArchiveError(f"{target}: not written ({error.strerror}); choose another place") from error
-    lost = tuple(writer.left_out)
-    kept = len(partial.tensors) - len(set(lost) & partial.tensors.keys())
-    return Salvaged(str(source), str(target), kept, target.stat().st_size, lost)
+        if sum(map(len, pickle)) > MAX_PICKLE:
+            raise ArchiveError(f"{source}: what is left beside its tensors is more than {MAX_PICKLE:,} bytes")
+        size = _written(target, pickle, partial, list(writer.storages))
+    return Salvaged(str(source), str(target), writer.tensors, size, tuple(writer.left_out))
 
 
-def _write(file: BinaryIO, root: str, pickle: bytes, partial: Partial, keys: list[str]) -> None:
+def _written(target: Path, pickle: list[bytes], partial: Partial, keys: list[str]) -> int:
+    """Write the new file; its size. Where that fails, none is left."""
+    try:
+        file = target.open("xb")
+    except FileExistsError as error:
+        raise UsageError(f"{target}: it is there already, and nothing is overwritten; choose another name") from error
+    except (OSError, ValueError) as error:
+        raise _unwritten(target, error) from error
+    try:
+        with file:
+            _write(file, target.stem, pickle, partial, keys)
+            file.flush()
+            os.fsync(file.fileno())
+            return file.tell()
+    except BaseException as error:
+        target.unlink(missing_ok=True)
+        raise _unwritten(target, error) if isinstance(error, OSError) else error from error
+
+
+def _unwritten(target: Path, error: Exception) -> ArchiveError:
+    reason = error.strerror if isinstance(error, OSError) else error
+    return ArchiveError(f"{target}: not written ({reason}); choose another place")
+
+
+def _write(file: BinaryIO, root: str, pickle: list[bytes], partial: Partial, keys: list[str]) -> None:
     """A zip as torch writes it: the pickle first, everything stored, data on multiples of 64 bytes."""
-    directory = [_record(file, f"{root}/data.pkl", len(pickle), iter([pickle]))]
+    directory = [_record(file, f"{root}/data.pkl", sum(map(len, pickle)), iter(pickle))]
     directory.append(_record(file, f"{root}/byteorder", len(partial.byteorder), iter([partial.byteorder.encode()])))
-    directory += [_record(file, f"{root}/data/{key}", partial.sizes[key], partial.chunks(key, _CHUNK)) for key in keys]
+    for number, key in enumerate(keys):
+        directory.append(_record(file, f"{root}/data/{number}", partial.sizes[key], partial.chunks(key, _CHUNK)))
     directory.append(_record(file, f"{root}/version", 2, iter([b"3\n"])))
     start, count = file.tell(), len(directory)
     file.write(b"".join(directory))

@@ -12,6 +12,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.multiprocessing import spawn
 
+from tests.frameworks import told
+
 
 def train(rank: int, folder: str) -> None:
     distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
@@ -26,11 +28,7 @@ def train(rank: int, folder: str) -> None:
         model(torch.ones(3, 4)).square().mean().backward()
         optimizer.step()
         scheduler.step()
-    told = {
-        "lrs": [group["lr"] for group in optimizer.param_groups],
-        "last_epoch": scheduler.last_epoch,
-        "names": [name for name, _ in model.named_parameters()],
-    }
+    facts = told(model, optimizer, scheduler, step=3, epoch=1)
     progress = {"lr_scheduler": scheduler.state_dict(), "step": 3, "epoch": 1}
     for kind, options in (("nested", None), ("flat", StateDictOptions(flatten_optimizer_state_dict=True))):
         weights, optim = get_state_dict(model, optimizer, options=options)
@@ -38,7 +36,7 @@ def train(rank: int, folder: str) -> None:
     full = {name: tensor.full_tensor() for name, tensor in model.state_dict().items()}
     if rank == 0:
         torch.save(full, f"{folder}/full.pt")
-        print(json.dumps(told), flush=True)
+        print(json.dumps(facts), flush=True)
     distributed.destroy_process_group()
 
 

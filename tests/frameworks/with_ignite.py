@@ -8,6 +8,8 @@ from ignite.engine import Engine, Events
 from ignite.handlers import Checkpoint, DiskSaver
 from torch import nn
 
+from tests.frameworks import told
+
 model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2))
 optimizer = torch.optim.Adam(model.parameters(), lr=0.02, betas=(0.8, 0.99))
 scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.9)
@@ -24,11 +26,4 @@ objects = {"model": model, "optimizer": optimizer, "lr_scheduler": scheduler, "t
 trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda: scheduler.step())  # noqa: PLW0108 - it would be given the engine
 trainer.add_event_handler(Events.EPOCH_COMPLETED, Checkpoint(objects, DiskSaver(sys.argv[1]), n_saved=1))
 trainer.run([torch.randn(4, 4) for _ in range(3)], max_epochs=2)
-told = {
-    "step": trainer.state.iteration,
-    "epoch": trainer.state.epoch,
-    "lrs": [group["lr"] for group in optimizer.param_groups],
-    "last_epoch": scheduler.last_epoch,
-    "names": [name for name, _ in model.named_parameters()],
-}
-print(json.dumps(told))
+print(json.dumps(told(model, optimizer, scheduler, step=trainer.state.iteration, epoch=trainer.state.epoch)))

@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from tests.frameworks import told
+
 
 class Digits(lightning.LightningModule):
     def __init__(self, width: int) -> None:
@@ -33,11 +35,6 @@ trainer = lightning.Trainer(
 model = Digits(8)
 trainer.fit(model, DataLoader(TensorDataset(torch.randn(12, 4)), batch_size=4))
 trainer.save_checkpoint(f"{sys.argv[1]}/last.ckpt")
-told = {
-    "step": trainer.global_step,
-    "epoch": trainer.current_epoch,
-    "lrs": [group["lr"] for group in trainer.optimizers[0].param_groups],
-    "last_epoch": trainer.lr_scheduler_configs[0].scheduler.last_epoch,
-    "names": [name for name, _ in model.named_parameters()],
-}
-print(json.dumps(told))
+scheduler = trainer.lr_scheduler_configs[0].scheduler
+facts = told(model, trainer.optimizers[0], scheduler, step=trainer.global_step, epoch=trainer.current_epoch)
+print(json.dumps(facts))

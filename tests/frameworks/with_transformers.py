@@ -7,6 +7,8 @@ import torch
 from torch.utils.data import Dataset
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
+from tests.frameworks import told
+
 
 class Sentences(Dataset):
     def __len__(self) -> int:
@@ -22,21 +24,15 @@ arguments = TrainingArguments(
     sys.argv[1], max_steps=6, save_steps=4, per_device_train_batch_size=2, learning_rate=0.01, weight_decay=0.1,
     lr_scheduler_type="linear", report_to=[], disable_tqdm=True, use_cpu=True, dataloader_pin_memory=False,
 )  # fmt: skip
-rates = {}
+facts = []
 
 
 class Told(Trainer):
     def _save_checkpoint(self, *args, **options):
         super()._save_checkpoint(*args, **options)
-        rates[self.state.global_step] = {
-            "step": self.state.global_step,
-            "epoch": self.state.epoch,
-            "lrs": [group["lr"] for group in self.optimizer.param_groups],
-            "last_epoch": self.lr_scheduler.last_epoch,
-            "names": [[names[id(p)] for p in group["params"]] for group in self.optimizer.param_groups],
-        }
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # within Accelerate's
+        facts.append(told(model, optimizer, self.lr_scheduler, step=self.state.global_step, epoch=self.state.epoch))
 
 
-names = {id(parameter): name for name, parameter in model.named_parameters()}
 Told(model=model, args=arguments, train_dataset=Sentences()).train()
-print(json.dumps(rates[4]))
+print(json.dumps(facts[0]))

@@ -12,7 +12,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 from tests.fuzz.corpus import corpus
-from tests.fuzz.look import Tally, made, run
+from tests.fuzz.look import Tally, made, place, run
 
 _PART = 500
 
@@ -34,14 +34,14 @@ def main() -> int:
                 total.failures.append((waiting[done].start, "the process died, in this input or one of the next"))
     _print(total, len(files), options.seed, time.monotonic() - begin)
     for number, _ in total.failures if options.keep else ():
-        name, data = made(files, options.seed, number)
-        (options.keep / f"{number}-{name}").write_bytes(data)
+        name, _, content = made(files, options.seed, number)
+        place(options.keep / f"{number}-{name}", content)
     return 1 if total.failures else 0
 
 
 def _print(total: Tally, files: int, seed: int, seconds: float) -> None:
     count = sum(total.count.values())
-    sys.stdout.write(f"{count:,} inputs made of {files} files, seed {seed}, in {seconds:.0f} s\n")
+    sys.stdout.write(f"{count:,} inputs made of {files} files and directories, seed {seed}, in {seconds:.0f} s\n")
     for outcome, number in total.count.most_common():
         sys.stdout.write(f"  {outcome:<16} {number:>9,}   {100 * number / max(count, 1):5.1f} %\n")
     sys.stdout.write(f"  memory at most {total.kib >> 10} MiB above the start of a process\n")

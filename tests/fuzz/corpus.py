@@ -1,4 +1,4 @@
-"""What is mutated: files that torch writes, in all its formats, and the small ones of the hostile corpus."""
+"""What is mutated: files and directories in all formats, and the small ones of the hostile corpus."""
 
 from __future__ import annotations
 
@@ -7,22 +7,27 @@ import pickle
 import tempfile
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from tests.checkpoints import trained
+from tests.fuzz.folders import folders, saved
 from tests.hostile import containers, directories, output, pickles, tensors, zips
 
+if TYPE_CHECKING:
+    from tests.fuzz.mutate import Content
+
 _LARGEST = 64 << 10
+_COPIES = 8  # what opens is changed more often than what is mostly refused as it is
 
 
-def corpus() -> list[tuple[str, bytes]]:
-    """File names with their contents; the names' ends matter to some formats."""
+def corpus() -> list[tuple[str, Content]]:
+    """Names with their contents; the names' ends matter to some formats. A directory stands for several files."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return [*_real(), *_hostile()]
+        return [*_hostile(), *_COPIES * (_real() + folders())]
 
 
 def _real() -> list[tuple[str, bytes]]:
@@ -36,8 +41,8 @@ def _real() -> list[tuple[str, bytes]]:
             "lr_schedulers": [trained()["scheduler"]], "epoch": 2, "global_step": 3, "loops": {},
         },
     }  # fmt: skip
-    found = [(f"{name}.pt", _saved(tree)) for name, tree in trees.items()]
-    found += [(f"{name}.pth", _saved(tree, _use_new_zipfile_serialization=False)) for name, tree in trees.items()]
+    found = [(f"{name}.pt", saved(tree)) for name, tree in trees.items()]
+    found += [(f"{name}.pth", saved(tree, _use_new_zipfile_serialization=False)) for name, tree in trees.items()]
     found.append(("plain.pkl", pickle.dumps(trees["tensors"], 4)))
     found.append(("script.pt", _script()))
     weights = {f"w{i}": {"dtype": "F32", "shape": [2, 2], "data_offsets": [16 * i, 16 * i + 16]} for i in range(3)}
@@ -63,15 +68,20 @@ def _tensors() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _saved(tree: Any, **options: Any) -> bytes:
-    stream = io.BytesIO()
-    torch.save(tree, stream, **options)
-    return stream.getvalue()
+class _Shifted(nn.Linear):
+    """With a constant in its code."""
+
+    def __init__(self) -> None:
+        super().__init__(2, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + torch.tensor([1.0, 2.0])
 
 
 def _script() -> bytes:
     stream = io.BytesIO()
-    torch.jit.save(torch.jit.trace(nn.Linear(2, 2), torch.ones(1, 2)), stream)
+    traced: Any = torch.jit.trace  # torch does not say what it takes
+    torch.jit.save(traced(_Shifted(), torch.ones(1, 2)), stream)
     return stream.getvalue()
 
 

@@ -3,30 +3,36 @@
 from __future__ import annotations
 
 import faulthandler
+import io
 import os
 import resource
+import shutil
 import signal
 import sys
 import tempfile
 import traceback
-from collections import Counter
-from dataclasses import dataclass, field
+from collections import Counter, deque
+from contextlib import redirect_stdout
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any
 
 from tests.fuzz.mutate import mutated
-from trackopt import archive
-from trackopt.cli import inspect, screen
+from trackopt import archive, difference
+from trackopt.cli import diff, inspect, screen, tree
 from trackopt.errors import ArchiveError
-from trackopt.integrity.report import check_file
+from trackopt.integrity.report import verify
 from trackopt.summary import summarize
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from tests.fuzz.mutate import Content
+
 SECONDS = 5
 _DRAWN = 20  # one in so many is drawn as a screen too, which costs more than everything else
+_COMPARED = 3  # and one in so many is compared with what it was made from
 _EVENTS = ("os.system", "os.exec", "os.posix_spawn", "os.rename", "os.mkdir", "os.symlink", "subprocess.", "socket.")
 _KEEP = 20
 
@@ -71,42 +77,56 @@ def _watch(event: str, arguments: tuple[Any, ...]) -> None:
         raise Forbidden(f"{event} {arguments!r}")
 
 
-def run(files: Sequence[tuple[str, bytes]], seed: int, numbers: range) -> Tally:
+def run(files: Sequence[tuple[str, Content]], seed: int, numbers: range) -> Tally:
     """Make the inputs with these numbers and look at each; the same seed and number are the same input."""
     sys.addaudithook(_watch)
-    previous = signal.signal(signal.SIGALRM, _too_long)
+    previous = signal.signal(signal.SIGPROF, _too_long)
     tally, start = Tally(), _peak()
     with tempfile.TemporaryDirectory() as folder:
         for number in numbers:
-            name, data = made(files, seed, number)
-            path = Path(folder) / f"input{Path(name).suffix}"
-            path.write_bytes(data)
-            outcome, failure = _watched(path, draw=number % _DRAWN == 0)
+            name, before, after = made(files, seed, number)
+            paths = [Path(folder) / f"{side}{Path(name).suffix}" for side in ("before", "after")]
+            for path, content in zip(paths, (before, after), strict=True):
+                place(path, content)
+            there = sorted(Path(folder).rglob("*"))
+            outcome, failure = _watched(paths[0], paths[1], number)
             tally.count[outcome] += 1
             if failure and len(tally.failures) < _KEEP:
                 tally.failures.append((number, failure))
-            path.unlink()
-            if left := sorted(Path(folder).iterdir()):
-                tally.failures.append((number, f"it left {left}"))
-    signal.signal(signal.SIGALRM, previous)
+            if sorted(Path(folder).rglob("*")) != there:
+                tally.failures.append((number, "it changed what is there"))
+            for path in paths:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    signal.signal(signal.SIGPROF, previous)
     tally.kib = _peak() - start
     return tally
 
 
-def made(files: Sequence[tuple[str, bytes]], seed: int, number: int) -> tuple[str, bytes]:
-    """The input with this number."""
+def made(files: Sequence[tuple[str, Content]], seed: int, number: int) -> tuple[str, Content, Content]:
+    """The input with this number: its name, what it was made from, and what it is."""
     random = Random(f"{seed}:{number}")
-    name, data = random.choice(files)
-    return name, mutated(name, data, files, random)
+    name, content = random.choice(files)
+    return name, content, mutated(name, content, files, random)
 
 
-def _watched(path: Path, *, draw: bool) -> tuple[str, str]:
+def place(path: Path, content: Content) -> None:
+    """Write a file, or a directory."""
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+        return
+    path.mkdir()
+    for name, data in content.items():
+        (path / name).parent.mkdir(exist_ok=True)
+        (path / name).write_bytes(data)
+
+
+def _watched(before: Path, path: Path, number: int) -> tuple[str, str]:
     global _watching
-    faulthandler.dump_traceback_later(4 * SECONDS, exit=True)  # where not even a signal gets through
-    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    faulthandler.dump_traceback_later(12 * SECONDS, exit=True)  # where it waits, or no signal gets through
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)  # of the processor's time: a busy machine must not make a test fail
     _watching = True
     try:
-        return _looked(path, draw=draw), ""
+        return _looked(before, path, number), ""
     except ArchiveError as error:
         if "\n" in str(error):
             return "failed", f"an error of several lines: {error}"
@@ -115,24 +135,46 @@ def _watched(path: Path, *, draw: bool) -> tuple[str, str]:
         return "failed", "".join(traceback.format_exception(error)[-4:])
     finally:
         _watching = False
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
         faulthandler.cancel_dump_traceback_later()
 
 
-def _looked(path: Path, *, draw: bool) -> str:
-    check_file(path)
+def _looked(before: Path, path: Path, number: int) -> str:
+    draw = number % _DRAWN == 0
+    list(verify(path))
     with archive.open(path) as opened:
-        summary = summarize(opened, tensors=True)
+        summary = summarize(opened, tensors=True, statistics=True)
         screen.plain(summary.as_dict())
+        deque(tree.outline(opened.tree), maxlen=0)
         if draw:
             screen.lines(inspect.drawn(summary))
+            screen.lines(inspect.drawn(replace(summary, tensors=None)))
+        readable = _read(opened)
+    if draw or number % _COMPARED == 0:
+        _compare(before, path, draw=draw)
+    if not readable:
+        return "partly readable"
+    return "problems told" if any(one.level == "error" for one in summary.findings) else "sound"
+
+
+def _read(opened: archive.Archive) -> bool:
+    try:
         for _, tensor in opened.tensors():
             if tensor.nbytes < 1 << 20:
-                try:
-                    opened.read(tensor)
-                except ArchiveError:
-                    return "partly readable"
-    return "problems told" if any(one.level == "error" for one in summary.findings) else "sound"
+                opened.read(tensor)
+    except ArchiveError:
+        return False
+    return True
+
+
+def _compare(before: Path, path: Path, *, draw: bool) -> None:
+    try:
+        screen.plain(difference.diff(before, path).as_dict())
+        if draw:
+            with redirect_stdout(io.StringIO()):
+                diff.command.main([str(before), str(path), "--tensors"], standalone_mode=False)
+    except ArchiveError:
+        return  # the input opens, so it was what it is made from that does not, or a value cannot be read
 
 
 def _too_long(*_: object) -> None:

@@ -10,13 +10,19 @@ import struct
 import zipfile
 from dataclasses import replace
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from tests.fuzz.folders import shuffled
 from tests.hostile.zips import Entry, zipped
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from random import Random
+    from typing import TypeAlias
+
+    Files: TypeAlias = dict[str, bytes]  # a directory's, by their names in it
+    Content: TypeAlias = bytes | Files
+    Change: TypeAlias = Callable[[bytes, Sequence[tuple[str, Content]], Random], bytes | None]
 
 _NUMBERS = (0, 1, 2, 7, 8, 63, 64, 127, 128, 255, 256, 32767, 65535, 65536, (1 << 31) - 1, 1 << 31, (1 << 32) - 1,
             1 << 32, (1 << 62), (1 << 63) - 1, 1 << 63, (1 << 64) - 1)  # fmt: skip
@@ -30,12 +36,24 @@ _SNIPPETS = (
 )  # fmt: skip
 
 
-def mutated(name: str, data: bytes, others: Sequence[tuple[str, bytes]], random: Random) -> bytes:
-    """One to four changes, each of a kind that fits the file."""
+def mutated(name: str, content: Content, others: Sequence[tuple[str, Content]], random: Random) -> Content:
+    """One to four changes, each of a kind that fits the file, or a file of the directory."""
+    if isinstance(content, bytes):
+        return _changed(content, others, random)
+    for _ in range(random.choice((1, 1, 2))):
+        if random.random() < 0.3:
+            content = shuffled(content, others, random)
+        else:
+            inner = random.choice(sorted(content))
+            content = {**content, inner: _changed(content[inner], others, random)}
+    return content
+
+
+def _changed(data: bytes, others: Sequence[tuple[str, Content]], random: Random) -> bytes:
     for _ in range(random.choice((1, 1, 1, 2, 3, 4))):
-        kinds = [_bytes, _bytes, _splice]
+        kinds: list[Change] = [_bytes, _bytes, _splice]
         if data.startswith(b"PK\3\4"):
-            kinds = [_zip, _zip, _pickle_inside, _pickle_inside, _pickle_inside, *kinds]
+            kinds = [*3 * [_zip], *8 * [_pickle_inside], *kinds]
         elif data.startswith(b"\x80"):
             kinds = [_pickle, _pickle, *kinds]
         elif b"{" in data[:64]:
@@ -65,8 +83,9 @@ def _bytes(data: bytes, _: object, random: Random) -> bytes:
     return bytes(raw)
 
 
-def _splice(data: bytes, others: Sequence[tuple[str, bytes]], random: Random) -> bytes:
-    other = random.choice(others)[1]
+def _splice(data: bytes, others: Sequence[tuple[str, Content]], random: Random) -> bytes:
+    content = random.choice(others)[1]
+    other = content if isinstance(content, bytes) else random.choice(list(content.values()))
     if not data or not other:
         return data + other
     return data[: random.randrange(len(data))] + other[random.randrange(len(other)) :]
@@ -89,7 +108,7 @@ def _entries(data: bytes) -> list[Entry] | None:
         return None
 
 
-def _zip(data: bytes, others: Sequence[tuple[str, bytes]], random: Random) -> bytes | None:
+def _zip(data: bytes, others: Sequence[tuple[str, Content]], random: Random) -> bytes | None:
     entries = _entries(data)
     if not entries:
         return None
@@ -104,13 +123,18 @@ def _zip(data: bytes, others: Sequence[tuple[str, bytes]], random: Random) -> by
     elif kind == 3:
         entries[at] = replace(entries[at], data=_bytes(entries[at].data, others, random))
     else:
-        field = random.choice(
-            ("crc", "size", "packed", "header", "method", "flags", "local_flags", "local_method", "name", "local_name")
-        )
-        value = random.choice(entries).name if "name" in field else random.choice(_NUMBERS)
-        bits = 16 if "flags" in field or "method" in field else 32
-        entries[at] = replace(entries[at], **{field: value if "name" in field else value & (1 << bits) - 1})
+        entries[at] = replace(entries[at], **_other_field(entries, random))
     return _packed(entries, random)
+
+
+def _other_field(entries: list[Entry], random: Random) -> dict[str, Any]:
+    field = random.choice(
+        ("crc", "size", "packed", "header", "method", "flags", "local_flags", "local_method", "name", "local_name")
+    )
+    if "name" in field:
+        return {field: random.choice(entries).name}
+    bits = 16 if "flags" in field or "method" in field else 32
+    return {field: random.choice(_NUMBERS) & (1 << bits) - 1}
 
 
 def _packed(entries: list[Entry], random: Random) -> bytes | None:
@@ -122,7 +146,7 @@ def _packed(entries: list[Entry], random: Random) -> bytes | None:
         return None
 
 
-def _pickle_inside(data: bytes, others: Sequence[tuple[str, bytes]], random: Random) -> bytes | None:
+def _pickle_inside(data: bytes, others: Sequence[tuple[str, Content]], random: Random) -> bytes | None:
     entries = _entries(data)
     places = [at for at, one in enumerate(entries or ()) if one.name.endswith(b".pkl")]
     if not entries or not places:
@@ -139,7 +163,8 @@ def _pickle(data: bytes, _: object, random: Random) -> bytes:
         return data
     for _ in range(random.choice((1, 1, 2, 5))):
         at, other = random.randrange(len(parts)), random.randrange(len(parts))
-        kind = random.randrange(6)
+        alike = random.choice([n for n, part in enumerate(parts) if part[:1] == parts[at][:1]])
+        kind = random.randrange(10)
         if kind == 0:
             parts[at] = b""
         elif kind == 1:
@@ -150,8 +175,10 @@ def _pickle(data: bytes, _: object, random: Random) -> bytes:
             parts[at] += random.choice(_SNIPPETS)
         elif kind == 4:
             parts[at] = random.choice(_SNIPPETS)
-        else:
+        elif kind == 5:
             parts[at] = _other_number(parts[at], random)
+        else:  # the stack stays as it was, so that what is built from it is reached
+            parts[at], parts[alike] = parts[alike], parts[at]
     return b"".join(parts)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import pickle
+import struct
 import tarfile
 from functools import partial
 
@@ -54,6 +55,13 @@ def _truncated(share: int) -> bytes:
     return whole[: len(whole) * share // 16]
 
 
+def _headers() -> bytes:
+    """A checkpoint's first record, and then nothing but headers of records that have no end."""
+    whole = real()
+    header = struct.pack("<4s5H3L2H", b"PK\3\4", 20, 0, 0, 0, 0, 0, 0, 0, 1, 0) + b"x"
+    return whole[: whole.index(b"PK\7\x08")] + 300_000 * header
+
+
 CASES: dict[str, Case] = {
     "an empty file": of_bytes(b"", "empty"),
     "one byte": of_bytes(b"P"),
@@ -75,5 +83,6 @@ CASES: dict[str, Case] = {
     "a sparse tar of a terabyte": of_bytes(_sparse_tar),
     "a plain pickle": of_bytes(lambda: pickle.dumps({"a": [1, 2]}, 4)),
     "a bare signature": of_bytes(b"PK\3\4"),
+    "headers for ever": of_bytes(_headers, "no end"),
     **{f"cut to {share}/16": of_bytes(partial(_truncated, share), "cut short|ends|damaged") for share in range(1, 16)},
 }

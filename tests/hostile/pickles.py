@@ -108,6 +108,7 @@ CASES: dict[str, Case] = {
     "a second pickle behind": _case(lambda: b"}.\x80\x02" + _call("os.system", _TOUCH), "follow"),
     "PUT and GET for ever": _case(lambda: b"]" + b"q\x00h\x00" * 1_400_000 + b"."),
     "DUP for ever": _case(lambda: b"(" + b"N" + b"2" * 2_900_000 + b"t."),
+    "a long string in many places": _case(lambda: b"(" + _text("x" * 100_000) + b"q\x00" + b"h\x00" * 200_000 + b"l."),
     "a long string copied": _case(lambda: _text("x" * 100_000) + b"q\x00" + b"(h\x00\x85o0" * 100_000 + b"."),
     "marks upon marks": _case(b"(" * 1_000_000 + b"."),
     "an escape in a Python 2 string": _case(b"S'\\xg1'\n."),

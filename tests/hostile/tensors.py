@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch._tensor import _rebuild_from_type_v2
 from torch._utils import _rebuild_parameter, _rebuild_qtensor, _rebuild_sparse_tensor, _rebuild_tensor_v2
 
 from tests.checkpoints import Call, pickled, zipped
@@ -76,6 +77,14 @@ def _huge_sparse() -> Any:
     return {"model": {"weight": Call(_rebuild_sparse_tensor, torch.sparse_coo, (indices, torch.ones(2), (3, 3), True))}}
 
 
+def _many_parts() -> Any:
+    """One tensor of 16 times 16 parts, in a hundred thousand places."""
+    whole: Any = torch.ones(2)
+    for _ in range(2):
+        whole = Call(_rebuild_from_type_v2, print, torch.Tensor, (), {f"part{i}": whole for i in range(16)})
+    return {"model": [whole] * 100_000}
+
+
 def _lying_scale() -> Any:
     storage = torch.ones(4, dtype=torch.uint8)
     scheme = (torch.per_channel_affine, torch.ones(99), torch.zeros(7), 12)
@@ -110,6 +119,8 @@ CASES: dict[str, Case] = {
     "a shape that is no tuple": _case(_tensor(5, 1), says="makes? no sense"),
     "sizes that are fractions": _case(_tensor((2.0, 4.0), (4, 1)), says="make no sense"),
     "sparse indices out of bounds": _torch(_huge_sparse),
+    "one tensor in 2,000 places": _torch(lambda: {"model": [torch.ones(2)] * 2_000}),
+    "parts upon parts": _torch(_many_parts, "more than"),
     "quantized scales that lie": _torch(_lying_scale),
     "a parameter of a parameter of nothing": _tree(Call(_rebuild_parameter, Call(_rebuild_parameter, None), True)),
     "a tensor on no storage": _tree(Call(_rebuild_tensor_v2, "data", 0, (1,), (1,), False, {})),

@@ -8,6 +8,7 @@ import zipfile
 import zlib
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -69,7 +70,7 @@ def honest(value: float = 1.0) -> tuple[Entry, ...]:
         return tuple(Entry(name.encode(), file.read(name)) for name in file.namelist())
 
 
-def whole(**changes: object) -> bytes:
+def whole(**changes: Any) -> bytes:
     """An honest checkpoint, with the record that is named by its end changed."""
     end = str(changes.pop("record", "data.pkl")).encode()
     return zipped([replace(one, **changes) if one.name.endswith(end) else one for one in honest()])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from trackopt.archive.nodes import Opaque
+from trackopt.archive.nodes import Compound, Opaque
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -14,7 +14,7 @@ MAX_NODES = 5_000_000
 MAX_SHARED = 500_000  # where most of the values are the same ones again: no training state is, and each costs a visit
 _REPEATS = 10
 _MAX_KEY = 100
-_CONTAINERS = (dict, list, tuple, Opaque)
+_CONTAINERS = (dict, list, tuple, Compound, Opaque)
 
 
 class Broken(Exception):
@@ -62,7 +62,7 @@ def bounded(root: Any) -> Any:
                 break
         else:
             sizes[id(node)] = (total[0], total[1] + 1)
-            distinct += len(node) if isinstance(node, dict | list | tuple) else 4
+            distinct += _count(node)
             _check_size(*sizes[id(node)])
             del path[id(node)]
             frames.pop()
@@ -89,11 +89,18 @@ def _frame(node: Any) -> tuple[Any, Iterator[tuple[Any, Any]], list[int]]:
         slots = node.items()
     elif isinstance(node, list | tuple):
         slots = enumerate(node)
+    elif isinstance(node, Compound):
+        slots = node.parts.items()
     elif isinstance(node, Opaque):
         slots = tuple(node.parts())
     inner = [(key, part) for key, part in slots if isinstance(part, _CONTAINERS) and part]
-    count = len(node) if isinstance(node, dict | list | tuple) else 4
-    return node, iter(inner), [1 + count - len(inner), 0]
+    return node, iter(inner), [1 + _count(node) - len(inner), 0]
+
+
+def _count(node: Any) -> int:
+    if isinstance(node, Compound):
+        return len(node.parts)
+    return len(node) if isinstance(node, dict | list | tuple) else 4
 
 
 def _cut(node: Any, key: Any) -> None:

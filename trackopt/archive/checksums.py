@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING
 
+from trackopt.archive.parallel import in_threads
 from trackopt.errors import ArchiveError
 
 if TYPE_CHECKING:
@@ -20,8 +20,7 @@ except ImportError:  # no wheel for this platform
 __all__ = ["combined", "crc32", "damaged"]
 
 _SLICE = 32 << 20
-_CHUNK = 1 << 18  # stays in a core's cache between the read and the sum
-_ALONE = 8 << 20  # below this, starting threads takes longer than they save
+_CHUNK = 1 << 20  # stays in a core's cache between the read and the sum, and keeps threads out of each other's way
 _POLYNOMIAL = 0xEDB88320
 
 
@@ -31,13 +30,7 @@ def damaged(zipped: Zip) -> Iterator[str]:
     A 0 there with data behind it is none: torch can be told to leave the sums out.
     """
     slices = [part for record in zipped.records.values() for part in _slices(record)]
-    if sum(record.packed for record in zipped.records.values()) <= _ALONE:
-        yield from _compared(slices, (_sum(zipped, *part) for part in slices))
-        return
-    from concurrent.futures import ThreadPoolExecutor
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        yield from _compared(slices, pool.map(lambda part: _sum(zipped, *part), slices))
+    yield from _compared(slices, in_threads(lambda part: _sum(zipped, *part), slices))
 
 
 def _slices(record: Record) -> list[tuple[Record, int, int]]:

@@ -20,6 +20,7 @@ from trackopt.archive.pickle import Machine
 from trackopt.archive.region import Regions
 from trackopt.archive.sharded import Item, Piece, Sharded
 from trackopt.archive.source import Contents
+from trackopt.archive.torch_zip import MAX_PICKLED, ZipSource
 from trackopt.errors import ArchiveError
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ class _Reader:
         self._globals: dict[str, None] = {}
         self._problems: list[str] = []
         self._plain = 0
+        self._pickled = 0
         metadata = self._metadata()
         self._described: dict[Any, Any] = _dictionary(metadata.get("state_dict_metadata"))
         self._paths = _dictionary(metadata.get("planner_data"))
@@ -109,6 +111,9 @@ class _Reader:
         if self._plain > MAX_PLAIN:
             raise self._broken(f"values besides tensors take more than {MAX_PLAIN:,} bytes")
         contents = item.contents()
+        self._pickled += contents.source.pickled if isinstance(contents.source, ZipSource) else 0
+        if self._pickled > MAX_PICKLED:
+            raise self._broken(f"the pickles of values besides tensors take more than {MAX_PICKLED:,} bytes")
         self._globals.update(dict.fromkeys(contents.globals))
         self._problems.extend(f"{name}: {line}" for line in contents.problems)
         return renamed(contents.tree, name, contents.source)

@@ -7,6 +7,7 @@ and that is missing or unreadable is an error; any other one that cannot be read
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -105,12 +106,19 @@ class _Union:
     sources: dict[str, Source] = field(default_factory=dict)
     globals: dict[str, None] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    trees: dict[tuple[int, int], Any] = field(default_factory=dict)
 
     def member(self, name: str) -> Any:
-        """The tree of one file."""
+        """The tree of one file, which is read once however many names it has."""
         path, file = self.files.open(name)
         if name.endswith(".json"):
             return parsed(path, self.files.text(name))
+        key = os.fstat(file).st_dev, os.fstat(file).st_ino
+        if key not in self.trees:
+            self.trees[key] = self._read(name, path, file)
+        return self.trees[key]
+
+    def _read(self, name: str, path: Path, file: int) -> Any:
         contents = self.one(path, file)
         self.sources[name] = contents.source
         self.globals.update(dict.fromkeys(contents.globals))

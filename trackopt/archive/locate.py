@@ -8,6 +8,7 @@ from pathlib import Path
 from trackopt.errors import ArchiveError
 
 _STEP = re.compile(r"step-(\d+)\.pt")
+_FOLDER = re.compile(r"\D*(\d{1,18})")
 
 
 def checkpoints(directory: Path) -> dict[int, Path]:
@@ -28,7 +29,8 @@ def locate(place: str | Path) -> Path:
     """The checkpoint that is meant: a file, or a directory that is one.
 
     Args:
-        place: A file; a run's directory, whose newest checkpoint is taken; or ``DIRECTORY@STEP``.
+        place: A file; a run's directory, whose newest checkpoint is taken; or ``DIRECTORY@STEP``, for a run's
+            checkpoint or a directory as ``checkpoint-500``.
 
     Raises:
         ArchiveError: There is no such thing.
@@ -64,8 +66,16 @@ def _newest(directory: Path) -> Path:
     return list(found.values())[-1]
 
 
+def _folders(directory: Path) -> dict[int, Path]:
+    """The checkpoints that are directories, by the number at the end of their names."""
+    from trackopt.archive import directories
+
+    numbered = {int(match[1]): path for path in directory.iterdir() if (match := _FOLDER.fullmatch(path.name))}
+    return {step: path for step, path in sorted(numbered.items()) if path.is_dir() and directories.newest(path) == path}
+
+
 def _at_step(directory: Path, step: int) -> Path:
-    found = checkpoints(directory)
+    found = checkpoints(directory) or _folders(directory)
     if step not in found:
         there = ", ".join(map(str, found)) if len(found) <= 8 else f"{min(found)} to {max(found)}"
         raise ArchiveError(f"{directory}: there is no checkpoint at step {step}; there is {there or 'none at all'}")

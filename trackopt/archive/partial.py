@@ -35,6 +35,8 @@ _DESCRIPTORS = (struct.Struct("<4sLLL"), struct.Struct("<4sLQQ"))
 _MAGIC, _BEHIND = b"PK\x03\x04", b"PK\x07\x08"
 _CHUNK = 1 << 18
 _MAX_RECORDS = 400_000
+_MAX_SCANNED = 512 << 20  # bytes that are searched for signatures
+_MAX_ELEMENTS = 1 << 62
 _KEY = re.compile(r"[^/]+/data/(.+)")
 
 
@@ -61,12 +63,11 @@ class Partial:
 
     Attributes:
         tree: Its structure.
-        tensors: All tensors, by path.
+        tensors: All tensors, each with its path.
         sizes: Bytes of each storage, by key.
         pieces: The records that are whole, by name.
         byteorder: ``"little"`` or ``"big"``.
         whole: The paths of the tensors that are whole.
-        pickle: The bytes of its pickle.
 
     Raises:
         ArchiveError: Not even its structure can be read.
@@ -78,8 +79,12 @@ class Partial:
             self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as error:
             raise ArchiveError(f"{path}: cannot be opened ({error.strerror}); check its permissions") from error
+        self._scanned = 0
         try:
             self._read()
+        except OSError as error:
+            self.close()
+            raise ArchiveError(f"{path}: cannot be read ({error.strerror}); name a file") from error
         except BaseException:
             self.close()
             raise
@@ -89,26 +94,27 @@ class Partial:
         name, start = self._header(0)
         if not name.lower().endswith("/data.pkl"):
             raise ArchiveError(f"{self.path}: it does not begin with a pickle, as torch's files do; nothing is left")
-        data = os.pread(self._file, MAX_PICKLE, start)
-        machine = Machine(data, rebuild.call, rebuild.storage)
+        machine = Machine(os.pread(self._file, MAX_PICKLE, start), rebuild.call, rebuild.storage)
         try:
             self.tree: Any = machine.run(OPERATIONS)
         except Broken as error:
             raise ArchiveError(f"{self.path}: its pickle is not whole ({error}); use another checkpoint") from error
-        self.pickle = data[: machine.position]
-        self.tensors: dict[str, Tensor] = {".".join(where): tensor for where, tensor in nodes.tensors(self.tree)}
-        self.sizes = {tensor.storage.key: tensor.storage.nbytes for tensor in self.tensors.values()}
-        self.pieces = {name: Piece(name, start, len(self.pickle))}
-        self._follow(start + len(self.pickle))
+        self.tensors = [(".".join(where), tensor) for where, tensor in nodes.tensors(self.tree)]
+        self.sizes = {tensor.storage.key: tensor.storage.nbytes for _, tensor in self.tensors}
+        self.pieces = {name: Piece(name, start, machine.position)}
+        self._follow(start + machine.position)
         self._storages = {match[1]: one for name, one in self.pieces.items() if (match := _KEY.fullmatch(name))}
-        self.whole = [name for name, tensor in self.tensors.items() if self._fits(tensor)]
+        self.whole = [name for name, tensor in self.tensors if self.fits(tensor)]
         self.byteorder = self._byteorder()
 
     def chunks(self, key: str, size: int) -> Iterator[bytes]:
         """The bytes of a storage that is whole, in pieces of at most ``size``."""
         piece = self._storages[key]
         for position in range(piece.start, piece.start + piece.size, size):
-            yield os.pread(self._file, min(size, piece.start + piece.size - position), position)
+            data = os.pread(self._file, min(size, piece.start + piece.size - position), position)
+            if len(data) < min(size, piece.start + piece.size - position):
+                raise ArchiveError(f"{self.path}: it became shorter while it was read; try again")
+            yield data
 
     def _byteorder(self) -> str:
         """As the record says, if it is among what is left; what torch writes today is little-endian."""
@@ -116,13 +122,15 @@ class Partial:
         said = os.pread(self._file, min(piece.size, 16), piece.start) if piece is not None else b""
         return "big" if said == b"big" else "little"
 
-    def _fits(self, tensor: Tensor) -> bool:
+    def fits(self, tensor: Tensor) -> bool:
+        """Whether a tensor's values are all there, and as many as torch can count."""
+        piece = self._storages.get(tensor.storage.key)
         end = (tensor.offset + tensor.span) * tensor.itemsize
-        return tensor.storage.key in self._storages and end <= self._storages[tensor.storage.key].size
+        return piece is not None and end <= piece.size == tensor.storage.nbytes and tensor.elements < _MAX_ELEMENTS
 
     def _follow(self, position: int) -> None:
         """Go from header to header, as far as they lead."""
-        while len(self.pieces) < _MAX_RECORDS:
+        while len(self.pieces) < _MAX_RECORDS and self._scanned < _MAX_SCANNED:
             found = self._find(_MAGIC, position)
             if found is None or found + _LOCAL.size > self.size:
                 return
@@ -149,6 +157,7 @@ class Partial:
     def _find(self, magic: bytes, position: int) -> int | None:
         """Where a signature stands next; torch's descriptors and paddings are short, so it is near."""
         for reach in (1 << 9, 1 << 17):
+            self._scanned += reach
             at = os.pread(self._file, reach, position).find(magic)
             if at >= 0:
                 return position + at

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from trackopt.archive.arrays import built
 from trackopt.archive.bounds import Broken, bounded, checked_key
-from trackopt.archive.nodes import BYTES, Global, Opaque, Storage, Tensor
+from trackopt.archive.nodes import Global, Opaque
+from trackopt.archive.window import MAX_COPIED, Window
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -22,17 +23,13 @@ if TYPE_CHECKING:
 
 MAX_OPERATIONS = 3_000_000
 MAX_OBJECTS = 600_000
-MAX_COPIED = 64 << 20
 _STOP = ord(".")
-_WINDOW = 1 << 20
-_AHEAD = 1 << 10  # no operation but for its text or bytes is longer
-_LARGE = 1 << 16
 #: What a storage calls that is pickled by itself: its argument is a whole file.
 EMBEDDED = "torch.storage._load_from_bytes"
 _EMBEDDED_COST = 50
 
 
-class Machine:
+class Machine(Window):
     """Runs one pickle.
 
     Args:
@@ -41,8 +38,6 @@ class Machine:
         persistent: Told a persistent id, returns what stands for the object.
 
     Attributes:
-        data: The bytes, or the window of them that is at hand.
-        position: Where the next byte is read in ``data``.
         globals: Every name that the pickle refers to, in order.
     """
 
@@ -53,12 +48,7 @@ class Machine:
         persistent: Callable[[Any], Any],
         position: int = 0,
     ) -> None:
-        self.data = data if isinstance(data, bytes) else b""
-        self.position = position
-        self._region = None if isinstance(data, bytes) else data
-        self._base = 0
-        self._low = len(self.data)
-        self._taken = 0
+        super().__init__(data, position)
         self.globals: dict[str, Global] = {}
         self._call = call
         self._persistent = persistent
@@ -80,11 +70,9 @@ class Machine:
             Broken: It is malformed, or it costs more than a checkpoint's may.
         """
         try:
-            if self._region is not None:
-                self._refill()
             for _ in range(limit):
-                if self.position > self._low:
-                    self._refill()
+                if self.position > self.low:
+                    self.refill()
                 code = self.data[self.position]
                 self.position += 1
                 if code == _STOP:
@@ -97,78 +85,6 @@ class Machine:
         except (ValueError, TypeError, AttributeError, OverflowError, struct.error, RecursionError) as error:
             raise Broken(f"{error} at byte {self.offset}") from error
         raise Broken(f"more than {limit:,} operations")
-
-    def take(self, length: int) -> bytes:
-        """The next bytes."""
-        end = self.position + length
-        if length < 0 or end > len(self.data):
-            return self._take_far(length)
-        data = self.data[self.position : end]
-        self.position = end
-        return data
-
-    def payload(self, length: int) -> Any:
-        """The next bytes; where there are many in a file, a node that reads them when they are asked for."""
-        start = self.offset
-        if self._region is None or length < _LARGE or start + length > self._region.size:
-            return self.take(length)
-        self._refill(start + length)
-        part = self._region.part(start, start + length)
-        return Tensor(Storage(part.key, "uint8", "cpu", length, part), "uint8", (length,), (1,), kind=BYTES)
-
-    def number(self, kind: struct.Struct) -> Any:
-        """The next number of a fixed size."""
-        (value,) = kind.unpack_from(self.data, self.position)
-        self.position += kind.size
-        return value
-
-    def line(self) -> str:
-        """The next text up to a newline."""
-        end = self.data.find(b"\n", self.position)
-        while end < 0:
-            end = self._find_newline()
-        data = self.data[self.position : end]
-        self.position = end + 1
-        return data.decode("utf-8", "surrogateescape")
-
-    @property
-    def offset(self) -> int:
-        """Where the next byte stands in the file or the bytes; behind the pickle once it has run."""
-        return self._base + self.position
-
-    def _refill(self, offset: int | None = None, length: int = _WINDOW) -> None:
-        """Move the window, so that it begins at the next byte or at a given one."""
-        if self._region is None:
-            return
-        self._base = self.offset if offset is None else offset
-        if self._base > self._region.size:
-            raise Broken(f"it ends at byte {self._region.size}")
-        self.position = 0
-        self.data = self._region.read(self._base, min(self._base + length, self._region.size))
-        whole = self._base + len(self.data) == self._region.size
-        self._low = len(self.data) if whole else len(self.data) - _AHEAD
-
-    def _take_far(self, length: int) -> bytes:
-        """The next bytes, of which some are not in the window."""
-        start = self.offset
-        if self._region is None or length < 0 or start + length > self._region.size:
-            raise Broken(f"{length} bytes are announced at byte {start}, there are fewer")
-        self._taken += length
-        if self._taken > MAX_COPIED:
-            raise Broken(f"more than {MAX_COPIED:,} bytes of text")
-        data = self._region.read(start, start + length)
-        self._refill(start + length)
-        return data
-
-    def _find_newline(self) -> int:
-        """Widen the window until a line ends in it."""
-        length = 2 * max(len(self.data) - self.position, _WINDOW)
-        if self._region is None or self.offset + len(self.data) - self.position >= self._region.size:
-            raise Broken(f"a line does not end at byte {self.offset}")
-        if length > MAX_COPIED:
-            raise Broken(f"more than {MAX_COPIED:,} bytes of text")
-        self._refill(length=length)
-        return self.data.find(b"\n", self.position)
 
     def since_mark(self) -> list[Any]:
         """What was put in since the last mark."""

@@ -194,6 +194,9 @@ def _from_type(function: Global, kind: Global, args: tuple[Any, ...], state: Any
     found = _compound(kind.name, attributes, shape) or _compound(kind.name, inside, shape)
     if found is None:
         return inner
+    local = found.parts.get("_local_tensor")
+    if isinstance(local, Tensor) and isinstance(inner, Tensor) and local.shape == shape:
+        return replace(local, kind=kind.name, requires_grad=inner.requires_grad)  # a DTensor that is whole in here
     return replace(found, placements=_placements(attributes.get("_spec"))) if isinstance(attributes, dict) else found
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from trackopt.archive import rebuild
 from trackopt.archive.bounds import Broken
+from trackopt.archive.nodes import Opaque
 from trackopt.archive.opcodes import OPERATIONS
 from trackopt.archive.pickle import Machine
 from trackopt.archive.source import Contents
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from trackopt.archive.nodes import Storage
 
 MAX_PICKLE = 64 << 20
+MAX_PICKLED = 8 << 20  # of pickles that many names can stand for, each of which is run
 _NEWEST = 10  # the newest version of the format that torch reads
 
 
@@ -36,11 +39,31 @@ def load(path: Path, file: int, start: int = 0, size: int | None = None) -> Cont
     """
     zipped = Zip(path, file, start, size)
     source = ZipSource(zipped)
-    record = source.find("data.pkl")
-    if record is None and source.text("archive_format") == "pt2":
+    if source.pickle is None and source.text("archive_format") == "pt2":
         from trackopt.archive import pt2
 
         return pt2.contents(zipped, source, zipped.problems)
+    machine, tree = run(zipped, source.pickle)
+    problems = [*zipped.problems, *source.oddities()]
+    if rest := source.pickled - machine.position:
+        problems.append(f"{rest:,} bytes follow the pickle in data.pkl; torch ignores them")
+    constants = source.find("constants.pkl")
+    if constants is None or not any("/code/" in name for name in zipped.records):
+        return Contents("torch zip", tree, source, tuple(machine.globals), problems)
+    try:
+        tree = _with_constants(tree, run(zipped, constants)[1], ZipSource(zipped, "constants"))
+    except ArchiveError as error:
+        problems.append(f"the constants in its code are not read: {str(error).removeprefix(f'{path}: ')}")
+    return Contents("TorchScript", tree, source, tuple(machine.globals), problems)
+
+
+def run(zipped: Zip, record: Record | None) -> tuple[Machine, Any]:
+    """What the pickle in a record describes, and the machine that has run it.
+
+    Raises:
+        ArchiveError: There is no such record, or it is malformed.
+    """
+    path = zipped.path
     if record is None:
         raise ArchiveError(f"{path}: a zip file without a data.pkl is not a checkpoint; name one that torch.save wrote")
     if record.size > MAX_PICKLE:
@@ -48,27 +71,46 @@ def load(path: Path, file: int, start: int = 0, size: int | None = None) -> Cont
                            "save large arrays as tensors")  # fmt: skip
     machine = Machine(zipped.read(record), rebuild.call, rebuild.storage)
     try:
-        tree = machine.run(OPERATIONS)
+        return machine, machine.run(OPERATIONS)
     except Broken as error:
         raise ArchiveError(f"{path}: its pickle cannot be read: {error}; use another checkpoint") from error
-    problems = [*zipped.problems, *source.oddities()]
-    if machine.position != record.size:
-        problems.append(f"{record.size - machine.position:,} bytes follow the pickle in data.pkl; torch ignores them")
-    scripted = source.find("constants.pkl") is not None and any("/code/" in name for name in zipped.records)
-    return Contents("TorchScript" if scripted else "torch zip", tree, source, tuple(machine.globals), problems)
+
+
+def _with_constants(tree: Any, constants: Any, source: ZipSource) -> Any:
+    """The module with its constants under the name that its code has for them: ``CONSTANTS.c0``."""
+    from trackopt.archive.members import renamed
+
+    found = renamed(constants, "constants", source) if isinstance(constants, tuple) else ()
+    if not found or not isinstance(tree, Opaque):
+        return tree
+    named = {"CONSTANTS": {f"c{index}": value for index, value in enumerate(found)}}
+    state = tree.state if isinstance(tree.state, dict) else {}
+    return replace(tree, state={**state, **named})
 
 
 class ZipSource:
-    """The storages of a zip checkpoint."""
+    """The storages of a zip checkpoint.
 
-    def __init__(self, zipped: Zip) -> None:
+    Args:
+        zipped: The file.
+        folder: Where in it they are.
+
+    Attributes:
+        pickle: The record of the pickle that names them.
+        pickled: Bytes of it.
+    """
+
+    def __init__(self, zipped: Zip, folder: str = "data") -> None:
         self._zip = zipped
+        self._folder = folder
         self.path = zipped.path
         first = next(iter(zipped.records), "")
         self._root = first.partition("/")[0] + "/" if "/" in first else ""
         self._lower = {name.lower(): record for name, record in reversed(zipped.records.items())}
         self.byteorder = self._byteorder()
         self.packed = sum(record.packed for record in zipped.records.values())
+        self.pickle = self.find("data.pkl")
+        self.pickled = 0 if self.pickle is None else self.pickle.size
 
     def find(self, name: str) -> Record | None:
         """A record by its name below the root, which torch looks up without regard to case."""
@@ -101,9 +143,8 @@ class ZipSource:
             yield f"{len(strangers)} records lie outside of {self._root!r}: {strangers[0]!r}"
         if not self._root:
             yield "its records stand in no folder: torch does not load the file"
-        pickle = self.find("data.pkl")
-        if pickle is not None and pickle.name != self._root + "data.pkl":
-            yield f"its pickle is named {pickle.name!r}: torch reads it, other programs find none"
+        if self.pickle is not None and self.pickle.name != self._root + "data.pkl":
+            yield f"its pickle is named {self.pickle.name!r}: torch reads it, other programs find none"
         yield from self._odd_version()
 
     def _odd_version(self) -> Iterator[str]:
@@ -120,7 +161,7 @@ class ZipSource:
             yield f"the record 'version' holds {text!r}, not 1 to {_NEWEST}: torch does not load the file"
 
     def _record(self, storage: Storage) -> Record:
-        record = self.find(f"data/{storage.key}")
+        record = self.find(f"{self._folder}/{storage.key}")
         if record is None:
             raise self._zip.broken(f"the record of storage {storage.key!r} is missing")
         return record

@@ -108,6 +108,12 @@ class Zip:
             return self._pread(self._place(record) + start, stop - start)
         return self._read_deflated(record, start, stop)
 
+    def within(self, record: Record) -> Zip | None:
+        """A record that is a zip file itself; None if it is none, or is packed, so that it is not read in place."""
+        if record.method != _STORED or self.read(record, 0, min(len(MAGIC), record.size)) != MAGIC:
+            return None
+        return Zip(self.path, self.file, self.start + self._place(record), record.size)
+
     def broken(self, what: str) -> ArchiveError:
         """An error about this file, with what to do."""
         return ArchiveError(f"{self.path}: {what}; the file is damaged, copy it again or use another checkpoint")

@@ -18,7 +18,11 @@ from trackopt.checkpoint import rng
 from trackopt.errors import UsageError
 
 if TYPE_CHECKING:
+    import random
+
     from torch.optim import Optimizer
+
+    Generator = torch.Generator | np.random.Generator | np.random.RandomState | random.Random
 
 FORMAT = 1
 RESERVED = frozenset({"model", "optimizer", "scheduler", "rng", "trackopt"})
@@ -55,15 +59,15 @@ class Training:
 
     Attributes:
         model: One module, a dict of them by name, or ``None``.
-        optimizer: One optimizer, or a dict by name.
+        optimizer: One optimizer, a dict by name, or ``None``.
         scheduler: One scheduler, a dict by name, or ``None``.
-        stateful: The user's other objects, by keyword.
+        stateful: The user's other objects and random generators, by keyword.
     """
 
     model: nn.Module | Mapping[str, nn.Module] | None
-    optimizer: Optimizer | Mapping[str, Optimizer]
+    optimizer: Optimizer | Mapping[str, Optimizer] | None
     scheduler: Any = None
-    stateful: Mapping[str, Stateful] = field(default_factory=dict)
+    stateful: Mapping[str, Stateful | Generator] = field(default_factory=dict)
 
     @property
     def models(self) -> dict[str, nn.Module]:
@@ -80,17 +84,21 @@ class Training:
         """By name; the only one is called ``scheduler``."""
         return _named("scheduler", self.scheduler)
 
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters of all models; where there are several, with the model's name in front."""
+        models = self.models
+        return {
+            name if len(models) == 1 else f"{model}.{name}": parameter
+            for model, module in models.items()
+            for name, parameter in module.named_parameters()
+        }
+
     def parameter_names(self) -> dict[str, list[list[str]]]:
         """For each optimizer and parameter group the names of its parameters, in order.
 
         The model's names where the model is known, else those that the optimizer was given, else positions.
         """
-        models = self.models
-        names = {
-            id(parameter): name if len(models) == 1 else f"{model}.{name}"
-            for model, module in models.items()
-            for name, parameter in module.named_parameters()
-        }
+        names = {id(parameter): name for name, parameter in self.named_parameters().items()}
         return {
             key: [_group_names(index, group, names) for index, group in enumerate(optimizer.param_groups)]
             for key, optimizer in self.optimizers.items()
@@ -114,15 +122,16 @@ def capture(training: Training, progress: Mapping[str, Any]) -> dict[str, Any]:
     }
     tree = {key: _plain(value, key) for key, value in tree.items() if value is not None}
     tree["rng"] = rng.capture()
-    tree |= {name: _plain(thing.state_dict(), name) for name, thing in training.stateful.items()}
+    tree |= {name: _plain(state_of(thing), name) for name, thing in training.stateful.items()}
     tree["trackopt"] = {
         "format": FORMAT,
         "time": time.time(),
         "param_names": training.parameter_names(),
-        "param_shapes": {
-            key: [[tuple(p.shape) for p in group["params"]] for group in optimizer.param_groups]
-            for key, optimizer in training.optimizers.items()
-        },
+        "param_shapes": _of_parameters(training, lambda parameter: tuple(parameter.shape)),
+        "param_dtypes": _of_parameters(training, lambda parameter: dtype_name(parameter.dtype)),
+        "frozen": [name for name, parameter in training.named_parameters().items() if not parameter.requires_grad],
+        "models": list(training.models),
+        "named": [role for role in ("model", "optimizer", "scheduler") if isinstance(getattr(training, role), Mapping)],
         "optimizer_class": {key: class_name(value) for key, value in training.optimizers.items()},
         "scheduler_class": {key: class_name(value) for key, value in training.schedulers.items()},
         "versions": versions(),
@@ -131,9 +140,24 @@ def capture(training: Training, progress: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
+def state_of(thing: Any) -> Any:
+    """The state of one of the user's objects."""
+    return rng.state_of(thing) if rng.is_generator(thing) else thing.state_dict()
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``float32``."""
+    return str(dtype).removeprefix("torch.")
+
+
 def class_name(thing: object) -> str:
     """``torch.optim.adamw.AdamW``."""
     return f"{type(thing).__module__}.{type(thing).__qualname__}"
+
+
+def places(group: int, count: int) -> list[str]:
+    """What the parameters of a group are called where they have no names."""
+    return [f"group{group}.{i}" for i in range(count)]
 
 
 def versions() -> dict[str, str]:
@@ -151,6 +175,13 @@ def _named(role: str, value: Any) -> dict[str, Any]:
     return dict(value) if isinstance(value, Mapping) else {role: value}
 
 
+def _of_parameters(training: Training, of: Callable[[nn.Parameter], T]) -> dict[str, list[list[T]]]:
+    return {
+        key: [[of(parameter) for parameter in group["params"]] for group in optimizer.param_groups]
+        for key, optimizer in training.optimizers.items()
+    }
+
+
 def _each(value: Any, state: Callable[[Any], T]) -> T | dict[str, T] | None:
     if value is None:
         return None
@@ -158,7 +189,7 @@ def _each(value: Any, state: Callable[[Any], T]) -> T | dict[str, T] | None:
 
 
 def _group_names(index: int, group: dict[str, Any], names: Mapping[int, str]) -> list[str]:
-    own = group.get("param_names") or [f"group{index}.{i}" for i in range(len(group["params"]))]
+    own = group.get("param_names") or places(index, len(group["params"]))
     return [names.get(id(parameter), own[i]) for i, parameter in enumerate(group["params"])]
 
 

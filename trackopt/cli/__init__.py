@@ -22,6 +22,7 @@ _COMMANDS = {
     "verify": "Whether files are what was written; what a damaged one still holds.",
     "salvage": "The intact part of a damaged checkpoint, as a new one.",
     "ls": "The runs in a directory, or the checkpoints of a run.",
+    "rehearse": "Prove that a training command resumes exactly.",
     "sync": "Deliver a journal that was left behind to TensorBoard and MLflow.",
     "ui": "TensorBoard and the MLflow UI for the runs in a directory.",
 }
@@ -61,7 +62,7 @@ def group(context: click.Context) -> None:
     Example:
       trackopt inspect runs/digits
 
-    Exit codes: 0 done, 1 a negative finding (diff: they differ; verify: damaged), 2 trouble.
+    Exit codes: 0 done, 1 a negative finding (diff: they differ; verify: damaged; rehearse: not exact), 2 trouble.
     """
     if context.invoked_subcommand is None:
         click.echo(context.get_help())

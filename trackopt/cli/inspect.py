@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from itertools import islice
@@ -31,6 +32,8 @@ _ALL = "*"
 _VALUES = ("norm", "mean", "std", "min", "max")
 _PLAIN_EXTRAS = 3
 _EXTRAS = 12
+_STRANGE = 3
+_CERTAIN = ("saved", "its keys")
 
 
 @click.command()
@@ -78,11 +81,26 @@ def command(path: str | None, pattern: str | None, stats: bool, tree: bool, as_j
 
 def drawn(summary: Summary) -> Iterator[RenderableType]:
     """The lines of the screen."""
+    yield _header(summary)
+    yield ""
+    yield from _state(summary)
+    if summary.tensors is not None:
+        yield ""
+        yield _tensors(summary) if summary.tensors else "  no tensor of such a name"
+    elif summary.statistics is not None:
+        yield ""
+        yield _statistics(summary)
+    yield ""
+    for one in summary.findings:
+        if one.level != "info":
+            yield screen.finding(one.level, one.text)
+
+
+def _state(summary: Summary) -> Iterator[RenderableType]:
+    """A row for each part of the training state."""
     from rich.text import Text
 
     state = summary.state
-    yield _header(summary)
-    yield ""
     for model in state.models:
         yield screen.row(model.name, _model(model))
     for optimizer in state.optimizers:
@@ -94,15 +112,9 @@ def drawn(summary: Summary) -> Iterator[RenderableType]:
     also = list(_also(summary))
     if also:
         yield Text("  also        ").append(screen.flow(also, indent=screen.LABEL + 2, gap=" · "))
-    if summary.tensors is not None:
-        yield ""
-        yield _tensors(summary)
-    elif summary.statistics is not None:
-        yield ""
-        yield _statistics(summary)
-    yield ""
     for one in summary.findings:
-        yield screen.finding(one.level, one.text)
+        if one.level == "info":
+            yield screen.row("note", [one.text], style="")
 
 
 def _header(summary: Summary) -> Text:
@@ -113,15 +125,16 @@ def _header(summary: Summary) -> Text:
     if state.meta is not None:
         facts.append(f'trackopt run "{state.meta.get("name")}"')
     else:
-        facts += [summary.format, screen.size(summary.bytes)]
+        known = state.framework and state.framework != summary.format
+        facts.append(f"{state.framework} ({summary.format})" if known else summary.format)
+        facts.append(screen.size(summary.bytes))
     facts += [
         f"{name} {value:,}" for name, value in (("step", state.step), ("epoch", state.epoch)) if value is not None
     ]
     if state.meta is not None:
         facts.append(f"saved {screen.since(state.meta.get('time'))}")
     else:
-        plain = islice(((name, value) for name, value in state.extras if isinstance(value, float)), _PLAIN_EXTRAS)
-        facts += [f"{name} {screen.number(value)}" for name, value in plain]
+        facts += [f"{name} {screen.number(value)}" for name, value in _scores(state.extras)]
     name = screen.clean(Path(summary.path).name)
     line = screen.flow([f"{name}   {facts[0]}", *facts[1:]], indent=4, first=0, gap=" · ")
     text = Text(line)
@@ -129,12 +142,18 @@ def _header(summary: Summary) -> Text:
     return text
 
 
+def _scores(extras: tuple[tuple[str, Any], ...]) -> list[tuple[str, float]]:
+    """Losses, accuracies and their like, which say what a stranger's checkpoint is."""
+    return list(islice(((name, value) for name, value in extras if isinstance(value, float)), _PLAIN_EXTRAS))
+
+
 def _model(model: Model) -> list[str]:
     return [
-        f"{len(model.tensors)} tensors",
-        f"{model.parameters:,} parameters",
+        _count(len(model.tensors), "tensor"),
+        _count(model.parameters, "parameter"),
         screen.size(model.nbytes),
         ", ".join(dtypes(model.tensors.values())),
+        "(an average of the weights)" if model.averaged else "",
         f"(names start with {model.prefix})" if model.prefix else "",
     ]
 
@@ -142,24 +161,44 @@ def _model(model: Model) -> list[str]:
 def _optimizer(one: Optimizer) -> Iterator[RenderableType]:
     from rich.text import Text
 
-    told = "" if one.evidence.startswith("saved") or not one.cls else " (from its keys)"
-    count = sum(len(group.parameters) for group in one.groups)
+    alone = one.groups[0] if len(one.groups) == 1 else None
     weight = sum(tensor.nbytes for buffer in one.buffers.values() for tensor in buffer.tensors.values())
     facts = [
-        f"{one.cls or 'of an unknown class'}{told}",
-        f"{len(one.groups)} group{'s' if len(one.groups) != 1 else ''}",
-        f"state for {len(one.stateful)} of {count} parameters"
+        f"{_class(one)}{_told(one)}",
+        _count(len(one.groups), "group"),
+        *(f"{name} {screen.number(alone.hyperparameters[name])}" for name in _telling(one.groups) if alone),
+        f"state for {len(one.stateful):,} of {_count(len(one.parameters), 'parameter')}"
         if one.stateful
-        else f"no state yet for {count} parameters",
+        else f"no state yet for {_count(len(one.parameters), 'parameter')}",
         screen.size(weight) if weight else "",
         _steps(one),
     ]
     yield screen.row(one.name, facts)
-    yield _groups(one.groups)
+    if alone is None:
+        yield _groups(one.groups)
     if one.buffers:
-        named = f", named by {one.matching}" if one.matching.startswith("order") else ""
         indent = screen.LABEL + 4
-        yield Text(" " * indent + screen.flow([f"buffers: {', '.join(one.buffers)}{named}"], indent=indent + 2))
+        yield Text(" " * indent + screen.flow([_buffers(one)], indent=indent + 2))
+
+
+def _class(one: Optimizer) -> str:
+    momentum = any(group.hyperparameters.get("momentum") for group in one.groups)
+    return f"{one.cls or 'of an unknown class'}{' with momentum' if one.cls == 'SGD' and momentum else ''}"
+
+
+def _told(one: Optimizer | Scheduler) -> str:
+    """How the class was found out, where it was not written down."""
+    if one.evidence.startswith("saved") or not one.cls:
+        return ""
+    strange = ", ".join(one.unknown[:_STRANGE]) + (", …" if len(one.unknown) > _STRANGE else "")
+    return f" (from its keys, but {strange} is not among them)" if strange else " (from its keys)"
+
+
+def _buffers(one: Optimizer) -> str:
+    having = Counter(buffer for parameter in one.parameters for buffer in parameter.buffers)
+    names = [f"{name} for {having[name]:,}" if having[name] < len(one.stateful) else name for name in one.buffers]
+    certain = not one.matching or one.matching.startswith(_CERTAIN)
+    return f"buffers: {', '.join(names)}{'' if certain else f', named by {one.matching}'}"
 
 
 def _steps(one: Optimizer) -> str:
@@ -183,21 +222,22 @@ def _groups(groups: tuple[Group, ...]) -> Padding:
 
 
 def _telling(groups: tuple[Group, ...]) -> list[str]:
-    """The hyperparameters that fit a screen and say something: lr first, switches that are off left out."""
+    """The hyperparameters that fit a screen and say something: lr always, of the others what is not off."""
     values: dict[str, list[Any]] = {}
     for group in groups:
         for name, value in group.hyperparameters.items():
             values.setdefault(name, []).append(value)
     first = [name for name in ("lr", "momentum", "betas", "weight_decay") if name in values]
-    return [name for name in first if any(values[name])]
+    return [name for name in first if name == "lr" or any(values[name])]
 
 
 def _scheduler(one: Scheduler) -> list[str]:
-    agreement = {True: "lr agrees with the optimizer", False: "lr differs from the optimizer's", None: ""}
+    agreement = {True: "lr agrees with the optimizer", False: "lr differs from the optimizer's"}
+    rates = f"lr {screen.number(one.last_lr)}" if one.last_lr else ""
     return [
-        one.cls or "of an unknown class",
+        f"{one.cls or 'of an unknown class'}{_told(one)}",
         f"last_epoch {one.last_epoch:,}" if one.last_epoch is not None else "",
-        agreement[one.agrees],
+        rates if one.agrees is None else agreement[one.agrees],
     ]
 
 
@@ -207,10 +247,21 @@ def _also(summary: Summary) -> Iterator[str]:
         yield f"rng ({', '.join(state.rng)})"
     if state.batch is not None:
         yield f"progress (epoch {screen.number(state.epoch)}, batch {state.batch:,})"
-    for name, value in state.extras[:_EXTRAS]:
-        yield (f"{name} {screen.number(value)}" if not isinstance(value, dict) else f"{name} ({len(value)} entries)")
-    if len(state.extras) > _EXTRAS:
-        yield f"and {len(state.extras) - _EXTRAS:,} more entries"
+    above = dict(_scores(state.extras)) if state.meta is None else {}
+    extras = [(name, value) for name, value in state.extras if value is not None and name not in above]
+    for name, value in extras[:_EXTRAS]:
+        if state.scaler is not None and name == state.scaler[0]:
+            yield f"{name} (scale {screen.number(state.scaler[1]['scale'])})"
+        elif isinstance(value, dict):
+            yield f"{name} ({_count(len(value), 'entry', 'entries')})"
+        else:
+            yield f"{name} {screen.number(value)}"
+    if len(extras) > _EXTRAS:
+        yield f"and {_count(len(extras) - _EXTRAS, 'more entry', 'more entries')}"
+
+
+def _count(number: int, what: str, several: str = "") -> str:
+    return f"{number:,} {what if number == 1 else several or f'{what}s'}"
 
 
 def _tensors(summary: Summary) -> Padding:

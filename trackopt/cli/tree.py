@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 
 _LINES = 5_000
 _ITEMS = 200  # of one list or dictionary
-_FLAT = 8  # lists of so many plain values stand on one line
 
 
 def outline(tree: Any) -> Iterator[str]:
@@ -39,10 +38,10 @@ def _below(node: Any, indent: int) -> Iterator[str]:
 
 
 def _leaf(node: Any) -> bool:
-    inner = [child for _, child in islice(children(node), _FLAT + 1)]
-    if isinstance(node, list | tuple) and len(inner) <= _FLAT:
-        return not any(isinstance(child, Tensor) or next(children(child), None) for child in inner)
-    return not inner
+    """Whether a node stands on one line: what has nothing below it, and lists of such plain values."""
+    if isinstance(node, list | tuple):
+        return not any(isinstance(child, Tensor) or next(children(child), None) for child in node)
+    return next(children(node), None) is None
 
 
 def _tensor(tensor: Tensor) -> str:
@@ -51,7 +50,8 @@ def _tensor(tensor: Tensor) -> str:
 
 def _count(node: Any) -> str:
     if isinstance(node, dict | list | tuple):
-        return f"{len(node):,} {'entries' if isinstance(node, dict) else 'items'}"
+        one, several = ("entry", "entries") if isinstance(node, dict) else ("item", "items")
+        return f"{len(node):,} {one if len(node) == 1 else several}"
     return describe(node, 0)
 
 

@@ -1,7 +1,7 @@
-"""A checkpoint's tree as flat rows: a path, a value, and what part it plays in training.
+"""A checkpoint's tree as flat rows: where it stands, its value, and what part it plays in training.
 
-Optimizer state stands under parameter names, not under ids, so that two files with another order compare
-like with like.
+Each row has a key that is the same for what belongs together in two checkpoints, whatever the files call it:
+parameters by their names and not by their ids, groups by their members (see `trackopt.difference.alignment`).
 """
 
 from __future__ import annotations
@@ -10,14 +10,39 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from trackopt.archive.nodes import Compound, Global, Opaque, Path, Tensor, children
+from trackopt.state import META
+from trackopt.state.layout import unflattened
+from trackopt.state.matching import flat
+from trackopt.state.randomness import generators, is_random
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from trackopt.state import Optimizer, TrainingState
+    from trackopt.difference.alignment import Places
+    from trackopt.state import Model, Optimizer, TrainingState
 
 _SCALARS = (int, float, complex, str, bytes, type(None), Global)
 _SETS = ("builtins.set", "builtins.frozenset")
+_NAMES, _SHAPES = "param_names", "param_shapes"
+Key = tuple[Any, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Role:
+    """The part that a tensor plays in training.
+
+    Attributes:
+        kind: ``"weight"``, ``"average"`` (a weight of an averaged model), ``"statistic"`` (of a model, and not
+            trained), ``"buffer"``, ``"counter"`` (of an optimizer) or ``"rng"``.
+        owner: The model, the optimizer or the generator.
+        parameter: Its name, or that of the parameter that it is kept for.
+        buffer: As ``"exp_avg"`` or ``"step"``.
+    """
+
+    kind: str
+    owner: str
+    parameter: str = ""
+    buffer: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,74 +50,146 @@ class Leaf:
     """One value of a checkpoint.
 
     Attributes:
-        path: Dotted, with parameter names where they are known.
+        key: What it is known by in both checkpoints.
+        path: Dotted, as in the file, but with parameter names where they are known.
+        part: The model, the optimizer or the entry of the checkpoint that it belongs to.
         value: A plain value, a flat sequence of such, or a node.
-        role: ``("weight", name)``, ``("buffer", optimizer, buffer)``, ``("rng", generator)``, or nothing.
+        role: The part it plays in training, if it plays one.
     """
 
+    key: Key
     path: str
+    part: str
     value: Any
-    role: tuple[str, ...] = ()
+    role: Role | None = None
 
 
-def flatten(tree: Any, state: TrainingState) -> dict[str, Leaf]:
-    """All leaves by path, in the order they were saved."""
-    found: dict[str, Leaf] = {}
-    for leaf in _Flattener(state).leaves(tree, ()):
-        path, again = leaf.path, 1
-        while path in found:  # the keys 0 and "0", or "a.b" and "a" with a "b" inside
+def flatten(tree: Any, state: TrainingState, places: Places) -> dict[Key, Leaf]:
+    """All leaves by key, in the order they were saved.
+
+    Args:
+        tree: The archive's.
+        state: The training state in it.
+        places: What its parts and parameters are known by.
+    """
+    found: dict[Key, Leaf] = {}
+    for leaf in _Flattener(state, places).leaves(tree, ()):
+        key, path, again = leaf.key, leaf.path, 1
+        while key in found:  # the keys 0 and "0"
             again += 1
-            path = f"{leaf.path} ({again})"
-        found[path] = leaf if path == leaf.path else Leaf(path, leaf.value, leaf.role)
+            key, path = (*leaf.key, again), f"{leaf.path} ({again})"
+        found[key] = leaf if again == 1 else Leaf(key, path, leaf.part, leaf.value, leaf.role)
     return found
 
 
 class _Flattener:
-    def __init__(self, state: TrainingState) -> None:
+    def __init__(self, state: TrainingState, places: Places) -> None:
+        self._places = places
+        self._models = {model.path: model for model in state.models}
         self._optimizers = {one.path: one for one in state.optimizers}
-        self._models = {(*model.path, name): ("weight", name) for model in state.models for name in model.trainable}
-        self._rng = set(state.rng)
+        self._noted = {(META, what, one.name): one for one in state.optimizers for what in (_NAMES, _SHAPES)}
+        self._alone = len(state.models) == 1
+        self._has_rng = bool(state.rng)
 
     def leaves(self, node: Any, path: Path) -> Iterator[Leaf]:
-        if path in self._optimizers:
-            yield from self._optimizer(node, self._optimizers[path])
-        elif _is_leaf(node):
-            yield Leaf(".".join(path), node, self._role(path))
-            if isinstance(node, Tensor) and node.quantizer is not None:
-                yield Leaf(".".join((*path, "scale")), node.quantizer.scale)
-                yield Leaf(".".join((*path, "zero_point")), node.quantizer.zero_point)
+        """The leaves at and below a node, part by part."""
+        if path in self._optimizers and isinstance(node, dict):
+            yield from self._optimizer(unflattened(node), self._optimizers[path])
+        elif path in self._models:
+            yield from self._model(node, self._models[path])
+        elif path in self._noted and (given := self._by_name(node, self._noted[path])) is not None:
+            place = self._places.get(self._noted[path].path)
+            for name, value in given.items():
+                shared = place.names.get(name, name) if place else name
+                yield Leaf(("", *path, shared), ".".join((*path, name)), META, value)
+        elif path in self._places or _is_leaf(node):
+            key = self._places[path].key if path in self._places else ("", *path)
+            part = ".".join(path) if path in self._places else ".".join(path[:1])
+            for inner, value in values(node):
+                whole = (*path, *inner)
+                yield Leaf((*key, *inner), ".".join(whole), part, value, self._random(whole))
         else:
             if isinstance(node, Opaque):
-                yield Leaf(".".join((*path, "class")), node.name)
+                yield Leaf(("", *path, "class"), ".".join((*path, "class")), ".".join(path[:1]), node.name)
             for name, child in children(node):
                 yield from self.leaves(child, (*path, name))
 
-    def _role(self, path: Path) -> tuple[str, ...]:
-        if path in self._models:
-            return self._models[path]
-        generator = next((part for part in path[:2] if part in self._rng), None)
-        return ("rng", generator) if generator is not None else ()
+    def _random(self, path: Path) -> Role | None:
+        at = next((i for i, part in enumerate(path[:2]) if is_random(part)), None) if self._has_rng else None
+        if at is None:
+            return None
+        inside = [part for part in path[at + 1 :] if not part.isdecimal()][:1]
+        names = generators(path[at], dict.fromkeys(inside) or None)
+        return Role("rng", names[0]) if names else None
+
+    def _by_name(self, node: Any, one: Optimizer) -> dict[str, Any] | None:
+        """What trackopt noted about each parameter besides its name; None if that does not fit the groups."""
+        groups = [{"params": group.parameters} for group in one.groups]
+        given = flat(node, groups)
+        if given is None:
+            return None
+        names = [name for group in one.groups for name in group.parameters]
+        return {} if given == names else dict(zip(names, given, strict=True))
+
+    def _model(self, node: Any, model: Model) -> Iterator[Leaf]:
+        place = self._places.get(model.path)
+        kind = "average" if model.averaged and not self._alone else "weight"
+        trainable = model.trainable
+        for inner, value in values(node):
+            name, whole = ".".join(inner), (*model.path, *inner)
+            shared = place.names.get(name, name) if place else name
+            key = (*place.key, shared) if place else ("", *whole)
+            role = Role(kind if name in trainable else "statistic", model.name, str(shared))
+            yield Leaf(key, ".".join(whole), model.name, value, role)
 
     def _optimizer(self, node: Any, one: Optimizer) -> Iterator[Leaf]:
-        for key, entry in node["state"].items():
-            name = one.names.get(key, str(key))
-            if not isinstance(entry, dict):
-                yield from self.leaves(entry, (*one.path, "state", name))
-                continue
-            for buffer, value in entry.items():
-                role = ("buffer", one.name, str(buffer)) if buffer in one.buffers else ()
-                for leaf in self.leaves(value, (*one.path, "state", name, str(buffer))):
-                    yield Leaf(leaf.path, leaf.value, role)
+        place = self._places.get(one.path)
+        ids = {str(key): name for key, name in one.names.items()}
+        for number, entry in node["state"].items():
+            name = ids.get(str(number), str(number))
+            shared = place.names.get(name, name) if place else name
+            base = (*place.key, "state", shared) if place else ("", *one.path, "state", str(number))
+            for inner, value in values(entry):
+                kind = "buffer" if inner[:1] and inner[0] in one.buffers else "counter"
+                role = Role(kind, one.name, str(shared), "".join(inner[:1]))
+                yield Leaf((*base, *inner), ".".join((*one.path, "state", name, *inner)), one.name, value, role)
         for index, group in enumerate(node["param_groups"]):
-            for key, value in group.items():
-                path = (*one.path, "param_groups", str(index), str(key))
-                if key == "params":
-                    yield Leaf(".".join(path), [one.names[parameter] for parameter in value])
-                else:
-                    yield from self.leaves(value, path)
-        rest = {key: value for key, value in node.items() if key not in ("state", "param_groups")}
-        for name, child in children(rest):
-            yield from self.leaves(child, (*one.path, name))
+            at = place.groups.get(index, index) if place else index
+            base = (*place.key, "param_groups", at) if place else ("", *one.path, "param_groups", str(index))
+            for inner, value in self._group(group, one):
+                dotted = ".".join((*one.path, "param_groups", str(index), *inner))
+                if place and inner == ("params",):
+                    value = [place.names.get(name, name) for name in value]
+                yield Leaf((*base, *inner), dotted, one.name, value)
+        for name, child in node.items():
+            if name not in ("state", "param_groups"):
+                base = place.key if place else ("", *one.path)
+                for inner, value in values(child):
+                    whole = (str(name), *inner)
+                    yield Leaf((*base, *whole), ".".join((*one.path, *whole)), one.name, value)
+
+    def _group(self, group: dict[Any, Any], one: Optimizer) -> Iterator[tuple[Path, Any]]:
+        names = [one.names[key] for key in group["params"]]
+        yield ("params",), names
+        for key, value in group.items():
+            if key != "params" and not (key == _NAMES and value == names):
+                for inner, part in values(value):
+                    yield (str(key), *inner), part
+
+
+def values(node: Any) -> Iterator[tuple[Path, Any]]:
+    """The leaves below a node, each with its path from there."""
+    if _is_leaf(node):
+        yield (), node
+        if isinstance(node, Tensor) and node.quantizer is not None:
+            yield ("scale",), node.quantizer.scale
+            yield ("zero_point",), node.quantizer.zero_point
+        return
+    if isinstance(node, Opaque):
+        yield ("class",), node.name
+    for name, child in children(node):
+        for inner, value in values(child):
+            yield (name, *inner), value
 
 
 def _is_leaf(node: Any) -> bool:
@@ -104,19 +201,3 @@ def _is_leaf(node: Any) -> bool:
     if isinstance(node, Opaque):
         return node.name in _SETS
     return not isinstance(node, Compound)
-
-
-def same(a: Any, b: Any) -> bool:
-    """Whether two leaf values that are no tensors mean the same; NaN equals NaN, a list equals a tuple.
-
-    Example:
-        >>> same((0.9, 0.999), [0.9, 0.999]), same(1, True), same(float("nan"), float("nan"))
-        (True, False, True)
-    """
-    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    if isinstance(a, Opaque) and isinstance(b, Opaque):  # sets, whose order means nothing
-        return a.name == b.name and sorted(map(repr, a.items)) == sorted(map(repr, b.items))
-    if isinstance(a, bool) != isinstance(b, bool):
-        return False
-    return bool(a == b or (a != a and b != b))

@@ -1,4 +1,4 @@
-"""How far two tensors are apart, read side by side in chunks: memory does not grow with them.
+"""How far two tensors are apart, in sums that can be taken piece by piece.
 
 Sums are kept in float64. Elements whose bits are equal are equal, NaN and infinity too.
 """
@@ -6,19 +6,32 @@ Sums are kept in float64. Elements whose bits are equal are equal, NaN and infin
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from trackopt.archive import Archive
-from trackopt.archive import tensors as values
-
 if TYPE_CHECKING:
-    from trackopt.archive.nodes import Tensor
-
-_CHUNK = 2 << 20
+    from trackopt.archive.tensors import Array
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
+class Tolerance:
+    """What is called equal: ``|a - b| <= atol + rtol * max(|a|, |b|)``."""
+
+    atol: float = 0.0
+    rtol: float = 0.0
+
+    def __bool__(self) -> bool:
+        return bool(self.atol or self.rtol)
+
+    def covers(self, a: float, b: float) -> bool:
+        """Whether two numbers are equal by it."""
+        try:
+            return math.isfinite(a) and math.isfinite(b) and abs(a - b) <= self.atol + self.rtol * max(abs(a), abs(b))
+        except OverflowError:  # integers beyond any float
+            return False
+
+
+@dataclass(frozen=True, slots=True)
 class Numbers:
     """What comparing tensors adds up to; that of several tensors is the sum of theirs.
 
@@ -28,8 +41,13 @@ class Numbers:
         ab: Sum of their products.
         dd: Sum of squares of their difference.
         max_abs: Largest difference of an element; NaN if one became NaN.
-        differing: Elements whose bits differ.
+        differing: Elements that differ: in a bit if the dtype is the same, in value if not.
         elements: All elements.
+        beyond: Elements that differ by more than the tolerance.
+        ulp: Largest distance in units in the last place; None where the dtype is none of floats, or not the same.
+        uncast: Elements that still differ when one is cast to the other's dtype; None where nothing was cast.
+        nan: How many appeared, and how many vanished.
+        inf: The same of infinite ones.
     """
 
     aa: float = 0.0
@@ -39,6 +57,11 @@ class Numbers:
     max_abs: float = 0.0
     differing: int = 0
     elements: int = 0
+    beyond: int = 0
+    ulp: int | None = None
+    uncast: int | None = None
+    nan: tuple[int, int] = (0, 0)
+    inf: tuple[int, int] = (0, 0)
 
     @property
     def rel_l2(self) -> float:
@@ -55,116 +78,102 @@ class Numbers:
         cosine = self.ab / math.sqrt(self.aa) / math.sqrt(self.bb)
         return max(-1.0, min(1.0, cosine)) if math.isfinite(cosine) else cosine
 
+    @property
+    def share(self) -> float:
+        """The part of the elements that differ."""
+        return self.differing / self.elements if self.elements else 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """The numbers under the keys of ``diff --json``."""
+        result = {name: getattr(self, name) for name in ("max_abs", "rel_l2", "cosine", "differing", "elements")}
+        result |= {"share": self.share, "ulp": self.ulp}
+        for name, (appeared, vanished) in (("nan", self.nan), ("inf", self.inf)):
+            result[name] = {"appeared": appeared, "vanished": vanished}
+        return result
+
     def __add__(self, other: Numbers) -> Numbers:
-        worst = math.nan if math.isnan(other.max_abs) else max(self.max_abs, other.max_abs)
         return Numbers(
             self.aa + other.aa,
             self.bb + other.bb,
             self.ab + other.ab,
             self.dd + other.dd,
-            math.nan if math.isnan(self.max_abs) else worst,
+            math.nan if math.isnan(self.max_abs + other.max_abs) else max(self.max_abs, other.max_abs),
             self.differing + other.differing,
             self.elements + other.elements,
+            self.beyond + other.beyond,
+            other.ulp if self.ulp is None else max(self.ulp, other.ulp or 0),
+            other.uncast if self.uncast is None else self.uncast + (other.uncast or 0),
+            (self.nan[0] + other.nan[0], self.nan[1] + other.nan[1]),
+            (self.inf[0] + other.inf[0], self.inf[1] + other.inf[1]),
         )
 
 
-@dataclass(frozen=True)
-class Side:
-    """A tensor and the archive to read it from."""
-
-    archive: Archive
-    tensor: Tensor
-
-    def raw(self) -> Any:
-        """Its stored bytes, in chunks."""
-        return values.raw(self.archive.source, self.tensor, _CHUNK)
-
-    def decode(self, data: Any) -> Any:
-        """What a chunk of them means."""
-        return values.values(data, self.tensor, self.archive.source.byteorder)
+def alone(x: Array) -> Numbers:
+    """The numbers of values compared with themselves."""
+    x = _wide(x)
+    length = _dot(x, x)
+    return Numbers(length, length, length, elements=x.size)
 
 
-def compare(a: Side, b: Side) -> Numbers | None:
-    """How far two tensors of the same shape and dtype are apart; None if they are equal.
+def between(x: Array, y: Array, different: Array, tolerance: Tolerance) -> Numbers:
+    """The numbers of two flat arrays.
 
-    Raises:
-        ArchiveError: Values of one of them are not in its file.
+    Args:
+        x: The one's values.
+        y: The other's.
+        different: Which of them differ.
+        tolerance: What of that is called equal.
     """
-    a, b = _in_memory_order(a, b)
-    bits = _comparable(a, b)
-    if bits and all(x == y for x, y in zip(a.raw(), b.raw(), strict=True)):
-        return None
-    total = Numbers()
-    for x, y in zip(a.raw(), b.raw(), strict=True):
-        total += _chunk(a.decode(x), b.decode(y), _differing(x, y, a.tensor.itemsize) if bits else None)
-    return total if total.differing else None
-
-
-def norm(side: Side) -> Numbers:
-    """The numbers of a tensor compared with itself."""
-    total = 0.0
-    for data in side.raw():
-        total += _dot(*([_wide(side.decode(data))] * 2))
-    return Numbers(total, total, total, elements=side.tensor.elements)
-
-
-def _in_memory_order(a: Side, b: Side) -> tuple[Side, Side]:
-    """Both with their dimensions in the order that they lie in the file, where that is the same for both.
-
-    The sums do not depend on the order, and what is contiguous is read in chunks.
-    """
-    if a.tensor.stride != b.tensor.stride or a.tensor.contiguous:
-        return a, b
-    order = sorted(range(len(a.tensor.stride)), key=lambda i: -a.tensor.stride[i])
-    return _permuted(a, order), _permuted(b, order)
-
-
-def _permuted(side: Side, order: list[int]) -> Side:
-    shape, stride = ([getattr(side.tensor, name)[i] for i in order] for name in ("shape", "stride"))
-    return Side(side.archive, replace(side.tensor, shape=tuple(shape), stride=tuple(stride)))
-
-
-def _comparable(a: Side, b: Side) -> bool:
-    """Whether equal bytes mean equal values."""
-    return (a.archive.source.byteorder, a.tensor.conj, a.tensor.neg) == (
-        b.archive.source.byteorder,
-        b.tensor.conj,
-        b.tensor.neg,
-    )
-
-
-def _differing(x: Any, y: Any, itemsize: int) -> Any:
-    """Which elements differ in a bit."""
     import numpy as np
 
-    word = min(itemsize, 8)
-    different = np.frombuffer(x, f"u{word}") != np.frombuffer(y, f"u{word}")
-    return different if word == itemsize else different.reshape(-1, itemsize // word).any(axis=1)
-
-
-def _chunk(x: Any, y: Any, differing: Any) -> Numbers:
-    import numpy as np
-
-    if differing is None:
-        differing = (x != y) & ~((x != x) & (y != y))
-    count = int(np.count_nonzero(differing))
-    x, y = _wide(x), _wide(y)
-    if not count:
-        same = _dot(x, x)
-        return Numbers(same, same, same, elements=x.size)
+    count, whole = int(np.count_nonzero(different)), x.size
     with np.errstate(all="ignore"):
-        gap = np.subtract(y, x)
-        if count < gap.size:
-            gap[~differing] = 0  # infinity less infinity is no difference
-        return Numbers(_dot(x, x), _dot(y, y), _dot(x, y), _dot(gap, gap), float(np.max(np.abs(gap))), count, x.size)
+        a, b = _wide(x), _wide(y)
+        aa, bb = _dot(a, a), _dot(b, b)
+        if not count and math.isfinite(aa):
+            return Numbers(aa, bb, aa, elements=whole)
+        gap = np.subtract(b, a)
+        odd = not math.isfinite(aa + bb)
+        if odd:
+            gap[~_parts(different, x)] = 0  # infinity less infinity is no difference
+        far = np.abs(gap.view("c16")) if x.dtype.kind == "c" else gap
+        max_abs = max(float(far.max()), -float(far.min()))
+        beyond = int(np.count_nonzero(different & _outside(x, y, np.abs(far), tolerance))) if tolerance else count
+        nan, inf = _odd(x, y) if odd else ((0, 0), (0, 0))
+        return Numbers(aa, bb, _dot(a, b), _dot(gap, gap), max_abs, count, whole, beyond, nan=nan, inf=inf)
 
 
-def _wide(array: Any) -> Any:
-    return array.astype("c16" if array.dtype.kind == "c" else "f8")
+def _wide(array: Array) -> Array:
+    """As float64; complex numbers as their two parts."""
+    return array.astype("c16").view("f8") if array.dtype.kind == "c" else array.astype("f8")
 
 
-def _dot(x: Any, y: Any) -> float:
+def _parts(different: Array, like: Array) -> Array:
+    return different.repeat(2) if like.dtype.kind == "c" else different
+
+
+def _dot(x: Array, y: Array) -> float:
     import numpy as np
 
-    with np.errstate(all="ignore"):
-        return float(np.vdot(x, y).real)
+    # einsum and not dot: BLAS would start threads of its own in each of ours.
+    return float(np.einsum("i,i->", x, y))
+
+
+def _outside(x: Array, y: Array, far: Array, tolerance: Tolerance) -> Array:
+    import numpy as np
+
+    bound = tolerance.atol + tolerance.rtol * np.maximum(np.abs(x), np.abs(y)).astype("f8")
+    finite = np.isfinite(x) & np.isfinite(y)
+    outside: Array = ~(finite & (far <= bound)) & ~(np.isnan(x) & np.isnan(y))
+    return outside
+
+
+def _odd(x: Array, y: Array) -> tuple[tuple[int, int], tuple[int, int]]:
+    """How many NaN and how many infinite values appear and vanish."""
+    import numpy as np
+
+    found = []
+    for is_odd in (np.isnan, np.isinf):
+        before, after = is_odd(x), is_odd(y)
+        found.append((int(np.count_nonzero(after & ~before)), int(np.count_nonzero(before & ~after))))
+    return found[0], found[1]

@@ -5,12 +5,19 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from trackopt.archive.text import describe
+from trackopt.difference.changes import same
 from trackopt.difference.numbers import Numbers
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
+    from trackopt.difference.alignment import Alignment
+    from trackopt.difference.tally import Tally
     from trackopt.state import TrainingState
+
+#: What the story says under names of its own, and what schedulers write down beside the learning rate.
+_RATES = ("lr", "initial_lr", "max_lr", "min_lr")
 
 
 @dataclass(frozen=True)
@@ -39,6 +46,17 @@ class Rate:
 
 
 @dataclass(frozen=True)
+class Setting:
+    """Another hyperparameter of a group, which differs."""
+
+    optimizer: str
+    group: str
+    name: str
+    a: Any
+    b: Any
+
+
+@dataclass(frozen=True)
 class BufferTurn:
     """A kind of buffer, over all parameters: how it turned and grew."""
 
@@ -54,6 +72,7 @@ class Position:
     """Where a scheduler stands in both checkpoints."""
 
     scheduler: str
+    cls: str
     a: int | None
     b: int | None
 
@@ -68,10 +87,13 @@ class Story:
         same_run: Whether one run wrote both; None where a file does not say.
         weights: None if there are none in common, or none moved.
         rates: One per parameter group that both have.
+        settings: Other hyperparameters that differ, of groups that both have.
         buffers: Those that changed.
         schedulers: Those that both have.
+        loss_scale: That of the gradient scaler in both; None where there is none.
         rng_moved: Random generators whose state changed.
         rng_same: Those whose state did not.
+        notes: What was folded, renamed or guessed to bring the two together, one line each.
     """
 
     step: tuple[int | None, int | None]
@@ -79,77 +101,89 @@ class Story:
     same_run: bool | None
     weights: Weights | None
     rates: tuple[Rate, ...]
+    settings: tuple[Setting, ...]
     buffers: tuple[BufferTurn, ...]
     schedulers: tuple[Position, ...]
+    loss_scale: tuple[Any, Any] | None
     rng_moved: tuple[str, ...]
     rng_same: tuple[str, ...]
+    notes: tuple[str, ...]
 
     def as_dict(self) -> dict[str, Any]:
         """The story for JSON."""
         return asdict(self)
 
 
-@dataclass(frozen=True)
-class Tally:
-    """What comparing found, by the part it plays.
-
-    Attributes:
-        weights: Numbers of each parameter that both have.
-        buffers: Sums by optimizer and buffer.
-        rng: Whether each generator's state changed.
-    """
-
-    weights: Mapping[str, Numbers]
-    buffers: Mapping[tuple[str, str], Numbers]
-    rng: Mapping[str, bool]
-
-
-def tell(a: TrainingState, b: TrainingState, tally: Tally) -> Story:
+def tell(states: tuple[TrainingState, TrainingState], alignment: Alignment, tally: Tally) -> Story:
     """Put the story together.
 
     Args:
-        a: The state in the first checkpoint.
-        b: In the second.
-        tally: What comparing their tensors found.
+        states: The states in both checkpoints.
+        alignment: What belongs together in them.
+        tally: What comparing their values added up to.
     """
-    runs = [state.meta.get("run_id") if state.meta else None for state in (a, b)]
+    a, b = states
+    runs = [state.meta.get("run_id") if state.meta else None for state in states]
+    scales = [_told(state.scaler[1].get("scale")) if state.scaler else None for state in states]
     return Story(
         step=(a.step, b.step),
         epoch=(a.epoch, b.epoch),
         same_run=runs[0] == runs[1] if None not in runs else None,
         weights=_weights(tally.weights),
-        rates=tuple(_rates(a, b)),
+        rates=tuple(_rates(alignment)),
+        settings=tuple(_settings(alignment)),
         buffers=tuple(
             BufferTurn(optimizer, buffer, sums.cosine, sums.aa**0.5, sums.bb**0.5)
-            for (optimizer, buffer), sums in tally.buffers.items()
-            if sums.differing
+            for (optimizer, buffer), moment in tally.moments.items()
+            if (sums := moment.numbers).differing
         ),
-        schedulers=tuple(_positions(a, b)),
+        schedulers=tuple(
+            Position(one.name, one.cls, one.last_epoch, other.last_epoch) for one, other in alignment.schedulers
+        ),
+        loss_scale=(scales[0], scales[1]) if scales != [None, None] else None,
         rng_moved=tuple(name for name, moved in tally.rng.items() if moved),
         rng_same=tuple(name for name, moved in tally.rng.items() if not moved),
+        notes=alignment.notes,
     )
 
 
-def _weights(found: Mapping[str, Numbers]) -> Weights | None:
-    moved = [(name, numbers.rel_l2) for name, numbers in found.items()]
+def _weights(found: Mapping[tuple[str, str], Numbers]) -> Weights | None:
     if not any(numbers.differing for numbers in found.values()):
         return None
-    most, least = max(moved, key=lambda pair: pair[1]), min(moved, key=lambda pair: pair[1])
+    several = len({model for model, _ in found}) > 1
+    moved = [(f"{model}.{name}" if several else name, numbers.rel_l2) for (model, name), numbers in found.items()]
+    most, least = max(moved, key=_or_nan), min(moved, key=_or_nan)
     return Weights(sum(found.values(), Numbers()).rel_l2, most, least)
 
 
-def _rates(a: TrainingState, b: TrainingState) -> list[Rate]:
-    others = {one.name: one for one in b.optimizers}
-    return [
-        Rate(one.name, group.name, group.hyperparameters.get("lr"), other.hyperparameters.get("lr"))
-        for one in a.optimizers
-        if one.name in others
-        for group, other in zip(one.groups, others[one.name].groups, strict=False)
-    ]
+def _or_nan(moved: tuple[str, float]) -> float:
+    return float("inf") if moved[1] != moved[1] else moved[1]
 
 
-def _positions(a: TrainingState, b: TrainingState) -> list[Position]:
-    others = {one.name: one for one in b.schedulers}
-    return [
-        Position(one.name, one.last_epoch, others[one.name].last_epoch) for one in a.schedulers if one.name in others
-    ]
+def hyperparameters(alignment: Alignment) -> Iterator[Setting]:
+    """Every hyperparameter of the groups that go together, as it is in both; None where one does not have it."""
+    for (one, other), pairs in zip(alignment.optimizers, alignment.groups, strict=True):
+        for i, j in pairs:
+            group, its = one.groups[i], other.groups[j]
+            for name in dict.fromkeys((*group.hyperparameters, *its.hyperparameters)):
+                values = [_told(side.hyperparameters.get(name)) for side in (group, its)]
+                yield Setting(one.name, group.name, name, *values)
+
+
+def _told(value: Any) -> Any:
+    """Plain values themselves, nodes of a checkpoint's tree in words."""
+    plain = (int, float, str, type(None))
+    flat = isinstance(value, list | tuple) and all(isinstance(item, plain) for item in value)
+    return value if flat or isinstance(value, plain) else describe(value)
+
+
+def _rates(alignment: Alignment) -> Iterator[Rate]:
+    for one in hyperparameters(alignment):
+        if one.name == "lr":
+            yield Rate(one.optimizer, one.group, one.a, one.b)
+
+
+def _settings(alignment: Alignment) -> Iterator[Setting]:
+    for one in hyperparameters(alignment):
+        if one.name not in _RATES and not same(one.a, one.b):
+            yield one

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trackopt import archive, integrity, journal
-from trackopt.archive.partial import Partial
+from trackopt import archive, integrity
 from trackopt.errors import ArchiveError
 
 if TYPE_CHECKING:
@@ -60,18 +59,24 @@ def verify(place: str | Path) -> Iterator[Checked]:
         >>> [one.status for one in verify("nowhere.pt")]
         ['unreadable']
     """
-    path = Path(place)
     try:
-        found = archive.checkpoints(path) if path.is_dir() else {}
-        has_journal = (path / journal.NAME).is_file()
+        checkpoints, journals = _run(Path(place))
     except (OSError, ValueError):
-        found, has_journal = {}, False  # opening it says why
-    if not found and not has_journal:
+        checkpoints, journals = [], []  # opening it says why
+    if not checkpoints and not journals:
         yield check_file(place)
-        return
-    yield from map(check_file, found.values())
-    if has_journal:
-        yield check_journal(path / journal.NAME)
+    yield from map(check_file, checkpoints)
+    yield from map(check_journal, journals)
+
+
+def _run(path: Path) -> tuple[list[Path], list[Path]]:
+    """The checkpoints and the journal of a run's directory; nothing of what is none."""
+    if not path.is_dir():
+        return [], []
+    from trackopt import journal
+
+    written = path / journal.NAME
+    return list(archive.checkpoints(path).values()), [written] if written.is_file() else []
 
 
 def check_file(place: str | Path) -> Checked:
@@ -98,6 +103,8 @@ def _unopened(path: Path, problem: str) -> Checked:
 
 
 def _rescue(path: Path) -> str:
+    from trackopt.archive.partial import Partial
+
     try:
         with Partial(path) as partial:
             whole, count = len(partial.whole), len(partial.tensors)
@@ -126,6 +133,8 @@ def check_journal(path: Path) -> Checked:
 
 def _odd_lines(path: Path) -> tuple[int, list[int]]:
     """Bytes of a torn last line, and the numbers of the lines that are no records."""
+    from trackopt import journal
+
     starts = {line.start for line in journal.read(path)}
     foreign, position, torn = [], 0, 0
     with path.open("rb") as file:

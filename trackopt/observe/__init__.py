@@ -1,6 +1,7 @@
-"""What an optimizer does, seen from its own step hooks; the optimizer itself is never touched."""
+"""What an optimizer is doing: hooks on the live object, and the statistics of its buffers."""
 
 from trackopt.observe.hooks import Observer
 from trackopt.observe.hyperparameters import params
+from trackopt.observe.ledger import Ledger, Turns
 
-__all__ = ["Observer", "params"]
+__all__ = ["Ledger", "Observer", "Turns", "params"]

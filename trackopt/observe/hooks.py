@@ -28,14 +28,26 @@ class Observer:
         prefix: Put before the names of the groups (``"gen."`` where there are several optimizers).
         stats: ``"group"`` for statistics of the gradients and buffers of each parameter group, ``None`` for none.
         stats_every: Take them at steps 1, 1 + n, 1 + 2n, …
+        before_first: Called when the optimizer is about to take its very first step.
 
     Attributes:
         steps: Completed steps. One that a ``GradScaler`` skipped is none.
+        evaluations: Calls of the closures that ``step`` was given.
     """
 
-    def __init__(self, optimizer: Optimizer, *, prefix: str = "", stats: str | None = "group", stats_every: int = 1):
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        *,
+        prefix: str = "",
+        stats: str | None = "group",
+        stats_every: int = 1,
+        before_first: Callable[[], None] = lambda: None,
+    ):
         self.optimizer = optimizer
-        self.steps = 0
+        self.steps = self.evaluations = 0
+        self._before_first = before_first
+        self._overflowed = False
         self._prefix = prefix
         self._stats = stats
         self._every = stats_every
@@ -54,6 +66,11 @@ class Observer:
         latest, self._latest = self._latest, {}
         return latest
 
+    def take_overflow(self) -> bool:
+        """Whether a step was skipped because of an overflow since the last call."""
+        overflowed, self._overflowed = self._overflowed, False
+        return overflowed
+
     def close(self) -> None:
         """Remove the hooks."""
         for handle in self._handles:
@@ -61,18 +78,20 @@ class Observer:
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run must know to go on observing as if it had never stopped."""
-        return {"steps": self.steps, "hyperparameters": self._seen}
+        return {"steps": self.steps, "evaluations": self.evaluations, "hyperparameters": self._seen}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what ``state_dict`` returned."""
-        self.steps, self._seen = state["steps"], state["hyperparameters"]
+        self.steps, self.evaluations, self._seen = state["steps"], state["evaluations"], state["hyperparameters"]
 
     def _groups(self) -> Iterator[tuple[str, dict[str, Any]]]:
         for index, group in enumerate(self.optimizer.param_groups):
             yield label(index, group, self._prefix), group
 
-    def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:  # noqa: ARG002 - torch's signature
+    def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         """Read the hyperparameters while they are the ones that the step will use: schedulers move them later."""
+        if not self.steps:
+            self._before_first()
         self._used = {}
         for name, group in self._groups():
             self._used[f"lr/{name}"] = float(group["lr"])
@@ -81,10 +100,27 @@ class Observer:
             if values != before:
                 self._used |= {f"hyper/{name}.{key}": v for key, v in values.items() if v != before.get(key)}
             self._seen[name] = values
+        return self._with_counted_closure(optimizer, args, kwargs)
+
+    def _with_counted_closure(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+        """The step's arguments with a closure that counts its calls; ``None`` if there is none to count."""
+        own, *rest = args
+        closure = rest[0] if rest else kwargs.get("closure")
+        if closure is None or _is_nested(optimizer):
+            return None
+
+        def counted() -> Any:
+            self.evaluations += 1
+            return closure()
+
+        return ((own, counted, *rest[1:]), kwargs) if rest else (args, {**kwargs, "closure": counted})
 
     @torch.no_grad()
     def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:  # noqa: ARG002 - torch's signature
-        if _is_nested(optimizer) or _was_skipped(optimizer):
+        if _is_nested(optimizer):
+            return
+        if _was_skipped(optimizer):
+            self._overflowed = True
             return
         self.steps += 1
         self._latest = dict(self._used)

@@ -53,10 +53,14 @@ class RecorderProcess:
         *lines, self._heard = self._heard.split(b"\n")
         return [line.decode(errors="replace") for line in lines]
 
-    def finish(self) -> list[str]:
-        """Tell the recorder that nothing more comes, wait until it has delivered, and return its last messages."""
+    def finish(self, *, wait: bool) -> list[str]:
+        """Tell the recorder that nothing more comes; its last messages.
+
+        Args:
+            wait: Whether to wait until it has delivered. It does so in any case, if it is let.
+        """
         self._socket.shutdown(socket.SHUT_WR)
-        code = self._process.wait()
+        code = self._process.wait() if wait else self._process.poll()
         messages = self.messages(now=True)
         self._socket.close()
         if code:

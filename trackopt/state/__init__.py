@@ -16,7 +16,7 @@ from trackopt.errors import ArchiveError
 from trackopt.state.frameworks import counters, recognize
 from trackopt.state.layout import Entry, entries, label
 from trackopt.state.models import Model, find_models, is_state_dict
-from trackopt.state.optimizers import Buffer, Group, Optimizer, is_optimizer, read_optimizer
+from trackopt.state.optimizers import Buffer, Group, Optimizer, Parameter, is_optimizer, read_optimizer
 from trackopt.state.randomness import generators, is_random
 from trackopt.state.schedulers import Scheduler, is_scheduler, read_scheduler
 
@@ -25,9 +25,11 @@ if TYPE_CHECKING:
 
     from trackopt.archive import Archive
 
-__all__ = ["Buffer", "Group", "Model", "Optimizer", "Scheduler", "TrainingState", "read"]
+__all__ = ["Buffer", "Group", "Model", "Optimizer", "Parameter", "Scheduler", "TrainingState", "read"]
 
 META = "trackopt"
+_MOST_KEYS = 250_000  # no checkpoint has more at its top; such a file is not searched for a training state
+_FEW = 1_000  # entries at the top of which the scalars are read
 _SCALER = frozenset({"scale", "growth_factor", "backoff_factor"})
 
 
@@ -46,6 +48,7 @@ class TrainingState:
         batch: Batches of the epoch that were used up; only trackopt says it.
         meta: trackopt's own entry; empty for everybody else's files.
         framework: Who wrote it, as ``"Lightning"``; None where nothing tells.
+        evidence: What the framework was told from.
         scaler: Name and state of a gradient scaler; it is among the extras too.
     """
 
@@ -59,7 +62,13 @@ class TrainingState:
     batch: int | None = None
     meta: dict[str, Any] | None = None
     framework: str | None = None
+    evidence: str = ""
     scaler: tuple[str, dict[str, Any]] | None = None
+
+    @property
+    def weights(self) -> tuple[Model, ...]:
+        """The models without the averages of them, unless there is nothing else."""
+        return tuple(model for model in self.models if not model.averaged) or self.models
 
     @property
     def own(self) -> bool:
@@ -86,6 +95,8 @@ def read(archive: Archive) -> TrainingState:
         (3, 'SGD', 3)
     """
     tree = archive.tree
+    if isinstance(tree, dict) and len(tree) > _MOST_KEYS:
+        return TrainingState(extras=(("the file", tree),))
     if is_state_dict(tree) or not isinstance(tree, dict):
         models = find_models("model", (), tree)
         return TrainingState(models=models) if models else TrainingState(extras=(("the file", tree),))
@@ -104,7 +115,9 @@ class _Reader:
         self._archive = archive
         self._tree = {str(key): value for key, value in tree.items()}
         self._meta = meta
-        self._framework, self._places = recognize(archive.format, self._tree)
+        self._framework, self._evidence, self._places = recognize(archive.format, self._tree)
+        if meta is not None:
+            self._framework, self._evidence = META, f"its key {META}"
         own: list[Entry] = [(key, (key,), node) for key, node in self._tree.items()]
         self._entries = own if meta is not None else entries(self._tree)
         self._used: set[Path] = {(META,)} if meta is not None else set()
@@ -121,9 +134,9 @@ class _Reader:
             for name, path, node in self._named("sched", is_scheduler, "scheduler")
         )
         rng = tuple(dict.fromkeys(self._rng()))
-        found = TrainingState(models, optimizers, schedulers, rng, meta=self._meta, framework=self._framework)
-        found = replace(found, **self._progress())
-        extras = tuple((".".join(path), node) for _, path, node in self._entries if path not in self._used)
+        found = TrainingState(models, optimizers, schedulers, rng, meta=self._meta)
+        found = replace(found, framework=self._framework, evidence=self._evidence, **self._progress())
+        extras = tuple((".".join(path), self._plain(node)) for _, path, node in self._entries if path not in self._used)
         return replace(found, extras=extras, scaler=next((extra for extra in extras if _is_scaler(extra[1])), None))
 
     def _told(self) -> dict[str, Any] | None:
@@ -176,6 +189,12 @@ class _Reader:
             if self._tree.get(key) is value:
                 self._used.add((key,))
         return found
+
+    def _plain(self, node: Any) -> Any:
+        """What is a tensor of no dimension (a loss may be) as its number."""
+        scalar = isinstance(node, Tensor) and not node.shape and len(self._entries) <= _FEW
+        number = self._number(node) if scalar else None
+        return node if number is None else number
 
     def _number(self, value: Any) -> float | None:
         """A finite count."""

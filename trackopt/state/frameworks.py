@@ -8,8 +8,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-#: Containers that only one program writes, by the archive's format.
-_FORMATS = ("Hugging Face Trainer", "Accelerate", "DeepSpeed", "DCP")
+#: Containers that only one program writes, by the archive's format, and the file that gives each away.
+_FORMATS = {
+    "Hugging Face Trainer": "its file trainer_state.json",
+    "Accelerate": "its files random_states or optimizer.bin",
+    "DeepSpeed": "its files mp_rank or zero_pp_rank",
+    "DCP": "its file .metadata",
+}
 _STEP_KEYS = (
     "global_step", "global_steps", "step", "iteration", "iter", "it", "n_iter", "current_iter", "num_updates",
     "total_it", "steps", "current_step", "train_step",
@@ -23,17 +28,20 @@ class Framework:
 
     Attributes:
         name: As its users say it.
+        evidence: The keys that give it away.
         fits: Told the tree, whether it wrote that.
         progress: Dictionaries that say the step and the epoch, besides the top.
     """
 
     name: str
+    evidence: str
     fits: Callable[[dict[str, Any]], bool]
     progress: Callable[[dict[str, Any]], tuple[Any, ...]] = lambda _: ()
 
 
-def _has(*keys: str) -> Callable[[dict[str, Any]], bool]:
-    return lambda tree: all(key in tree for key in keys)
+def _by_keys(name: str, *keys: str) -> Framework:
+    evidence = f"its key{'s' if len(keys) > 1 else ''} {', '.join(keys)}"
+    return Framework(name, evidence, lambda tree: all(key in tree for key in keys))
 
 
 def _in(tree: Any, *path: str) -> Any:
@@ -70,22 +78,24 @@ def _timestamp(tree: dict[str, Any]) -> tuple[Any, ...]:
 
 
 _FRAMEWORKS = (
-    Framework("Lightning", _has("pytorch-lightning_version")),
-    Framework("Composer", lambda tree: _holds(_in(tree, "state"), "timestamp"), _timestamp),
+    _by_keys("Lightning", "pytorch-lightning_version"),
+    Framework("Composer", "its key state.timestamp", lambda tree: _holds(_in(tree, "state"), "timestamp"), _timestamp),
     Framework(
         "MMEngine",
+        "its keys message_hub or meta.mmengine_version",
         lambda tree: "message_hub" in tree or _holds(_in(tree, "meta"), "mmengine_version"),
         lambda tree: (_in(tree, "meta"),),
     ),
     Framework(
         "fairseq",
+        "its keys optimizer_history or last_optimizer_state",
         lambda tree: "optimizer_history" in tree or "last_optimizer_state" in tree,
         lambda tree: (_last(_in(tree, "optimizer_history")), _in(tree, "extra_state", "train_iterator")),
     ),
-    Framework("Ultralytics", _has("train_args", "ema")),
-    Framework("timm", _has("arch", "state_dict", "args")),
-    Framework("torchvision", _has("model", "optimizer", "lr_scheduler", "epoch", "args")),
-    Framework("ignite", lambda tree: bool(_engines(tree)), _engines),
+    _by_keys("Ultralytics", "train_args", "ema"),
+    _by_keys("timm", "arch", "state_dict", "args"),
+    _by_keys("torchvision", "model", "optimizer", "lr_scheduler", "epoch", "args"),
+    Framework("ignite", "its engine's keys epoch_length, max_epochs", lambda tree: bool(_engines(tree)), _engines),
 )
 _DIRECTORIES = {
     "Hugging Face Trainer": lambda tree: (_in(tree, "trainer_state"),),
@@ -93,8 +103,8 @@ _DIRECTORIES = {
 }
 
 
-def recognize(form: str, tree: dict[str, Any]) -> tuple[str | None, tuple[Any, ...]]:
-    """The framework's name, and the dictionaries in which it counts steps and epochs, first ones first.
+def recognize(form: str, tree: dict[str, Any]) -> tuple[str | None, str, tuple[Any, ...]]:
+    """The framework's name, what it was told from, and the dictionaries in which it counts, first ones first.
 
     Args:
         form: The archive's format.
@@ -105,11 +115,11 @@ def recognize(form: str, tree: dict[str, Any]) -> tuple[str | None, tuple[Any, .
         'Lightning'
     """
     if form in _FORMATS:
-        return form, (*_DIRECTORIES.get(form, lambda _: ())(tree), tree)
+        return form, _FORMATS[form], (*_DIRECTORIES.get(form, lambda _: ())(tree), tree)
     for one in _FRAMEWORKS:
         if one.fits(tree):
-            return one.name, (*one.progress(tree), tree)
-    return None, (tree,)
+            return one.name, one.evidence, (*one.progress(tree), tree)
+    return None, "", (tree,)
 
 
 def counters(places: tuple[Any, ...]) -> Iterator[tuple[str, str, Any]]:

@@ -6,6 +6,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from trackopt.archive.nodes import Tensor
+from trackopt.state import order
 from trackopt.state.models import unique_names
 
 if TYPE_CHECKING:
@@ -65,8 +66,10 @@ def match(groups: Any, state: Any, models: tuple[Model, ...], told: Any) -> tupl
     if ids and all(isinstance(key, str) for key in ids):
         return {key: key for key in ids}, "its keys"
     sets = _candidates(models)
-    for candidates in filter(None, map(_in_order, sets)):
-        found, how = _by_order(groups, state, candidates)
+    for candidates in sets:
+        found, how = _by_order(groups, state, _in_order(candidates))
+        if not found:
+            found, how = _by_kind(groups, state, candidates)
         if found:
             return found, how
     for candidates in sets:
@@ -78,7 +81,7 @@ def match(groups: Any, state: Any, models: tuple[Model, ...], told: Any) -> tupl
 
 def _candidates(models: tuple[Model, ...]) -> list[dict[str, Tensor]]:
     """What an optimizer may have been given: one model's parameters, or those of all."""
-    each = [unique_names(model.trainable) for model in models]
+    each = [unique_names(model.trainable) for model in sorted(models, key=lambda one: one.averaged)]
     several = [{name: tensor for one in each for name, tensor in one.items()}] if len(each) > 1 else []
     return each + several
 
@@ -142,6 +145,22 @@ def _by_order(groups: Any, state: Any, candidates: dict[str, Tensor]) -> tuple[N
     found = _merged([[(key, shapes[key]) for key in group["params"]] for group in groups], candidates)
     left = len(candidates) - len(ids)
     return found, f"{how}, {left} frozen left out" if left else f"{how}, in each group"
+
+
+def _by_kind(groups: Any, state: Any, candidates: dict[str, Tensor]) -> tuple[Names, str]:
+    """The names if each kind of parameter is in a group of its own, or all are in one; partly where orders differ."""
+    likes = [[(key, alike(state.get(key))) for key in group["params"]] for group in groups]
+    sequences = [[(key, like.shape) for key, like in group if like is not None] for group in likes]
+    if not sequences or sum(map(len, sequences)) < sum(map(len, likes)):
+        return {}, ""
+    is_sorted = any(map(_is_sorted, candidates.values()))
+    named = order.reordered if is_sorted else order.in_order
+    ways = order.deals(sequences, {name: tensor.shape for name, tensor in candidates.items()})
+    found = [names for hands in ways if (names := named(sequences, hands)) is not None]
+    if len(found) != 1:
+        return {}, ""
+    how = f"the {'usual order of modules' if is_sorted else 'order'} within groups, shapes agree"
+    return found[0], how if len(found[0]) == len(candidates) else f"{how}, {len(found[0])} of {len(candidates)}"
 
 
 def _merged(groups: list[list[tuple[Any, tuple[int, ...]]]], candidates: dict[str, Tensor]) -> Names:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,9 +15,13 @@ if TYPE_CHECKING:
 
 #: Ends of names that are buffers of a module, which no optimizer moves.
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
-_AVERAGES = ("ema", "swa", "average", "averaged")
+_AVERAGE = re.compile(r"(?i)(?<![a-z])(ema|swa|averaged?|avg)(?![a-z])")
+_COUNT = "n_averaged"  # in the state dict of torch's AveragedModel
+#: Parts of names under which modules keep what is no tensor: extra state, packed weights of quantized layers.
+_BESIDES = frozenset({"_extra_state", "_packed_params", "_all_weight_values"})
 _MODULE = frozenset({"_parameters", "_buffers", "_modules"})
 _FLOATING = ("float", "bfloat", "complex")
+_QUANTIZED = ("qint", "quint")
 
 
 @dataclass(frozen=True)
@@ -45,8 +50,9 @@ class Model:
 
     @property
     def parameters(self) -> int:
-        """Elements of its parameters; what is tied counts once."""
-        return sum(tensor.elements for tensor in unique(self.trainable.values()))
+        """Elements of its parameters, quantized ones too; what is tied counts once."""
+        quantized = [tensor for tensor in self.tensors.values() if tensor.dtype.startswith(_QUANTIZED)]
+        return sum(tensor.elements for tensor in unique([*self.trainable.values(), *quantized]))
 
     @property
     def nbytes(self) -> int:
@@ -55,8 +61,8 @@ class Model:
 
     @property
     def averaged(self) -> bool:
-        """Whether it is a running average of the weights rather than what is trained, by its name."""
-        return any(word in self.name.lower() for word in _AVERAGES)
+        """Whether it is a running average of the weights rather than what is trained, by its name or its count."""
+        return _COUNT in self.tensors or bool(_AVERAGE.search(self.name))
 
     @property
     def prefix(self) -> str:
@@ -93,11 +99,11 @@ def unique_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def is_state_dict(node: Any) -> bool:
-    """Whether a node is a flat dictionary of names to tensors (extra state of modules aside)."""
+    """Whether a node is a flat dictionary of names to tensors (what modules keep besides them aside)."""
     if not isinstance(node, dict) or not node or not all(isinstance(key, str) for key in node):
         return False
     others = [key for key, value in node.items() if not isinstance(value, Tensor | nodes.Compound)]
-    return len(others) < len(node) and all(key.endswith("_extra_state") for key in others)
+    return len(others) < len(node) and all(_BESIDES.intersection(key.split(".")) for key in others)
 
 
 def is_module(node: Any) -> bool:

@@ -33,6 +33,25 @@ class Buffer:
 
 
 @dataclass(frozen=True)
+class Parameter:
+    """A parameter that an optimizer moves.
+
+    Attributes:
+        id: As its groups and its state call it.
+        name: In the model; None where it is not known.
+        group: The name of its group.
+        shape: None where it is not known.
+        buffers: Names of the buffers that the optimizer keeps for it.
+    """
+
+    id: int | str
+    name: str | None
+    group: str
+    shape: tuple[int, ...] | None
+    buffers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Group:
     """A parameter group.
 
@@ -60,6 +79,7 @@ class Optimizer:
         evidence: What the class was told from.
         unknown: Hyperparameters and buffers that the class is not known to have.
         groups: The parameter groups.
+        parameters: Those of all groups, in order.
         buffers: By name.
         steps: Smallest and largest step counter; None where there is none.
         names: Parameter names by id.
@@ -74,6 +94,7 @@ class Optimizer:
     evidence: str
     unknown: tuple[str, ...]
     groups: tuple[Group, ...]
+    parameters: tuple[Parameter, ...]
     buffers: dict[str, Buffer]
     steps: tuple[float, float] | None
     names: dict[Any, str]
@@ -118,13 +139,19 @@ def read_optimizer(
         guess = replace(guess, cls=told.rpartition(".")[2], evidence="saved beside it")
     shapes = _shapes(groups, state, names, models, _told(meta, "param_shapes", name))
     unmatched = [str(key) for key in state if key not in known]
+    parts = tuple(_group(archive, i, group, names, shapes) for i, group in enumerate(groups))
     return Optimizer(
         name=name,
         path=path,
         cls=guess.cls,
         evidence=guess.evidence,
         unknown=guess.unknown,
-        groups=tuple(_group(archive, i, group, names, shapes) for i, group in enumerate(groups)),
+        groups=parts,
+        parameters=tuple(
+            Parameter(key, known.get(key), part.name, shapes.get(key), _kept(state.get(key)))
+            for part, group in zip(parts, groups, strict=True)
+            for key in group["params"]
+        ),
         buffers=_buffers(state, names),
         steps=_steps(archive, state),
         names=names,
@@ -208,6 +235,12 @@ def _buffers(state: Any, names: dict[Any, str]) -> dict[str, Buffer]:
                 name = ".".join((names.get(key, str(key)), *path))
                 found.setdefault(str(buffer), {})[name] = tensor
     return {name: Buffer(name, parts) for name, parts in found.items()}
+
+
+def _kept(entry: Any) -> tuple[str, ...]:
+    """Names of the buffers in one parameter's state."""
+    inside = entry.items() if isinstance(entry, dict) else ()
+    return tuple(str(key) for key, value in inside if key not in _COUNTERS and next(tensors(value), None))
 
 
 def _steps(archive: Archive, state: Any) -> tuple[float, float] | None:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from trackopt import state
 from trackopt.archive.text import describe
-from trackopt.state import TrainingState
 from trackopt.state.models import dtypes
 from trackopt.summary.findings import LISTED, Finding, findings, of_buffer, parts_of
 
@@ -19,11 +18,8 @@ if TYPE_CHECKING:
 
     from trackopt.archive import Archive
     from trackopt.archive.nodes import Tensor
-    from trackopt.state import Optimizer, Scheduler
+    from trackopt.state import Model, Optimizer, Parameter, Scheduler, TrainingState
     from trackopt.summary.statistics import Statistics
-
-
-_MOST_KEYS = 250_000
 
 
 @dataclass(frozen=True)
@@ -52,19 +48,16 @@ class Summary:
 
     def as_dict(self) -> dict[str, Any]:
         """The facts under the keys of ``inspect --json``."""
-        weights = [tensor for model in self.state.models for tensor in model.tensors.values()]
+        averages = [model for model in self.state.models if model.averaged]
         result = {
             "path": self.path,
             "format": self.format,
+            "framework": _framework(self.state),
             "bytes": self.bytes,
             "step": self.state.step,
             "epoch": self.state.epoch,
-            "model": {
-                "tensors": len(weights),
-                "parameters": sum(model.parameters for model in self.state.models),
-                "bytes": sum(model.nbytes for model in self.state.models),
-                "dtypes": dtypes(weights),
-            },
+            "model": _weights(self.state.weights),
+            "averages": [{"name": model.name, **_weights((model,))} for model in averages[:LISTED]],
             "optimizers": [_optimizer(one, self.statistics) for one in self.state.optimizers],
             "schedulers": [_scheduler(one) for one in self.state.schedulers],
             "rng": list(self.state.rng),
@@ -111,7 +104,7 @@ def summarize(
         ...     summarize(archive).as_dict()["model"]
         {'tensors': 1, 'parameters': 6, 'bytes': 24, 'dtypes': {'float32': 6}}
     """
-    found, measured = _understood(archive), None
+    found, measured = state.read(archive), None
     if statistics:
         from trackopt.summary.statistics import measure
 
@@ -128,11 +121,18 @@ def summarize(
     )
 
 
-def _understood(archive: Archive) -> TrainingState:
-    """The training state; what has more keys at its top than any checkpoint is not searched for one."""
-    if isinstance(archive.tree, dict) and len(archive.tree) > _MOST_KEYS:
-        return TrainingState(extras=(("the file", archive.tree),))
-    return state.read(archive)
+def _framework(found: TrainingState) -> dict[str, str] | None:
+    return {"name": found.framework, "evidence": found.evidence} if found.framework is not None else None
+
+
+def _weights(models: tuple[Model, ...]) -> dict[str, Any]:
+    every = [tensor for model in models for tensor in model.tensors.values()]
+    return {
+        "tensors": len(every),
+        "parameters": sum(model.parameters for model in models),
+        "bytes": sum(model.nbytes for model in models),
+        "dtypes": dtypes(every),
+    }
 
 
 def _optimizer(one: Optimizer, statistics: dict[str, Statistics] | None) -> dict[str, Any]:
@@ -140,6 +140,7 @@ def _optimizer(one: Optimizer, statistics: dict[str, Statistics] | None) -> dict
         "name": one.name,
         "class": one.cls or None,
         "evidence": one.evidence,
+        "unknown": list(one.unknown[:LISTED]),
         "groups": [
             {
                 "name": group.name,
@@ -160,7 +161,19 @@ def _optimizer(one: Optimizer, statistics: dict[str, Statistics] | None) -> dict
             for name, buffer in one.buffers.items()
         },
         "steps": {"min": one.steps[0], "max": one.steps[1]} if one.steps else None,
-        "unmatched": list(one.unmatched),
+        "matching": one.matching or None,
+        "parameters": [_parameter(parameter) for parameter in one.parameters[:LISTED]],
+        "unmatched": list(one.unmatched[:LISTED]),
+    }
+
+
+def _parameter(one: Parameter) -> dict[str, Any]:
+    return {
+        "id": one.id,
+        "name": one.name,
+        "group": one.group,
+        "shape": list(one.shape) if one.shape is not None else None,
+        "buffers": list(one.buffers),
     }
 
 
@@ -168,6 +181,8 @@ def _scheduler(one: Scheduler) -> dict[str, Any]:
     return {
         "name": one.name,
         "class": one.cls or None,
+        "evidence": one.evidence,
+        "unknown": list(one.unknown[:LISTED]),
         "last_epoch": one.last_epoch,
         "last_lr": list(one.last_lr),
         "agrees": one.agrees,

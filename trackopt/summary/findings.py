@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from trackopt import integrity
 from trackopt.archive.safe import is_safe
-from trackopt.state.models import unique
+from trackopt.state.models import unique, unique_names
 
 if TYPE_CHECKING:
     from trackopt.archive import Archive
@@ -29,7 +29,7 @@ class Finding:
     """Something that a person should know.
 
     Attributes:
-        level: ``"ok"``, ``"warning"`` or ``"error"``.
+        level: ``"info"``, ``"ok"``, ``"warning"`` or ``"error"``.
         text: One line.
     """
 
@@ -38,7 +38,7 @@ class Finding:
 
 
 def findings(archive: Archive, found: TrainingState, measured: dict[str, Statistics] | None) -> list[Finding]:
-    """Everything to be told: errors, warnings, and if there is neither, the good news.
+    """Everything to be told: errors, warnings, and if there is neither, the good news; what is merely so at last.
 
     Args:
         archive: The open archive.
@@ -51,16 +51,19 @@ def findings(archive: Archive, found: TrainingState, measured: dict[str, Statist
     lines = [*_missing(found), *_odd(found), *_rates(found), *_heavy(archive), *_foreign(archive), *_hidden(archive)]
     lines += [*_unlisted(archive, found), *_unhealthy(found, measured or {})]
     warnings = [Finding("warning", line) for line in lines]
-    if errors or warnings:
-        return errors + warnings
+    told = errors + warnings or [Finding("ok", _good_news(found, read_all=read_all))]
+    return told + [Finding("info", line) for line in _frozen(found)]
+
+
+def _good_news(found: TrainingState, *, read_all: bool) -> str:
     sums = (
         "every checksum is right"
         if read_all
         else "the structure is sound (checksums of a file this large are not read here)"
     )
     if found.own:
-        return [Finding("ok", f"resumes exactly: everything a run needs is here, and {sums}")]
-    return [Finding("ok", f"weights, optimizer, scheduler and random states are here, and {sums}")]
+        return f"resumes exactly: everything a run needs is here, and {sums}"
+    return f"weights, optimizer, scheduler and random states are here, and {sums}"
 
 
 def _first(lines: list[str], what: str) -> list[str]:
@@ -105,6 +108,17 @@ def _odd(found: TrainingState) -> list[str]:
     return lines
 
 
+def _frozen(found: TrainingState) -> list[str]:
+    """Parameters that no optimizer moves, if it is known which ones are moved."""
+    names = {name: None for model in found.weights for name in unique_names(model.trainable)}
+    moved = {parameter.name for one in found.optimizers for parameter in one.parameters}
+    left = [name for name in names if name not in moved]
+    if not moved or not moved <= names.keys() or not left:
+        return []
+    listed = ", ".join(left[:_MANY]) + (", …" if len(left) > _MANY else "")
+    return [f"{len(left)} of {len(names)} parameters are in no optimizer, so frozen or forgotten: {listed}"]
+
+
 def _heavy(archive: Archive) -> list[str]:
     """Storages that are much larger than what their tensors show."""
     shown: Counter[str] = Counter()
@@ -130,6 +144,7 @@ def _foreign(archive: Archive) -> list[str]:
 def _unlisted(archive: Archive, found: TrainingState) -> list[str]:
     """What is too much to be listed, and so may hide something."""
     counts = {"entries at the top": len(found.extras), "names of classes and functions": len(archive.globals)}
+    counts |= {f"parameters in {one.name}": len(one.parameters) for one in found.optimizers}
     return [f"{count:,} {what}, of which {LISTED:,} are listed" for what, count in counts.items() if count > LISTED]
 
 

@@ -6,10 +6,11 @@ NumPy is imported when the first tensor is measured, and only then.
 from __future__ import annotations
 
 import math
-import os
+import threading
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from trackopt.archive.parallel import in_threads
 from trackopt.archive.source import misfit
 from trackopt.errors import ArchiveError
 
@@ -21,11 +22,13 @@ if TYPE_CHECKING:
     from trackopt.archive.tensors import Array
 
 _PIECE = 16 << 20  # what one thread takes at a time
-_BLOCK = 1 << 19  # what it holds at a time; stays in a core's cache
+_BLOCK = 1 << 18  # values that it holds at a time: few enough for a cache, and so many that threads seldom meet
+_ROW = 4096  # values that are summed in their own precision; BLAS takes so few in the thread that asks
 _GATHERED = 64 << 20
 _MEASURED = ("float", "bfloat", "int", "uint", "bool", "complex")
 #: Between these, squares of float32 neither overflow nor vanish.
 _SMALL, _LARGE = 1e-12, 1e12
+_CANCELLED = 32  # how many times the spread the sum of squares may be before the spread is taken from the mean
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,30 +97,43 @@ def measure(archive: Archive, progress: Callable[[int, int], None] | None = None
 
     Args:
         archive: An open archive. Memory stays at some MB for each core, however large it is.
-        progress: Told the bytes that are done and the bytes in all, from time to time.
+        progress: Told the bytes that are done and the bytes in all, from time to time, by one thread at a time.
 
     Left out are tensors whose values are not in the file, quantized and packed ones, and large ones that are
     neither contiguous nor a permutation of that.
     """
-    from concurrent.futures import ThreadPoolExecutor
-
     alike: dict[tuple[Tensor, int], list[str]] = {}
     for name, tensor in archive.tensors():
         if tensor.dtype.startswith(_MEASURED) and misfit(tensor, archive.source) is None:
             alike.setdefault((_flat(tensor), id(tensor.storage.region)), []).append(name)
     pieces = [(key, piece) for key in alike for piece in _pieces(key[0])]
-    total, done = sum(piece.nbytes for _, piece in pieces), 0
+    tell = _counted(progress, sum(piece.nbytes for _, piece in pieces))
+
+    def measured(piece: Tensor) -> Statistics | None:
+        part = _measured(archive, piece)
+        tell(piece.nbytes)
+        return part
+
     found: dict[tuple[Tensor, int], Statistics | None] = {}
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        parts = pool.map(lambda pair: _measured(archive, pair[1]), pieces)
-        for (key, piece), part in zip(pieces, parts, strict=True):
-            before = found.get(key, Statistics())
-            found[key] = before.joined(part) if before is not None and part is not None else None
-            done += piece.nbytes
-            if progress is not None:
-                progress(done, total)
+    for (key, _), part in zip(pieces, in_threads(measured, [piece for _, piece in pieces]), strict=True):
+        before = found.get(key, Statistics())
+        found[key] = before.joined(part) if before is not None and part is not None else None
     told = {name: part for key, part in found.items() if part is not None for name in alike[key]}
     return {name: told[name] for name, _ in archive.tensors() if name in told}
+
+
+def _counted(progress: Callable[[int, int], None] | None, total: int) -> Callable[[int], None]:
+    """Adds up what the threads have done, and tells it."""
+    done, lock = 0, threading.Lock()
+
+    def count(size: int) -> None:
+        nonlocal done
+        with lock:
+            done += size
+            if progress is not None:
+                progress(done, total)
+
+    return count
 
 
 def _flat(tensor: Tensor) -> Tensor:
@@ -142,7 +158,7 @@ def _measured(archive: Archive, tensor: Tensor) -> Statistics | None:
     if not tensor.contiguous and tensor.nbytes > _GATHERED:
         return None
     try:
-        return joined(map(_block, archive.chunks(tensor, _BLOCK)))
+        return joined(map(_block, archive.chunks(tensor, _BLOCK * min(tensor.itemsize, 4))))
     except ArchiveError:
         return None  # `verify`, and the findings, say why
 
@@ -161,15 +177,38 @@ def _block(values: Array) -> Statistics:
         low, high = float(values.min()), float(values.max())
         if not (math.isfinite(low) and math.isfinite(high)):
             return _odd_block(values)
+        if low == high:
+            return Statistics(values.size, low, 0.0, low, high, zero=0 if low else values.size)
         zero = values.size - int(np.count_nonzero(values != 0)) if low <= 0 <= high else 0
         if values.dtype.itemsize == 4 and not _SMALL < max(-low, high) < _LARGE:
             values = values.astype("f8")
-        mean = float(values.mean())
-        away: Any = values - values.dtype.type(mean)
-        # einsum and not dot: BLAS would start threads of its own in each of ours.
-        spread = float(np.einsum("i,i->", away, away))
-        shift = mean - float(values.dtype.type(mean))
-    return Statistics(values.size, mean, max(0.0, spread - values.size * shift**2), low, high, 0, 0, zero)
+        mean, spread = _moments(values)
+    return Statistics(values.size, mean, spread, low, high, zero=zero)
+
+
+def _moments(values: Array) -> tuple[float, float]:
+    """The mean, and the sum of squared distances from it."""
+    import numpy as np
+
+    one = np.ones(_ROW, values.dtype)
+    mean, squares = _dot(values, one) / values.size, _dot(values)
+    spread = squares - values.size * mean**2
+    if squares < _CANCELLED * spread:
+        return mean, spread
+    middle = values.dtype.type(mean)
+    away = values - middle
+    shift = _dot(away, one) / values.size
+    return float(middle) + shift, max(0.0, _dot(away) - values.size * shift**2)
+
+
+def _dot(values: Array, row: Array | None = None) -> float:
+    """The sum of all values times those of a row that is repeated, or of their squares; float64 across rows."""
+    import numpy as np
+
+    whole = values.size // _ROW * _ROW
+    rows, rest = values[:whole].reshape(-1, 1, _ROW), values[whole:]
+    products = np.matmul(rows, rows.reshape(-1, _ROW, 1) if row is None else row)
+    return float(products.sum(dtype="f8")) + float(np.dot(rest, rest if row is None else row[: rest.size]))
 
 
 def _odd_block(values: Array) -> Statistics:

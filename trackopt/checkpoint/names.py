@@ -1,0 +1,60 @@
+"""Names of parameters: the same one may have two, since wrappers and modules around it put something in front."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+#: What DataParallel, DDP, torch.compile and FSDP put into names.
+_WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module"})
+
+
+def align(saved: Iterable[str], live: Iterable[str]) -> dict[str, str]:
+    """The live name of each saved name, where it has one.
+
+    Equal names go together; then those that differ by wrappers; then, where that leaves live names without a partner,
+    those that differ by one prefix for all (a ``LightningModule``'s ``model.``).
+
+    Example:
+        >>> align(["module.fc.weight"], ["fc.weight"]), align(["net.fc.weight", "head.bias"], ["fc.weight"])
+        ({'module.fc.weight': 'fc.weight'}, {'net.fc.weight': 'fc.weight'})
+    """
+    saved, live = list(saved), list(live)
+    if set(live) <= set(saved):
+        return {name: name for name in live}
+    here = {_bare(name): name for name in live}
+    if len(here) < len(live):
+        return {name: name for name in live if name in set(saved)}
+    there = {_bare(name): name for name in saved}
+    prefix = _prefix(there, here)
+    shifted = {name.removeprefix(prefix): own for name, own in there.items() if name.startswith(prefix)}
+    return {shifted[name]: own for name, own in here.items() if name in shifted}
+
+
+def listed(names: Iterable[Any], most: int = 3) -> str:
+    """``a, b, c and 4 more``."""
+    names = sorted(map(str, names))
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def describe(shape: tuple[int, ...], dtype: str) -> str:
+    """``8×4 float32``."""
+    return f"{'×'.join(map(str, shape)) or 'a scalar'} {dtype}"
+
+
+def _bare(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def _prefix(saved: Iterable[str], live: Iterable[str]) -> str:
+    """What stands in front of the live names in most of the saved ones; the shortest, where several do."""
+    live = set(live)
+    count: Counter[str] = Counter()
+    for name in saved:
+        parts = name.split(".")
+        count.update(".".join(parts[:i]) + "." * bool(i) for i in range(len(parts)) if ".".join(parts[i:]) in live)
+    most = max(count.values(), default=0)
+    return min((prefix for prefix, found in count.items() if found == most), key=len, default="")

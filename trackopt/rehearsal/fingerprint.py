@@ -1,0 +1,105 @@
+"""CRC-32 of whatever a training step is made of: weights, optimizer state, batches, random states."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from trackopt.archive.checksums import crc32
+from trackopt.checkpoint import rng
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from trackopt.checkpoint import Training
+
+_DEEPEST = 8  # levels of containers and objects; what refers to itself must come to an end
+
+
+def fingerprint(value: Any, start: int = 0, depth: int = _DEEPEST) -> int:
+    """The CRC-32 of a value's content: tensors, arrays, plain values, containers, and objects by their attributes.
+
+    Args:
+        value: Anything; of what has no content that can be read, the class counts.
+        start: The fingerprint of what came before.
+        depth: How many levels to go down.
+
+    Example:
+        >>> fingerprint({"x": torch.ones(2)}) == fingerprint({"x": torch.ones(2)})
+        True
+        >>> fingerprint([1.0, 2.0]) == fingerprint([2.0, 1.0])
+        False
+    """
+    if isinstance(value, torch.Tensor):
+        return int(crc32(_bytes(value), crc32(f"{value.dtype}{tuple(value.shape)}".encode(), start)))
+    if isinstance(value, np.ndarray) and not value.dtype.hasobject:
+        return int(crc32(value.tobytes(), start))
+    if value is None or isinstance(value, (str, bytes, bool, int, float, complex, np.generic)):
+        return int(crc32(repr(value).encode(errors="surrogatepass"), start))
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
+    crc = int(crc32(type(value).__qualname__.encode(), start))
+    for part in _parts(value) if depth else ():
+        crc = fingerprint(part, crc, depth - 1)
+    return crc
+
+
+def weights(training: Training) -> dict[str, int]:
+    """The fingerprint of every tensor of the models, and of every other parameter that an optimizer moves."""
+    models = training.models
+    found: dict[str, int] = {}
+    seen: set[int] = set()
+    for model, module in models.items():
+        seen |= {id(parameter) for parameter in module.parameters()}
+        for name, tensor in module.state_dict().items():
+            found[name if len(models) == 1 else f"{model}.{name}"] = fingerprint(tensor)
+    for name, _, parameter in _parameters(training):
+        if id(parameter) not in seen:
+            found[name] = fingerprint(parameter)
+    return found
+
+
+def optimizer_state(training: Training) -> dict[str, int]:
+    """The fingerprint of what the optimizers keep about each parameter, by its name."""
+    return {name: fingerprint(dict(state)) for name, state, _ in _parameters(training)}
+
+
+def rates(training: Training) -> list[float]:
+    """The learning rate of every parameter group, as it stands."""
+    return [float(group["lr"]) for one in training.optimizers.values() for group in one.param_groups if "lr" in group]
+
+
+def randomness() -> dict[str, int]:
+    """The fingerprint of each global generator's state."""
+    return {name: fingerprint(state) for name, state in rng.capture().items()}
+
+
+def _parameters(training: Training) -> Iterable[tuple[str, Mapping[Any, Any], torch.Tensor]]:
+    several = len(training.optimizers) > 1
+    names = training.parameter_names()
+    for key, optimizer in training.optimizers.items():
+        for group, own in zip(optimizer.param_groups, names[key], strict=True):
+            for parameter, name in zip(group["params"], own, strict=True):
+                yield f"{key}.{name}" if several else name, optimizer.state.get(parameter, {}), parameter
+
+
+def _bytes(tensor: torch.Tensor) -> Any:
+    plain = tensor.detach().resolve_conj()
+    if plain.is_quantized:
+        plain = plain.int_repr()
+    if plain.layout is not torch.strided:
+        plain = plain.to_dense()
+    return plain.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
+def _parts(value: Any) -> Iterable[Any]:
+    if isinstance(value, Mapping):
+        return [part for item in value.items() for part in item]
+    if isinstance(value, (list, tuple)):
+        return value
+    if isinstance(value, (set, frozenset)):
+        return sorted(map(repr, value))
+    return list(getattr(value, "__dict__", {}).values())

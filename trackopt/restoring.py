@@ -1,0 +1,96 @@
+"""``restore``: a checkpoint into live objects without a run, for evaluation and fine-tuning."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trackopt import archive, integrity
+from trackopt import state as training_state
+from trackopt.arguments import check_objects
+from trackopt.checkpoint import Training
+from trackopt.checkpoint import restore as put
+from trackopt.checkpoint.foreign import read
+from trackopt.checkpoint.saved import of_run
+from trackopt.checkpoint.store import load
+from trackopt.errors import CheckpointError, UsageError
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Mapping
+
+    from torch import nn
+    from torch.optim import Optimizer
+
+    from trackopt.checkpoint.capture import Generator, Stateful
+
+
+@dataclass(frozen=True)
+class Restored:
+    """What `restore` did.
+
+    Attributes:
+        step: The optimizer steps that the checkpoint says were taken; ``None`` where it does not.
+        epoch: Its epoch, as its writer counts.
+        left_out: What did not fit, one line each; with ``strict`` nothing.
+    """
+
+    step: int | None
+    epoch: int | None
+    left_out: tuple[str, ...]
+
+
+def restore(
+    path: str | os.PathLike[str],
+    *,
+    model: nn.Module | Mapping[str, nn.Module] | None = None,
+    optimizer: Optimizer | Mapping[str, Optimizer] | None = None,
+    scheduler: Any = None,
+    strict: bool = True,
+    **stateful: Stateful | Generator,
+) -> Restored:
+    """Put a checkpoint into live objects, without a run.
+
+    Any checkpoint that ``trackopt inspect`` reads will do: a run's, a plain ``torch.save`` file, a Lightning
+    ``.ckpt``, safetensors, a directory of the Hugging Face Trainer. Nothing in it is run. Only what is passed is
+    restored, by parameter name; prefixes that wrappers put into names (``module.``, ``_orig_mod.``, a
+    ``LightningModule``'s ``model.``) do not matter. Random generators are left alone: to go on with a run exactly,
+    use ``wrap``.
+
+    Args:
+        path: A file, a checkpoint's directory, a run's directory (its newest checkpoint) or ``DIRECTORY@STEP``.
+        model: The module to fill, or a dict by name.
+        optimizer: The optimizer, or a dict by name.
+        scheduler: The LR scheduler, or a dict by name.
+        strict: Whether every name, shape, dtype and class must fit. With ``False`` what fits is loaded.
+        **stateful: Other objects, under the keys of the checkpoint.
+
+    Returns:
+        Step and epoch of the checkpoint, and what was left out.
+
+    Raises:
+        UsageError: There is nothing to restore into.
+        ArchiveError, CheckpointError: The checkpoint cannot be read, or is damaged.
+        MismatchError: It does not fit. Nothing was changed.
+
+    Example:
+        >>> import tempfile, torch
+        >>> path = tempfile.mktemp(suffix=".pt")
+        >>> torch.save({"state_dict": {"module.weight": torch.ones(1, 2)}, "epoch": 3}, path)
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> restore(path, model=model).epoch, model.weight.tolist()
+        (3, [[1.0, 1.0]])
+    """
+    training = Training(model, optimizer, scheduler, stateful)
+    check_objects(training)
+    if not (training.models or training.optimizers or training.schedulers or stateful):
+        raise UsageError("restore() was given nothing to restore into; pass model=, optimizer= or scheduler=")
+    place = archive.locate(Path(path))
+    if problems := integrity.check(place):
+        raise CheckpointError(f"{place}: cannot be used ({problems[0]})")
+    with archive.open(place) as opened:
+        found = training_state.read(opened)
+        saved = of_run(load(place)) if found.own else read(opened, training)
+    left_out = put(training, saved, place, strict=strict, whole=False)
+    return Restored(found.step, found.epoch, tuple(left_out))

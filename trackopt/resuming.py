@@ -1,0 +1,105 @@
+"""Going on from a checkpoint: which one, and when it goes into the live objects."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trackopt.checkpoint import restore, rng
+from trackopt.checkpoint.saved import of_run
+from trackopt.checkpoint.store import load
+from trackopt.errors import CheckpointError, RunError
+
+if TYPE_CHECKING:
+    import os
+
+    from trackopt.checkpoint import Store, Training
+    from trackopt.directory import RunDirectory
+
+
+class Resumption:
+    """One checkpoint, on its way into the objects of a training.
+
+    It goes there when the run is made, so that the script finds everything as it was. From a checkpoint in the middle
+    of an epoch it goes there once more when the loop has reached that place, since the epoch's first lines have run
+    again by then and may have decayed an LR or added a parameter group a second time.
+
+    Args:
+        training: The live objects.
+        path: The checkpoint.
+        meta: What it says under ``trackopt``.
+        strict: Whether all of it must fit.
+    """
+
+    def __init__(self, training: Training, path: Path, meta: dict[str, Any], *, strict: bool) -> None:
+        self.path = path
+        self.meta = meta
+        self._training = training
+        self._strict = strict
+        self._chosen: dict[str, list[dict[str, Any]]] = {}
+
+    def apply(self, tree: dict[str, Any]) -> list[str]:
+        """Put it into the objects; what was left out, where not all of it must fit.
+
+        Args:
+            tree: Its contents, as ``find`` read them.
+
+        Raises:
+            MismatchError: It does not fit; nothing was changed.
+        """
+        within_epoch = self.meta["position"]["epoch_start"] is not None
+        saved = of_run(tree, self.meta["groups"] if within_epoch else None)
+        left_out = restore(self._training, saved, self.path, strict=self._strict)
+        self._freeze()
+        rng.restore(tree["rng"])
+        return left_out
+
+    def begin_loop(self) -> None:
+        """The script's set-up is done: an LR that it chose since it resumed is meant, and stays."""
+        self._chosen = {name: _hyperparameters(one) for name, one in self._training.optimizers.items()}
+
+    def arrive(self) -> None:
+        """The loop has reached the place where the checkpoint was taken: undo what ran a second time."""
+        if self._strict:
+            saved = of_run(load(self.path))
+            moved = {name: replace(one, settings=None) for name, one in saved.schedulers.items()}
+            restore(self._training, replace(saved, schedulers=moved), self.path)
+            self._freeze()
+        for name, groups in self._chosen.items():
+            for group, chosen in zip(self._training.optimizers[name].param_groups, groups, strict=False):
+                group.update(chosen)
+
+    def _freeze(self) -> None:
+        frozen = set(self.meta["frozen"])
+        for name, parameter in self._training.named_parameters().items():
+            parameter.requires_grad_(name not in frozen)
+
+
+def find(directory: RunDirectory, store: Store, resume: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]] | None:
+    """The checkpoint to go on from, read; ``None`` where the run begins anew.
+
+    Raises:
+        RunError: It belongs to another run, or there must be none.
+        CheckpointError: There is no sound one where one must be.
+    """
+    if resume == "never":
+        if directory.identity:
+            raise RunError(f"{directory.path}: holds a run already and resume='never'; choose another dir")
+        return None
+    if resume in {"auto", "must"}:
+        found = store.newest()
+        if found is None and resume == "must":
+            raise CheckpointError(f"{directory.path}: no checkpoint to resume from; start with resume='auto'")
+    else:
+        found = (Path(resume), load(Path(resume)))
+    if found is not None and directory.identity and found[1]["trackopt"]["run_id"] != directory.identity["id"]:
+        raise RunError(f"{found[0]}: belongs to another run than {directory.path}; choose another dir")
+    return found
+
+
+def _hyperparameters(optimizer: Any) -> list[dict[str, Any]]:
+    return [
+        {key: value for key, value in group.items() if key not in ("params", "param_names")}
+        for group in optimizer.param_groups
+    ]

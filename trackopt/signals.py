@@ -1,0 +1,71 @@
+"""Signals that ask a training to stop: it ends its iteration, saves, and goes.
+
+Ctrl-C sends SIGINT; Slurm, Kubernetes and torchrun send SIGTERM; Slurm's ``--signal=USR1@60`` sends SIGUSR1 a minute
+before the time is up. Python would raise ``KeyboardInterrupt`` or die in the middle of a step.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import FrameType
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+_STDERR = 2
+
+
+class StopSignals:
+    """Takes note of the first stop signal; a second one does what it did before.
+
+    A handler of the user's own is called as well. Nothing is installed outside the main thread, for a signal that is
+    ignored (as SIGINT is under ``nohup``), and for Ctrl-C at a prompt, where it means the current line.
+
+    Attributes:
+        received: The signal that came, if one did.
+    """
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self._pid = os.getpid()
+        self._before: dict[signal.Signals, Any] = {}
+        if threading.current_thread() is threading.main_thread():
+            for number in _SIGNALS:
+                if signal.getsignal(number) not in (signal.SIG_IGN, None) and not _at_a_prompt(number):
+                    self._before[number] = signal.signal(number, self._note)
+
+    @property
+    def exit_code(self) -> int:
+        """What a process that stopped for the signal ends with: 143 for SIGTERM, 130 for SIGINT."""
+        return 128 + int(self.received or 0)
+
+    def close(self) -> None:
+        """Put the earlier handlers back, where nobody has put others since."""
+        for number, before in self._before.items():
+            if signal.getsignal(number) == self._note:
+                signal.signal(number, before)
+        self._before = {}
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        before = self._before.get(signal.Signals(number), signal.SIG_DFL)
+        if self.received is not None:
+            self.close()
+            signal.raise_signal(number)
+            return
+        self.received = signal.Signals(number)
+        if os.getpid() != self._pid:
+            return  # a forked data worker: Ctrl-C reaches it too, and the training still needs it
+        text = f"trackopt: {self.received.name}: stopping after this iteration; once more stops at once\n"
+        os.write(_STDERR, text.encode())  # a handler may run in the middle of a write to sys.stderr
+        if callable(before) and before is not signal.default_int_handler:
+            chained: Callable[[int, FrameType | None], Any] = before
+            chained(number, frame)
+
+
+def _at_a_prompt(number: signal.Signals) -> bool:
+    return number == signal.SIGINT and hasattr(sys, "ps1")
