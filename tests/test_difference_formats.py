@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch.distributed import checkpoint as dcp
 
@@ -167,3 +169,25 @@ def test_a_checkpoint_and_its_weights_are_compared_by_the_weights(written: Any) 
 def test_the_numbers_do_not_depend_on_the_format(written: Any) -> None:
     each = [trackopt.diff(written("zip", "", True), written(form, "a value", True)) for form in WRITERS]
     assert len({one.changes[0].numbers for one in each}) == 1
+
+
+SOME = st.lists(st.sampled_from([*MODEL, *TRAINING]), unique=True, max_size=4)
+FORMS = st.sampled_from(["zip", "legacy", "lightning"])
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(ones=SOME, others=SOME, form=FORMS, another=FORMS)
+def test_a_difference_mirrors_its_reverse(
+    ones: list[str], others: list[str], form: str, another: str, tmp_path: Path
+) -> None:
+    for name, writer, some in (("a", form, ones), ("b", another, others)):
+        tree = base()
+        for change in some:
+            (MODEL | TRAINING)[change][0](tree)
+        WRITERS[writer](tree, tmp_path / name)
+    there, back = (trackopt.diff(tmp_path / one, tmp_path / other) for one, other in ("ab", "ba"))
+    mirror = {"added": "removed", "removed": "added"}
+    seen = {(one.path, one.path_b or one.path, mirror.get(one.kind, one.kind)) for one in there.changes}
+    assert seen == {(one.path_b or one.path, one.path, one.kind) for one in back.changes}
+    assert there.same == back.same
+    assert there.equal or set(ones) != set(others)

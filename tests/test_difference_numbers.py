@@ -191,6 +191,7 @@ def test_tolerances_hold_for_plain_numbers(tmp_path: Path) -> None:
         return trackopt.diff(saved({"x": a}, tmp_path / "a"), saved({"x": b}, tmp_path / "b"), **terms).equal
 
     assert equal([0.1, 5], [0.1001, 5], atol=0.001)
+    assert trackopt.diff(tmp_path / "a", tmp_path / "b", atol=0.001).tally.close == 1
     assert not equal(0.1, 0.2, atol=0.001)
     assert not equal("a", "b", atol=1.0)
     assert not equal(False, True, atol=1.0)

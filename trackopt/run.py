@@ -197,6 +197,7 @@ class Run:
         self._recorder: RecorderProcess | None = None
         self._probe: Probe | None = None
         self._recorded = 0  # the step of the latest record
+        self._parted = False  # the last checkpoint is taken, though the script still finishes its epoch
         self._pid = os.getpid()
         self._open = True
         self._reminded = False
@@ -291,6 +292,7 @@ class Run:
                 self._end_iteration()
                 if self.should_stop:  # in a moment the position will be that of a pass that is over
                     self._saving.try_to_commit(self._progress())
+                    self._parted = True
             raise
 
     def save(self, *, keep: bool = False) -> None:
@@ -389,7 +391,7 @@ class Run:
 
     def _boundary(self, *, epoch_done: bool = False) -> None:
         """The loop stands where a resumed run can go on exactly: save what is due, and stop if a signal says so."""
-        if self._saving.due or self.should_stop:
+        if (self._saving.due or self.should_stop) and not self._parted:
             self._saving.try_to_commit(self._progress(epoch_done=epoch_done))
         if self.should_stop:
             self._stop()
@@ -407,7 +409,7 @@ class Run:
         if not self._open:
             return
         if error is None and self.should_stop:
-            if self._position.settled:
+            if self._position.settled and not self._parted:
                 self._saving.try_to_commit(self._progress())
             self._stop()
         self._close(_status(error), error)

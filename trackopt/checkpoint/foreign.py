@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from trackopt import state as training_state
-from trackopt.archive.nodes import Tensor
+from trackopt.archive.nodes import Tensor, children
 from trackopt.checkpoint.names import align, listed
 from trackopt.checkpoint.saved import Saved, SavedGroup, SavedOptimizer, SavedScheduler
 from trackopt.errors import ArchiveError, MismatchError
@@ -79,7 +79,8 @@ def _chosen(role: str, live: Mapping[str, Any], saved: Sequence[Any], archive: A
 def _optimizer(archive: Archive, one: state.Optimizer) -> SavedOptimizer:
     node = _at(archive, one.path)
     known = all(parameter.name is not None for parameter in one.parameters)
-    groups, names = [], {}
+    groups: list[SavedGroup] = []
+    names: dict[Any, str] = {}
     for index, group in enumerate(node["param_groups"]):
         here = {key: one.names[key] if known else f"group{index}.{i}" for i, key in enumerate(group["params"])}
         rest = {key: value for key, value in group.items() if key not in ("params", "param_names")}
@@ -93,7 +94,7 @@ def _optimizer(archive: Archive, one: state.Optimizer) -> SavedOptimizer:
 def _at(archive: Archive, path: Sequence[str]) -> Any:
     node = archive.tree
     for part in path:
-        node = next(child for key, child in node.items() if str(key) == part)
+        node = next(child for name, child in children(node) if name == part)
     return node
 
 

@@ -64,7 +64,7 @@ class Saved:
         stateful: States of other objects, by keyword.
     """
 
-    models: dict[str, Mapping[str, Tensor]]
+    models: Mapping[str, Mapping[str, Tensor]]
     optimizers: dict[str, SavedOptimizer]
     schedulers: dict[str, SavedScheduler]
     stateful: dict[str, Any]

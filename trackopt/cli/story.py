@@ -82,7 +82,7 @@ def _weights(found: Difference) -> list[Row]:
     if weights is None:
         return []
     changed = [one for one in found.changes if one.role and one.role.kind == "weight" and one.numbers]
-    if all(one.cast in ("equal", "rounded") for one in changed):
+    if changed and all(one.cast in ("equal", "rounded") for one in changed):
         return [("weights", [f"the same but for the cast, which rounded {_percent(weights.rel_l2)} (relative L2)"])]
     moved, (most, far), (least, near) = weights.rel_l2, weights.most, weights.least
     facts = [f"moved {_percent(moved)} (relative L2)", f"most: {most} {_percent(far)}"]

@@ -66,6 +66,7 @@ class Change:
         role: The part it plays in training, if it plays one.
         path_b: Where in the second, if it is called something else there.
         unread: Whether two tensors were taken as equal by their checksums.
+        close: Whether they are called equal although they differ, by no more than the tolerance.
     """
 
     path: str
@@ -77,6 +78,7 @@ class Change:
     role: Role | None = None
     path_b: str | None = None
     unread: bool = False
+    close: bool = False
 
     @property
     def is_tensor(self) -> bool:
@@ -134,18 +136,22 @@ def changes(
             yield _change(leaf, other[key], "same", unread=True)
         elif key in readable:
             found = next(numbers)
-            yield _change(leaf, other[key], _tensor_kind(leaf.value, other[key].value, found), found)
+            kind = _tensor_kind(leaf.value, other[key].value, found)
+            yield _change(leaf, other[key], kind, found, close=kind == "same" and found is not None)
         else:
-            yield _change(leaf, other[key], _kind(leaf.value, other[key].value, terms.tolerance))
+            x, y = leaf.value, other[key].value
+            kind = _kind(x, y, terms.tolerance)
+            exact = kind if not terms.tolerance else _kind(x, y, Tolerance())
+            yield _change(leaf, other[key], kind, close=kind != exact)
     yield from _orders(alignment, terms)
     for key, leaf in other.items():
         if key not in one:
             yield Change(leaf.path, "added", None, leaf.value, None, leaf.part, leaf.role)
 
 
-def _change(one: Leaf, other: Leaf, kind: str, numbers: Numbers | None = None, *, unread: bool = False) -> Change:
+def _change(one: Leaf, other: Leaf, kind: str, numbers: Numbers | None = None, **how: bool) -> Change:
     path_b = other.path if other.path != one.path else None
-    return Change(one.path, kind, one.value, other.value, numbers, one.part, one.role or other.role, path_b, unread)
+    return Change(one.path, kind, one.value, other.value, numbers, one.part, one.role or other.role, path_b, **how)
 
 
 def _pair(archives: tuple[Archive, Archive], x: Any, y: Any) -> Pair | None:

@@ -98,7 +98,7 @@ def count(changes: Iterable[Change], a: Archive, comparison: Comparison) -> Tall
     still: list[Change] = []
     for change in changes:
         tally.parts.setdefault(change.part, Counter())[change.kind] += 1
-        tally.close += change.kind == "same" and change.numbers is not None
+        tally.close += change.close
         tally.unread += change.unread
         if change.role is not None and change.role.kind == "rng" and change.kind not in ("added", "removed"):
             tally.rng[change.role.owner] = tally.rng.get(change.role.owner, False) or change.kind != "same"

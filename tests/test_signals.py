@@ -1,0 +1,178 @@
+"""SIGTERM, SIGINT and SIGUSR1 reach real training processes."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests import dimensions
+from tests.conftest import drain, mlflow_run, run_script
+from tests.test_resume import assert_same, final_state
+from trackopt import journal
+
+SCRIPT = Path(dimensions.__file__)
+LOOP = """
+import signal, sys, time, torch, trackopt
+from tests.conftest import build, train_step
+
+{before}
+model, optimizer, scheduler = build()
+run = trackopt.wrap(optimizer, scheduler, model=model, dir=sys.argv[1], sinks=())
+{after}
+print("ready", flush=True)
+{loop}
+run.close()
+print("not stopped", flush=True)
+"""
+STEPS = "while run.global_step < 2000: run.step(loss=train_step(model, optimizer, scheduler)); time.sleep(0.01)"
+BATCHES = """
+for epoch in run.epochs(50):
+    for batch in run.batches(range(40)):
+        train_step(model, optimizer, scheduler)
+        time.sleep(0.01)
+"""
+LOOKS = """
+while not run.should_stop:
+    train_step(model, optimizer, scheduler)
+    time.sleep(0.01)
+print("left", flush=True)
+"""
+
+
+@pytest.fixture(autouse=True)
+def _path(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(SCRIPT.parents[1]))
+
+
+def start(tmp_path, loop=STEPS, before="", after=""):
+    script = tmp_path / "train.py"
+    script.write_text(LOOP.format(loop=loop, before=before, after=after))
+    process = subprocess.Popen(
+        [sys.executable, str(script), str(tmp_path / "run")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+def stop(process, number):
+    time.sleep(0.3)
+    process.send_signal(number)
+    return process.communicate(timeout=60)
+
+
+def events(directory):
+    return [line for line in journal.read(directory / journal.NAME) if line.event]
+
+
+@pytest.mark.parametrize("loop", [STEPS, BATCHES, LOOKS])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_saves_and_stops(number, loop, tmp_path):
+    """The iteration is finished, its state saved, the run closed as KILLED, and the code is the signal's."""
+    process = start(tmp_path, loop)
+    out, told = stop(process, number)
+    assert process.returncode == 128 + number
+    assert "not stopped" not in out
+    assert f"trackopt: {number.name}: stopping after this iteration" in told
+    assert "Traceback" not in told
+    *_, stopped, closed = events(tmp_path / "run")
+    assert (stopped.event, stopped.details["signal"]) == ("stop", number.name)
+    assert (closed.event, closed.details["status"]) == ("close", "KILLED")
+    assert final_state(tmp_path / "run")["trackopt"]["step"] == closed.step > 0
+
+
+def test_stopped_in_mid_epoch_and_resumed_is_exact(tmp_path):
+    """A run that a signal stopped goes on as if it had not been."""
+    process = subprocess.Popen(
+        [sys.executable, str(SCRIPT), "workers", str(tmp_path / "stopped")],
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        stderr=subprocess.PIPE,
+    )
+    while not list((tmp_path / "stopped").glob("checkpoints/*")) and process.poll() is None:
+        time.sleep(0.001)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 143
+    for name in ("stopped", "whole"):
+        assert run_script(SCRIPT, "workers", tmp_path / name).returncode == 0
+    assert_same(final_state(tmp_path / "whole"), final_state(tmp_path / "stopped"))
+    assert journal.series(tmp_path / "whole") == journal.series(tmp_path / "stopped")
+
+
+def test_a_break_that_should_stop_asked_for_is_exact(tmp_path):
+    """The position is the batch where the loop broke off, not the end of the epoch."""
+    loop = BATCHES + "        if run.should_stop: break\n"
+    process = start(tmp_path, loop)
+    stop(process, signal.SIGTERM)
+    assert process.returncode == 143
+    meta = final_state(tmp_path / "run")["trackopt"]
+    assert meta["batch"] == meta["step"] - 40 * meta["epoch"] > 0
+
+
+def test_a_second_signal_stops_at_once(tmp_path):
+    """A step that does not end is left by a second Ctrl-C, as python would have left it at the first."""
+    process = start(tmp_path, "time.sleep(60)")
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.3)
+    assert process.poll() is None
+    _, told = stop(process, signal.SIGINT)
+    assert process.returncode == -signal.SIGINT
+    assert "KeyboardInterrupt" in told
+
+
+def test_a_handler_of_the_users_is_called_too(tmp_path):
+    before = "signal.signal(signal.SIGUSR1, lambda *_: print('mine', flush=True))"
+    process = start(tmp_path, STEPS, before)
+    out, _ = stop(process, signal.SIGUSR1)
+    assert process.returncode == 138
+    assert "mine" in out
+
+
+def test_a_handler_set_later_is_the_users_alone(tmp_path):
+    after = "signal.signal(signal.SIGTERM, lambda *_: print('mine', flush=True))"
+    process = start(tmp_path, STEPS.replace("2000", "80"), after=after)
+    out, told = stop(process, signal.SIGTERM)
+    assert process.returncode == 0
+    assert "mine" in out
+    assert "not stopped" in out
+    assert "stopping" not in told
+
+
+def test_an_ignored_signal_stays_ignored(tmp_path):
+    """As SIGINT is under nohup."""
+    before = "signal.signal(signal.SIGINT, signal.SIG_IGN)"
+    process = start(tmp_path, STEPS.replace("2000", "80"), before)
+    out, _ = stop(process, signal.SIGINT)
+    assert process.returncode == 0
+    assert "not stopped" in out
+
+
+def test_handlers_are_given_back():
+    """When the run is closed, the process has the handlers that it had."""
+    import trackopt
+    from tests.conftest import build
+
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
+    model, optimizer, scheduler = build()
+    run = trackopt.wrap(optimizer, scheduler, model=model, dir="run", sinks=())
+    assert signal.getsignal(signal.SIGTERM) not in before
+    run.close()
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)] == before
+
+
+def test_the_mlflow_run_is_killed_and_everything_arrives(tmp_path):
+    """The training does not wait for its recorder, which delivers on its own; `drain` waits for it here."""
+    script = tmp_path / "train.py"
+    loop = LOOP.format(loop=STEPS, before="", after="").replace("sinks=()", "save_every=5")
+    script.write_text(loop)
+    process = subprocess.Popen([sys.executable, str(script), str(tmp_path / "run")], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "ready\n"
+    time.sleep(1)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    drain(tmp_path / "run")
+    _, run = mlflow_run(tmp_path / "run")
+    assert run.info.status == "KILLED"
