@@ -184,3 +184,44 @@ def test_shards_are_put_together_as_torch_does(dcp: Written, name: str) -> None:
         for key, tensor in model.tensors.items():
             assert archive.read(tensor).tobytes() == full[key].numpy().tobytes()
             assert b"".join(piece.tobytes() for piece in archive.chunks(tensor, 12)) == full[key].numpy().tobytes()
+
+
+def moments(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    return [state["exp_avg"] for group in optimizer.param_groups for state in map(optimizer.state.get, group["params"])]
+
+
+def test_restore_from_lightning(lightning: Written) -> None:
+    """Weights, moments and schedule go into plain objects of torch's."""
+    path = lightning.directory / "last.ckpt"
+    model = nn.ModuleDict({"body": nn.Linear(4, 8), "head": nn.Linear(8, 2)})
+    groups = [{"params": model["body"].parameters()}, {"params": model["head"].parameters()}]
+    optimizer = torch.optim.AdamW(groups)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 4, 0.5)
+    restored = trackopt.restore(path, model=model, optimizer=optimizer, scheduler=scheduler)
+    assert (restored.step, restored.left_out) == (6, ())
+    saved = torch.load(path, weights_only=False)
+    assert all(torch.equal(value, saved["state_dict"][key]) for key, value in model.state_dict().items())
+    expected = [state["exp_avg"] for state in saved["optimizer_states"][0]["state"].values()]
+    assert all(map(torch.equal, moments(optimizer), expected))
+    assert scheduler.last_epoch == 6
+    assert [group["lr"] for group in optimizer.param_groups] == [0.001, 0.005]
+
+
+def test_restore_from_the_trainer_of_transformers(transformers: Written) -> None:
+    """Moments find their parameters by name, in an optimizer that lists them in another order."""
+    from transformers import GPT2LMHeadModel
+
+    folder = transformers.directory / "checkpoint-4"
+    expected = GPT2LMHeadModel.from_pretrained(folder)
+    model = GPT2LMHeadModel(expected.config)
+    trackopt.restore(folder, model=model)
+    assert all(torch.equal(value, expected.state_dict()[key]) for key, value in model.state_dict().items())
+    names = dict(model.named_parameters())
+    told_names = transformers.told["parameters"]
+    groups = [[one["name"] for one in told_names if one["group"] == f"group{index}"] for index in range(2)]
+    optimizer = torch.optim.AdamW([{"params": [names[name] for name in reversed(group)]} for group in groups])
+    trackopt.restore(folder, optimizer=optimizer, model=model)
+    saved = torch.load(folder / "optimizer.pt", weights_only=False)["state"]
+    order = [name for group in groups for name in group]
+    for key, name in enumerate(order):
+        assert torch.equal(optimizer.state[names[name]]["exp_avg"], saved[key]["exp_avg"]), name

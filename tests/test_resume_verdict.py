@@ -130,7 +130,7 @@ CASES: dict[str, tuple[Any, str]] = {
     ),
     "a weight lost": (
         lambda t: t["model"].pop("1.running_var"),
-        "1 of 9 tensors of the model are missing in B (1.running_var): load_state_dict refuses that",
+        "1 of 9 tensors of model are missing in B (1.running_var): load_state_dict refuses that",
     ),
     "another shape": (
         lambda t: t["model"].update({"1.running_var": torch.ones(3)}),

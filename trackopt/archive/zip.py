@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import struct
+import threading
 import zlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -80,7 +81,7 @@ class Zip:
         self.records: dict[str, Record] = {}
         self.problems: list[str] = []
         self._places: dict[str, int] = {}
-        self._unpacking: tuple[str, int, Iterator[bytes], bytes] | None = None
+        self._unpacking = threading.local()  # a stream that is unpacked belongs to the thread that reads it
         directory, length, count = self._find_directory()
         self._end = directory
         self._read_directory(self._pread(directory, length), count)
@@ -255,9 +256,9 @@ class Zip:
 
     def _read_deflated(self, record: Record, start: int, stop: int) -> bytes:
         """A slice of a deflated record; reading on where the last slice ended costs no second unpacking."""
-        if self._unpacking is None or self._unpacking[0] != record.name or self._unpacking[1] > start:
-            self._unpacking = (record.name, 0, self.chunks(record), b"")
-        _, position, pieces, held = self._unpacking
+        name, position, pieces, held = getattr(self._unpacking, "at", ("", 0, iter(()), b""))
+        if name != record.name or position > start:
+            position, pieces, held = 0, self.chunks(record), b""
         parts = []
         while position < stop:
             held = held or next(pieces, b"")
@@ -267,5 +268,5 @@ class Zip:
             parts.append(used[max(0, start - position) :])
             held = held[len(used) :]
             position += len(used)
-        self._unpacking = (record.name, position, pieces, held)
+        self._unpacking.at = (record.name, position, pieces, held)
         return b"".join(parts)

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from rich.console import RenderableType
-    from rich.padding import Padding
     from rich.text import Text
 
     from trackopt.state import Group, Model, Optimizer, Scheduler
@@ -208,7 +207,7 @@ def _steps(one: Optimizer) -> str:
     return f"step {low:,.0f}" if low == high else f"steps {low:,.0f} to {high:,.0f}"
 
 
-def _groups(groups: tuple[Group, ...]) -> Padding:
+def _groups(groups: tuple[Group, ...]) -> Text:
     names = _telling(groups)
     rows = [
         [
@@ -264,7 +263,7 @@ def _count(number: int, what: str, several: str = "") -> str:
     return f"{number:,} {what if number == 1 else several or f'{what}s'}"
 
 
-def _tensors(summary: Summary) -> Padding:
+def _tensors(summary: Summary) -> Text:
     tensors, measured = summary.tensors or {}, summary.statistics
     shapes = {name: "×".join(map(str, tensor.shape)) or "scalar" for name, tensor in tensors.items()}
     if measured is not None:
@@ -274,7 +273,7 @@ def _tensors(summary: Summary) -> Padding:
     return screen.table(["tensor", "shape", "dtype", "size"], rows)
 
 
-def _statistics(summary: Summary) -> Padding:
+def _statistics(summary: Summary) -> Text:
     """Each model and each buffer as a whole."""
     rows = [[name, *_values(together)] for name, together in summary.together().items()]
     return screen.table(["values", *_VALUES], rows)

@@ -14,7 +14,7 @@ from trackopt.cli import screen
 from trackopt.errors import ArchiveError, RunError
 
 if TYPE_CHECKING:
-    from rich.padding import Padding
+    from rich.text import Text
 
 _TAIL = 256 << 10
 
@@ -185,7 +185,7 @@ def _is_held(path: Path) -> bool:
     return any(line.split()[1] == "FLOCK" and f":{inode} " in line for line in locks)
 
 
-def _runs(runs: list[Run]) -> Padding:
+def _runs(runs: list[Run]) -> Text:
     rows = [
         [
             Path(run.path).name if run.name == Path(run.path).name else f"{Path(run.path).name} ({run.name})",
@@ -201,7 +201,7 @@ def _runs(runs: list[Run]) -> Padding:
     return screen.table(["run", "status", "step", "epoch", "saved", "size", "last"], rows, left=2)
 
 
-def _checkpoints(found: list[Checkpoint]) -> Padding:
+def _checkpoints(found: list[Checkpoint]) -> Text:
     rows = [
         [
             Path(one.path).name,

@@ -113,10 +113,10 @@ def _model(case: _Case, one: Model, other: Model) -> Iterator[Reason]:
     tensors = {shared.get(name, name): tensor for name, tensor in other.tensors.items()}
     missing = [name for name in one.tensors if name not in tensors]
     strange = [str(name) for name in tensors if name not in one.tensors]
-    for names, what in ((missing, "missing in B"), (strange, "only in B")):
+    for names, side, what in ((missing, one, "missing in B"), (strange, other, "only in B")):
         if names:
-            count = f"{len(names):,} of {len(one.tensors):,} tensors of the {one.name} are"
-            yield Reason("error", f"{count} {what} ({_some(names)}): load_state_dict refuses that")
+            count = f"{len(names):,} of {len(side.tensors):,} tensors of {one.name}"
+            yield Reason("error", f"{count} are {what} ({_some(names)}): load_state_dict refuses that")
     both = [(name, tensor, tensors[name]) for name, tensor in one.tensors.items() if name in tensors]
     for name, x, y in both:
         if x.shape != y.shape:

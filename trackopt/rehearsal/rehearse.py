@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from trackopt import archive, state
 from trackopt.difference import diff
+from trackopt.errors import TrackoptError
 from trackopt.rehearsal.divergence import Divergence, idle, same_series
 from trackopt.rehearsal.plan import UNNAMED
 from trackopt.rehearsal.training import CommandError, Training
@@ -121,7 +122,8 @@ def rehearse(
         tell: Told how far it is.
 
     Raises:
-        CommandError: The command fails, does not call ``wrap``, makes no step, or ends before a step of ``at``.
+        CommandError: The command fails, does not call ``wrap``, makes no step, or ends before a step of ``at``; or
+            what it made cannot be read.
     """
     scratch = Path(tempfile.mkdtemp(prefix="trackopt-rehearsal-"))
     try:
@@ -134,6 +136,8 @@ def rehearse(
             raise CommandError(f"{error}; see {scratch}", error.said) from error
         shutil.rmtree(scratch)
         raise
+    except TrackoptError as error:
+        raise CommandError(f"{error}; see {scratch}") from error
     except KeyboardInterrupt:
         shutil.rmtree(scratch, ignore_errors=True)
         raise

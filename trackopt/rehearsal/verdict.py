@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from trackopt.rehearsal import divergence
@@ -58,10 +58,6 @@ class Verdict:
     reproducible: bool
     first: Divergence | None
     cause: Cause
-
-    def as_dict(self) -> dict[str, Any]:
-        """The verdict as plain values."""
-        return asdict(self)
 
 
 def judge(a: Trace, b: Trace, control: Trace | None = None) -> Verdict | None:
