@@ -92,8 +92,8 @@ def test_a_cast_is_told(changed: Any) -> None:
         tree["model"] = {name: tensor.bfloat16() for name, tensor in tree["model"].items()}
 
     text = " ".join(trackopt("diff", *changed(cast)).stdout.split())
-    assert "8 dtypes changed: float32 → bfloat16, equal after the cast" in text
-    assert "dtype int64 → bfloat16" in text
+    assert "8 × float32 → bfloat16, equal after the cast" in text
+    assert "int64 → bfloat16, same values" in text
 
 
 def test_stat_is_a_line_for_each_module(changed: Any) -> None:

@@ -106,8 +106,7 @@ def train(directory, optimizer, scheduler, until):
 
 def die(run):
     """What a SIGKILL leaves: the hooks, the lock and the descriptors go with the process."""
-    for observer in run._observers.values():
-        observer.close()
+    run._telemetry.close()
     run._signals.close()
     run._journal.close()
     run._directory.release()

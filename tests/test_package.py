@@ -33,12 +33,13 @@ MAY_IMPORT = {
     "recorder": {"journal", "directory"},
     "arguments": {"checkpoint"},
     "signals": set(),
+    "telemetry": {"checkpoint", "journal", "observe", "pending"},
     "saving": {"checkpoint", "journal"},
     "resuming": {"checkpoint", "directory"},
     "restoring": {"archive", "arguments", "checkpoint", "integrity", "state"},
     "run": {
-        *("arguments", "checkpoint", "directory", "journal", "loop", "observe", "pending", "recorder"),
-        *("rehearsal", "resuming", "saving", "signals"),
+        *("arguments", "checkpoint", "directory", "journal", "loop", "observe", "recorder"),
+        *("rehearsal", "resuming", "saving", "signals", "telemetry"),
     },
     "cli": {
         *("archive", "state", "summary", "difference", "integrity", "salvage", "journal", "directory", "recorder"),
@@ -46,7 +47,7 @@ MAY_IMPORT = {
     },
     "__main__": {"cli"},
 }
-TORCH = {"observe", "checkpoint", "loop", "arguments", "resuming", "restoring", "run", "saving"}
+TORCH = {"observe", "checkpoint", "loop", "arguments", "restoring", "run"}
 BACKENDS = {
     "recorder/mlflow.py": {"mlflow"},
     "recorder/tensorboard.py": {"tensorboard"},

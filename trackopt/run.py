@@ -20,14 +20,14 @@ from trackopt.directory import RunDirectory
 from trackopt.errors import UsageError
 from trackopt.journal import Journal
 from trackopt.loop import Position
-from trackopt.observe import Ledger, Observer, Turns, params
-from trackopt.pending import Pending
+from trackopt.observe import params
 from trackopt.recorder.process import RecorderProcess
 from trackopt.recorder.target import mlflow_target
 from trackopt.rehearsal import plan
 from trackopt.resuming import Resumption, find
 from trackopt.saving import Saving
 from trackopt.signals import StopSignals
+from trackopt.telemetry import Telemetry
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -38,9 +38,8 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from trackopt.checkpoint.capture import Generator
+    from trackopt.observe import Ledger
     from trackopt.rehearsal.probe import Probe
-
-_FORGOTTEN = 100  # steps without the end of an iteration, after which the user is reminded of it
 
 T = TypeVar("T")
 logger = logging.getLogger("trackopt")
@@ -177,35 +176,21 @@ class Run:
         self._sinks = sinks
         self._position = Position(training.stateful)
         self._groups: dict[str, int] = {}  # parameter groups when the epoch began
-        self._pending = Pending()
         self._journal = Journal(directory.journal)
+        self._telemetry = Telemetry(training, self._journal, stats=stats, stats_every=stats_every)
         self._saving = Saving(training, store, self._journal, save_every)
-        self._turns = Turns(training.schedulers, training.stateful.values())
-        optimizers = training.optimizers
-        self._observers = {
-            name: Observer(
-                optimizer,
-                prefix=f"{name}." if len(optimizers) > 1 else "",
-                stats=stats,
-                stats_every=stats_every,
-                before_first=self._turns.before_first_step,
-            )
-            for name, optimizer in optimizers.items()
-        }
         self._attempt = directory.begin_attempt(sinks)
         self._resumption: Resumption | None = None
         self._recorder: RecorderProcess | None = None
         self._probe: Probe | None = None
-        self._recorded = 0  # the step of the latest record
         self._parted = False  # the last checkpoint is taken, though the script still finishes its epoch
         self._pid = os.getpid()
         self._open = True
-        self._reminded = False
 
     @property
     def global_step(self) -> int:
         """Completed optimizer steps; with several optimizers, those of the one that took most."""
-        return max(observer.steps for observer in self._observers.values())
+        return self._telemetry.step
 
     @property
     def epoch(self) -> int:
@@ -215,13 +200,7 @@ class Run:
     @property
     def ledger(self) -> Ledger:
         """What kinds of steps the run has taken, over all its attempts."""
-        observers = self._observers.values()
-        return Ledger(
-            iterations=self._turns.iterations,
-            steps=sum(observer.steps for observer in observers),
-            skipped=self._turns.skipped,
-            evaluations=sum(observer.evaluations for observer in observers),
-        )
+        return self._telemetry.ledger
 
     @property
     def should_stop(self) -> bool:
@@ -241,14 +220,7 @@ class Run:
         Raises:
             UsageError: A value is not a number.
         """
-        self._pending.add(metrics)
-        if not self._reminded and self.global_step - self._recorded > _FORGOTTEN:
-            self._reminded = True
-            logger.warning(
-                "trackopt: %d steps, but no iteration has ended: take the batches from run.batches(loader), or call "
-                "run.step() at the end of each iteration",
-                self.global_step,
-            )
+        self._telemetry.log(metrics)
 
     def step(self, **metrics: Any) -> None:
         """Log ``metrics`` and end the iteration; for loops that do not use ``batches``."""
@@ -268,7 +240,7 @@ class Run:
         for epoch in self._position.epochs(total):
             self._groups = {name: len(one.param_groups) for name, one in self._training.optimizers.items()}
             yield epoch
-            self._record_rest()
+            self._telemetry.record_rest()
             self._boundary(epoch_done=True)
 
     def batches(self, loader: Iterable[T]) -> Iterator[T]:
@@ -277,13 +249,13 @@ class Run:
         Exact for a ``DataLoader`` with and without workers, with shuffling and random transforms, and for any other
         iterable that yields the same again. Asking for the next batch ends the iteration.
         """
-        self._record_rest()
+        self._telemetry.record_rest()
         batches = self._position.batches(loader)
         if self._probe is not None:
             batches = self._probe.watch(batches, loader)
         try:
             for batch in batches:
-                self._turns.begin_iteration()
+                self._telemetry.begin_iteration()
                 yield batch
                 self._end_iteration()
                 self._boundary()
@@ -347,12 +319,9 @@ class Run:
     def _resume(self, resumption: Resumption, details: dict[str, Any]) -> None:
         meta = resumption.meta
         self._resumption = resumption
-        self.resumed_from = self._recorded = meta["step"]
-        for name, observer in self._observers.items():
-            observer.load_state_dict(meta["observers"][name])
+        self.resumed_from = meta["step"]
+        self._telemetry.load_state_dict(meta)
         self._position.load_state_dict(meta["position"], resumption.arrive)
-        self._turns.load_state_dict(meta["turns"])
-        self._pending.load_state_dict(meta["pending"])
         self._saving.latest = (meta["step"], meta["position"])
         if meta["run_id"] == self._directory.identity["id"]:
             self._store.abandon_after(meta["step"])
@@ -367,27 +336,13 @@ class Run:
         )
 
     def _end_iteration(self) -> None:
-        step = self.global_step
-        overflowed = sum(observer.take_overflow() for observer in self._observers.values()) > 0
-        self._turns.end_iteration(stepped=step > self._recorded, overflowed=overflowed)
-        if step > self._recorded:
-            metrics = self._pending.take()
-            for observer in self._observers.values():
-                metrics |= observer.take()
-            self._journal.record(step, metrics)
-            self._pending.recorded = set(metrics)
-            self._saving.advance(self._recorded, step)
-            self._recorded = step
+        before = self._telemetry.recorded
+        if self._telemetry.end_iteration():
+            self._saving.advance(before, self.global_step)
             if self._probe is not None:
-                self._probe.record(step)
-        _tell(self._turns.messages())
+                self._probe.record(self.global_step)
         if self._recorder is not None:
             _tell(self._recorder.messages())
-
-    def _record_rest(self) -> None:
-        """Record what was logged behind the last step, as a second line of that step."""
-        if self._recorded and (rest := self._pending.take_rest()):
-            self._journal.record(self._recorded, rest)
 
     def _boundary(self, *, epoch_done: bool = False) -> None:
         """The loop stands where a resumed run can go on exactly: save what is due, and stop if a signal says so."""
@@ -400,7 +355,9 @@ class Run:
         """Leave the training for a signal."""
         self._close("KILLED")
         logger.warning(
-            "trackopt: stopped at step %d; the newest checkpoint is of step %d", self._recorded, self._saving.latest[0]
+            "trackopt: stopped at step %d; the newest checkpoint is of step %d",
+            self.global_step,
+            self._saving.latest[0],
         )
         raise SystemExit(self._signals.exit_code)
 
@@ -428,9 +385,7 @@ class Run:
             "position": position,
             "groups": self._groups,
             "settings": self._built,
-            "turns": self._turns.state_dict(),
-            "observers": {name: observer.state_dict() for name, observer in self._observers.items()},
-            "pending": self._pending.state_dict(),
+            **self._telemetry.state_dict(),
         }
 
     def _close(self, status: str, error: BaseException | None = None) -> None:
@@ -438,19 +393,18 @@ class Run:
             return
         self._open = False
         try:
-            if self.global_step > self._recorded:
+            if self.global_step > self._telemetry.recorded:
                 self._end_iteration()
-            self._record_rest()
+            self._telemetry.record_rest()
             if status == "FINISHED" and self._has_moved():
                 self._saving.commit(self._progress())
         finally:
             why = {} if error is None else {"error": f"{type(error).__name__}: {error}"}
             if self._signals.received is not None:
-                self._journal.mark("stop", self._recorded, signal=self._signals.received.name)
-            self._journal.mark("close", self._recorded, status=status, ledger=self.ledger.as_dict(), **why)
+                self._journal.mark("stop", self.global_step, signal=self._signals.received.name)
+            self._journal.mark("close", self.global_step, status=status, ledger=self.ledger.as_dict(), **why)
             self._signals.close()
-            for observer in self._observers.values():
-                observer.close()
+            self._telemetry.close()
             if self._recorder is not None:
                 _tell(self._recorder.finish(wait=not self.should_stop))
             self._journal.close()

@@ -20,8 +20,8 @@ _FEW = 3
 _BAR = 24
 _DECADES = 6  # what a bar stands for, below 1
 _ULPS = 10**6  # more of them say nothing
-_KINDS = {"value": "values changed", "shape": "shapes changed", "dtype": "dtypes changed"}
-_CASTS = {"equal": "the values are equal", "rounded": "equal after the cast", None: ""}
+_KINDS = {"value": "values changed", "shape": "shapes changed"}
+_CASTS = {"equal": ", same values", "rounded": ", equal after the cast"}
 _FOLLOWS_THE_STEP = ("trackopt.position.", "trackopt.observers.", "trackopt.pending.")
 _SAID = ("step", "epoch", "batch", "last_epoch", "_last_lr", "_step_count", "global_step")
 _NUMBERS = ("max |Δ|", "rel L2", "cosine", "elements")
@@ -151,7 +151,7 @@ def _folded(found: Difference, changes: Iterable[Change]) -> list[list[str]]:
         elif kind in ("added", "removed"):
             rows.append([place, f"{kind}: {_contents(members)}"])
         else:
-            rows.append([place, f"{len(members):,} {_KINDS[kind]}{cast and f': {cast}'}"])
+            rows.append([place, f"{len(members):,} {f'× {cast}' if cast else _KINDS[kind]}"])
     return rows
 
 
@@ -160,8 +160,7 @@ def _place(found: Difference, change: Change) -> tuple[str, str, str]:
     lone = len(found.tally.parts[change.part]) == 1 and change.kind in ("added", "removed")
     in_model = change.role is not None and change.role.kind in ("weight", "average", "statistic")
     place = change.part if lone or in_model else ".".join(change.path.split(".")[:2])
-    cast = f"{change.a.dtype} → {change.b.dtype}, {_cast(change)}" if change.kind == "dtype" else ""
-    return place, change.kind, cast
+    return place, change.kind, _dtypes(change) if change.kind == "dtype" else ""
 
 
 def _contents(changes: list[Change]) -> str:
@@ -188,14 +187,16 @@ def _value(change: Change) -> str:
     if change.kind == "shape":
         return f"shape {list(change.a.shape)} → {list(change.b.shape)}"
     if change.kind == "dtype":
-        return f"dtype {change.a.dtype} → {change.b.dtype}, {_cast(change)}".rstrip(", ")
+        return _dtypes(change)
     return f"{screen.number(change.a)} → {screen.number(change.b)}"
 
 
-def _cast(change: Change) -> str:
+def _dtypes(change: Change) -> str:
+    """Both dtypes, and what the cast did to the values."""
+    did = _CASTS.get(change.cast or "", "")
     if change.cast == "different" and change.numbers is not None:
-        return f"and the values differ: rel L2 {change.numbers.rel_l2:.3g}"
-    return _CASTS[change.cast]
+        did = f", values differ: rel L2 {change.numbers.rel_l2:.3g}"
+    return f"{change.a.dtype} → {change.b.dtype}{did}"
 
 
 def count(found: Difference, hidden: Sequence[Change] = (), hint: str = "") -> Text:
