@@ -404,6 +404,24 @@ def test_an_object_that_was_not_handed_over_is_named():
     assert "zip `it` is in the middle of its data, and begins anew" in judge(a, b, a).cause.seen
 
 
+def test_a_batch_that_was_not_restored_is_told():
+    """The generator that drew it is named, or that there is one which trackopt does not know."""
+    strays = {"shuffle.rng": {"kind": "generator", "label": "random.Random"}}
+    a, b = (
+        trace(
+            [1.0, loss], [moment(), moment(batch=batch, before={"strays": {"shuffle.rng": batch}})], 0, 1, strays=strays
+        )
+        for batch, loss in ((1, 0.5), (2, 0.7))
+    )
+    cause = judge(a, b, a).cause
+    assert "the weights at step 1 were identical, the batch of step 2 was not: the data are not restored" in cause.seen
+    assert "random.Random `shuffle.rng` is not known to trackopt" in cause.seen
+    assert cause.advice == "hand it over: trackopt.wrap(…, rng=shuffle.rng)"
+    assert judge(a, b).cause.advice.startswith("seed it: random.Random(0)")
+    a, b = (trace([1.0, 0.5], [moment(), moment(batch=batch)], 0, 1) for batch in (1, 2))
+    assert "the loader draws from something that trackopt does not know" in judge(a, b, a).cause.seen
+
+
 def test_a_learning_rate_that_the_script_counts_out_is_told():
     """The variable that it depends on is named with both values."""
     a, b = (trace([1.0, 0.5], [moment(), moment(before={"numbers": {"warmup": n}})], 0, 1) for n in ("6", "0"))

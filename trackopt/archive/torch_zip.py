@@ -124,11 +124,11 @@ class ZipSource:
 
     def size(self, storage: Storage) -> int:
         """Bytes of a storage's record."""
-        return self._record(storage).size
+        return self.record(storage).size
 
     def read(self, storage: Storage, start: int, stop: int) -> bytes:
         """Bytes of a storage."""
-        return self._zip.read(self._record(storage), start, stop)
+        return self._zip.read(self.record(storage), start, stop)
 
     def damaged(self) -> Iterator[str]:
         """Compare every record's CRC-32 with the directory's."""
@@ -160,7 +160,12 @@ class ZipSource:
         if not text.isdigit() or not 1 <= int(text) <= _NEWEST:
             yield f"the record 'version' holds {text!r}, not 1 to {_NEWEST}: torch does not load the file"
 
-    def _record(self, storage: Storage) -> Record:
+    def record(self, storage: Storage) -> Record:
+        """The record that a storage is.
+
+        Raises:
+            ArchiveError: It is not there.
+        """
         record = self.find(f"{self._folder}/{storage.key}")
         if record is None:
             raise self._zip.broken(f"the record of storage {storage.key!r} is missing")

@@ -203,16 +203,22 @@ def table(heads: Iterable[str], rows: Iterable[Iterable[str]], *, indent: int = 
 
 
 def _table_lines(row: list[str], widths: list[int], left: int) -> Iterator[str]:
-    from rich.cells import cell_len, chop_cells
+    from rich.cells import cell_len
 
-    folded = [
-        chop_cells(cell, room) if cell_len(cell) > room else [cell] for cell, room in zip(row, widths, strict=True)
-    ]
+    folded = [_fold(cell, room) if cell_len(cell) > room else [cell] for cell, room in zip(row, widths, strict=True)]
     for number in range(max(map(len, folded))):
         parts = [pieces[number] if number < len(pieces) else "" for pieces in folded]
         blanks = [" " * (room - cell_len(part)) for room, part in zip(widths, parts, strict=True)]
         padded = [p + b if i < left else b + p for i, (p, b) in enumerate(zip(parts, blanks, strict=True))]
         yield _GAP.join(padded).rstrip()
+
+
+def _fold(cell: str, room: int) -> list[str]:
+    """Between words where it can be; what is wide, as Chinese is, takes two columns a character."""
+    from rich.cells import chop_cells
+
+    lines = textwrap.wrap(cell, room, break_on_hyphens=False)
+    return [piece for line in lines for piece in chop_cells(line, room)]
 
 
 @contextmanager

@@ -260,7 +260,7 @@ def _record(source: Source, storage: Storage) -> Record | None:
     if storage.region is not None or not isinstance(source, ZipSource):
         return None
     try:
-        return source._record(storage)
+        return source.record(storage)
     except ArchiveError:  # it is missing, which reading it will tell
         return None
 
