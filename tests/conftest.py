@@ -20,6 +20,14 @@ if TYPE_CHECKING:
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
 
+def pytest_terminal_summary(terminalreporter):
+    """Print the tallies that tests recorded."""
+    for report in terminalreporter.stats.get("passed", []):
+        for name, value in report.user_properties:
+            if name == "tally":
+                terminalreporter.write_line(value)
+
+
 @pytest.fixture(autouse=True)
 def _home(tmp_path, monkeypatch):
     """Each test has a working directory of its own, and none of the user's settings."""

@@ -22,11 +22,10 @@ OPTIMIZERS = sorted(
 MOMENTUM = {"SGD": {"momentum": 0.9, "nesterov": True}, "RMSprop": {"momentum": 0.9, "centered": True}}
 
 
-def nested(optimizer):
-    """Warm-up, then a sequence of two, in sequence."""
-    warm_up = lr_scheduler.LinearLR(optimizer, total_iters=4)
-    parts = [lr_scheduler.CosineAnnealingLR(optimizer, 4), lr_scheduler.ExponentialLR(optimizer, 0.9)]
-    return lr_scheduler.SequentialLR(optimizer, [warm_up, lr_scheduler.SequentialLR(optimizer, parts, [5])], [4])
+def sequence(optimizer):
+    """Warm-up, then a cosine."""
+    parts = [lr_scheduler.LinearLR(optimizer, total_iters=3), lr_scheduler.CosineAnnealingLR(optimizer, 9)]
+    return lr_scheduler.SequentialLR(optimizer, parts, [3])
 
 
 def cycles_momentum(optimizer):
@@ -47,9 +46,15 @@ SCHEDULERS = {
     "CyclicLR": lambda o: lr_scheduler.CyclicLR(o, 1e-4, 1e-2, 3, cycle_momentum=cycles_momentum(o)),
     "OneCycleLR": lambda o: lr_scheduler.OneCycleLR(o, 1e-2, STEPS + 2, cycle_momentum=cycles_momentum(o)),
     "ReduceLROnPlateau": lambda o: lr_scheduler.ReduceLROnPlateau(o, patience=1, threshold=0.5, cooldown=1),
-    "SequentialLR": nested,
+    "SequentialLR": sequence,
+    "SequentialLR in SequentialLR": lambda o: lr_scheduler.SequentialLR(
+        o, [sequence(o), lr_scheduler.ExponentialLR(o, 0.8)], [7]
+    ),
     "ChainedScheduler": lambda o: lr_scheduler.ChainedScheduler(
         [lr_scheduler.ConstantLR(o, 0.5, 4), lr_scheduler.ExponentialLR(o, 0.9)], o
+    ),
+    "SequentialLR in ChainedScheduler": lambda o: lr_scheduler.ChainedScheduler(
+        [sequence(o), lr_scheduler.ExponentialLR(o, 0.9)], o
     ),
     "SWALR": lambda o: SWALR(o, 1e-3, 5, "cos"),
 }
@@ -113,6 +118,7 @@ def die(run):
     atexit.unregister(run._at_exit)
 
 
+@pytest.mark.filterwarnings("ignore:Detected call of")  # torch warns of its own nested SequentialLR
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_stopped_at_random_steps_and_resumed(optimizer, scheduler, tmp_path):
@@ -130,14 +136,14 @@ def test_stopped_at_random_steps_and_resumed(optimizer, scheduler, tmp_path):
     EXACT.append(f"{optimizer} × {scheduler}")
 
 
-def test_the_tally(capsys):
+def test_the_tally(record_property):
     """No class of torch's is missing, and no combination was not exact."""
     known = {
         name
         for name, kind in vars(lr_scheduler).items()
         if isinstance(kind, type) and issubclass(kind, lr_scheduler.LRScheduler) and not name.startswith("_")
     } - {"LRScheduler"}
-    assert known | {"SWALR"} == set(SCHEDULERS)
-    with capsys.disabled():
-        print(f"\n{len(EXACT)} of {len(OPTIMIZERS) * len(SCHEDULERS)} combinations exact", end=" ")
-    assert len(EXACT) in {0, len(OPTIMIZERS) * len(SCHEDULERS)}
+    assert known | {"SWALR"} == {name for name in SCHEDULERS if " in " not in name}
+    combinations = len(OPTIMIZERS) * len(SCHEDULERS)
+    record_property("tally", f"stopped and resumed: {len(EXACT)} of {combinations} combinations exact")
+    assert len(EXACT) in {0, combinations}
