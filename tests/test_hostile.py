@@ -28,8 +28,6 @@ COMMANDS = (
     ["inspect", "--tree"],
     ["verify"],
 )
-#: `diff` takes some ten seconds and 400 MiB for these: it keeps a row for each of their keys.
-NOT_COMPARED = {"output: a million keys", "output: half a million named keys"}
 SECONDS = 5.0
 ROOM = 256 << 10  # KiB above what looking at an honest file takes
 ESCAPES = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2028\u2029\u2066-\u2069]")
@@ -104,9 +102,7 @@ def test_a_hostile_input_gets_an_answer_and_nothing_else(
     target = tmp_path / "salvaged.pt"
     before = sorted(tmp_path.rglob("*"))
     commands = [[*command, str(path)] for command in COMMANDS]
-    if name not in NOT_COMPARED:
-        commands.append(["diff", str(honest), str(path)])
-    commands.append(["salvage", str(path), str(target)])
+    commands += [["diff", str(honest), str(path)], ["salvage", str(path), str(target)]]
     answers = reader.ask(commands, target)
     for command, answer in zip(commands, answers, strict=True):
         check(answer, usual)

@@ -11,14 +11,15 @@ from trackopt.archive.text import describe
 from trackopt.difference.compare import Pair, Side
 from trackopt.difference.leaves import Leaf, flatten
 from trackopt.difference.numbers import Numbers, Tolerance
+from trackopt.errors import ArchiveError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from trackopt.archive import Archive
-    from trackopt.difference.alignment import Alignment
+    from trackopt.difference.alignment import Alignment, Places
     from trackopt.difference.compare import Comparison
-    from trackopt.difference.leaves import Role
+    from trackopt.difference.leaves import Key, Role
     from trackopt.state import TrainingState
 
 _LONGEST_VALUE = 16
@@ -117,8 +118,8 @@ def changes(
 
     They come in the first one's order, what is added at the end.
     """
-    one = flatten(archives[0].tree, states[0], alignment.a)
-    other = flatten(archives[1].tree, states[1], alignment.b)
+    one = _flattened(archives[0], states[0], alignment.a)
+    other = _flattened(archives[1], states[1], alignment.b)
     if terms.only or terms.ignore:
         kept = {key for key in (*one, *other) if terms.choose(*(side[key] for side in (one, other) if key in side))}
         one, other = ({key: leaf for key, leaf in side.items() if key in kept} for side in (one, other))
@@ -147,6 +148,13 @@ def changes(
     for key, leaf in other.items():
         if key not in one:
             yield Change(leaf.path, "added", None, leaf.value, None, leaf.part, leaf.role)
+
+
+def _flattened(archive: Archive, state: TrainingState, places: Places) -> dict[Key, Leaf]:
+    try:
+        return flatten(archive.tree, state, places)
+    except ArchiveError as error:
+        raise ArchiveError(f"{archive.path}: {error}") from error
 
 
 def _change(one: Leaf, other: Leaf, kind: str, numbers: Numbers | None = None, **how: bool) -> Change:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from trackopt.archive.nodes import Compound, Global, Opaque, Path, Tensor, children
+from trackopt.errors import ArchiveError
 from trackopt.state import META
 from trackopt.state.layout import unflattened
 from trackopt.state.matching import flat
@@ -23,7 +24,9 @@ if TYPE_CHECKING:
 
 _SCALARS = (int, float, complex, str, bytes, type(None), Global)
 _SETS = ("builtins.set", "builtins.frozenset")
-_NAMES, _SHAPES = "param_names", "param_shapes"
+_NAMES = "param_names"
+_NOTED = (_NAMES, "param_shapes", "param_dtypes")
+_MOST = 250_000  # leaves: a trillion parameters with their moments have fewer
 Key = tuple[Any, ...]
 
 
@@ -71,6 +74,9 @@ def flatten(tree: Any, state: TrainingState, places: Places) -> dict[Key, Leaf]:
         tree: The archive's.
         state: The training state in it.
         places: What its parts and parameters are known by.
+
+    Raises:
+        ArchiveError: There are more than a comparison can hold.
     """
     found: dict[Key, Leaf] = {}
     for leaf in _Flattener(state, places).leaves(tree, ()):
@@ -78,6 +84,8 @@ def flatten(tree: Any, state: TrainingState, places: Places) -> dict[Key, Leaf]:
         while key in found:  # the keys 0 and "0"
             again += 1
             key, path = (*leaf.key, again), f"{leaf.path} ({again})"
+        if len(found) == _MOST:
+            raise ArchiveError(f"it holds more than {_MOST:,} values, which is more than `diff` compares")
         found[key] = leaf if again == 1 else Leaf(key, path, leaf.part, leaf.value, leaf.role)
     return found
 
@@ -87,7 +95,7 @@ class _Flattener:
         self._places = places
         self._models = {model.path: model for model in state.models}
         self._optimizers = {one.path: one for one in state.optimizers}
-        self._noted = {(META, what, one.name): one for one in state.optimizers for what in (_NAMES, _SHAPES)}
+        self._noted = {(META, what, one.name): one for one in state.optimizers for what in _NOTED}
         self._alone = len(state.models) == 1
         self._has_rng = bool(state.rng)
 
