@@ -4,7 +4,7 @@ import pytest
 
 from tests.conftest import run_script
 from trackopt import RunError, journal
-from trackopt.journal import Journal, Line
+from trackopt.journal import Histogram, Journal, Line
 
 
 @pytest.fixture
@@ -27,6 +27,19 @@ def test_what_is_recorded_is_read_back(path):
     assert [line.end for line in journal.read(path, record.start)] == [record.end]
 
 
+def test_histograms_are_read_back(path):
+    """They are records of their own: the series know nothing of them, and a resume supersedes them."""
+    histogram = Histogram([0.0, 1.0], [2, 3], -0.5, 0.75, 1.5, 2.5, 5)
+    writer = Journal(path)
+    writer.record(1, {"loss": 1.0})
+    writer.record_histograms(1, {"exp_avg/group0": histogram})
+    writer.close()
+    lines = list(journal.read(path))
+    assert (lines[1].histograms, lines[1].metrics, lines[1].event) == ({"exp_avg/group0": histogram}, {}, None)
+    assert journal.series(path) == {"loss": [(1, 1.0)]}
+    assert journal.effective([*lines, Line(0, 0.0, event="resume")]) == []
+
+
 def test_a_torn_line_is_skipped_and_spoils_no_other(path):
     """A line that a killed process left half-written is passed over, before and after a new attempt appends."""
     writer = Journal(path)
@@ -44,7 +57,15 @@ def test_a_torn_line_is_skipped_and_spoils_no_other(path):
 
 
 @pytest.mark.parametrize(
-    "line", [b"[]", b"{}", b"\xff\xfe", b'{"step":"x","time":1}', b'{"step":1,"time":1,"metrics":[1]}']
+    "line",
+    [
+        b"[]",
+        b"{}",
+        b"\xff\xfe",
+        b'{"step":"x","time":1}',
+        b'{"step":1,"time":1,"metrics":[1]}',
+        b'{"step":1,"time":1,"histograms":{"a":{}}}',
+    ],
 )
 def test_a_foreign_line_is_skipped(path, line):
     """What no version of the journal wrote is passed over."""

@@ -35,8 +35,31 @@ logger = logging.getLogger("trackopt")
 
 
 @dataclass(frozen=True)
+class Histogram:
+    """How often which values occur.
+
+    Attributes:
+        limits: The upper limit of each bucket, ascending.
+        counts: How many values are in it.
+        min: The smallest value.
+        max: The largest.
+        sum: The sum of all values.
+        sum_squares: The sum of their squares.
+        num: How many there are.
+    """
+
+    limits: list[float]
+    counts: list[float]
+    min: float
+    max: float
+    sum: float
+    sum_squares: float
+    num: float
+
+
+@dataclass(frozen=True)
 class Line:
-    """One line of a journal: a record (it has metrics) or a marker (it has an event).
+    """One line of a journal: a record (it has metrics or histograms) or a marker (it has an event).
 
     Attributes:
         step: The optimizer step that it belongs to.
@@ -44,6 +67,7 @@ class Line:
         metrics: The numbers of a record; empty in a marker.
         event: A marker's kind; ``None`` in a record.
         details: What else a marker says.
+        histograms: The histograms of a record, by name.
         start: The line's offset in the file, in bytes.
         end: The offset behind its newline.
     """
@@ -53,6 +77,7 @@ class Line:
     metrics: dict[str, float] = field(default_factory=dict)
     event: str | None = None
     details: dict[str, Any] = field(default_factory=dict)
+    histograms: dict[str, Histogram] = field(default_factory=dict)
     start: int = 0
     end: int = 0
 
@@ -85,8 +110,11 @@ class Journal:
 
     def record(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append what was measured at ``step``."""
-        values = {key: value if math.isfinite(value) else _SPELLINGS[str(value)] for key, value in metrics.items()}
-        self._append({"step": step, "time": time.time(), "metrics": values})
+        self._append({"step": step, "time": time.time(), "metrics": _spelled(metrics)})
+
+    def record_histograms(self, step: int, histograms: Mapping[str, Histogram]) -> None:
+        """Append how values were distributed at ``step``; they must be finite."""
+        self._append({"step": step, "time": time.time(), "histograms": dict(histograms)})
 
     def mark(self, event: str, step: int, **details: Any) -> None:
         """Append a marker."""
@@ -129,6 +157,12 @@ class Journal:
 
 
 _SPELLINGS = {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}
+
+
+def _spelled(metrics: Mapping[str, float]) -> Mapping[str, float | str]:
+    if all(map(math.isfinite, metrics.values())):
+        return metrics
+    return {key: value if math.isfinite(value) else _SPELLINGS[str(value)] for key, value in metrics.items()}
 
 
 def read(path: Path, offset: int = 0) -> Iterator[Line]:
@@ -214,6 +248,7 @@ def _parse(raw: bytes, start: int) -> Line | None:
         step, when = int(entry.pop("step")), float(entry.pop("time"))
         event = entry.pop("event", None)
         metrics = {key: float(value) for key, value in entry.pop("metrics", {}).items()}
+        histograms = {key: Histogram(**value) for key, value in entry.pop("histograms", {}).items()}
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
-    return Line(step, when, metrics, event, entry, start, start + len(raw))
+    return Line(step, when, metrics, event, entry, histograms, start, start + len(raw))

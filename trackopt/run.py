@@ -279,14 +279,18 @@ class Run:
         if not self._position.in_epoch:
             self._boundary()
 
-    def close(self) -> None:
+    def close(self, *, wait: bool = True) -> None:
         """Take a last checkpoint, deliver everything, and let go of the optimizer and the directory.
+
+        Args:
+            wait: Whether to wait until TensorBoard and MLflow have everything; without it, or after Ctrl-C, the rest
+                is delivered in the background.
 
         Raises:
             CheckpointError: The last checkpoint could not be written; all else is done.
             SystemExit: A signal had asked the training to stop.
         """
-        self._leave(None)
+        self._leave(None, wait=wait)
 
     def __enter__(self) -> Run:
         return self
@@ -361,7 +365,7 @@ class Run:
         )
         raise SystemExit(self._signals.exit_code)
 
-    def _leave(self, error: BaseException | None) -> None:
+    def _leave(self, error: BaseException | None, *, wait: bool = True) -> None:
         """The loop is done, or left by an error."""
         if not self._open:
             return
@@ -369,7 +373,7 @@ class Run:
             if self._position.settled and not self._parted:
                 self._saving.try_to_commit(self._progress())
             self._stop()
-        self._close(_status(error), error)
+        self._close(_status(error), error, wait=wait)
 
     def _progress(self, *, epoch_done: bool = False) -> dict[str, Any]:
         """Where the run stands, for a checkpoint."""
@@ -388,7 +392,7 @@ class Run:
             **self._telemetry.state_dict(),
         }
 
-    def _close(self, status: str, error: BaseException | None = None) -> None:
+    def _close(self, status: str, error: BaseException | None = None, *, wait: bool = True) -> None:
         if not self._open:
             return
         self._open = False
@@ -406,7 +410,7 @@ class Run:
             self._signals.close()
             self._telemetry.close()
             if self._recorder is not None:
-                _tell(self._recorder.finish(wait=not self.should_stop))
+                _tell(self._recorder.finish(wait=wait and not self.should_stop))
             self._journal.close()
             self._directory.release()
             atexit.unregister(self._at_exit)

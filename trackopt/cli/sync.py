@@ -41,7 +41,11 @@ def command(directory: Path, as_json: bool) -> None:
 
 
 def _deliver(directory: Path) -> list[str]:
+    from trackopt.recorder.progress import bar
     from trackopt.recorder.recorder import Recorder
 
-    with Recorder(directory, tell=lambda message: click.echo(f"trackopt: {message}", err=True)) as recorder:
-        return recorder.drain()
+    def tell(message: str) -> None:
+        click.echo(f"trackopt: {message}", err=True)
+
+    with Recorder(directory, tell) as recorder, bar(directory) as show:
+        return recorder.drain(show)

@@ -6,6 +6,7 @@ Standard input is the socket to the training process: its end of file says that 
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import select
 import signal
@@ -15,7 +16,7 @@ from pathlib import Path
 from trackopt.recorder.recorder import Recorder
 
 _STDIN = 0
-_WAKE = 1.0  # seconds
+_WAKE = 5.0  # seconds: each waking costs MLflow's store a transaction, however little there is
 
 
 def main() -> None:
@@ -23,7 +24,10 @@ def main() -> None:
     directory = Path(sys.argv[1])
     _stand_aside()
     with Recorder(directory, tell=_tell) as recorder:
-        wait = 0.0
+        gc.disable()  # the backends are imported here, and nothing of theirs is garbage, now or later
+        wait = 0.0 if recorder.pump() else _WAKE
+        gc.freeze()
+        gc.enable()
         while not _trainer_is_gone(wait):
             wait = 0.0 if recorder.pump() else _WAKE
         recorder.drain()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from trackopt import journal
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from trackopt.journal import Line
     from trackopt.recorder.sink import Sink
 
+T = TypeVar("T")
 _RECORDS = 500  # in one write to a sink
 
 
@@ -21,9 +22,9 @@ class Delivery:
     """One sink and its cursor into the journal.
 
     The cursor says how far the sink has everything: the journal's ``offset``, and for each key the last step whose
-    value was ``sent``, so that what a resumed run records once more is not sent again. It moves only after the sink
-    has taken the records. In a sink that rewinds it stays at the beginning of the last step: when delivery starts
-    again there, the sink drops that step and takes it anew.
+    value was ``sent`` (histograms count apart), so that what a resumed run records once more is not sent again. It
+    moves only after the sink has taken the records. In a sink that rewinds it stays at the beginning of the last step:
+    when delivery starts again there, the sink drops that step and takes it anew.
 
     Args:
         path: The journal's file.
@@ -106,15 +107,21 @@ class Delivery:
     def _take(self, sink: Sink, line: Line, records: list[Line]) -> None:
         if line.step != self._first[1]:
             self._first = (line.start, line.step)
-        new = {key: value for key, value in line.metrics.items() if line.step > self._sent.get(key, -1)}
-        self._sent |= dict.fromkeys(new, line.step)
-        if new:
-            records.append(dataclasses.replace(line, metrics=new))
+        metrics = self._unsent(line.step, line.metrics)
+        histograms = self._unsent(line.step, line.histograms, "histogram ")
+        if metrics or histograms:
+            records.append(dataclasses.replace(line, metrics=metrics, histograms=histograms))
         before = self._replaced.get(line.step, {})
         if any(repr(before.get(key, value)) != repr(value) for key, value in line.metrics.items()):
             self._replaced = {}
             sink.diverged(line.step)
             self._tell(f"the resumed run differs from the one before it, first at step {line.step}")
+
+    def _unsent(self, step: int, values: dict[str, T], kind: str = "") -> dict[str, T]:
+        """The values that the sink has not been given yet; from here on they count as sent."""
+        new = {key: value for key, value in values.items() if step > self._sent.get(kind + key, -1)}
+        self._sent |= {kind + key: step for key in new}
+        return new
 
     def _send(self, sink: Sink, records: list[Line]) -> None:
         if records:
@@ -141,9 +148,12 @@ class Delivery:
     def _superseded(self, marker: Line) -> dict[int, dict[str, float]]:
         """What was recorded, and perhaps sent, of the steps that a resumed run will take again."""
         found: dict[int, dict[str, float]] = {}
-        for line in journal.effective(line for line in journal.read(self._path) if line.start < marker.start):
-            if journal.superseded(line, marker):
-                found.setdefault(line.step, {}).update(line.metrics)
+        for line in journal.effective(
+            line
+            for line in journal.read(self._path)
+            if line.start < marker.start and (line.event == "resume" or journal.superseded(line, marker))
+        ):
+            found.setdefault(line.step, {}).update(line.metrics)
         return found
 
     def _forget_after(self, step: int) -> None:

@@ -6,11 +6,16 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
+from trackopt.recorder.progress import bar
+
 LOG = "recorder.log"
 _EVERY = 1.0  # seconds between two looks at what the recorder has to say
+_GLANCE = 0.2  # seconds between two looks at how far it is, while it is waited for
+_THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")  # of libraries that start one for each core
 
 
 class RecorderProcess:
@@ -57,11 +62,20 @@ class RecorderProcess:
         """Tell the recorder that nothing more comes; its last messages.
 
         Args:
-            wait: Whether to wait until it has delivered. It does so in any case, if it is let.
+            wait: Whether to wait until it has delivered; a terminal shows how far it is, and Ctrl-C ends the waiting.
+                It goes on in any case, if it is let.
         """
         self._socket.shutdown(socket.SHUT_WR)
-        code = self._process.wait() if wait else self._process.poll()
-        messages = self.messages(now=True)
+        code = self._process.poll()
+        interrupted = []
+        if wait:
+            try:
+                code = self._wait()
+            except KeyboardInterrupt:
+                interrupted = [f"the recorder goes on delivering in the background (process {self._process.pid})"]
+        if code is None:  # it becomes no zombie when it ends
+            threading.Thread(target=self._process.wait, name="trackopt-recorder", daemon=True).start()
+        messages = self.messages(now=True) + interrupted
         self._socket.close()
         if code:
             messages.append(
@@ -70,10 +84,18 @@ class RecorderProcess:
             )
         return messages
 
+    def _wait(self) -> int:
+        with bar(self._log.parent) as show:
+            while True:
+                try:
+                    return self._process.wait(_GLANCE)
+                except subprocess.TimeoutExpired:
+                    show()
+
 
 def _environment() -> dict[str, str]:
-    """The recorder's: it must find this very trackopt, also where it runs from a checkout."""
-    environment = dict(os.environ)
+    """The recorder's: it needs one thread, and must find this very trackopt, also where it runs from a checkout."""
+    environment = os.environ | dict.fromkeys(_THREADS, "1")
     home = Path(__file__).resolve().parents[2]
     if "site-packages" not in home.parts:
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(home), environment.get("PYTHONPATH")]))

@@ -16,6 +16,7 @@ from trackopt.directory import read_identity, replace
 from trackopt.errors import RunError, TrackoptError
 from trackopt.recorder.delivery import Delivery
 from trackopt.recorder.process import LOG
+from trackopt.recorder.progress import CURSORS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 
     from trackopt.recorder.sink import Sink
 
-CURSORS = "recorder.json"
 _LONGEST_PAUSE = 60.0  # seconds between two tries of a sink that fails
 
 
@@ -74,12 +74,17 @@ class Recorder:
         self._save()
         return any(more)
 
-    def drain(self) -> list[str]:
-        """Send what is left, and how the run ended; the names of the sinks that still lack something."""
+    def drain(self, show: Callable[[], None] = lambda: None) -> list[str]:
+        """Send what is left, and how the run ended; the names of the sinks that still lack something.
+
+        Args:
+            show: Called now and then, when there is some progress.
+        """
         size = self._journal.stat().st_size
         for name in self._names:
             while self._attempt(name, lambda delivery: delivery.pump(size)):
                 self._save()
+                show()
             if name not in self._pauses:
                 self._attempt(name, Delivery.finish)
         self._save()

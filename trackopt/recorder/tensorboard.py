@@ -7,10 +7,7 @@ import socket
 import time
 from typing import TYPE_CHECKING
 
-from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-from tensorboard.compat.proto.summary_pb2 import Summary
-from tensorboard.summary.writer.record_writer import RecordWriter
-
+from trackopt.recorder import events
 from trackopt.recorder.sink import Sink
 
 if TYPE_CHECKING:
@@ -21,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class TensorBoardSink(Sink):
-    """Writes scalars. A file is never appended to again, since a torn tail would hide whatever follows it.
+    """Writes scalars and histograms. A file is never appended to again: a torn tail would hide whatever follows it.
 
     Args:
         directory: Where the event files go.
@@ -42,9 +39,7 @@ class TensorBoardSink(Sink):
 
     def write(self, records: Sequence[Line]) -> None:
         """Write an event for each record, with all of its values."""
-        for record in records:
-            values = [Summary.Value(tag=key, simple_value=value) for key, value in record.metrics.items()]
-            self._write(Event(wall_time=record.time, step=record.step, summary=Summary(value=values)))
+        self._file.writelines(events.summary(one.time, one.step, one.metrics, one.histograms) for one in records)
         self._file.flush()
         os.fsync(self._file.fileno())
 
@@ -56,13 +51,9 @@ class TensorBoardSink(Sink):
         self._file.close()
 
     def _open(self, step: int) -> None:
-        name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
+        now = time.time()
+        name = f"events.out.tfevents.{now:.6f}.{socket.gethostname()}.{os.getpid()}"
         self._file = (self._directory / name).open("xb")
-        self._events = RecordWriter(self._file)
-        self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
         # Readers take a START as the sign to drop what is behind its step, but overlook the first that they meet:
         # so every file has one, the first attempt's too.
-        self._write(Event(wall_time=time.time(), step=step, session_log=SessionLog(status=SessionLog.START)))
-
-    def _write(self, event: Event) -> None:
-        self._events.write(event.SerializeToString())
+        self._file.write(events.version(now) + events.start(now, step))

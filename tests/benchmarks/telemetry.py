@@ -1,0 +1,156 @@
+"""What telemetry adds to a training step: ours, with everything on and both sinks, against what people write today."""
+
+from __future__ import annotations
+
+import logging
+import os
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+import trackopt
+from tests.benchmarks.measure import Row, table
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from torch import Tensor
+    from torch.optim import Optimizer
+    from torch.optim.lr_scheduler import LRScheduler
+
+    Log = Callable[[int, Tensor], object]
+    Way = Callable[[Optimizer, LRScheduler, str], object]
+
+_TIMES = 5
+_STEPS = {"mlp": 2000, "cnn": 400, "transformer": 80}
+_MLFLOW_STEPS = {"mlp": 100, "cnn": 60, "transformer": 30}
+
+
+def build(kind: str) -> tuple[nn.Module, Tensor, Tensor]:
+    """A model and the one batch that it is trained on."""
+    torch.manual_seed(0)
+    if kind == "mlp":
+        return nn.Sequential(nn.Linear(2, 32), nn.Tanh(), nn.Linear(32, 2)), torch.randn(64, 2), _labels(64, 2)
+    if kind == "cnn":
+        blocks = [
+            layer
+            for inner, outer in ((1, 16), (16, 32))
+            for layer in (nn.Conv2d(inner, outer, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2))
+        ]
+        head = [nn.Flatten(), nn.Linear(32 * 49, 128), nn.ReLU(), nn.Linear(128, 10)]
+        return nn.Sequential(*blocks, *head), torch.randn(64, 1, 28, 28), _labels(64, 10)
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(256, 4, 1024, batch_first=True), 6)
+    return nn.Sequential(encoder, nn.Flatten(), nn.Linear(32 * 256, 10)), torch.randn(8, 32, 256), _labels(8, 10)
+
+
+def _labels(count: int, classes: int) -> Tensor:
+    return torch.randint(0, classes, (count,))
+
+
+def train(kind: str, steps: int, way: Way) -> float:
+    """Milliseconds per step, after some that do not count; ``way`` is let in behind those."""
+    model, x, y = build(kind)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 50, 0.99)
+    criterion = nn.CrossEntropyLoss()
+
+    def loop(log: Log, count: int) -> None:
+        for step in range(count):
+            optimizer.zero_grad()
+            loss = criterion(model(x), y)
+            loss.backward()
+            optimizer.step()
+            log(step, loss)
+            scheduler.step()
+
+    loop(lambda step, loss: None, steps // 10 + 5)
+    with tempfile.TemporaryDirectory() as folder, way(optimizer, scheduler, folder) as log:
+        begin = time.perf_counter()
+        loop(log, steps)
+        return (time.perf_counter() - begin) / steps * 1000
+
+
+def _first_moments(optimizer: Optimizer) -> list[Tensor]:
+    return [state["exp_avg"] for state in optimizer.state.values()]
+
+
+def _measured(optimizer: Optimizer, loss: Tensor) -> dict[str, float]:
+    """What a script of today logs: three numbers."""
+    norm = torch.stack(torch._foreach_norm(_first_moments(optimizer))).norm()
+    return {"loss": loss.item(), "lr": optimizer.param_groups[0]["lr"], "exp_avg": norm.item()}
+
+
+@contextmanager
+def bare(optimizer: Optimizer, scheduler: LRScheduler, folder: str) -> Iterator[Log]:
+    yield lambda step, loss: None
+
+
+@contextmanager
+def summary_writer(optimizer: Optimizer, scheduler: LRScheduler, folder: str) -> Iterator[Log]:
+    from torch.utils.tensorboard import SummaryWriter
+
+    def log(step: int, loss: Tensor) -> None:
+        for name, value in _measured(optimizer, loss).items():
+            writer.add_scalar(name, value, step)
+
+    with SummaryWriter(folder) as writer:
+        yield log
+
+
+@contextmanager
+def synchronous_mlflow(optimizer: Optimizer, scheduler: LRScheduler, folder: str) -> Iterator[Log]:
+    import mlflow
+
+    with mlflow.start_run():
+        yield lambda step, loss: mlflow.log_metrics(_measured(optimizer, loss), step=step, synchronous=True)
+
+
+@contextmanager
+def ours(optimizer: Optimizer, scheduler: LRScheduler, folder: str) -> Iterator[Log]:
+    with trackopt.wrap(optimizer, scheduler, dir=f"{folder}/run") as run:
+        yield lambda step, loss: run.step(loss=loss)
+        run._recorder._process.kill()  # what it would still deliver is not measured, and must not disturb what is
+
+
+def main() -> bool:
+    """Print the table; whether every limit is kept."""
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    with tempfile.TemporaryDirectory(prefix="trackopt-benchmark-") as folder:
+        os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder}/mlflow.db"
+        for way in (bare, summary_writer, synchronous_mlflow, ours):
+            train("mlp", 50, way)  # what is imported and created once
+        rows = [row for kind in _STEPS for row in _rows(kind)]
+    return table(f"telemetry: medians of {_TIMES} alternations, milliseconds for each step", rows)
+
+
+def _rows(kind: str) -> list[Row]:
+    rounds = [[train(kind, steps, way) for way, steps in _ways(kind)] for _ in range(_TIMES)]
+    step, *added = (statistics.median(column) for column in zip(*rounds, strict=True))
+    writer, mlflow, own = (
+        statistics.median(each[way] - each[0] for each in rounds) for way, _ in enumerate(added, start=1)
+    )
+    figures = f"bare {step:.2f}, ours +{own:.3f}"
+    if kind == "mlp":
+        return [
+            Row(f"{kind}: added, against SummaryWriter", f"{figures}, SummaryWriter +{writer:.3f}", own / writer, 0.3),
+            Row(f"{kind}: added, against synchronous MLflow", f"{figures}, MLflow +{mlflow:.3f}", own / mlflow, 0.03),
+        ]
+    ratio = statistics.median(each[3] / each[0] for each in rounds)
+    return [Row(f"{kind}: against bare", f"{figures}, writer +{writer:.2f}, MLflow +{mlflow:.2f}", ratio, 1.02)]
+
+
+def _ways(kind: str) -> list[tuple[Way, int]]:
+    steps = _STEPS[kind]
+    return [(bare, steps), (summary_writer, steps), (synchronous_mlflow, _MLFLOW_STEPS[kind]), (ours, steps)]
+
+
+if __name__ == "__main__":
+    sys.exit(0 if main() else 1)

@@ -1,0 +1,97 @@
+"""The end of a run, as a user meets it on a terminal: waiting for the recorder, and not waiting."""
+
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import mlflow_points, mlflow_run, run_script
+from tests.test_recorder import wait_until_idle
+from trackopt import journal
+
+SCRIPT = """
+import sys, time
+import trackopt
+from tests.conftest import build, train_step
+
+model, optimizer, scheduler = build()
+run = trackopt.wrap(optimizer, scheduler, dir=sys.argv[1])
+for _ in range(100):
+    run.step(loss=train_step(model, optimizer, scheduler))
+for step in range(101, 1501):
+    run._journal.record(step, {f"a/{i}": step + i for i in range(20)})
+begin = time.monotonic()
+print("closing", flush=True)
+run.close(wait="nowait" not in sys.argv)
+print(f"closed {time.monotonic() - begin:.3f}", flush=True)
+"""
+
+
+@pytest.fixture
+def long(tmp_path, monkeypatch):
+    """A script that leaves a backlog of some seconds."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
+    path = tmp_path / "train.py"
+    path.write_text(SCRIPT)
+    return path
+
+
+def on_a_terminal(script, directory, *, interrupt):
+    """Run the script with its standard error on a terminal; Ctrl-C as soon as a bar is there. Its output and that."""
+    main, side = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, str(script), str(directory)], stdout=subprocess.PIPE, stderr=side, text=True
+    )
+    os.close(side)
+    seen = b""
+    while True:
+        try:
+            seen += os.read(main, 65536)
+        except OSError:  # the other side is closed
+            break
+        if interrupt and b"delivering to" in seen:
+            process.send_signal(signal.SIGINT)
+            interrupt = False
+    os.close(main)
+    output = process.communicate()[0]
+    assert process.returncode == 0, seen
+    return output, seen.decode()
+
+
+def test_waiting_shows_how_far_it_is(long, tmp_path):
+    """A terminal gets a bar that ends at everything; afterwards everything is there."""
+    output, seen = on_a_terminal(long, tmp_path / "run", interrupt=False)
+    assert output.startswith("closing\nclosed ")
+    assert "delivering to TensorBoard and MLflow" in seen
+    assert "%" in seen
+    assert mlflow_points(tmp_path / "run") == journal.series(tmp_path / "run")
+
+
+def test_ctrl_c_ends_the_waiting_and_not_the_delivery(long, tmp_path):
+    """One line is told, without a traceback; the script goes on, and the recorder ends its work."""
+    directory = tmp_path / "run"
+    output, seen = on_a_terminal(long, directory, interrupt=True)
+    assert output.startswith("closing\nclosed ")
+    assert seen.count("the recorder goes on delivering in the background") == 1
+    assert "Traceback" not in seen
+    wait_until_idle(directory)
+    assert mlflow_points(directory) == journal.series(directory)
+    assert mlflow_run(directory)[1].info.status == "FINISHED"
+
+
+def test_not_waiting_returns_at_once(long, tmp_path):
+    """`close(wait=False)` takes no time; everything arrives later, and nothing is printed."""
+    directory = tmp_path / "run"
+    done = run_script(long, directory, "nowait")
+    ended = time.time()
+    assert (done.returncode, done.stderr) == (0, "")
+    assert float(done.stdout.split()[-1]) < 1
+    wait_until_idle(directory)
+    assert (directory / "recorder.json").stat().st_mtime > ended
+    assert mlflow_points(directory) == journal.series(directory)
+    assert mlflow_run(directory)[1].info.status == "FINISHED"

@@ -1,0 +1,60 @@
+"""How far the recorder has come, and a bar that shows it to who waits for it."""
+
+from __future__ import annotations
+
+import sys
+import time
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import orjson
+
+from trackopt import journal
+from trackopt.directory import read_identity
+from trackopt.errors import RunError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+CURSORS = "recorder.json"
+_PATIENCE = 1.0  # seconds until there is a bar
+_NAMES = {"tensorboard": "TensorBoard", "mlflow": "MLflow"}
+
+
+def share(directory: Path) -> float:
+    """The part of a run's journal that its sinks have, from 0 to 1."""
+    try:
+        sinks = read_identity(directory)["sinks"]
+        cursors = orjson.loads((directory / CURSORS).read_bytes())
+        size = (directory / journal.NAME).stat().st_size
+        offsets: list[int] = [cursors[name]["offset"] for name in sinks if name in cursors]
+        return sum(min(1.0, offset / size) for offset in offsets) / len(sinks)
+    except (OSError, RunError, ValueError, KeyError, TypeError, ZeroDivisionError):
+        return 0.0
+
+
+@contextmanager
+def bar(directory: Path) -> Iterator[Callable[[], None]]:
+    """A function that brings the bar up to date; there is one on a terminal only, and if it takes a while."""
+    if not sys.stderr.isatty():
+        yield lambda: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    progress = Progress(*columns, console=Console(stderr=True), transient=True)
+    names = " and ".join(_NAMES.get(name, name) for name in read_identity(directory)["sinks"])
+    task = progress.add_task(f"delivering to {names}", total=1.0)
+    begin = time.monotonic()
+
+    def show() -> None:
+        if time.monotonic() - begin >= _PATIENCE:
+            progress.start()
+            progress.update(task, completed=share(directory))
+
+    try:
+        yield show
+    finally:
+        progress.stop()
