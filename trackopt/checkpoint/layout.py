@@ -51,7 +51,7 @@ class Place:
 
     def local(self) -> bytes:
         """The header in front of the data, filled up to where that begins."""
-        extra = self._wide()
+        extra = self._wide(packed=0)  # as torch has it: the descriptor tells
         padding = self.data - self.header - _LOCAL.size - len(self.name) - len(extra) - 4
         extra += b"FB" + struct.pack("<H", padding) + b"Z" * padding
         about = (0, self._flags(), 0, 0, 0, 0, 0, 0, len(self.name), len(extra))
@@ -73,8 +73,8 @@ class Place:
     def _flags(self) -> int:
         return _UTF8 | _SUMMED_BEHIND if self.size else _UTF8
 
-    def _wide(self) -> bytes:
-        sizes = [self.size, self.size] if self.size >= _FULL else []
+    def _wide(self, packed: int | None = None) -> bytes:
+        sizes = [self.size, self.size if packed is None else packed] if self.size >= _FULL else []
         values = sizes + ([self.header] if self.header >= _FULL else [])
         return struct.pack(f"<2H{len(values)}Q", 1, 8 * len(values), *values) if values else b""
 

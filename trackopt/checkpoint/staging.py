@@ -69,8 +69,9 @@ class Staging:
                 raise CheckpointError(
                     f"a checkpoint cannot be copied ({error.strerror}: {length:,} bytes); free some memory"
                 ) from error
-            # A data worker's fork would make the next copy fault on every page, and direct writes unsafe.
-            self._memory.madvise(mmap.MADV_DONTFORK)
+            if hasattr(mmap, "MADV_DONTFORK"):  # not on macOS
+                # A data worker's fork would make the next copy fault on every page, and direct writes unsafe.
+                self._memory.madvise(mmap.MADV_DONTFORK)
         return self._memory
 
 

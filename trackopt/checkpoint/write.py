@@ -93,6 +93,8 @@ def _create(part: Path) -> int:
 
 
 def _reserve(file: int, size: int) -> None:
+    if not hasattr(os, "posix_fallocate"):  # not on macOS
+        return
     try:
         os.posix_fallocate(file, 0, size)
     except OSError as error:
