@@ -167,6 +167,20 @@ def test_a_step_that_is_saved_twice_keeps_its_marks():
     assert names() == ["step-00000001.pt", "step-00000002.pt"]
 
 
+def test_an_old_one_that_cannot_be_removed_is_told(monkeypatch, caplog):
+    """The new one is there all the same."""
+    run, _, step = started(keep=1)
+    step()
+    run.save(wait=True)
+    with monkeypatch.context() as broken:
+        broken.setattr(Path, "unlink", lambda *_, **__: (_ for _ in ()).throw(PermissionError(1, "Not permitted")))
+        step()
+        run.save(wait=True)
+    run.close()
+    assert "step-00000001.pt: cannot be removed (Not permitted)" in caplog.text
+    assert events() == [("checkpoint", 1), ("checkpoint", 2)]
+
+
 @pytest.mark.parametrize("options", [{"keep_best": -1}, {"keep_every": 0}])
 def test_retention_that_makes_no_sense_is_refused(options):
     with pytest.raises(UsageError, match="keep_best counts from 0, keep_every from 1"):

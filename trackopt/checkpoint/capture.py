@@ -150,8 +150,8 @@ def nbytes(training: Training) -> int:
     modules = [*training.models.values(), *(each for each in training.stateful.values() if isinstance(each, nn.Module))]
     tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
     for optimizer in training.optimizers.values():
-        for state in optimizer.state.values():
-            tensors += [value for value in state.values() if isinstance(value, torch.Tensor)]
+        entries = [state for state in optimizer.state.values() if isinstance(state, Mapping)]
+        tensors += [value for state in entries for value in state.values() if isinstance(value, torch.Tensor)]
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 

@@ -74,9 +74,7 @@ class Store:
         path = self.folder / f"step-{step:08d}.pt"
         write(staged, path, before_commit=before_commit)
         self._point_to_latest()
-        there = self._by_step()
-        for old in self._retention.surplus({step: self._marks_of(step, path) for step, path in there.items()}):
-            there[old].unlink(missing_ok=True)
+        self._let_go()
         return path
 
     def close(self) -> None:
@@ -120,13 +118,22 @@ class Store:
     def _by_step(self) -> dict[int, Path]:
         return archive.checkpoints(self.folder) if self.folder.exists() else {}
 
+    def _let_go(self) -> None:
+        there = self._by_step()
+        for step in self._retention.surplus({step: self._marks_of(step, path) for step, path in there.items()}):
+            try:
+                there[step].unlink(missing_ok=True)
+            except OSError as error:
+                logger.warning("trackopt: %s: cannot be removed (%s)", there[step], error.strerror)
+
     def _marks_of(self, step: int, path: Path) -> Marks:
         """Those of an earlier attempt's are in the file; what cannot be read is not for us to delete."""
         if step not in self._marks:
             try:
                 with archive.open(path) as opened:
                     meta = opened.tree["trackopt"]
-                    self._marks[step] = Marks(bool(meta.get("keep")), meta.get("metric"))
+                    metric = meta.get("metric")
+                    self._marks[step] = Marks(bool(meta.get("keep")), metric if isinstance(metric, float) else None)
             except (ArchiveError, KeyError, TypeError, AttributeError):
                 self._marks[step] = Marks(keep=True)
         return self._marks[step]
