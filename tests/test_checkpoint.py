@@ -12,6 +12,7 @@ import trackopt
 from tests.conftest import build, run_script, train_step
 from trackopt import CheckpointError, MismatchError, UsageError, journal
 from trackopt.checkpoint import Store, Training, capture, restore, rng
+from trackopt.checkpoint.retention import Retention
 from trackopt.checkpoint.saved import of_run
 
 
@@ -25,7 +26,7 @@ def trained(directory="run", steps=6, **options):
 
 
 def names(directory="run"):
-    return sorted(path.name for path in Path(directory, "checkpoints").iterdir())
+    return sorted(path.name for path in Path(directory, "checkpoints").iterdir() if path.name != "latest")
 
 
 def test_a_checkpoint_is_a_plain_torch_file():
@@ -77,7 +78,7 @@ def test_a_damaged_checkpoint_is_set_aside(caplog):
 def test_no_sound_checkpoint_left():
     """Each one is damaged: one line says what was tried, and the files stay."""
     trained(save_every=2)
-    for path in Path("run/checkpoints").iterdir():
+    for path in Path("run/checkpoints").glob("step-*"):
         path.write_bytes(path.read_bytes()[:1000])
     before = names()
     model, optimizer, scheduler = build()
@@ -104,7 +105,7 @@ from tests.conftest import build, train_step
 
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write beyond the limit fails as on a full disk
 model, optimizer, scheduler = build()
-run = trackopt.wrap(optimizer, scheduler, model=model, dir=sys.argv[1], sinks=(), save_every=2)
+run = trackopt.wrap(optimizer, scheduler, model=model, dir=sys.argv[1], sinks=())
 for step in range(1, 8):
     if step == 3:
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -112,6 +113,8 @@ for step in range(1, 8):
     if step == 7:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     run.step(loss=train_step(model, optimizer, scheduler))
+    if step in (2, 4, 6):
+        run.save(wait=True)
 run.close()
 print(run.global_step)
 """
@@ -335,4 +338,4 @@ def test_a_newer_format_is_refused():
     tree["trackopt"]["format"] = 99
     torch.save(tree, "run/checkpoints/step-00000006.pt")
     with pytest.raises(MismatchError, match="newer trackopt"):
-        Store(Path("run/checkpoints"), 3).newest()
+        Store(Path("run/checkpoints"), Retention()).newest()

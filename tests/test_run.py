@@ -168,9 +168,9 @@ def test_saves_wait_for_the_end_of_the_iteration():
     for _ in run.epochs(1):
         for number in run.batches(range(5)):
             if number == 2:
-                run.save()
+                run.save(wait=True)
             step()
-            assert len(list(Path("run").glob("checkpoints/*"))) == (number > 2)
+            assert len(list(Path("run").glob("checkpoints/step-*"))) == (number > 2)
     meta = torch.load("run/checkpoints/step-00000003.pt", weights_only=True)["trackopt"]
     assert (meta["step"], meta["batch"]) == (3, 3)
     run.close()
@@ -182,13 +182,13 @@ def test_save_every_counts_steps_or_time():
         step()
         run.step()
     run.close()
-    assert sorted(path.stem[-1] for path in Path("steps/checkpoints").iterdir()) == ["2", "4", "5"]
+    assert sorted(path.stem[-1] for path in Path("steps/checkpoints").glob("step-*")) == ["2", "4", "5"]
     run, step = wrapped("time", save_every=timedelta(microseconds=1), keep=9)
     for _ in range(3):
         step()
         run.step()
     run.close()
-    assert len(list(Path("time/checkpoints").iterdir())) == 3
+    assert len(list(Path("time/checkpoints").glob("step-*"))) == 3
 
 
 def test_what_is_logged_behind_an_epoch_belongs_to_its_last_step():

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from datetime import timedelta
 
     from trackopt.checkpoint import Training
+    from trackopt.checkpoint.retention import Retention
 
 SINKS = ("tensorboard", "mlflow")
 
@@ -38,7 +39,12 @@ def check_objects(training: Training) -> None:
 
 
 def check_options(
-    *, save_every: int | timedelta | None, keep: int, stats: str | None, stats_every: int, sinks: Sequence[str]
+    *,
+    save_every: int | timedelta | None,
+    retention: Retention,
+    stats: str | None,
+    stats_every: int,
+    sinks: Sequence[str],
 ) -> None:
     """Refuse options that mean nothing.
 
@@ -49,5 +55,7 @@ def check_options(
         raise UsageError(f"sinks: {min(unknown)!r} is none; choose from {', '.join(SINKS)}")
     if stats not in {"group", None}:
         raise UsageError(f"stats={stats!r}: choose 'group' or None")
-    if keep < 1 or stats_every < 1 or (save_every is not None and not save_every):
+    if retention.newest < 1 or stats_every < 1 or (save_every is not None and not save_every):
         raise UsageError("keep, stats_every and save_every count from 1")
+    if retention.best < 0 or (retention.every is not None and retention.every < 1):
+        raise UsageError("keep_best counts from 0, keep_every from 1")

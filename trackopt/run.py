@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from trackopt.arguments import SINKS, check_objects, check_options
 from trackopt.checkpoint import Store, Training
 from trackopt.checkpoint.capture import Stateful, versions
+from trackopt.checkpoint.retention import Marks, Retention
 from trackopt.checkpoint.settings import settings
 from trackopt.directory import RunDirectory
 from trackopt.errors import UsageError
@@ -25,7 +26,7 @@ from trackopt.recorder.process import RecorderProcess
 from trackopt.recorder.target import mlflow_target
 from trackopt.rehearsal import plan
 from trackopt.resuming import Resumption, find
-from trackopt.saving import Saving
+from trackopt.saving import Request, Saving
 from trackopt.signals import StopSignals
 from trackopt.telemetry import Telemetry
 
@@ -54,6 +55,8 @@ def wrap(
     resume: str | os.PathLike[str] = "auto",
     save_every: int | timedelta | None = None,
     keep: int = 3,
+    keep_best: int = 0,
+    keep_every: int | None = None,
     stats: str | None = "group",
     stats_every: int = 1,
     sinks: Sequence[str] = SINKS,
@@ -78,6 +81,8 @@ def wrap(
         save_every: Optimizer steps, or a ``timedelta``, between two checkpoints. Default: only at ``run.save()``
             and ``run.close()``.
         keep: How many of the newest checkpoints to keep.
+        keep_best: How many to keep of those with the lowest ``run.save(metric=…)``. Default: none.
+        keep_every: Keep for good the first checkpoint in each stretch of so many optimizer steps. Default: none.
         stats: ``"group"`` for statistics of the gradients and buffers of each parameter group, ``None`` for none.
         stats_every: Take them at every n-th step.
         sinks: Where the journal goes: ``"tensorboard"``, ``"mlflow"``, both or none.
@@ -117,11 +122,12 @@ def wrap(
     if not training.optimizers:
         raise UsageError("wrap() was given no optimizer; pass one, or a dict of them by name")
     check_objects(training)
-    check_options(save_every=save_every, keep=keep, stats=stats, stats_every=stats_every, sinks=sinks)
+    retention = Retention(keep, keep_best, keep_every)
+    check_options(save_every=save_every, retention=retention, stats=stats, stats_every=stats_every, sinks=sinks)
     built = {name: settings(each) for name, each in training.schedulers.items()}
     directory = RunDirectory(dir)
     try:
-        store = Store(directory.checkpoints, keep)
+        store = Store(directory.checkpoints, retention)
         found, left_out = find(directory, store, resume), []
         resumption = None
         if found is not None:
@@ -178,7 +184,8 @@ class Run:
         self._groups: dict[str, int] = {}  # parameter groups when the epoch began
         self._journal = Journal(directory.journal)
         self._telemetry = Telemetry(training, self._journal, stats=stats, stats_every=stats_every)
-        self._saving = Saving(training, store, self._journal, save_every)
+        rehearsing = plan.current() is not None  # which step a kill leads back to must not depend on the disk
+        self._saving = Saving(training, store, self._journal, save_every, background=not rehearsing)
         self._attempt = directory.begin_attempt(sinks)
         self._resumption: Resumption | None = None
         self._recorder: RecorderProcess | None = None
@@ -263,19 +270,25 @@ class Run:
             if self._open:
                 self._end_iteration()
                 if self.should_stop:  # in a moment the position will be that of a pass that is over
-                    self._saving.try_to_commit(self._progress())
+                    self._saving.take(self._progress())
                     self._parted = True
             raise
 
-    def save(self, *, keep: bool = False) -> None:
+    def save(self, *, keep: bool = False, metric: float | None = None, wait: bool = False) -> None:
         """Take a checkpoint where the loop next stands between two iterations (or two epochs, after the batches).
 
         That is the state from which a resumed run goes on exactly. Outside of ``epochs`` it is taken at once.
 
+        The loop stands still while the state is copied in memory, and goes on while the copy is written. One that is
+        due before the last one is on the disk waits for it. What cannot be written is told at the next step, and in
+        the journal; training goes on.
+
         Args:
             keep: Keep it for good.
+            metric: What ``keep_best`` goes by, the lower the better: a validation loss, or an accuracy with a minus.
+            wait: Go on only when it is on the disk.
         """
-        self._saving.request(keep=keep)
+        self._saving.request(Request(Marks(keep, None if metric is None else float(metric)), wait))
         if not self._position.in_epoch:
             self._boundary()
 
@@ -343,6 +356,8 @@ class Run:
         before = self._telemetry.recorded
         if self._telemetry.end_iteration():
             self._saving.advance(before, self.global_step)
+            if self._open:
+                self._saving.prepare()
             if self._probe is not None:
                 self._probe.record(self.global_step)
         if self._recorder is not None:
@@ -351,7 +366,7 @@ class Run:
     def _boundary(self, *, epoch_done: bool = False) -> None:
         """The loop stands where a resumed run can go on exactly: save what is due, and stop if a signal says so."""
         if (self._saving.due or self.should_stop) and not self._parted:
-            self._saving.try_to_commit(self._progress(epoch_done=epoch_done))
+            self._saving.take(self._progress(epoch_done=epoch_done))
         if self.should_stop:
             self._stop()
 
@@ -371,7 +386,7 @@ class Run:
             return
         if error is None and self.should_stop:
             if self._position.settled and not self._parted:
-                self._saving.try_to_commit(self._progress())
+                self._saving.take(self._progress())
             self._stop()
         self._close(_status(error), error, wait=wait)
 
@@ -400,9 +415,11 @@ class Run:
             if self.global_step > self._telemetry.recorded:
                 self._end_iteration()
             self._telemetry.record_rest()
+            self._saving.settle()
             if status == "FINISHED" and self._has_moved():
-                self._saving.commit(self._progress())
+                self._saving.take_last(self._progress())
         finally:
+            self._saving.close()
             why = {} if error is None else {"error": f"{type(error).__name__}: {error}"}
             if self._signals.received is not None:
                 self._journal.mark("stop", self.global_step, signal=self._signals.received.name)

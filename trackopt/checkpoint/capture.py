@@ -145,6 +145,16 @@ def state_of(thing: Any) -> Any:
     return rng.state_of(thing) if rng.is_generator(thing) else thing.state_dict()
 
 
+def nbytes(training: Training) -> int:
+    """About how large a checkpoint is: parameters, buffers, and what the optimizers keep."""
+    modules = [*training.models.values(), *(each for each in training.stateful.values() if isinstance(each, nn.Module))]
+    tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
+    for optimizer in training.optimizers.values():
+        entries = [state for state in optimizer.state.values() if isinstance(state, Mapping)]
+        tensors += [value for state in entries for value in state.values() if isinstance(value, torch.Tensor)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """``float32``."""
     return str(dtype).removeprefix("torch.")

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import pickle
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from trackopt import integrity
+from trackopt import archive, integrity
 from trackopt.checkpoint.capture import FORMAT
-from trackopt.checkpoint.write import PART, write
-from trackopt.errors import CheckpointError, MismatchError
+from trackopt.checkpoint.retention import Marks, Retention
+from trackopt.checkpoint.staging import Staging
+from trackopt.checkpoint.write import PART, sync_directory, write
+from trackopt.errors import ArchiveError, CheckpointError, MismatchError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
+
+    from trackopt.checkpoint.staging import Staged
+
+LATEST = "latest"
 
 logger = logging.getLogger("trackopt")
 
@@ -25,31 +32,54 @@ class Store:
 
     Args:
         folder: The run's ``checkpoints`` directory; it is made at the first commit.
-        keep: How many of the newest to keep. Those committed with ``keep=True`` do not count and stay.
+        retention: Which of them stay.
     """
 
-    def __init__(self, folder: Path, keep: int) -> None:
+    def __init__(self, folder: Path, retention: Retention) -> None:
         self.folder = folder
-        self._keep = keep
-        self._kept: dict[Path, bool] = {}
+        self._retention = retention
+        self._staging = Staging()
+        self._marks: dict[int, Marks] = {}
 
     def paths(self) -> list[Path]:
         """The committed checkpoints, by step."""
-        return sorted(self.folder.glob("step-*.pt"))
+        return list(self._by_step().values())
 
-    def commit(self, tree: dict[str, Any], *, keep: bool, before_commit: Callable[[], None]) -> Path:
-        """Write a captured tree under the name of its step, then let go of the oldest.
+    def prepare(self, size: int) -> None:
+        """Have memory ready for a checkpoint of about ``size`` bytes; in a thread of its own the loop feels nothing."""
+        with contextlib.suppress(CheckpointError):  # the save that needs it tells
+            self._staging.prepare(size)
+
+    def stage(self, tree: dict[str, Any], marks: Marks) -> Staged:
+        """Copy a captured tree into memory, where it waits for ``commit``; the one before it must be committed.
+
+        Raises:
+            UsageError: A state cannot be written.
+            CheckpointError: There is not enough memory.
+        """
+        step = tree["trackopt"]["step"]
+        previous = max((each for each in self._by_step() if each < step), default=0)
+        landmark = Marks(self._retention.is_landmark(step, previous))
+        marks = self._marks.get(step, landmark).joined(landmark).joined(marks)
+        tree["trackopt"] |= {"keep": marks.keep, "metric": marks.metric}
+        self._marks[step] = marks
+        return self._staging.stage(tree)
+
+    def commit(self, staged: Staged, step: int, before_commit: Callable[[], None]) -> Path:
+        """Write a staged checkpoint under the name of its step, then let go of those that are not kept.
 
         Raises:
             CheckpointError: It could not be written; the earlier ones are untouched.
         """
-        tree["trackopt"]["keep"] = keep
-        path = self.folder / f"step-{tree['trackopt']['step']:08d}.pt"
-        write(tree, path, before_commit=before_commit)
-        self._kept[path] = keep
-        for old in [each for each in self.paths() if not self._is_kept(each)][: -self._keep]:
-            old.unlink(missing_ok=True)
+        path = self.folder / f"step-{step:08d}.pt"
+        write(staged, path, before_commit=before_commit)
+        self._point_to_latest()
+        self._let_go()
         return path
+
+    def close(self) -> None:
+        """Let go of the memory; nothing is saved any more."""
+        self._staging.release()
 
     def newest(self) -> tuple[Path, dict[str, Any]] | None:
         """The newest checkpoint that is sound, read; ``None`` where there is none at all.
@@ -78,21 +108,57 @@ class Store:
         for path in self.paths():
             if int(path.stem.removeprefix("step-")) > step:
                 path.rename(path.with_name(f"{path.name}.abandoned"))
+        self._point_to_latest()
 
     def clean(self) -> None:
         """Remove what a killed writer left half-written."""
         for part in self.folder.glob(f".*{PART}"):
             part.unlink(missing_ok=True)
 
-    def _is_kept(self, path: Path) -> bool:
-        if path not in self._kept:
-            self._kept[path] = bool(load(path)["trackopt"].get("keep"))
-        return self._kept[path]
+    def _by_step(self) -> dict[int, Path]:
+        return archive.checkpoints(self.folder) if self.folder.exists() else {}
+
+    def _let_go(self) -> None:
+        there = self._by_step()
+        for step in self._retention.surplus({step: self._marks_of(step, path) for step, path in there.items()}):
+            try:
+                there[step].unlink(missing_ok=True)
+            except OSError as error:
+                logger.warning("trackopt: %s: cannot be removed (%s)", there[step], error.strerror)
+
+    def _marks_of(self, step: int, path: Path) -> Marks:
+        """Those of an earlier attempt's are in the file; what cannot be read is not for us to delete."""
+        if step not in self._marks:
+            try:
+                with archive.open(path) as opened:
+                    meta = opened.tree["trackopt"]
+                    metric = meta.get("metric")
+                    self._marks[step] = Marks(bool(meta.get("keep")), metric if isinstance(metric, float) else None)
+            except (ArchiveError, KeyError, TypeError, AttributeError):
+                self._marks[step] = Marks(keep=True)
+        return self._marks[step]
+
+    def _point_to_latest(self) -> None:
+        """Let ``latest`` lead to the newest one, for other tools."""
+        link, paths = self.folder / LATEST, self.paths()
+        if not paths:
+            link.unlink(missing_ok=True)
+            return
+        part = link.with_name(f".{LATEST}{PART}")
+        try:
+            part.unlink(missing_ok=True)
+            part.symlink_to(paths[-1].name)
+            part.replace(link)
+            sync_directory(self.folder)
+        except OSError as error:
+            logger.debug("trackopt: %s: not updated (%s)", link, error)  # some file systems have no links
 
     def _set_aside(self, damaged: dict[Path, str]) -> None:
         for path, reason in damaged.items():
             path.rename(path.with_name(f"{path.name}.damaged"))
             logger.warning("trackopt: %s; it was set aside as %s.damaged", reason, path.name)
+        if damaged:
+            self._point_to_latest()
 
 
 def load(path: Path) -> dict[str, Any]:

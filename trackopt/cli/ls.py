@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from trackopt import archive, state
+from trackopt import archive, integrity, state
 from trackopt.cli import screen
 from trackopt.errors import ArchiveError, RunError
 
@@ -46,13 +46,28 @@ class Run:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One checkpoint, as a row; ``problem`` is set where it cannot be read."""
+    """One checkpoint, as a row.
+
+    Attributes:
+        path: Its file.
+        step: From its name.
+        epoch: As it says itself.
+        bytes: The file's.
+        time: Unix seconds of when its state was taken.
+        metric: What ``run.save(metric=…)`` was told.
+        keep: Whether it stays for good.
+        sound: Whether every byte is the one that was written.
+        problem: The first thing that is wrong with it.
+    """
 
     path: str
     step: int
     epoch: int | None
     bytes: int
     time: float
+    metric: float | None = None
+    keep: bool = False
+    sound: bool = True
     problem: str | None = None
 
 
@@ -62,7 +77,8 @@ class Checkpoint:
 def command(directory: str, as_json: bool) -> None:
     r"""The runs in a directory, or the checkpoints of a run.
 
-    DIRECTORY is "runs" where none is named.
+    DIRECTORY is "runs" where none is named. The checkpoints of a run are read to the last byte, to say whether they
+    are sound; what is wrong with one is told by `trackopt verify`.
 
     \b
     Example:
@@ -78,7 +94,7 @@ def command(directory: str, as_json: bool) -> None:
 
 def _list(path: Path, *, as_json: bool) -> None:
     if _is_run(path):
-        checkpoints = [_checkpoint(step, file) for step, file in archive.checkpoints(path).items()]
+        checkpoints = [_checkpoint(step, file, crc=True) for step, file in archive.checkpoints(path).items()]
         rows: list[Any] = checkpoints
         layout = _checkpoints(checkpoints)
     else:
@@ -100,7 +116,7 @@ def _is_run(path: Path) -> bool:
 def _run(path: Path) -> Run:
     files = archive.checkpoints(path)
     stats = [file.stat() for file in files.values()]
-    newest = _checkpoint(*list(files.items())[-1]) if files else None
+    newest = _checkpoint(*list(files.items())[-1], crc=False) if files else None
     lines = _tail(path / "metrics.jsonl")
     last = lines[-1] if lines else {}
     times = [stat.st_mtime for stat in stats]
@@ -118,20 +134,30 @@ def _run(path: Path) -> Run:
     )
 
 
-def _checkpoint(step: int, path: Path) -> Checkpoint:
+def _checkpoint(step: int, path: Path, *, crc: bool) -> Checkpoint:
     stat = path.stat()
-    epoch = problem = None
-    moment: Any = stat.st_mtime
+    row = Checkpoint(str(path), step, None, stat.st_size, stat.st_mtime)
     try:
         with archive.open(path) as opened:
             found = state.read(opened)
-            epoch = found.epoch
-            moment = (found.meta or {}).get("time", moment)
+            problems = integrity.problems(opened, crc=crc)
     except ArchiveError as error:
-        problem = str(error).removeprefix(f"{path}: ")
-    return Checkpoint(
-        str(path), step, epoch, stat.st_size, moment if isinstance(moment, float) else stat.st_mtime, problem
+        return replace(row, sound=False, problem=str(error).removeprefix(f"{path}: "))
+    meta = found.meta or {}
+    return replace(
+        row,
+        epoch=found.epoch,
+        time=_number(meta.get("time")) or stat.st_mtime,
+        metric=_number(meta.get("metric")),
+        keep=meta.get("keep") is True,
+        sound=not problems,
+        problem=next(iter(problems), None),
     )
+
+
+def _number(value: Any) -> float | None:
+    """A number that a file gives, whatever it is."""
+    return value if isinstance(value, float) else None
 
 
 def _name(path: Path) -> str:
@@ -208,8 +234,10 @@ def _checkpoints(found: list[Checkpoint]) -> Text:
             f"{one.step:,}",
             screen.number(one.epoch) if one.epoch is not None else "",
             screen.size(one.bytes),
-            screen.since(one.time) if one.problem is None else "cannot be read",
+            screen.since(one.time),
+            "" if one.metric is None else f"{one.metric:.6g}",
+            ("sound, kept" if one.keep else "sound") if one.sound else "damaged",
         ]
         for one in found
     ]
-    return screen.table(["checkpoint", "step", "epoch", "size", "saved"], rows)
+    return screen.table(["checkpoint", "step", "epoch", "size", "saved", "metric", "soundness"], rows)
