@@ -38,7 +38,13 @@ def check_objects(training: Training) -> None:
 
 
 def check_options(
-    *, save_every: int | timedelta | None, keep: int, stats: str | None, stats_every: int, sinks: Sequence[str]
+    *,
+    save_every: int | timedelta | None,
+    keep: int,
+    stats: str | None,
+    stats_every: int,
+    histograms_every: int,
+    sinks: Sequence[str],
 ) -> None:
     """Refuse options that mean nothing.
 
@@ -47,7 +53,9 @@ def check_options(
     """
     if unknown := set(sinks) - set(SINKS):
         raise UsageError(f"sinks: {min(unknown)!r} is none; choose from {', '.join(SINKS)}")
-    if stats not in {"group", None}:
-        raise UsageError(f"stats={stats!r}: choose 'group' or None")
+    if stats not in {"group", "param", None}:
+        raise UsageError(f"stats={stats!r}: choose 'group', 'param' or None")
+    if histograms_every < 0:
+        raise UsageError("histograms_every counts from 1; 0 is for none")
     if keep < 1 or stats_every < 1 or (save_every is not None and not save_every):
         raise UsageError("keep, stats_every and save_every count from 1")

@@ -46,6 +46,7 @@ class Line:
         details: What else a marker says.
         start: The line's offset in the file, in bytes.
         end: The offset behind its newline.
+        histograms: What a line of histograms holds, by names like ``exp_avg/group0``; it has no metrics.
     """
 
     step: int
@@ -55,6 +56,7 @@ class Line:
     details: dict[str, Any] = field(default_factory=dict)
     start: int = 0
     end: int = 0
+    histograms: dict[str, Any] = field(default_factory=dict)
 
 
 class Journal:
@@ -87,6 +89,10 @@ class Journal:
         """Append what was measured at ``step``."""
         values = {key: value if math.isfinite(value) else _SPELLINGS[str(value)] for key, value in metrics.items()}
         self._append({"step": step, "time": time.time(), "metrics": values})
+
+    def histograms(self, step: int, histograms: Mapping[str, Any]) -> None:
+        """Append how tensors were spread at ``step``."""
+        self._append({"step": step, "time": time.time(), "histograms": histograms})
 
     def mark(self, event: str, step: int, **details: Any) -> None:
         """Append a marker."""
@@ -214,6 +220,7 @@ def _parse(raw: bytes, start: int) -> Line | None:
         step, when = int(entry.pop("step")), float(entry.pop("time"))
         event = entry.pop("event", None)
         metrics = {key: float(value) for key, value in entry.pop("metrics", {}).items()}
+        histograms = entry.pop("histograms", {})
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
-    return Line(step, when, metrics, event, entry, start, start + len(raw))
+    return Line(step, when, metrics, event, entry, start, start + len(raw), histograms)

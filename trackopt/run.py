@@ -56,6 +56,7 @@ def wrap(
     keep: int = 3,
     stats: str | None = "group",
     stats_every: int = 1,
+    histograms_every: int = 0,
     sinks: Sequence[str] = SINKS,
     experiment: str | None = None,
     name: str | None = None,
@@ -78,8 +79,10 @@ def wrap(
         save_every: Optimizer steps, or a ``timedelta``, between two checkpoints. Default: only at ``run.save()``
             and ``run.close()``.
         keep: How many of the newest checkpoints to keep.
-        stats: ``"group"`` for statistics of the gradients and buffers of each parameter group, ``None`` for none.
-        stats_every: Take them at every n-th step.
+        stats: ``"group"`` for statistics of the parameters, gradients and buffers of each parameter group,
+            ``"param"`` for those of each parameter, ``None`` for none.
+        stats_every: Take them at every n-th step; what the step really changed, at every tenth of these.
+        histograms_every: Take histograms of gradients and buffers at every n-th step; 0 for none.
         sinks: Where the journal goes: ``"tensorboard"``, ``"mlflow"``, both or none.
         experiment: MLflow's experiment. Default: ``MLFLOW_EXPERIMENT_NAME``, else MLflow's own default.
         name: The run's name. Default: the directory's.
@@ -117,7 +120,8 @@ def wrap(
     if not training.optimizers:
         raise UsageError("wrap() was given no optimizer; pass one, or a dict of them by name")
     check_objects(training)
-    check_options(save_every=save_every, keep=keep, stats=stats, stats_every=stats_every, sinks=sinks)
+    measuring: dict[str, Any] = {"stats": stats, "stats_every": stats_every, "histograms_every": histograms_every}
+    check_options(save_every=save_every, keep=keep, sinks=sinks, **measuring)
     built = {name: settings(each) for name, each in training.schedulers.items()}
     directory = RunDirectory(dir)
     try:
@@ -135,8 +139,7 @@ def wrap(
             store,
             built=built,
             save_every=save_every,
-            stats=stats,
-            stats_every=stats_every,
+            measuring=measuring,
             sinks=sinks if plan.current() is None else (),
         )
     except BaseException:
@@ -163,8 +166,7 @@ class Run:
         *,
         built: dict[str, dict[str, Any]],
         save_every: int | timedelta | None,
-        stats: str | None,
-        stats_every: int,
+        measuring: dict[str, Any],
         sinks: Sequence[str],
     ) -> None:
         self.dir = directory.path
@@ -177,7 +179,7 @@ class Run:
         self._position = Position(training.stateful)
         self._groups: dict[str, int] = {}  # parameter groups when the epoch began
         self._journal = Journal(directory.journal)
-        self._telemetry = Telemetry(training, self._journal, stats=stats, stats_every=stats_every)
+        self._telemetry = Telemetry(training, self._journal, **measuring)
         self._saving = Saving(training, store, self._journal, save_every)
         self._attempt = directory.begin_attempt(sinks)
         self._resumption: Resumption | None = None
