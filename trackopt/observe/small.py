@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -29,30 +30,31 @@ class Totals(NamedTuple):
 
 def totals(lists: Sequence[Sequence[Tensor]]) -> list[Totals | None]:
     """The totals of each list; ``None`` where it is empty, large, or holds other than plain real tensors of the CPU."""
-    counts = [_count(tensors) for tensors in lists]
-    chosen = [number for number, count in enumerate(counts) if count]
-    if not chosen:
+    sizes = [size_of(tensors) for tensors in lists]
+    ends = list(accumulate(filter(None, sizes), initial=0))
+    if not ends.pop():
         return [None] * len(lists)
-    flat = _flatten_dense_tensors([tensor for number in chosen for tensor in lists[number]])  # type: ignore[no-untyped-call]
-    values = flat.to(torch.float64).numpy()
-    starts, start = [], 0
-    for number in chosen:
-        starts.append(start)
-        start += counts[number]
+    starts = np.array(ends)
+    values = gather([tensor for size, tensors in zip(sizes, lists, strict=True) if size for tensor in tensors]).numpy()
     with np.errstate(all="ignore"):  # what is not finite shows in the result
-        columns = (
+        rows = zip(
+            filter(None, sizes),
             np.add.reduceat(values, starts).tolist(),
             np.add.reduceat(values * values, starts).tolist(),
             np.minimum.reduceat(values, starts).tolist(),
             np.maximum.reduceat(values, starts).tolist(),
+            strict=True,
         )
-    found: list[Totals | None] = [None] * len(lists)
-    for number, *row in zip(chosen, *columns, strict=True):
-        found[number] = Totals(counts[number], *row)
-    return found
+    return [Totals._make(next(rows)) if size else None for size in sizes]
 
 
-def _count(tensors: Sequence[Tensor]) -> int:
+def gather(tensors: Sequence[Tensor]) -> Tensor:
+    """All elements of some dense tensors in one vector of float64."""
+    flat: Tensor = _flatten_dense_tensors(tensors)  # type: ignore[no-untyped-call]
+    return flat.to(torch.float64)
+
+
+def size_of(tensors: Sequence[Tensor]) -> int:
     """How many elements a list has; 0 where it is not for this module."""
     total = 0
     for tensor in tensors:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from trackopt.observe.small import gather, size_of
 from trackopt.observe.statistics import vector
 
 if TYPE_CHECKING:
@@ -47,14 +48,18 @@ def cosine(pairs: Iterable[tuple[Tensor, Tensor]]) -> float | None:
         >>> cosine([(torch.tensor([1.0, 0.0]), torch.tensor([2.0, 0.0])), (torch.tensor([0.0]), torch.tensor([0.0]))])
         1.0
     """
+    pairs = list(pairs)
+    ones, twos = [one for one, _ in pairs], [two for _, two in pairs]
+    if size_of(ones) and size_of(twos):
+        pairs = [(gather(ones), gather(twos))]
     dots = []
     for one, two in pairs:
         a, b = vector(one), vector(two)
         if a.dtype != b.dtype:
             a, b = a.double(), b.double()
-        dots.append(torch.stack([torch.dot(a, b), torch.dot(a, a), torch.dot(b, b)]).double())
+        dots.append([torch.dot(a, b).item(), torch.dot(a, a).item(), torch.dot(b, b).item()])
     if not dots:
         return None
-    both, first, second = (math.fsum(column) for column in zip(*(each.tolist() for each in dots), strict=True))
+    both, first, second = (math.fsum(column) for column in zip(*dots, strict=True))
     length = math.sqrt(first) * math.sqrt(second)
     return both / length if length else None
