@@ -126,8 +126,8 @@ class Telemetry:
         for each in news:
             at = {} if each.parameter is None else {"parameter": each.parameter}
             self._journal.mark("nonfinite", self.recorded, what=each.what, **at)
-            where = f" of {each.parameter}" if at else ""
-            logger.warning("trackopt: step %d: the %s%s is not finite any more", self.recorded, each.what, where)
+            where = f" ({each.parameter})" if at else ""
+            logger.warning("trackopt: step %d: NaN or infinity in the %s%s", self.recorded, each.what, where)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run must know to go on recording as if it had never stopped."""
