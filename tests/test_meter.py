@@ -62,7 +62,7 @@ def test_each_parameter_by_itself():
 
 
 def test_what_is_not_finite_is_told_once_with_the_name_until_it_is_healthy(caplog):
-    """Gradient, parameter, buffer and loss: one warning and one event each when it begins, and again after a healthy step."""
+    """One warning and one event for each kind when it begins, and again after a healthy step."""
     model, optimizer, _ = build(torch.optim.SGD, lr=0.0, momentum=0.5)
     last, bad = list(model.named_parameters())[-1], {3, 4, 7}
     with trackopt.wrap(optimizer, model=model, dir="run", sinks=()) as run:

@@ -35,7 +35,8 @@ def totals(lists: Sequence[Sequence[Tensor]]) -> list[Totals | None]:
     if not ends.pop():
         return [None] * len(lists)
     starts = np.array(ends)
-    values = gather([tensor for size, tensors in zip(sizes, lists, strict=True) if size for tensor in tensors]).numpy()
+    flat = gather([tensor for size, tensors in zip(sizes, lists, strict=True) if size for tensor in tensors])
+    values = flat.to(torch.float64).numpy()
     with np.errstate(all="ignore"):  # what is not finite shows in the result
         rows = zip(
             filter(None, sizes),
@@ -49,21 +50,21 @@ def totals(lists: Sequence[Sequence[Tensor]]) -> list[Totals | None]:
 
 
 def gather(tensors: Sequence[Tensor]) -> Tensor:
-    """All elements of some dense tensors in one vector of float64."""
+    """All elements of some plain tensors in one vector, of the widest of their dtypes."""
     flat: Tensor = _flatten_dense_tensors(tensors)  # type: ignore[no-untyped-call]
-    return flat.to(torch.float64)
+    return flat
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether it is a dense tensor of real numbers without behaviour of its own."""
+    return type(tensor) in _CLASSES and tensor.dtype in _DTYPES and tensor.layout is torch.strided
 
 
 def size_of(tensors: Sequence[Tensor]) -> int:
     """How many elements a list has; 0 where it is not for this module."""
     total = 0
     for tensor in tensors:
-        if (
-            type(tensor) not in _CLASSES
-            or not tensor.is_cpu
-            or tensor.dtype not in _DTYPES
-            or tensor.layout is not torch.strided
-        ):
+        if not (tensor.is_cpu and is_plain(tensor)):
             return 0
         total += tensor.numel()
         if total > _MOST:

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from trackopt.observe.small import totals
+from trackopt.observe.small import gather, is_plain, totals
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
 _PIECE = 1 << 18  # elements: 1 MB of float32
-_GATHERED = 1 << 16  # elements: smaller tensors are copied together, up to this size
+_GATHERED = 1 << 15  # elements: smaller tensors are copied together, up to what torch reads with one thread
 _CANCELS = 0.9  # of the sum of squares: if the mean makes up more, float32 has lost the deviations
 _UNDERFLOWS = 1e-30  # sums of squares below this may have lost elements
 
@@ -133,17 +133,20 @@ def vector(tensor: Tensor) -> Tensor:
 def _pieces(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
     waiting: list[Tensor] = []
     size = 0
-    for flat in map(vector, tensors):
-        if flat.numel() >= _GATHERED:
-            yield from torch.split(flat, _PIECE)
-        elif flat.numel():
-            if waiting and (size + flat.numel() > _GATHERED or flat.device != waiting[0].device):
-                yield torch.cat(waiting)
+    for tensor in tensors:
+        if not is_plain(tensor):
+            tensor = vector(tensor)
+        elements = tensor.numel()
+        if elements >= _GATHERED:
+            yield from torch.split(vector(tensor), _PIECE)
+        elif elements:
+            if waiting and (size + elements > _GATHERED or tensor.device != waiting[0].device):
+                yield vector(gather(waiting))
                 waiting, size = [], 0
-            waiting.append(flat)
-            size += flat.numel()
+            waiting.append(tensor)
+            size += elements
     if waiting:
-        yield torch.cat(waiting) if len(waiting) > 1 else waiting[0]
+        yield vector(gather(waiting))
 
 
 def _moments(piece: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -51,7 +51,7 @@ def cosine(pairs: Iterable[tuple[Tensor, Tensor]]) -> float | None:
     pairs = list(pairs)
     ones, twos = [one for one, _ in pairs], [two for _, two in pairs]
     if size_of(ones) and size_of(twos):
-        pairs = [(gather(ones), gather(twos))]
+        pairs = [(gather(ones).double(), gather(twos).double())]
     dots = []
     for one, two in pairs:
         a, b = vector(one), vector(two)
