@@ -183,7 +183,7 @@ def test_a_step_within_a_step_counts_once():
             return super().step(closure)
 
     model, optimizer, _ = build(Mine)
-    observer = Observer(optimizer)
+    observer = Observer(optimizer, names=list)
     train_step(model, optimizer)
     assert observer.steps == 1
     optimizer.fail = True
@@ -253,7 +253,7 @@ def test_the_optimizer_is_left_as_it_was():
 def test_a_compiled_step_is_observed():
     """torch.compile neither traces the hooks nor loses them."""
     model, optimizer, _ = build()
-    observer = Observer(optimizer)
+    observer = Observer(optimizer, names=list)
     step = torch.compile(optimizer.step, backend="eager")
     for _ in range(3):
         model(torch.randn(5, 4)).sum().backward()

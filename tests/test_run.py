@@ -54,7 +54,7 @@ def test_a_metric_that_requires_grad_does_not_keep_its_graph():
     ("options", "said"),
     [
         ({"sinks": ("wandb",)}, "choose from tensorboard, mlflow"),
-        ({"stats": "everything"}, "choose 'group' or None"),
+        ({"stats": "everything"}, "choose 'group', 'param' or None"),
         ({"save_every": 0}, "count from 1"),
         ({"keep": 0}, "count from 1"),
         ({"rng": torch.Generator()}, "taken in checkpoints"),

@@ -44,6 +44,7 @@ def check_options(
     retention: Retention,
     stats: str | None,
     stats_every: int,
+    histograms_every: int,
     sinks: Sequence[str],
 ) -> None:
     """Refuse options that mean nothing.
@@ -53,8 +54,10 @@ def check_options(
     """
     if unknown := set(sinks) - set(SINKS):
         raise UsageError(f"sinks: {min(unknown)!r} is none; choose from {', '.join(SINKS)}")
-    if stats not in {"group", None}:
-        raise UsageError(f"stats={stats!r}: choose 'group' or None")
+    if stats not in {"group", "param", None}:
+        raise UsageError(f"stats={stats!r}: choose 'group', 'param' or None")
+    if histograms_every < 0:
+        raise UsageError("histograms_every counts from 1; 0 is for none")
     if retention.newest < 1 or stats_every < 1 or (save_every is not None and not save_every):
         raise UsageError("keep, stats_every and save_every count from 1")
     if retention.best < 0 or (retention.every is not None and retention.every < 1):

@@ -59,6 +59,7 @@ def wrap(
     keep_every: int | None = None,
     stats: str | None = "group",
     stats_every: int = 1,
+    histograms_every: int = 0,
     sinks: Sequence[str] = SINKS,
     experiment: str | None = None,
     name: str | None = None,
@@ -83,8 +84,10 @@ def wrap(
         keep: How many of the newest checkpoints to keep.
         keep_best: How many to keep of those with the lowest ``run.save(metric=…)``. Default: none.
         keep_every: Keep for good the first checkpoint in each stretch of so many optimizer steps. Default: none.
-        stats: ``"group"`` for statistics of the gradients and buffers of each parameter group, ``None`` for none.
-        stats_every: Take them at every n-th step.
+        stats: ``"group"`` for statistics of the parameters, gradients and buffers of each parameter group,
+            ``"param"`` for those of each parameter, ``None`` for none.
+        stats_every: Take them at every n-th step; what the step really changed, at every tenth of these.
+        histograms_every: Take histograms of gradients and buffers at every n-th step; 0 for none.
         sinks: Where the journal goes: ``"tensorboard"``, ``"mlflow"``, both or none.
         experiment: MLflow's experiment. Default: ``MLFLOW_EXPERIMENT_NAME``, else MLflow's own default.
         name: The run's name. Default: the directory's.
@@ -123,7 +126,8 @@ def wrap(
         raise UsageError("wrap() was given no optimizer; pass one, or a dict of them by name")
     check_objects(training)
     retention = Retention(keep, keep_best, keep_every)
-    check_options(save_every=save_every, retention=retention, stats=stats, stats_every=stats_every, sinks=sinks)
+    measuring: dict[str, Any] = {"stats": stats, "stats_every": stats_every, "histograms_every": histograms_every}
+    check_options(save_every=save_every, retention=retention, sinks=sinks, **measuring)
     built = {name: settings(each) for name, each in training.schedulers.items()}
     directory = RunDirectory(dir)
     try:
@@ -141,8 +145,7 @@ def wrap(
             store,
             built=built,
             save_every=save_every,
-            stats=stats,
-            stats_every=stats_every,
+            measuring=measuring,
             sinks=sinks if plan.current() is None else (),
         )
     except BaseException:
@@ -169,8 +172,7 @@ class Run:
         *,
         built: dict[str, dict[str, Any]],
         save_every: int | timedelta | None,
-        stats: str | None,
-        stats_every: int,
+        measuring: dict[str, Any],
         sinks: Sequence[str],
     ) -> None:
         self.dir = directory.path
@@ -183,7 +185,7 @@ class Run:
         self._position = Position(training.stateful)
         self._groups: dict[str, int] = {}  # parameter groups when the epoch began
         self._journal = Journal(directory.journal)
-        self._telemetry = Telemetry(training, self._journal, stats=stats, stats_every=stats_every)
+        self._telemetry = Telemetry(training, self._journal, **measuring)
         rehearsing = plan.current() is not None  # which step a kill leads back to must not depend on the disk
         self._saving = Saving(training, store, self._journal, save_every, background=not rehearsing)
         self._attempt = directory.begin_attempt(sinks)

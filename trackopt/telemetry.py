@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging
+import math
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from trackopt.observe import Ledger, Observer, Turns
+from trackopt.journal import Histogram
+from trackopt.observe import Ledger, NonFinite, Observer, Turns
 from trackopt.pending import Pending
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
     from trackopt.checkpoint import Training
     from trackopt.journal import Journal
@@ -19,20 +22,23 @@ _FORGOTTEN = 100  # steps without the end of an iteration, after which the user 
 logger = logging.getLogger("trackopt")
 
 
+def _names(training: Training, optimizer: str) -> list[list[str]]:
+    return training.parameter_names()[optimizer]
+
+
 class Telemetry:
     """Watches the optimizers of a training, takes what the user logs, and records both step by step.
 
     Args:
         training: Whose optimizers and schedulers to watch.
         journal: Where the records go.
-        stats: As `Observer` takes it.
-        stats_every: The same.
+        **options: ``stats``, ``stats_every`` and ``histograms_every`` as `Observer` takes them.
 
     Attributes:
         recorded: The step of the latest record.
     """
 
-    def __init__(self, training: Training, journal: Journal, *, stats: str | None, stats_every: int) -> None:
+    def __init__(self, training: Training, journal: Journal, **options: Any) -> None:
         self.recorded = 0
         self._journal = journal
         self._pending = Pending()
@@ -42,13 +48,14 @@ class Telemetry:
             name: Observer(
                 optimizer,
                 prefix=f"{name}." if len(optimizers) > 1 else "",
-                stats=stats,
-                stats_every=stats_every,
+                names=partial(_names, training, name),
                 before_first=self._turns.before_first_step,
+                **options,
             )
             for name, optimizer in optimizers.items()
         }
         self._reminded = False
+        self._ailing: set[str] = set()
 
     @property
     def step(self) -> int:
@@ -94,9 +101,15 @@ class Telemetry:
             logger.warning("trackopt: %s", message)
         if stepped:
             metrics = self._pending.take()
+            self.recorded = self.step
+            self._tell(self._losses(metrics))
             for observer in self._observers.values():
                 metrics |= observer.take()
-            self.recorded = self.step
+                self._tell(observer.take_news())
+                if histograms := observer.take_histograms():
+                    self._journal.record_histograms(
+                        self.recorded, {name: Histogram(**found) for name, found in histograms.items()}
+                    )
             self._journal.record(self.recorded, metrics)
             self._pending.recorded = set(metrics)
         return stepped
@@ -105,6 +118,19 @@ class Telemetry:
         """Record what was logged behind the last step, as a second line of that step."""
         if self.recorded and (rest := self._pending.take_rest()):
             self._journal.record(self.recorded, rest)
+
+    def _losses(self, metrics: Mapping[str, float]) -> Iterator[NonFinite]:
+        """The logged losses that are not finite, and were at the step before."""
+        ailing = {key for key, value in metrics.items() if not math.isfinite(value) and "loss" in key.lower()}
+        yield from (NonFinite(key) for key in sorted(ailing - self._ailing))
+        self._ailing = ailing
+
+    def _tell(self, news: Iterable[NonFinite]) -> None:
+        for each in news:
+            at = {} if each.parameter is None else {"parameter": each.parameter}
+            self._journal.mark("nonfinite", self.recorded, what=each.what, **at)
+            where = f" ({each.parameter})" if at else ""
+            logger.warning("trackopt: step %d: NaN or infinity in the %s%s", self.recorded, each.what, where)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run must know to go on recording as if it had never stopped."""

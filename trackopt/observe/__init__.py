@@ -3,5 +3,6 @@
 from trackopt.observe.hooks import Observer
 from trackopt.observe.hyperparameters import params
 from trackopt.observe.ledger import Ledger, Turns
+from trackopt.observe.meter import NonFinite
 
-__all__ = ["Ledger", "Observer", "Turns", "params"]
+__all__ = ["Ledger", "NonFinite", "Observer", "Turns", "params"]

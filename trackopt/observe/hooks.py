@@ -6,18 +6,20 @@ import inspect
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch import Tensor
 from torch.optim import Optimizer
 
-from trackopt.observe.hyperparameters import label, numeric
-from trackopt.observe.statistics import measure
+from trackopt.observe.hyperparameters import Hyperparameters
+from trackopt.observe.meter import Meter
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Sequence
+
+    from trackopt.observe.meter import NonFinite
 
 T = TypeVar("T")
 # Every `step` of every optimizer runs inside this one function: it is how a nested call is recognised.
 _STEP = Optimizer.profile_hook_step(lambda *_: None).__code__
+_UPDATE_EVERY = 10  # steps with statistics: the update costs a copy of the parameters
 
 
 class Observer:
@@ -26,8 +28,11 @@ class Observer:
     Args:
         optimizer: Any ``torch.optim.Optimizer``; it is neither replaced nor patched.
         prefix: Put before the names of the groups (``"gen."`` where there are several optimizers).
-        stats: ``"group"`` for statistics of the gradients and buffers of each parameter group, ``None`` for none.
-        stats_every: Take them at steps 1, 1 + n, 1 + 2n, …
+        stats: ``"group"`` for statistics of the parameters, gradients and buffers of each parameter group,
+            ``"param"`` for those of each parameter, ``None`` for none.
+        stats_every: Take them at steps 1, 1 + n, 1 + 2n, …; the true update at every tenth of these.
+        histograms_every: Take histograms at steps 1, 1 + n, 1 + 2n, …; 0 for none.
+        names: Returns the names of the parameters of each group, in order.
         before_first: Called when the optimizer is about to take its very first step.
 
     Attributes:
@@ -42,18 +47,22 @@ class Observer:
         prefix: str = "",
         stats: str | None = "group",
         stats_every: int = 1,
+        histograms_every: int = 0,
+        names: Callable[[], Sequence[Sequence[str]]],
         before_first: Callable[[], None] = lambda: None,
     ):
         self.optimizer = optimizer
         self.steps = self.evaluations = 0
         self._before_first = before_first
         self._overflowed = False
-        self._prefix = prefix
-        self._stats = stats
-        self._every = stats_every
-        self._seen = {name: numeric(group) for name, group in self._groups()}
+        self._every = stats_every if stats else 0
+        self._histograms_every = histograms_every
+        self._hyperparameters = Hyperparameters(optimizer, prefix)
+        self._meter = Meter(optimizer, prefix, names, each=stats == "param")
+        self._depth = 0
         self._used: dict[str, float] = {}
         self._latest: dict[str, float] = {}
+        self._histograms: dict[str, Any] = {}
         untraced: Callable[[T], T] = torch.compiler.disable
         # Dynamo must not trace the hooks of a compiled step: they read Python state that changes at every step.
         self._handles = [
@@ -65,6 +74,15 @@ class Observer:
         """The metrics of the latest step since the last call, by metric name; empty when there was none."""
         latest, self._latest = self._latest, {}
         return latest
+
+    def take_histograms(self) -> dict[str, Any]:
+        """The histograms of the latest step since the last call, by ``exp_avg/group0``; mostly empty."""
+        histograms, self._histograms = self._histograms, {}
+        return histograms
+
+    def take_news(self) -> list[NonFinite]:
+        """What was not finite since the last call, and had been before."""
+        return self._meter.take_news()
 
     def take_overflow(self) -> bool:
         """Whether a step was skipped because of an overflow since the last call."""
@@ -78,35 +96,33 @@ class Observer:
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run must know to go on observing as if it had never stopped."""
-        return {"steps": self.steps, "evaluations": self.evaluations, "hyperparameters": self._seen}
+        seen = self._hyperparameters.seen
+        return {"steps": self.steps, "evaluations": self.evaluations, "hyperparameters": seen}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what ``state_dict`` returned."""
-        self.steps, self.evaluations, self._seen = state["steps"], state["evaluations"], state["hyperparameters"]
-
-    def _groups(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        for index, group in enumerate(self.optimizer.param_groups):
-            yield label(index, group, self._prefix), group
+        self.steps, self.evaluations = state["steps"], state["evaluations"]
+        self._hyperparameters.seen = state["hyperparameters"]
 
     def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         """Read the hyperparameters while they are the ones that the step will use: schedulers move them later."""
+        self._depth += 1
+        if self._depth > 1:  # a step within a step, or the last one raised
+            if _is_nested(optimizer):
+                return None
+            self._depth = 1
         if not self.steps:
             self._before_first()
-        self._used = {}
-        for name, group in self._groups():
-            self._used[f"lr/{name}"] = float(group["lr"])
-            values = numeric(group)
-            before = self._seen.get(name, values)
-            if values != before:
-                self._used |= {f"hyper/{name}.{key}": v for key, v in values.items() if v != before.get(key)}
-            self._seen[name] = values
-        return self._with_counted_closure(optimizer, args, kwargs)
+        self._used = self._hyperparameters.read()
+        if self._every and self.steps % (self._every * _UPDATE_EVERY) == 0:
+            self._meter.before()
+        return self._with_counted_closure(args, kwargs)
 
-    def _with_counted_closure(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+    def _with_counted_closure(self, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         """The step's arguments with a closure that counts its calls; ``None`` if there is none to count."""
         own, *rest = args
         closure = rest[0] if rest else kwargs.get("closure")
-        if closure is None or _is_nested(optimizer):
+        if closure is None:
             return None
 
         def counted() -> Any:
@@ -115,38 +131,20 @@ class Observer:
 
         return ((own, counted, *rest[1:]), kwargs) if rest else (args, {**kwargs, "closure": counted})
 
-    @torch.no_grad()
     def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:  # noqa: ARG002 - torch's signature
-        if _is_nested(optimizer):
+        self._depth -= 1
+        if self._depth and _is_nested(optimizer):
             return
+        self._depth = 0
         if _was_skipped(optimizer):
             self._overflowed = True
             return
         self.steps += 1
-        self._latest = dict(self._used)
-        if self._stats and (self.steps - 1) % self._every == 0:
-            self._latest |= self._measure()
-
-    def _measure(self) -> dict[str, float]:
-        buffers: dict[str, list[Tensor]] = {}
-        gradients: dict[str, list[Tensor]] = {}
-        for name, group in self._groups():
-            gradients[f"grad/{name}"] = [p.grad for p in group["params"] if p.grad is not None]
-            for parameter in group["params"]:
-                for buffer, tensor in _buffers(self.optimizer.state.get(parameter, {})):
-                    buffers.setdefault(f"{buffer}/{name}", []).append(tensor)
-        statistics, norms = measure(buffers, gradients)
-        metrics = {f"{name}.norm": norm for name, norm in norms.items()}
-        for name, found in statistics.items():
-            metrics |= {f"{name}.{statistic}": value for statistic, value in vars(found).items()}
-        return metrics
-
-
-def _buffers(state: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a parameter's state that hold a number per element (or per row, as Adafactor's), not counters."""
-    for name, value in state.items():
-        if isinstance(value, Tensor) and value.ndim and (value.is_floating_point() or value.is_complex()):
-            yield name, value
+        self._latest = self._used
+        if self._every and (self.steps - 1) % self._every == 0:
+            self._latest |= self._meter.measure()
+        if self._histograms_every and (self.steps - 1) % self._histograms_every == 0:
+            self._histograms = self._meter.histograms()
 
 
 def _is_nested(optimizer: Optimizer) -> bool:

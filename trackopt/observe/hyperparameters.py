@@ -15,6 +15,10 @@ _NOT_HYPERPARAMETERS = {"params", "param_names", "lr", "initial_lr"}
 _PROGRESS = {"last_epoch", "best", "num_bad_epochs", "cooldown_counter", "total_steps_done", "T_cur"}
 
 
+#: Anything else (a tensor) may change without becoming another object, so it is read at every step.
+_UNCHANGING = (int, float, str, type(None))
+
+
 def label(index: int, group: Mapping[str, Any], prefix: str = "") -> str:
     """What a parameter group is called in metric names: its own ``name``, else ``group0``."""
     return f"{prefix}{group.get('name') or f'group{index}'}"
@@ -33,6 +37,45 @@ def numeric(group: Mapping[str, Any]) -> dict[str, float]:
             parts = _parts(key, value)
             found |= {name: float(part) for name, part in parts if _is_number(part)}
     return found
+
+
+class Hyperparameters:
+    """Follows the parameter groups of an optimizer: their LRs, and what else has changed.
+
+    Args:
+        optimizer: Whose groups to follow.
+        prefix: Put before the names of the groups.
+    """
+
+    def __init__(self, optimizer: Optimizer, prefix: str = "") -> None:
+        self._optimizer = optimizer
+        self._prefix = prefix
+        self._raw: dict[str, tuple[int, list[str], list[Any]]] = {}
+        self.seen = {name: numeric(group) for name, group in self._groups()}
+
+    def read(self) -> dict[str, float]:
+        """The LR of each group, and every other number that is not what it was at the last call."""
+        used: dict[str, float] = {}
+        for name, group in self._groups():
+            used[f"lr/{name}"] = float(group["lr"])
+            size, keys, raw = self._raw.get(name, (0, [], []))
+            if len(group) != size or [group.get(key) for key in keys] != raw:
+                used |= self._changed(name, group)
+        return used
+
+    def _groups(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        for index, group in enumerate(self._optimizer.param_groups):
+            yield label(index, group, self._prefix), group
+
+    def _changed(self, name: str, group: dict[str, Any]) -> dict[str, float]:
+        keys = [key for key in group if key not in _NOT_HYPERPARAMETERS]
+        plain = all(isinstance(part, _UNCHANGING) for key in keys for _, part in _parts(key, group[key]))
+        values_now = [tuple(v) if isinstance(v := group[key], list) else v for key in keys]
+        self._raw[name] = (len(group) if plain else 0, keys, values_now)
+        values = numeric(group)
+        before = self.seen.get(name, values)
+        self.seen[name] = values
+        return {f"hyper/{name}.{key}": v for key, v in values.items() if v != before.get(key)}
 
 
 def params(optimizers: Mapping[str, Optimizer], schedulers: Mapping[str, Any]) -> dict[str, str | float]:

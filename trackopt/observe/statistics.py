@@ -1,30 +1,32 @@
-"""Statistics of many tensors at once, with one transfer to the host.
+"""Statistics of many tensors at once, each read from memory once, with one transfer to the host.
 
-Each tensor is read piece by piece, small enough to stay in the processor's cache between the few passes over it.
-A piece yields its mean, its sum of squared deviations and its extremes in the tensor's own precision (float32 at
-least); the pieces are combined in float64 on the host by the pairwise formula of Chan, Golub and LeVeque, "Updating
-formulae and a pairwise algorithm for computing sample variances" (1979), which keeps the standard deviation right
-where the mean is large.
+Small tensors of the CPU are gathered (``small``). Others are read piece by piece, small enough to stay in the
+processor's cache between the few passes over it; the pieces are combined in float64 on the host by the pairwise
+formula of Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances" (1979).
+On the CPU a piece yields its sum and its sum of squares, and is read again where these do not tell its deviations. A
+device, which is not waited for, subtracts the mean at once.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
+
+from trackopt.observe.small import gather, is_plain, totals
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
 _PIECE = 1 << 18  # elements: 1 MB of float32
-_SMALL = 1 << 14  # elements: below this, tensors are gathered into one piece
+_GATHERED = 1 << 15  # elements: smaller tensors are copied together, up to what torch reads with one thread
+_CANCELS = 0.9  # of the sum of squares: if the mean makes up more, float32 has lost the deviations
+_UNDERFLOWS = 1e-30  # sums of squares below this may have lost elements
 
 
-@dataclass(frozen=True)
-class Statistics:
+class Statistics(NamedTuple):
     """What is known of all the elements of a buffer in one parameter group.
 
     Attributes:
@@ -42,17 +44,25 @@ class Statistics:
     max: float
 
 
+class _Piece(NamedTuple):
+    size: int
+    mean: float
+    deviations: float  # sum of squares
+    low: float
+    high: float
+
+
 def measure(
-    buffers: Mapping[str, Sequence[Tensor]], gradients: Mapping[str, Sequence[Tensor]]
+    buffers: Mapping[str, Sequence[Tensor]], vectors: Mapping[str, Sequence[Tensor]]
 ) -> tuple[dict[str, Statistics], dict[str, float]]:
-    """Statistics of each named list of buffers, and the L2 norm of each named list of gradients.
+    """Statistics of each named list of buffers, and the L2 norm of each named list of vectors.
 
     Dense and sparse tensors of any floating or complex dtype and of any layout do; a complex number counts as two
     real ones. NaN and infinity show in the result as they would in a float64 computation.
 
     Args:
         buffers: For each name the tensors to describe together; empty ones are left out.
-        gradients: For each name the tensors whose common norm is wanted.
+        vectors: For each name the tensors whose common norm is wanted, such as gradients.
 
     Returns:
         The statistics by name and the norms by name; a name without any element has none.
@@ -62,23 +72,56 @@ def measure(
         >>> statistics["exp_avg"].norm, statistics["exp_avg"].mean, norms["grad"]
         (5.0, 3.5, 10.0)
     """
-    pieces = {name: list(_pieces(tensors)) for name, tensors in buffers.items()}
-    vectors = {name: [v for v in map(_vector, tensors) if v.numel()] for name, tensors in gradients.items()}
-    scalars = [scalar for each in pieces.values() for piece in each for scalar in _moments(piece)]
-    scalars += [norm for each in vectors.values() if each for norm in torch._foreach_norm(each)]
-    values = iter(_fetch(scalars))
-    statistics = {
-        name: _combine([(piece.numel(), next(values), next(values), next(values), next(values)) for piece in each])
-        for name, each in pieces.items()
-        if each
-    }
-    norms = {name: math.hypot(*(next(values) for _ in each)) for name, each in vectors.items() if each}
+    found = totals([*buffers.values(), *vectors.values()])
+    statistics, norms = {}, {}
+    large, long = {}, {}
+    for (name, tensors), each in zip(buffers.items(), found, strict=False):
+        if each is None:
+            large[name] = tensors
+        else:
+            count, total, squares, low, high = each
+            mean = total / count
+            std = math.sqrt(max(squares / count - mean * mean, 0.0)) if squares < math.inf else math.nan
+            statistics[name] = Statistics(math.sqrt(squares), mean, std, low, high)
+    for (name, tensors), each in zip(vectors.items(), found[len(buffers) :], strict=True):
+        if each is None:
+            long[name] = tensors
+        else:
+            norms[name] = math.sqrt(each.squares)
+    if large or long:
+        _measure_large(large, long, statistics, norms)
     return statistics, norms
 
 
-def _vector(tensor: Tensor) -> Tensor:
-    """All stored elements as one real vector of float32 or better, without a copy where that is possible."""
+def _measure_large(
+    buffers: Mapping[str, Sequence[Tensor]],
+    vectors: Mapping[str, Sequence[Tensor]],
+    statistics: dict[str, Statistics],
+    norms: dict[str, float],
+) -> None:
+    pieces = {name: list(_pieces(tensors)) for name, tensors in buffers.items()}
+    flat = {name: [v for v in map(vector, tensors) if v.numel()] for name, tensors in vectors.items()}
+    scalars = [scalar for each in pieces.values() for piece in each for scalar in _moments(piece)]
+    scalars += [norm for each in flat.values() if each for norm in torch._foreach_norm(each)]
+    values = iter(_fetch(scalars))
+    for name, each in pieces.items():
+        if each:
+            statistics[name] = _combine(
+                [_piece(p, next(values), next(values), next(values), next(values)) for p in each]
+            )
+    for name, each in flat.items():
+        if each:
+            norms[name] = math.hypot(*(next(values) for _ in each))
+
+
+def vector(tensor: Tensor) -> Tensor:
+    """All stored elements as one real vector of float32 or better, without a copy where that is possible.
+
+    Of a tensor that is spread over processes (DTensor) the part that is here.
+    """
     tensor = tensor.detach()
+    if hasattr(tensor, "to_local"):
+        tensor = tensor.to_local()
     if tensor.layout is torch.sparse_coo:
         tensor = tensor.coalesce().values()
     if tensor.is_complex():
@@ -88,23 +131,32 @@ def _vector(tensor: Tensor) -> Tensor:
 
 
 def _pieces(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
-    small: list[Tensor] = []
-    for vector in map(_vector, tensors):
-        if vector.numel() < _SMALL:
-            small.append(vector)
-        else:
-            yield from torch.split(vector, _PIECE)
-    if small:
-        gathered = torch.cat(small) if len(small) > 1 else small[0]
-        if gathered.numel():
-            yield from torch.split(gathered, _PIECE)
+    waiting: list[Tensor] = []
+    size = 0
+    for tensor in tensors:
+        if not is_plain(tensor):
+            tensor = vector(tensor)
+        elements = tensor.numel()
+        if elements >= _GATHERED:
+            yield from torch.split(vector(tensor), _PIECE)
+        elif elements:
+            if waiting and (size + elements > _GATHERED or tensor.device != waiting[0].device):
+                yield vector(gather(waiting))
+                waiting, size = [], 0
+            waiting.append(tensor)
+            size += elements
+    if waiting:
+        yield vector(gather(waiting))
 
 
 def _moments(piece: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    mean = piece.mean()
-    deviation = piece - mean
+    """Of a piece on the CPU its sum and sum of squares; elsewhere its mean and its squared deviations; the extremes."""
     low, high = torch.aminmax(piece)
-    return mean, torch.dot(deviation, deviation), low, high
+    if piece.is_cpu:
+        return piece.sum(), torch.dot(piece, piece), low, high
+    mean = piece.mean()
+    deviations = piece - mean
+    return mean, torch.dot(deviations, deviations), low, high
 
 
 def _fetch(scalars: Sequence[Tensor]) -> list[float]:
@@ -116,15 +168,29 @@ def _fetch(scalars: Sequence[Tensor]) -> list[float]:
     return values
 
 
-def _combine(pieces: Sequence[tuple[int, float, float, float, float]]) -> Statistics:
-    count = sum(piece[0] for piece in pieces)
-    lows, highs = [piece[3] for piece in pieces], [piece[4] for piece in pieces]
+def _piece(piece: Tensor, first: float, second: float, low: float, high: float) -> _Piece:
+    count = piece.numel()
+    if not piece.is_cpu or not (math.isfinite(low) and math.isfinite(high)):
+        return _Piece(count, first if not piece.is_cpu else first / count, second, low, high)
+    if low == high:
+        return _Piece(count, low, 0.0, low, high)
+    if _UNDERFLOWS < second < math.inf and first * first / count < _CANCELS * second:
+        return _Piece(count, first / count, second - first * first / count, low, high)
+    wide = piece.double()
+    mean = wide.mean()
+    wide -= mean
+    return _Piece(count, mean.item(), torch.dot(wide, wide).item(), low, high)
+
+
+def _combine(pieces: Sequence[_Piece]) -> Statistics:
+    count = sum(piece.size for piece in pieces)
+    lows, highs = [piece.low for piece in pieces], [piece.high for piece in pieces]
     low, high = _nan_or(min(lows), lows), _nan_or(max(highs), highs)
     if math.isnan(low) or math.isinf(low) or math.isinf(high):
         norm = math.nan if math.isnan(low) else math.inf
-        return Statistics(norm, sum(piece[1] for piece in pieces) / len(pieces), math.nan, low, high)
-    mean = math.fsum(n * average for n, average, *_ in pieces) / count
-    squares = math.fsum(m2 + n * (average - mean) ** 2 for n, average, m2, *_ in pieces)
+        return Statistics(norm, sum(piece.mean for piece in pieces) / len(pieces), math.nan, low, high)
+    mean = math.fsum(piece.size * piece.mean for piece in pieces) / count
+    squares = math.fsum(piece.deviations + piece.size * (piece.mean - mean) ** 2 for piece in pieces)
     return Statistics(math.sqrt(squares + count * mean * mean), mean, math.sqrt(squares / count), low, high)
 
 

@@ -1,0 +1,102 @@
+"""Optimizers that are not torch's: each trains as it does alone, and its buffers are found and measured."""
+
+import lion_pytorch
+import prodigyopt
+import pytest
+import schedulefree
+import torch
+from torch import nn
+
+import trackopt
+from trackopt import journal
+
+
+class Lookahead(torch.optim.Optimizer):
+    """Holds another optimizer and shares its groups; every second step it moves to slow weights of its own."""
+
+    def __init__(self, base):
+        super().__init__(base.param_groups, {})
+        self.base = base
+        self.param_groups = base.param_groups
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        self.base.step()
+        for group in self.param_groups:
+            for p in group["params"]:
+                slow = self.state[p].setdefault("slow", p.clone())
+                slow.lerp_(p, 0.5)
+                p.copy_(slow)
+
+
+class SAM(torch.optim.Optimizer):
+    """Climbs, asks the closure again, returns, and lets another optimizer step; the state is the other one's."""
+
+    def __init__(self, base):
+        super().__init__(base.param_groups, {})
+        self.base = base
+        self.param_groups, self.state = base.param_groups, base.state
+
+    @torch.no_grad()
+    def step(self, closure):
+        loss = torch.enable_grad()(closure)()
+        climbs = [(p, 0.01 * p.grad) for group in self.param_groups for p in group["params"]]
+        for p, climb in climbs:
+            p.add_(climb)
+        torch.enable_grad()(closure)()
+        for p, climb in climbs:
+            p.sub_(climb)
+        self.base.step()
+        return loss
+
+
+MAKERS = {
+    "lion": (lambda ps: lion_pytorch.Lion(ps, lr=0.01), {"exp_avg"}),
+    "prodigy": (prodigyopt.Prodigy, {"exp_avg", "exp_avg_sq", "s", "p0"}),
+    "schedule-free": (lambda ps: schedulefree.AdamWScheduleFree(ps, lr=0.01), {"exp_avg_sq", "z"}),
+    "lookahead": (lambda ps: Lookahead(torch.optim.SGD(ps, lr=0.1)), {"slow"}),
+    "sam": (lambda ps: SAM(torch.optim.SGD(ps, lr=0.1, momentum=0.9)), {"momentum_buffer"}),
+}
+
+
+def train(name, *, watched):
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3)
+    optimizer = MAKERS[name][0](model.parameters())
+    if hasattr(optimizer, "train"):
+        optimizer.train()
+    run = trackopt.wrap(optimizer, model=model, dir=name, sinks=()) if watched else None
+    x = torch.randn(5, 4)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = (model(x) - 1).square().sum()
+        loss.backward()
+        return loss
+
+    for _ in range(12):
+        if name == "sam":
+            loss = optimizer.step(closure)
+        else:
+            loss = closure()
+            optimizer.step()
+        if run:
+            run.step(loss=loss)
+    if run:
+        run.close()
+    return model, optimizer
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_it_trains_the_same_and_every_buffer_is_measured(name):
+    """Same weights bit for bit; the last points equal what is in the state."""
+    alone, _ = train(name, watched=False)
+    model, optimizer = train(name, watched=True)
+    assert all(map(torch.equal, alone.parameters(), model.parameters()))
+    series = journal.series(name)
+    buffers = {key.split("/")[0] for key in series if key.endswith("group0.std")}
+    assert buffers == MAKERS[name][1]
+    for buffer in buffers:
+        tensors = [state[buffer].double().flatten() for state in optimizer.state.values()]
+        assert series[f"{buffer}/group0.norm"][-1] == (12, pytest.approx(torch.cat(tensors).norm().item()))
+    assert [step for step, _ in series["update/group0.ratio"]] == [1, 11]

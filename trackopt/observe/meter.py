@@ -1,0 +1,151 @@
+"""What is measured of an optimizer at a step, under which metric names."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from trackopt.observe.histogram import histogram
+from trackopt.observe.plan import Plan
+from trackopt.observe.statistics import Statistics, measure, vector
+from trackopt.observe.update import Update, cosine
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+    from torch.optim import Optimizer
+
+_FIRST_MOMENTS = ("exp_avg", "momentum_buffer", "momentum", "mu", "m")
+_CALLED = {"grad": "gradient", "param": "parameter"}
+
+
+@dataclass(frozen=True)
+class NonFinite:
+    """NaN or infinity where there was none.
+
+    Attributes:
+        what: ``gradient``, ``parameter``, a buffer's name, or the key of a loss.
+        parameter: The first parameter that has it.
+    """
+
+    what: str
+    parameter: str | None = None
+
+
+class Meter:
+    """Measures one optimizer.
+
+    Args:
+        optimizer: Any.
+        prefix: Put before the names of the groups.
+        names: As `Plan` takes it.
+        each: Whether each parameter is measured by itself.
+    """
+
+    def __init__(
+        self, optimizer: Optimizer, prefix: str, names: Callable[[], Sequence[Sequence[str]]], *, each: bool
+    ) -> None:
+        self._plan = Plan(optimizer, prefix, names, each=each)
+        self._update = Update()
+        self._labels: dict[str, tuple[str, ...]] = {}
+        self._ailing: set[str] = set()
+        self._news: list[NonFinite] = []
+
+    @torch.no_grad()
+    def before(self) -> None:
+        """Take the copy that the update of the coming step is measured against."""
+        self._plan.refresh()
+        self._update.before(self._plan.units)
+
+    @torch.no_grad()
+    def measure(self) -> dict[str, float]:
+        """Norms and statistics after a step; the update as well, if ``before`` was called before it."""
+        plan = self._plan
+        plan.refresh()
+        buffers, histories, updates = plan.buffers(), plan.histories(), self._update.take(plan.units)
+        vectors = plan.gradients()
+        vectors.update((f"param/{unit}", parameters) for unit, parameters in plan.units.items())
+        vectors |= histories | updates
+        statistics, norms = measure(buffers, vectors)
+        metrics = {f"{key}.count": float(len(tensors)) for key, tensors in histories.items() if tensors}
+        for key, norm in norms.items():
+            metrics[self._label(key)[0]] = norm
+        for key, found in statistics.items():
+            metrics.update(zip(self._label(key), found, strict=True))
+        if updates:
+            metrics |= self._proportions(norms)
+        bad = [key for key, norm in norms.items() if not math.isfinite(norm) and key not in updates]
+        bad += [key for key, found in statistics.items() if not math.isfinite(found[0])]
+        if bad or self._ailing:
+            metrics |= self._examine(bad, {**vectors, **buffers})
+        return metrics
+
+    @torch.no_grad()
+    def histograms(self) -> dict[str, dict[str, Any]]:
+        """The histogram of each buffer and of the gradients in each unit."""
+        self._plan.refresh()
+        tensors = self._plan.buffers() | self._plan.gradients()
+        return {key: found for key, each in tensors.items() if (found := histogram(each)) is not None}
+
+    def take_news(self) -> list[NonFinite]:
+        """What was not finite since the last call, and had been before."""
+        news, self._news = self._news, []
+        return news
+
+    def _label(self, key: str) -> tuple[str, ...]:
+        labels = self._labels.get(key)
+        if labels is None:
+            labels = self._labels[key] = tuple(f"{key}.{each}" for each in Statistics._fields)
+        return labels
+
+    def _proportions(self, norms: Mapping[str, float]) -> dict[str, float]:
+        """How large the update is against the parameters, and how far the gradient points along the first moment."""
+        found = {}
+        for unit, parameters in self._plan.units.items():
+            if length := norms.get(f"param/{unit}"):
+                found[f"update/{unit}.ratio"] = norms[f"update/{unit}"] / length
+            if (angle := cosine(self._moments(parameters))) is not None:
+                found[f"grad/{unit}.cosine"] = angle
+        return found
+
+    def _moments(self, parameters: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        for parameter in parameters:
+            gradient = parameter.grad
+            moments = (self._plan.of(parameter, name) for name in _FIRST_MOMENTS)
+            moment = next((each for each in moments if each is not None), None)
+            if gradient is not None and gradient.layout is torch.strided and moment is not None:
+                yield gradient, moment
+
+    def _examine(self, bad: Iterable[str], tensors: Mapping[str, Iterable[Tensor]]) -> dict[str, float]:
+        """The share of elements that are not finite; what was finite at the last look is news."""
+        shares: dict[str, float] = {}
+        ailing: set[str] = set()
+        for key in bad:
+            counts = [_count(tensor) for tensor in tensors[key]]
+            if not (missing := sum(count for count, _ in counts)):
+                continue  # each number is finite, only the sum of their squares is not
+            shares[f"{key}.nonfinite"] = missing / sum(total for _, total in counts)
+            kind, unit = key.split("/", 1)
+            what = _CALLED.get(kind, kind)
+            if what not in self._ailing | ailing:
+                self._news.append(NonFinite(what, self._culprit(kind, unit)))
+            ailing.add(what)
+        self._ailing = ailing
+        return shares
+
+    def _culprit(self, kind: str, unit: str) -> str | None:
+        for parameter in self._plan.units[unit]:
+            tensor = self._plan.of(parameter, kind)
+            if tensor is not None and _count(tensor)[0]:
+                return self._plan.name_of(parameter)
+        return None
+
+
+def _count(tensor: Tensor) -> tuple[int, int]:
+    """How many elements are not finite, of how many."""
+    flat = vector(tensor)
+    return flat.numel() - int(torch.isfinite(flat).sum()), flat.numel()
