@@ -32,7 +32,7 @@ def test_histograms_are_read_back(path):
     histogram = Histogram([0.0, 1.0], [2, 3], -0.5, 0.75, 1.5, 2.5, 5)
     writer = Journal(path)
     writer.record(1, {"loss": 1.0})
-    writer.record_histograms(1, {"exp_avg/group0": histogram})
+    writer.histograms(1, {"exp_avg/group0": histogram})
     writer.close()
     lines = list(journal.read(path))
     assert (lines[1].histograms, lines[1].metrics, lines[1].event) == ({"exp_avg/group0": histogram}, {}, None)

@@ -50,7 +50,6 @@ MAY_IMPORT = {
 TORCH = {"observe", "checkpoint", "loop", "arguments", "restoring", "run"}
 BACKENDS = {
     "recorder/mlflow.py": {"mlflow"},
-    "recorder/tensorboard.py": {"tensorboard"},
     "rehearsal/fingerprint.py": {"torch"},  # these two are the training process's side
     "rehearsal/strays.py": {"torch"},
 }

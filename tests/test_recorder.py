@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import trackopt
 from tests.conftest import (
@@ -25,7 +26,7 @@ from tests.conftest import (
 )
 from trackopt import journal
 from trackopt.directory import read_identity
-from trackopt.journal import Journal
+from trackopt.journal import Histogram, Journal
 from trackopt.recorder.delivery import Delivery
 from trackopt.recorder.recorder import Recorder
 from trackopt.recorder.sink import Sink
@@ -187,6 +188,31 @@ def test_a_resumed_run_that_differs_is_tagged(tmp_path):
     assert told == ["the resumed run differs from the one before it, first at step 3"]
     assert [value for _, value in mlflow_points(directory)["loss"]][1:] == [0.1, 0.5]
     assert [value for _, value in tensorboard_points(directory)["loss"]][1:] == pytest.approx([0.1, 0.75])
+
+
+def test_histograms_go_to_tensorboard_and_leave_mlflow_alone(tmp_path):
+    """A resume supersedes them as it does the numbers; a second delivery doubles none."""
+    directory = tmp_path / "run"
+    model, optimizer, _ = build()
+    with trackopt.wrap(optimizer, model=model, dir=directory, sinks=(), stats=None) as run:
+        run.step(loss=train_step(model, optimizer))
+    writer = Journal(directory / journal.NAME)
+    for low in (-1.0, -2.0):
+        writer.mark("resume", 1, attempt=2)
+        for step in (2, 3):
+            writer.histograms(step, {"grad/group0": Histogram([0.0, 1.0], [1, 2], low, 1.0, 0.0, 2.0, 3)})
+            writer.record(step, {"loss": 1.0})
+    writer.mark("close", 3, status="FINISHED")
+    writer.close()
+    identity = read_identity(directory)
+    (directory / "run.json").write_bytes(journal.orjson.dumps({**identity, "sinks": ["mlflow", "tensorboard"]}))
+    for _ in range(2):
+        assert drain(directory) == []
+        (directory / "recorder.json").unlink()
+        with quietly():
+            shown = EventAccumulator(str(directory), {"histograms": 0}).Reload().Histograms("grad/group0")
+        assert [(event.step, event.histogram_value.min) for event in shown] == [(2, -2.0), (3, -2.0)]
+    assert mlflow_points(directory) == journal.series(directory)
 
 
 TARGET = """

@@ -67,9 +67,9 @@ class Line:
         metrics: The numbers of a record; empty in a marker.
         event: A marker's kind; ``None`` in a record.
         details: What else a marker says.
-        histograms: The histograms of a record, by name.
         start: The line's offset in the file, in bytes.
         end: The offset behind its newline.
+        histograms: What a record of histograms holds, by names like ``exp_avg/group0``; it has no metrics.
     """
 
     step: int
@@ -77,9 +77,9 @@ class Line:
     metrics: dict[str, float] = field(default_factory=dict)
     event: str | None = None
     details: dict[str, Any] = field(default_factory=dict)
-    histograms: dict[str, Histogram] = field(default_factory=dict)
     start: int = 0
     end: int = 0
+    histograms: dict[str, Histogram] = field(default_factory=dict)
 
 
 class Journal:
@@ -112,9 +112,9 @@ class Journal:
         """Append what was measured at ``step``."""
         self._append({"step": step, "time": time.time(), "metrics": _spelled(metrics)})
 
-    def record_histograms(self, step: int, histograms: Mapping[str, Histogram]) -> None:
-        """Append how values were distributed at ``step``; they must be finite."""
-        self._append({"step": step, "time": time.time(), "histograms": dict(histograms)})
+    def histograms(self, step: int, histograms: Mapping[str, Any]) -> None:
+        """Append how tensors were spread at ``step``: each as a `Histogram`, or a dict of its fields."""
+        self._append({"step": step, "time": time.time(), "histograms": histograms})
 
     def mark(self, event: str, step: int, **details: Any) -> None:
         """Append a marker."""
@@ -248,7 +248,12 @@ def _parse(raw: bytes, start: int) -> Line | None:
         step, when = int(entry.pop("step")), float(entry.pop("time"))
         event = entry.pop("event", None)
         metrics = {key: float(value) for key, value in entry.pop("metrics", {}).items()}
-        histograms = {key: Histogram(**value) for key, value in entry.pop("histograms", {}).items()}
+        histograms = {key: _histogram(**value) for key, value in entry.pop("histograms", {}).items()}
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
-    return Line(step, when, metrics, event, entry, histograms, start, start + len(raw))
+    return Line(step, when, metrics, event, entry, start, start + len(raw), histograms)
+
+
+def _histogram(limits: list[float], counts: list[float], **numbers: float) -> Histogram:
+    numbers = {name: float(number) for name, number in numbers.items()}
+    return Histogram([float(limit) for limit in limits], [float(count) for count in counts], **numbers)

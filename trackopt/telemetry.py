@@ -7,7 +7,6 @@ import math
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from trackopt.journal import Histogram
 from trackopt.observe import Ledger, NonFinite, Observer, Turns
 from trackopt.pending import Pending
 
@@ -107,9 +106,7 @@ class Telemetry:
                 metrics |= observer.take()
                 self._tell(observer.take_news())
                 if histograms := observer.take_histograms():
-                    self._journal.record_histograms(
-                        self.recorded, {name: Histogram(**found) for name, found in histograms.items()}
-                    )
+                    self._journal.histograms(self.recorded, histograms)
             self._journal.record(self.recorded, metrics)
             self._pending.recorded = set(metrics)
         return stepped

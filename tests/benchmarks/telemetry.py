@@ -128,7 +128,8 @@ def main() -> bool:
         for way in (bare, summary_writer, synchronous_mlflow, ours):
             train("mlp", 50, way)  # what is imported and created once
         rows = [row for kind in _STEPS for row in _rows(kind)]
-    return table(f"telemetry: medians of {_TIMES} alternations, milliseconds for each step", rows)
+    load = f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores"
+    return table(f"telemetry: medians of {_TIMES} alternations, milliseconds for each step, {load}", rows)
 
 
 def _rows(kind: str) -> list[Row]:
@@ -137,14 +138,14 @@ def _rows(kind: str) -> list[Row]:
     writer, mlflow, own = (
         statistics.median(each[way] - each[0] for each in rounds) for way, _ in enumerate(added, start=1)
     )
-    figures = f"bare {step:.2f}, ours +{own:.3f}"
+    figures = f"bare {step:.2f}, ours {own:+.3f}"
     if kind == "mlp":
         return [
-            Row(f"{kind}: added, against SummaryWriter", f"{figures}, SummaryWriter +{writer:.3f}", own / writer, 0.3),
-            Row(f"{kind}: added, against synchronous MLflow", f"{figures}, MLflow +{mlflow:.3f}", own / mlflow, 0.03),
+            Row(f"{kind}: added, against SummaryWriter", f"{figures}, SummaryWriter {writer:+.3f}", own / writer, 0.3),
+            Row(f"{kind}: added, against synchronous MLflow", f"{figures}, MLflow {mlflow:+.3f}", own / mlflow, 0.03),
         ]
     ratio = statistics.median(each[3] / each[0] for each in rounds)
-    return [Row(f"{kind}: against bare", f"{figures}, writer +{writer:.2f}, MLflow +{mlflow:.2f}", ratio, 1.02)]
+    return [Row(f"{kind}: against bare", f"{figures}, writer {writer:+.2f}, MLflow {mlflow:+.2f}", ratio, 1.02)]
 
 
 def _ways(kind: str) -> list[tuple[Way, int]]:
