@@ -169,6 +169,22 @@ def test_parameters_without_gradients_and_empty_ones():
     assert metrics["exp_avg/group0.mean"] == pytest.approx(0.1)
 
 
+@pytest.mark.parametrize(("width", "every"), [(10, 1), (300, 3), (2000, 10)])
+def test_statistics_of_larger_models_are_taken_less_often(width, every):
+    """Unless the user says how often; the LR and what is logged are there at every step."""
+    model = nn.Linear(width, 300, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for said, expected in ((None, every), (2, 2)):
+        with trackopt.wrap(optimizer, dir=f"run-{said}", sinks=(), stats_every=said) as run:
+            for _ in range(11):
+                model.weight.grad = torch.ones_like(model.weight)
+                optimizer.step()
+                run.step(loss=1)
+        series = journal.series(run.dir)
+        assert [step for step, _ in series["grad/group0.norm"]] == list(range(1, 12, expected))
+        assert len(series["loss"]) == len(series["lr/group0"]) == 11
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_histograms(dtype):
     """Every finite element is in one bin; the sums are those of the elements."""

@@ -42,7 +42,7 @@ def check_options(
     save_every: int | timedelta | None,
     keep: int,
     stats: str | None,
-    stats_every: int,
+    stats_every: int | None,
     histograms_every: int,
     sinks: Sequence[str],
 ) -> None:
@@ -57,5 +57,5 @@ def check_options(
         raise UsageError(f"stats={stats!r}: choose 'group', 'param' or None")
     if histograms_every < 0:
         raise UsageError("histograms_every counts from 1; 0 is for none")
-    if keep < 1 or stats_every < 1 or (save_every is not None and not save_every):
+    if keep < 1 or (stats_every is not None and stats_every < 1) or (save_every is not None and not save_every):
         raise UsageError("keep, stats_every and save_every count from 1")

@@ -55,7 +55,7 @@ def wrap(
     save_every: int | timedelta | None = None,
     keep: int = 3,
     stats: str | None = "group",
-    stats_every: int = 1,
+    stats_every: int | None = None,
     histograms_every: int = 0,
     sinks: Sequence[str] = SINKS,
     experiment: str | None = None,
@@ -81,7 +81,8 @@ def wrap(
         keep: How many of the newest checkpoints to keep.
         stats: ``"group"`` for statistics of the parameters, gradients and buffers of each parameter group,
             ``"param"`` for those of each parameter, ``None`` for none.
-        stats_every: Take them at every n-th step; what the step really changed, at every tenth of these.
+        stats_every: Take them at every n-th step; what the step really changed, at every tenth of these. Default: at
+            every step of a small model, at every tenth of one with more than 300,000 parameters, and in between.
         histograms_every: Take histograms of gradients and buffers at every n-th step; 0 for none.
         sinks: Where the journal goes: ``"tensorboard"``, ``"mlflow"``, both or none.
         experiment: MLflow's experiment. Default: ``MLFLOW_EXPERIMENT_NAME``, else MLflow's own default.

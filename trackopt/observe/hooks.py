@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 # Every `step` of every optimizer runs inside this one function: it is how a nested call is recognised.
 _STEP = Optimizer.profile_hook_step(lambda *_: None).__code__
+_UNNOTICED = 1 << 15  # parameters whose statistics may be taken at every step
+_WIDEST = 10  # steps
 _UPDATE_EVERY = 10  # steps with statistics: the update costs a copy of the parameters
 
 
@@ -30,7 +33,8 @@ class Observer:
         prefix: Put before the names of the groups (``"gen."`` where there are several optimizers).
         stats: ``"group"`` for statistics of the parameters, gradients and buffers of each parameter group,
             ``"param"`` for those of each parameter, ``None`` for none.
-        stats_every: Take them at steps 1, 1 + n, 1 + 2n, …; the true update at every tenth of these.
+        stats_every: Take them at steps 1, 1 + n, 1 + 2n, …; the true update at every tenth of these. ``None`` for an
+            n that goes by the number of parameters.
         histograms_every: Take histograms at steps 1, 1 + n, 1 + 2n, …; 0 for none.
         names: Returns the names of the parameters of each group, in order.
         before_first: Called when the optimizer is about to take its very first step.
@@ -46,7 +50,7 @@ class Observer:
         *,
         prefix: str = "",
         stats: str | None = "group",
-        stats_every: int = 1,
+        stats_every: int | None = 1,
         histograms_every: int = 0,
         names: Callable[[], Sequence[Sequence[str]]],
         before_first: Callable[[], None] = lambda: None,
@@ -55,7 +59,7 @@ class Observer:
         self.steps = self.evaluations = 0
         self._before_first = before_first
         self._overflowed = False
-        self._every = stats_every if stats else 0
+        self._every = (stats_every or _spacing(optimizer)) if stats else 0
         self._histograms_every = histograms_every
         self._hyperparameters = Hyperparameters(optimizer, prefix)
         self._meter = Meter(optimizer, prefix, names, each=stats == "param")
@@ -145,6 +149,12 @@ class Observer:
             self._latest |= self._meter.measure()
         if self._histograms_every and (self.steps - 1) % self._histograms_every == 0:
             self._histograms = self._meter.histograms()
+
+
+def _spacing(optimizer: Optimizer) -> int:
+    """Steps between statistics: every element is read, which takes a share of the step that only small models hide."""
+    elements: int = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
+    return max(1, min(_WIDEST, math.ceil(elements / _UNNOTICED)))
 
 
 def _is_nested(optimizer: Optimizer) -> bool:
