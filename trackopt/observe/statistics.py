@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from trackopt.observe.small import gather, is_plain, totals
+from trackopt.observe.small import Totals, gather, is_plain, totals
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -81,10 +81,7 @@ def measure(
         if each is None:
             large[name] = tensors
         else:
-            count, total, squares, low, high = each
-            mean = total / count
-            std = math.sqrt(max(squares / count - mean * mean, 0.0)) if squares < math.inf else math.nan
-            statistics[name] = Statistics(math.sqrt(squares), mean, std, low, high)
+            statistics[name] = _describe(each)
     for (name, tensors), each in zip(vectors.items(), found[len(buffers) :], strict=True):
         if each is None:
             long[name] = tensors
@@ -93,6 +90,12 @@ def measure(
     if large or long:
         _measure_large(large, long, statistics, norms)
     return statistics, norms
+
+
+def _describe(found: Totals) -> Statistics:
+    mean = found.sum / found.size
+    variance = max(found.squares / found.size - mean * mean, 0.0) if found.squares < math.inf else math.nan
+    return Statistics(math.sqrt(found.squares), mean, math.sqrt(variance), found.low, found.high)
 
 
 def _measure_large(
