@@ -106,6 +106,47 @@ def test_statistics_equal_a_float64_reference(values, dtype, offset):
     assert (found.min, found.max) == (float(reference.min()), float(reference.max()))
 
 
+LAYOUTS = {
+    "contiguous": lambda t: t,
+    "transposed": lambda t: t.reshape(2, -1).t(),
+    "strided": lambda t: torch.stack([t, torch.zeros_like(t)], 1)[:, 0],
+    "expanded": lambda t: t[:1].expand(7),
+    "channels last": lambda t: t.reshape(1, 2, -1, 1).to(memory_format=torch.channels_last),
+    "a parameter": nn.Parameter,
+}
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    seed=st.integers(0, 2**32),
+    sizes=st.lists(st.sampled_from([2, 10, 5000, 16384, 40_000, 300_000]), min_size=1, max_size=4),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.float16, torch.bfloat16]),
+    layout=st.sampled_from(sorted(LAYOUTS)),
+    mean=st.sampled_from([0.0, 1.0, -300.0]),
+    scale=st.sampled_from([0.0, 1e-25, 1e-6, 1.0, 100.0, 1e25]),
+    bad=st.sampled_from([None, math.nan, math.inf, -math.inf]),
+)
+def test_statistics_of_any_size_layout_and_scale(seed, sizes, dtype, layout, mean, scale, bad):
+    """Small and large tensors, of any layout, huge and tiny numbers, and what is not finite: as float64 has it."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = []
+    for size in sizes:
+        values = torch.randn(size, generator=generator, dtype=torch.float64) * scale + mean
+        tensors.append(LAYOUTS[layout](values.to(dtype)))
+    if bad is not None:
+        tensors.append(torch.tensor([1.0, bad], dtype=dtype))
+    reference = torch.cat([t.detach().double().flatten() for t in tensors])
+    if bad is None and not reference.isfinite().all():
+        return  # float16 overflowed by itself
+    found = measure({"b": tensors}, {})[0]["b"]
+    expected = (reference.norm(), reference.mean(), reference.std(correction=0), reference.min(), reference.max())
+    size = float(reference.abs().max())
+    near = {"nan_ok": True, "rel": 1e-5, "abs": 1e-6 * size if math.isfinite(size) else 0.0}
+    assert list(found) == [pytest.approx(float(value), **near) for value in expected]
+    if bad is None:
+        assert found.std == pytest.approx(float(expected[2]), rel=2e-5, abs=3e-8 * size)
+
+
 def test_large_tensors_are_read_in_pieces_and_layouts_do_not_matter():
     """Many pieces, a transposed, a channels-last, a sparse and a complex tensor give the numbers of the whole."""
     generator = torch.Generator().manual_seed(0)

@@ -6,9 +6,12 @@ import pytest
 import schedulefree
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 import trackopt
 from trackopt import journal
+from trackopt.observe import Observer
 
 
 class Lookahead(torch.optim.Optimizer):
@@ -85,6 +88,38 @@ def train(name, *, watched):
     if run:
         run.close()
     return model, optimizer
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    """A process group of this process alone."""
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own deprecations
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize("kind", ["zero redundancy", "fully sharded"])
+def test_optimizers_of_several_processes(kind):
+    """ZeroRedundancyOptimizer, which steps another inside, and DTensors, of which the local part is measured."""
+    model = nn.Linear(4, 3)
+    if kind == "fully sharded":
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    else:
+        from torch.distributed.optim import ZeroRedundancyOptimizer  # its import warns of what torch deprecates
+
+        optimizer = ZeroRedundancyOptimizer(model.parameters(), optimizer_class=torch.optim.AdamW, lr=0.1)
+    observer = Observer(optimizer, names=list)
+    model(torch.ones(2, 4)).sum().backward()
+    optimizer.step()
+    metrics = observer.take()
+    moments = [state["exp_avg"] for state in getattr(optimizer, "optim", optimizer).state.values()]
+    whole = torch.cat([getattr(t, "full_tensor", lambda t=t: t)().flatten() for t in moments])
+    assert metrics["exp_avg/group0.norm"] == pytest.approx(whole.norm().item(), rel=1e-6)
+    assert metrics["update/group0.ratio"] > 0
 
 
 @pytest.mark.parametrize("name", MAKERS)

@@ -7,13 +7,12 @@ from operator import is_
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+from torch.optim import Optimizer
 
 from trackopt.observe.hyperparameters import label
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
-
-    from torch.optim import Optimizer
 
     Slots = dict[str, list[tuple[dict[str, Any], str]]]
 
@@ -23,7 +22,8 @@ logger = logging.getLogger("trackopt")
 class Plan:
     """What to read of an optimizer after a step.
 
-    Its parameters are measured in units: the parameter groups, or each parameter by itself.
+    Its parameters are measured in units: the parameter groups, or each parameter by itself. Where it holds another
+    optimizer (ZeroRedundancyOptimizer, Lookahead), the state of that one counts as well.
 
     Args:
         optimizer: Its state and its parameter groups.
@@ -38,6 +38,7 @@ class Plan:
         self.units: dict[str, list[Tensor]] = {}
         self._optimizer = optimizer
         self._prefix = prefix
+        self._holders = [optimizer, *(inner for inner in vars(optimizer).values() if isinstance(inner, Optimizer))]
         self._names = names
         self._each = each
         self._buffers: Slots = {}
@@ -49,7 +50,7 @@ class Plan:
     def refresh(self) -> None:
         """Make the plan anew if it is out of date."""
         parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
-        states = [state for state in self._optimizer.state.values() if isinstance(state, dict)]
+        states = [state for each in self._states() for state in each.values() if isinstance(state, dict)]
         size = sum(map(len, states))
         known = self._known
         if (
@@ -88,9 +89,8 @@ class Plan:
         """The gradient (``grad``) of a parameter, its value (``param``), or its buffer of that name."""
         if kind in {"grad", "param"}:
             return parameter.grad if kind == "grad" else parameter
-        state = self._optimizer.state.get(parameter)
-        buffer = state.get(kind) if isinstance(state, dict) else None
-        return buffer if isinstance(buffer, Tensor) and buffer.ndim else None
+        buffers = (state.get(kind) for state in self._states_of(parameter))
+        return next((buffer for buffer in buffers if isinstance(buffer, Tensor) and buffer.ndim), None)
 
     def name_of(self, parameter: Tensor) -> str:
         """What a parameter is called."""
@@ -101,6 +101,14 @@ class Plan:
             for name, parameter in zip(names, group["params"], strict=True):
                 yield self._prefix + name.removeprefix(self._prefix).replace("/", "_"), parameter
 
+    def _states(self) -> list[dict[Tensor, Any]]:
+        """What the optimizers keep; two may keep it together."""
+        return list({id(holder.state): holder.state for holder in self._holders}.values())
+
+    def _states_of(self, parameter: Tensor) -> list[dict[str, Any]]:
+        found = [states.get(parameter) for states in self._states()]
+        return [state for state in found if isinstance(state, dict)]
+
     def _make(self) -> None:
         if self._each:
             self.units = {name: [parameter] for name, parameter in self._parameters()}
@@ -110,8 +118,7 @@ class Plan:
         self._buffers, self._histories, self._settled = {}, {}, True
         for unit, parameters in self.units.items():
             for parameter in parameters:
-                state = self._optimizer.state.get(parameter)
-                if isinstance(state, dict):
+                for state in self._states_of(parameter):
                     for name in state:
                         self._place(f"{str(name).replace('/', '_')}/{unit}", state, name)
 

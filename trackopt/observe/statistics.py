@@ -10,18 +10,20 @@ device, which is not waited for, subtracts the mean at once.
 from __future__ import annotations
 
 import math
+from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from trackopt.observe.small import gather, is_plain, totals
+from trackopt.observe.small import Totals, gather, is_plain, totals
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
 _PIECE = 1 << 18  # elements: 1 MB of float32
-_GATHERED = 1 << 15  # elements: smaller tensors are copied together, up to what torch reads with one thread
+_SMALL = 1 << 15  # elements: smaller tensors are copied together
+_GATHERED = 1 << 17  # elements: up to this size
 _CANCELS = 0.9  # of the sum of squares: if the mean makes up more, float32 has lost the deviations
 _UNDERFLOWS = 1e-30  # sums of squares below this may have lost elements
 
@@ -79,10 +81,7 @@ def measure(
         if each is None:
             large[name] = tensors
         else:
-            count, total, squares, low, high = each
-            mean = total / count
-            std = math.sqrt(max(squares / count - mean * mean, 0.0)) if squares < math.inf else math.nan
-            statistics[name] = Statistics(math.sqrt(squares), mean, std, low, high)
+            statistics[name] = _describe(each)
     for (name, tensors), each in zip(vectors.items(), found[len(buffers) :], strict=True):
         if each is None:
             long[name] = tensors
@@ -93,25 +92,27 @@ def measure(
     return statistics, norms
 
 
+def _describe(found: Totals) -> Statistics:
+    mean = found.sum / found.size
+    variance = max(found.squares / found.size - mean * mean, 0.0) if found.squares < math.inf else math.nan
+    return Statistics(math.sqrt(found.squares), mean, math.sqrt(variance), found.low, found.high)
+
+
 def _measure_large(
     buffers: Mapping[str, Sequence[Tensor]],
     vectors: Mapping[str, Sequence[Tensor]],
     statistics: dict[str, Statistics],
     norms: dict[str, float],
 ) -> None:
-    pieces = {name: list(_pieces(tensors)) for name, tensors in buffers.items()}
+    pieces = {name: found for name, tensors in buffers.items() if (found := list(_pieces(tensors)))}
     flat = {name: [v for v in map(vector, tensors) if v.numel()] for name, tensors in vectors.items()}
     scalars = [scalar for each in pieces.values() for piece in each for scalar in _moments(piece)]
     scalars += [norm for each in flat.values() if each for norm in torch._foreach_norm(each)]
     values = iter(_fetch(scalars))
-    for name, each in pieces.items():
-        if each:
-            statistics[name] = _combine(
-                [_piece(p, next(values), next(values), next(values), next(values)) for p in each]
-            )
-    for name, each in flat.items():
-        if each:
-            norms[name] = math.hypot(*(next(values) for _ in each))
+    for name, parts in pieces.items():
+        rows = (list(islice(values, 4)) for _ in parts)
+        statistics[name] = _combine([_piece(part, *row) for part, row in zip(parts, rows, strict=True)])
+    norms |= {name: math.hypot(*islice(values, len(each))) for name, each in flat.items() if each}
 
 
 def vector(tensor: Tensor) -> Tensor:
@@ -130,27 +131,36 @@ def vector(tensor: Tensor) -> Tensor:
     return flat if flat.dtype in {torch.float32, torch.float64} else flat.float()
 
 
-def _pieces(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
+def _pieces(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """What is read as one: a part of a tensor, or several small ones.
+
+    These are copied only while they are read, so that the copies take turns in the same memory.
+    """
     waiting: list[Tensor] = []
     size = 0
     for tensor in tensors:
         if not is_plain(tensor):
             tensor = vector(tensor)
         elements = tensor.numel()
-        if elements >= _GATHERED:
-            yield from torch.split(vector(tensor), _PIECE)
+        if elements >= _SMALL:
+            yield from ([part] for part in torch.split(vector(tensor), _PIECE))
         elif elements:
             if waiting and (size + elements > _GATHERED or tensor.device != waiting[0].device):
-                yield vector(gather(waiting))
+                yield waiting
                 waiting, size = [], 0
             waiting.append(tensor)
             size += elements
     if waiting:
-        yield vector(gather(waiting))
+        yield waiting
 
 
-def _moments(piece: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _read(piece: list[Tensor]) -> Tensor:
+    return vector(gather(piece) if len(piece) > 1 else piece[0])
+
+
+def _moments(tensors: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Of a piece on the CPU its sum and sum of squares; elsewhere its mean and its squared deviations; the extremes."""
+    piece = _read(tensors)
     low, high = torch.aminmax(piece)
     if piece.is_cpu:
         return piece.sum(), torch.dot(piece, piece), low, high
@@ -168,15 +178,17 @@ def _fetch(scalars: Sequence[Tensor]) -> list[float]:
     return values
 
 
-def _piece(piece: Tensor, first: float, second: float, low: float, high: float) -> _Piece:
-    count = piece.numel()
-    if not piece.is_cpu or not (math.isfinite(low) and math.isfinite(high)):
-        return _Piece(count, first if not piece.is_cpu else first / count, second, low, high)
+def _piece(tensors: list[Tensor], first: float, second: float, low: float, high: float) -> _Piece:
+    count = sum(map(Tensor.numel, tensors))
+    if not tensors[0].is_cpu:
+        return _Piece(count, first, second, low, high)
+    if not (math.isfinite(low) and math.isfinite(high)):
+        return _Piece(count, first / count, second, low, high)
     if low == high:
         return _Piece(count, low, 0.0, low, high)
     if _UNDERFLOWS < second < math.inf and first * first / count < _CANCELS * second:
         return _Piece(count, first / count, second - first * first / count, low, high)
-    wide = piece.double()
+    wide = _read(tensors).double()
     mean = wide.mean()
     wide -= mean
     return _Piece(count, mean.item(), torch.dot(wide, wide).item(), low, high)
