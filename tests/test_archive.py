@@ -7,6 +7,7 @@ import os
 import struct
 import subprocess
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -551,3 +552,12 @@ def test_parts_of_parts_are_counted_as_often_as_they_stand_there() -> None:
     assert bounded([outer] * 10)
     with pytest.raises(Broken, match="describes more than"):
         bounded([outer] * 100_000)
+
+
+def test_a_shape_beyond_any_array_is_refused(tmp_path: Path) -> None:
+    """Without elements it takes no bytes, and NumPy still cannot hold it."""
+    path = saved({"weight": torch.zeros(0, 3)}, tmp_path / "t.pt")
+    with trackopt.open(path) as archive:
+        tensor = replace(archive.tree["weight"], shape=(0, 1 << 40, 1 << 40), stride=(1, 1, 1))
+        with pytest.raises(ArchiveError, match="its shape is larger than an array can be"):
+            archive.read(tensor)

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 CHUNK = 4 << 20
 _MAX_EXPANDED = 1 << 30
+_MAX_COUNTED = 1 << 58  # elements that NumPy can count the bytes of, whatever their dtype
 #: How NumPy reads an element that it knows.
 _PLAIN = {
     "float64": "f8", "float32": "f4", "float16": "f2", "int64": "i8", "int32": "i4",
@@ -67,6 +68,8 @@ def check(source: Source, tensor: Tensor) -> None:
     problem = misfit(tensor, source)
     if problem is None and tensor.nbytes > max(_MAX_EXPANDED, tensor.storage.nbytes):
         problem = f"a tensor of {tensor.nbytes:,} bytes is made of {tensor.storage.nbytes:,} stored ones"
+    if math.prod(max(1, size) for size in tensor.shape) > _MAX_COUNTED:
+        problem = "its shape is larger than an array can be"  # without elements, if one dimension is 0
     if tensor.meta:
         problem = "a tensor on the meta device has no values"
     if problem is not None:
