@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 import warnings
@@ -15,6 +16,9 @@ from torch import nn
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background; scripts inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Where the recorder and the scripts of the tests run; MLflow must not look for a network.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")

@@ -155,7 +155,8 @@ def _pieces(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 
 
 def _read(piece: list[Tensor]) -> Tensor:
-    return vector(gather(piece) if len(piece) > 1 else piece[0])
+    """One vector without gaps: over gaps `dot` adds up one by one, and loses digits."""
+    return vector(gather(piece) if len(piece) > 1 else piece[0]).contiguous()
 
 
 def _moments(tensors: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
