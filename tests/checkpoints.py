@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from trackopt.errors import ArchiveError
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -105,3 +107,23 @@ def pickled(value: Any, protocol: int = 2) -> bytes:
     stream = io.BytesIO()
     pickle.Pickler(stream, protocol).dump(value)
     return stream.getvalue()
+
+
+def one_line(call: Any) -> str:
+    """The message of the ArchiveError that a call must raise; it is one line."""
+    message = refusal(call)
+    assert message
+    return message
+
+
+def refusal(call: Any) -> str:
+    """The message of the ArchiveError that a call raises, which is one line; nothing if it raises none."""
+    try:
+        call()
+    except ArchiveError as error:
+        message = str(error)
+    else:
+        return ""
+    assert "\n" not in message
+    assert len(message) < 6000
+    return message

@@ -105,6 +105,15 @@ def error(model, batch):
     return nn.functional.cross_entropy(model(x).float(), y)
 
 
+def stepped(model, optimizer, batch):
+    """One optimizer step; the loss before it."""
+    optimizer.zero_grad()
+    loss = error(model, batch)
+    loss.backward()
+    optimizer.step()
+    return loss
+
+
 def die(run):
     """The planned death, in the middle of an iteration."""
     if run.ledger.iterations == KILL:
@@ -118,10 +127,7 @@ def simple(directory, batches, *, model=None, optimizer=None, scheduler=None, af
     with trackopt.wrap(optimizer, scheduler, model=model, dir=directory, save_every=3, sinks=(), **stateful) as run:
         for _ in run.epochs(4):
             for batch in run.batches(batches):
-                optimizer.zero_grad()
-                loss = error(model, batch)
-                loss.backward()
-                optimizer.step()
+                loss = stepped(model, optimizer, batch)
                 if scheduler is not None:
                     scheduler.step()
                 after(run, loss)
@@ -254,10 +260,7 @@ def swa(directory):
     ) as run:
         for epoch in run.epochs(4):
             for batch in run.batches(loader):
-                optimizer.zero_grad()
-                loss = error(model, batch)
-                loss.backward()
-                optimizer.step()
+                loss = stepped(model, optimizer, batch)
                 if epoch >= 2:
                     averaged.update_parameters(model)
                     schedulers["swa"].step()
@@ -280,10 +283,7 @@ def unfreeze(directory):
                 model[0].requires_grad_(True)
                 optimizer.add_param_group({"params": model[0].parameters(), "lr": 0.002, "name": "first"})
             for batch in run.batches(loader):
-                optimizer.zero_grad()
-                loss = error(model, batch)
-                loss.backward()
-                optimizer.step()
+                loss = stepped(model, optimizer, batch)
                 scheduler.step()
                 run.log(loss=loss)
                 die(run)
@@ -300,10 +300,7 @@ def manual_decay(directory):
                 group["lr"] *= 0.8 if epoch else 1
                 group["momentum"] = 0.9 - 0.1 * random.random()
             for batch in run.batches(loader):
-                optimizer.zero_grad()
-                loss = error(model, batch)
-                loss.backward()
-                optimizer.step()
+                loss = stepped(model, optimizer, batch)
                 for group in optimizer.param_groups:
                     group["lr"] *= 0.99
                 run.log(loss=loss)
@@ -317,10 +314,7 @@ def growing_batches(directory):
     with trackopt.wrap(optimizer, model=model, dir=directory, save_every=3, sinks=()) as run:
         for epoch in run.epochs(4):
             for batch in run.batches(DataLoader(Noisy(), 4 * (epoch + 1), shuffle=True)):
-                optimizer.zero_grad()
-                loss = error(model, batch)
-                loss.backward()
-                optimizer.step()
+                loss = stepped(model, optimizer, batch)
                 run.log(loss=loss)
                 die(run)
 
@@ -370,10 +364,7 @@ def plateau(directory):
     with trackopt.wrap(optimizer, scheduler, model=model, dir=directory, save_every=3, sinks=()) as run:
         for _ in run.epochs(4):
             for batch in run.batches(loader):
-                optimizer.zero_grad()
-                loss = error(model, batch)
-                loss.backward()
-                optimizer.step()
+                loss = stepped(model, optimizer, batch)
                 run.log(loss=loss)
                 die(run)
             model.eval()
@@ -391,10 +382,7 @@ def duck(directory):
     with trackopt.wrap(optimizer, scheduler, model=model, dir=directory, save_every=3, sinks=()) as run:
         for _ in run.epochs(4):
             for batch in run.batches(loader):
-                optimizer.zero_grad()
-                loss = error(model, batch)
-                loss.backward()
-                optimizer.step()
+                loss = stepped(model, optimizer, batch)
                 scheduler.step_update(run.global_step)
                 run.log(loss=loss)
                 die(run)

@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import trackopt
-from tests.checkpoints import Call, peak, pickled, saved, trained, zipped
+from tests.checkpoints import Call, one_line, peak, pickled, refusal, saved, trained, zipped
 from trackopt.archive import Opaque, Tensor, locate, nodes
 from trackopt.archive.bounds import Broken, bounded
 from trackopt.errors import ArchiveError
@@ -240,26 +240,6 @@ def test_a_named_pipe_does_not_block(tmp_path: Path) -> None:
 
 
 # Hostile files.
-
-
-def one_line(call: Any) -> str:
-    """The message of the ArchiveError that a call must raise; it is one line."""
-    message = refusal(call)
-    assert message
-    return message
-
-
-def refusal(call: Any) -> str:
-    """The message of the ArchiveError that a call raises, which is one line; nothing if it raises none."""
-    try:
-        call()
-    except ArchiveError as error:
-        message = str(error)
-    else:
-        return ""
-    assert "\n" not in message
-    assert len(message) < 6000
-    return message
 
 
 def read_all(path: Path) -> None:

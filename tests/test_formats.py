@@ -28,11 +28,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import trackopt
-from tests.checkpoints import Call, peak, pickled, zipped
+from tests.checkpoints import Call, one_line, peak, pickled, refusal, zipped
 from trackopt.archive import Opaque, Tensor, nodes
 from trackopt.archive import tensors as values
 from trackopt.archive.nodes import Compound
-from trackopt.errors import ArchiveError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -698,24 +697,6 @@ def test_a_tar_of_something_else_is_one_line(tmp_path: Path) -> None:
 
 
 # Malformed streams.
-
-
-def one_line(call: Any) -> str:
-    """The message of the ArchiveError that a call must raise; it is one line."""
-    message = refusal(call)
-    assert message
-    return message
-
-
-def refusal(call: Any) -> str:
-    try:
-        call()
-    except ArchiveError as error:
-        message = str(error)
-    else:
-        return ""
-    assert "\n" not in message
-    return message
 
 
 def read_all(path: Path) -> None:

@@ -13,7 +13,7 @@ from trackopt.checkpoint import Training
 from trackopt.checkpoint import restore as put
 from trackopt.checkpoint.foreign import read
 from trackopt.checkpoint.saved import of_run
-from trackopt.checkpoint.store import load
+from trackopt.checkpoint.store import load_checked
 from trackopt.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
@@ -91,6 +91,6 @@ def restore(
         raise CheckpointError(f"{place}: cannot be used ({problems[0]})")
     with archive.open(place) as opened:
         found = training_state.read(opened)
-        saved = of_run(load(place)) if found.own else read(opened, training)
+        saved = of_run(load_checked(place)) if found.own else read(opened, training)
     left_out = put(training, saved, place, strict=strict, whole=False)
     return Restored(found.step, found.epoch, tuple(left_out))

@@ -12,6 +12,7 @@ from trackopt.archive.checksums import crc32
 from trackopt.archive.partial import Partial
 from trackopt.archive.repickle import Writer
 from trackopt.archive.torch_zip import MAX_PICKLE
+from trackopt.archive.zip import ENTRY, LOCAL, MAGIC
 from trackopt.errors import ArchiveError, UsageError
 
 if TYPE_CHECKING:
@@ -125,8 +126,8 @@ def _record(file: BinaryIO, name: str, size: int, chunks: Iterator[bytes]) -> by
     file.seek(end)
     told = struct.pack("<2H3Q", 1, 24, size, size, header)
     about = (45, 45, _UTF8, 0, 0, 0, crc, _FULL, _FULL, len(encoded), len(told), 0, 0, 0, 0, _FULL)
-    return struct.pack("<4s6H3L5H2L", b"PK\1\2", *about) + encoded + told
+    return ENTRY.pack(b"PK\1\2", *about) + encoded + told
 
 
 def _local(crc: int, name: int, extra: int) -> bytes:
-    return struct.pack("<4s5H3L2H", b"PK\3\4", 45, _UTF8, 0, 0, 0, crc, _FULL, _FULL, name, extra)
+    return LOCAL.pack(MAGIC, 45, _UTF8, 0, 0, 0, crc, _FULL, _FULL, name, extra)

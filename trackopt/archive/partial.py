@@ -19,6 +19,7 @@ from trackopt.archive.checksums import crc32
 from trackopt.archive.opcodes import OPERATIONS
 from trackopt.archive.pickle import Machine
 from trackopt.archive.torch_zip import MAX_PICKLE
+from trackopt.archive.zip import LOCAL, MAGIC
 from trackopt.errors import ArchiveError
 
 if TYPE_CHECKING:
@@ -30,9 +31,8 @@ if TYPE_CHECKING:
 
     from trackopt.archive.nodes import Tensor
 
-_LOCAL = struct.Struct("<4s5H3L2H")
 _DESCRIPTORS = (struct.Struct("<4sLLL"), struct.Struct("<4sLQQ"))
-_MAGIC, _BEHIND = b"PK\x03\x04", b"PK\x07\x08"
+_BEHIND = b"PK\x07\x08"
 _CHUNK = 1 << 18
 _MAX_RECORDS = 400_000
 _MAX_SCANNED = 512 << 20  # bytes that are searched for signatures
@@ -131,8 +131,8 @@ class Partial:
     def _follow(self, position: int) -> None:
         """Go from header to header, as far as they lead."""
         while len(self.pieces) < _MAX_RECORDS and self._scanned < _MAX_SCANNED:
-            found = self._find(_MAGIC, position)
-            if found is None or found + _LOCAL.size > self.size:
+            found = self._find(MAGIC, position)
+            if found is None or found + LOCAL.size > self.size:
                 return
             name, start = self._header(found)
             size = self._size_of(name, start)
@@ -147,12 +147,12 @@ class Partial:
 
     def _header(self, position: int) -> tuple[str, int]:
         """The name of the record whose header stands here, and where its data begins."""
-        fixed = os.pread(self._file, _LOCAL.size, position)
-        if len(fixed) < _LOCAL.size or not fixed.startswith(_MAGIC):
+        fixed = os.pread(self._file, LOCAL.size, position)
+        if len(fixed) < LOCAL.size or not fixed.startswith(MAGIC):
             raise ArchiveError(f"{self.path}: there is no record's header at byte {position}; nothing is left")
-        *_, length, extra = _LOCAL.unpack(fixed)
-        name = os.pread(self._file, length, position + _LOCAL.size).decode("utf-8", "surrogateescape")
-        return name, position + _LOCAL.size + length + extra
+        *_, length, extra = LOCAL.unpack(fixed)
+        name = os.pread(self._file, length, position + LOCAL.size).decode("utf-8", "surrogateescape")
+        return name, position + LOCAL.size + length + extra
 
     def _find(self, magic: bytes, position: int) -> int | None:
         """Where a signature stands next; torch's descriptors and paddings are short, so it is near."""
@@ -182,7 +182,7 @@ class Partial:
                 _, told, packed, unpacked = shape.unpack_from(behind)
                 if packed == unpacked == size:
                     return told in (0, crc)
-        _, _, _, _, _, _, told, packed, unpacked, _, _ = _LOCAL.unpack(os.pread(self._file, _LOCAL.size, header))
+        _, _, _, _, _, _, told, packed, unpacked, _, _ = LOCAL.unpack(os.pread(self._file, LOCAL.size, header))
         return bool(packed == unpacked == size and told in (0, crc))
 
     def close(self) -> None:

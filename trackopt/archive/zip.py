@@ -29,8 +29,8 @@ _SATURATED = 0xFFFFFFFF
 _END = struct.Struct("<4s4H2LH")
 _END64 = struct.Struct("<4sQ2H2L4Q")
 _LOCATOR = struct.Struct("<4sLQL")
-_ENTRY = struct.Struct("<4s6H3L5H2L")
-_LOCAL = struct.Struct("<4s5H3L2H")
+ENTRY = struct.Struct("<4s6H3L5H2L")
+LOCAL = struct.Struct("<4s5H3L2H")
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +147,7 @@ class Zip:
         if at >= _LOCATOR.size and tail[at - _LOCATOR.size : at].startswith(b"PK\x06\x07"):
             _, _, end, _ = _LOCATOR.unpack_from(tail, at - _LOCATOR.size)
             count, length, start = self._end64(end, tail_start + at - _LOCATOR.size)
-        if start + length != end or count * _ENTRY.size > length:
+        if start + length != end or count * ENTRY.size > length:
             raise self.broken("the zip file's directory is not where its end record says")
         if length > _MAX_DIRECTORY or count > _MAX_RECORDS:
             raise ArchiveError(f"{self.path}: {count} records are more than a checkpoint has ({_MAX_RECORDS} at most)")
@@ -166,10 +166,10 @@ class Zip:
         position = 0
         lower: set[str] = set()
         for _ in range(count):
-            if position + _ENTRY.size > len(data) or not data.startswith(b"PK\x01\x02", position):
+            if position + ENTRY.size > len(data) or not data.startswith(b"PK\x01\x02", position):
                 raise self.broken("the zip file's directory has fewer entries than it says")
-            entry = _ENTRY.unpack_from(data, position)
-            position += _ENTRY.size
+            entry = ENTRY.unpack_from(data, position)
+            position += ENTRY.size
             end = position + entry[10] + entry[11] + entry[12]
             record = self._record(entry, data[position:end])
             position = end
@@ -186,7 +186,7 @@ class Zip:
         size, packed, header = entry[9], entry[8], entry[16]
         if _SATURATED in (size, packed, header):
             size, packed, header = self._wide(rest[name_length : name_length + extra_length], size, packed, header)
-        if header + _LOCAL.size + packed > self._end:
+        if header + LOCAL.size + packed > self._end:
             raise self.broken(f"record {name!r} is said to lie outside of the file")
         return Record(name, entry[3], entry[4], entry[7], packed, size, header)
 
@@ -207,16 +207,16 @@ class Zip:
         for record in sorted(self.records.values(), key=lambda record: record.header):
             if record.header < end:
                 self.problems.append(f"record {record.name!r} overlaps another one")
-            end = record.header + _LOCAL.size + len(record.name) + record.packed
+            end = record.header + LOCAL.size + len(record.name) + record.packed
 
     def _place(self, record: Record) -> int:
         """Where a record's data begins, by its local header, which must agree with the directory."""
         start = self._places.get(record.name)
         if start is not None:
             return start
-        magic, _, flags, method, *_, name_length, extra_length = _LOCAL.unpack(self._pread(record.header, _LOCAL.size))
-        start = int(record.header + _LOCAL.size + name_length + extra_length)
-        name = self._pread(record.header + _LOCAL.size, name_length)
+        magic, _, flags, method, *_, name_length, extra_length = LOCAL.unpack(self._pread(record.header, LOCAL.size))
+        start = int(record.header + LOCAL.size + name_length + extra_length)
+        name = self._pread(record.header + LOCAL.size, name_length)
         if magic != MAGIC or name.decode("utf-8", "surrogateescape") != record.name or method != record.method:
             raise self.broken(f"record {record.name!r} is another one in its own header than in the directory")
         if (flags | record.flags) & 1:

@@ -11,6 +11,8 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from trackopt.archive.zip import ENTRY, LOCAL, MAGIC
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
@@ -19,8 +21,6 @@ FRAME = (b"1", str(ALIGNMENT).encode(), sys.byteorder.encode(), b"3\n")
 _ROOT = "archive"  # what torch.save calls it where it is given a file object
 _FULL, _FULL_COUNT = 0xFFFFFFFF, 0xFFFF
 _UTF8, _SUMMED_BEHIND = 0x0800, 0x0008
-_LOCAL = struct.Struct("<4s5H3L2H")
-_ENTRY = struct.Struct("<4s6H3L5H2L")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,10 +52,10 @@ class Place:
     def local(self) -> bytes:
         """The header in front of the data, filled up to where that begins."""
         extra = self._wide(packed=0)  # as torch has it: the descriptor tells
-        padding = self.data - self.header - _LOCAL.size - len(self.name) - len(extra) - 4
+        padding = self.data - self.header - LOCAL.size - len(self.name) - len(extra) - 4
         extra += b"FB" + struct.pack("<H", padding) + b"Z" * padding
         about = (0, self._flags(), 0, 0, 0, 0, 0, 0, len(self.name), len(extra))
-        return _LOCAL.pack(b"PK\3\4", *about) + self.name + extra
+        return LOCAL.pack(MAGIC, *about) + self.name + extra
 
     def descriptor(self, crc: int) -> bytes:
         """What follows the data."""
@@ -68,7 +68,7 @@ class Place:
         extra = self._wide()
         size, header = min(self.size, _FULL), min(self.header, _FULL)
         about = (0, 0, self._flags(), 0, 0, 0, crc, size, size, len(self.name), len(extra), 0, 0, 0, 0, header)
-        return _ENTRY.pack(b"PK\1\2", *about) + self.name + extra
+        return ENTRY.pack(b"PK\1\2", *about) + self.name + extra
 
     def _flags(self) -> int:
         return _UTF8 | _SUMMED_BEHIND if self.size else _UTF8
@@ -120,5 +120,5 @@ def directory_size(found: Sequence[Place]) -> int:
 
 def _place(name: bytes, size: int, header: int) -> Place:
     wide = len(Place(name, size, header, 0)._wide())
-    begin = header + _LOCAL.size + len(name) + wide + 4
+    begin = header + LOCAL.size + len(name) + wide + 4
     return Place(name, size, header, begin + -begin % ALIGNMENT)

@@ -37,7 +37,8 @@ class _Pickler(pickle.Pickler):
 
     def persistent_id(self, thing: Any) -> tuple[Any, ...] | None:
         if isinstance(thing, torch.storage.TypedStorage):
-            storage, kind, count = thing._untyped_storage, thing._pickle_storage_type(), thing._size()  # type: ignore[no-untyped-call]
+            storage, kind = thing._untyped_storage, thing._pickle_storage_type()  # type: ignore[no-untyped-call]  # torch's
+            count = thing._size()  # type: ignore[no-untyped-call]  # torch leaves it so
         elif isinstance(thing, torch.UntypedStorage):
             storage, kind, count = thing, "UntypedStorage", thing.nbytes()
         else:

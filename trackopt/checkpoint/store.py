@@ -170,6 +170,16 @@ def load(path: Path) -> dict[str, Any]:
     """
     if problems := integrity.check(path):
         raise CheckpointError(f"{path}: cannot be used ({problems[0]})")
+    return load_checked(path)
+
+
+def load_checked(path: Path) -> dict[str, Any]:
+    """Read a checkpoint of a run whose bytes were checked already.
+
+    Raises:
+        CheckpointError: It is missing.
+        MismatchError: It is no checkpoint of a run.
+    """
     try:
         tree: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, pickle.UnpicklingError) as error:

@@ -51,7 +51,7 @@ def totals(lists: Sequence[Sequence[Tensor]]) -> list[Totals | None]:
 
 def gather(tensors: Sequence[Tensor]) -> Tensor:
     """All elements of some plain tensors in one vector, of the widest of their dtypes."""
-    flat: Tensor = _flatten_dense_tensors(tensors)  # type: ignore[no-untyped-call]
+    flat: Tensor = _flatten_dense_tensors(tensors)  # type: ignore[no-untyped-call]  # torch leaves it so
     return flat.detach()
 
 
