@@ -90,6 +90,22 @@ def test_a_resume_supersedes_the_future_that_it_abandons():
     ]
 
 
+def test_a_return_to_an_abandoned_future_brings_its_records_back():
+    """What counts is the history of the checkpoint that a run went on from, whatever was tried in between."""
+    lines = [
+        Line(1, 0.0, {"loss": 1.0}, start=0),
+        Line(2, 0.0, {"loss": 2.0}, start=10),
+        Line(3, 0.0, {"loss": 3.0}, start=20),
+        Line(1, 0.0, event="resume", details={"offset": 10}, start=30),
+        Line(2, 0.0, {"loss": 20.0}, start=40),
+        Line(0, 0.0, event="resume", details={"offset": 0}, start=50),
+        Line(1, 0.0, {"loss": 10.0}, start=60),
+        Line(2, 0.0, event="resume", details={"offset": 20}, start=70),
+        Line(3, 0.0, {"loss": 30.0}, start=80),
+    ]
+    assert [line.metrics["loss"] for line in journal.effective(lines)] == [1.0, 2.0, 30.0]
+
+
 def test_a_missing_journal_has_no_lines(path):
     assert journal.series(path) == {}
 

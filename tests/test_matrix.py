@@ -110,7 +110,11 @@ def train(directory, optimizer, scheduler, until):
 
 
 def die(run):
-    """What a SIGKILL leaves: the hooks, the lock and the descriptors go with the process."""
+    """What a SIGKILL leaves: the hooks, the lock and the descriptors go with the process.
+
+    No thread can be killed: a checkpoint that is on its way gets to the disk.
+    """
+    run._saving.close()
     run._telemetry.close()
     run._signals.close()
     run._journal.close()

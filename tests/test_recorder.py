@@ -322,6 +322,31 @@ def test_two_runs_that_start_together_on_a_fresh_store_both_arrive(script, tmp_p
         assert_once(mlflow_points(run))
 
 
+def test_a_return_to_an_abandoned_future_is_shown(tmp_path):
+    """Resumed from the checkpoint of a future that had been given up: TensorBoard shows that future's points again."""
+    directory = tmp_path / "run"
+
+    def attempt(until, lr, **options):
+        model, optimizer, _ = build(lr=lr)
+        run = trackopt.wrap(optimizer, model=model, dir=directory, save_every=4, sinks=["tensorboard"], **options)
+        if options:
+            optimizer.param_groups[0]["lr"] = lr
+        while run.global_step < until:
+            run.step(loss=train_step(model, optimizer))
+        run.close()
+
+    attempt(8, 0.01)
+    attempt(6, 0.5, resume=directory / "checkpoints" / "step-00000004.pt")
+    given_up = tensorboard_points(directory)
+    attempt(10, 0.01, resume=directory / "checkpoints" / "step-00000008.pt.abandoned")
+    shown, expected = tensorboard_points(directory), journal.series(directory)
+    assert [value for _, value in given_up["lr/group0"]] == pytest.approx([0.01] * 4 + [0.5] * 2)
+    assert [value for _, value in shown["lr/group0"]] == pytest.approx([0.01] * 10)
+    assert shown.keys() == expected.keys()
+    for key, series in expected.items():
+        assert shown[key] == [(step, pytest.approx(value, rel=1e-6)) for step, value in series], key
+
+
 class Remembering(Sink):
     """A sink that fails when it is told to, and otherwise keeps what it gets."""
 

@@ -193,19 +193,28 @@ def read(path: Path, offset: int = 0) -> Iterator[Line]:
 def effective(lines: Iterable[Line]) -> list[Line]:
     """The records that count, in the order of their steps: those of abandoned futures are left out.
 
-    A step has one record; one that follows an epoch (a validation loss) is a second line of the same step.
+    They are the history of the checkpoint that the latest attempt went on from, then its own. A step has one record;
+    one that follows an epoch (a validation loss) is a second line of the same step.
 
     Example:
         >>> effective([Line(1, 0.0, {"loss": 2.0}), Line(2, 0.0, {"loss": 1.5}),
         ...            Line(1, 0.0, event="resume"), Line(2, 0.0, {"loss": 1.4})])[-1].metrics
         {'loss': 1.4}
     """
+    seen: list[Line] = []
     kept: list[Line] = []
+    resumed = 0  # where the latest attempt begins
     for line in lines:
         if line.event == "resume":
+            offset = line.details.get("offset", math.inf)
+            if offset < resumed:  # the checkpoint is of an attempt that was given up: what was recorded there is back
+                kept = effective(each for each in seen if each.start < offset)
             kept = [record for record in kept if not superseded(record, line)]
+            resumed = line.start
         elif line.event is None:
             kept.append(line)
+        if line.event in {"resume", None}:
+            seen.append(line)
     return kept
 
 

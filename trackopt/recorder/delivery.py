@@ -137,13 +137,36 @@ class Delivery:
 
     def _begin(self, sink: Sink, marker: Line) -> None:
         self._status = "RUNNING"
+        if marker.event == "resume" and sink.rewinds:
+            self._rewind(sink, marker)
+            return
         if marker.event == "resume":
             self._first = (marker.end, marker.step + 1)
-            if sink.rewinds:
-                self._forget_after(marker.step)
-            else:
-                self._replaced = self._superseded(marker)
+            self._replaced = self._superseded(marker)
         sink.begin(marker)
+
+    def _rewind(self, sink: Sink, marker: Line) -> None:
+        """Let the sink go back to where the resumed history leaves what it holds, and give it that history again."""
+        again = self._revived(marker)
+        back = min((line.step for line in again), default=marker.step + 1) - 1
+        self._forget_after(back)
+        sink.begin(dataclasses.replace(marker, step=back))
+        records: list[Line] = []
+        for line in again:
+            self._take(sink, line, records)
+        self._first = (marker.end, marker.step + 1)
+        self._send(sink, records)
+
+    def _revived(self, marker: Line) -> list[Line]:
+        """The records that an earlier resume had put out of force, and that this one counts again."""
+        places = [
+            dataclasses.replace(line, metrics={}, histograms={})  # all of them may be too much for the memory
+            for line in journal.read(self._path)
+            if line.start < marker.start and line.event in {"resume", None}
+        ]
+        before = {line.start for line in journal.effective(places)}
+        again = {line.start for line in journal.effective([*places, marker])} - before
+        return [line for line in journal.read(self._path) if line.start in again] if again else []
 
     def _superseded(self, marker: Line) -> dict[int, dict[str, float]]:
         """What was recorded, and perhaps sent, of the steps that a resumed run will take again."""
