@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import sys
 import threading
 import time
 from dataclasses import dataclass, field
@@ -99,8 +101,7 @@ class Saving:
     def prepare(self) -> None:
         """Get the memory ready in the background; after the first step the size of the state is known."""
         if self._preparing is None:
-            size = nbytes(self._training)
-            self._preparing = threading.Thread(target=self._store.prepare, args=(size,), name="trackopt-prepare")
+            self._preparing = threading.Thread(target=self._prepare, name="trackopt-prepare")
             self._preparing.start()
 
     def take(self, progress: Mapping[str, Any]) -> None:
@@ -142,6 +143,10 @@ class Saving:
             self._preparing.join()
         self._store.close()
 
+    def _prepare(self) -> None:
+        _step_aside()
+        self._store.prepare(nbytes(self._training))
+
     def _staged(self, progress: Mapping[str, Any]) -> _Writing:
         """The state, copied; the memory is free once the one before it is written."""
         self.settle()
@@ -178,6 +183,10 @@ class _Writing(threading.Thread):
         self._store, self._staged, self._before_commit = store, staged, before_commit
 
     def run(self) -> None:
+        _step_aside()
+        self._write()
+
+    def _write(self) -> None:
         try:
             self.path = self._store.commit(self._staged, self.progress["step"], self._before_commit)
         except CheckpointError as error:
@@ -188,6 +197,12 @@ class _Writing(threading.Thread):
     def finish(self) -> None:
         """Wait for it; one that was not started is written here, as no thread starts while the interpreter ends."""
         if self.ident is None:
-            self.run()
+            self._write()
         else:
             self.join()
+
+
+def _step_aside() -> None:
+    """Let the training go before this thread wherever both want a core; there is no way back for it."""
+    if sys.platform == "linux":  # elsewhere it would be the whole process
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
