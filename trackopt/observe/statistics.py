@@ -105,14 +105,19 @@ def _measure_large(
     norms: dict[str, float],
 ) -> None:
     pieces = {name: found for name, tensors in buffers.items() if (found := list(_pieces(tensors)))}
-    flat = {name: [v for v in map(vector, tensors) if v.numel()] for name, tensors in vectors.items()}
+    here = {name: list(_pieces([t for t in tensors if t.is_cpu])) for name, tensors in vectors.items()}
+    there = {name: [v for t in tensors if not t.is_cpu and (v := vector(t)).numel()] for name, tensors in vectors.items()}
     scalars = [scalar for each in pieces.values() for piece in each for scalar in _moments(piece)]
-    scalars += [norm for each in flat.values() if each for norm in torch._foreach_norm(each)]
+    scalars += [_squares(piece) for each in here.values() for piece in each]
+    scalars += [norm for each in there.values() if each for norm in torch._foreach_norm(each)]
     values = iter(_fetch(scalars))
     for name, parts in pieces.items():
         rows = (list(islice(values, 4)) for _ in parts)
         statistics[name] = _combine([_piece(part, *row) for part, row in zip(parts, rows, strict=True)])
-    norms |= {name: math.hypot(*islice(values, len(each))) for name, each in flat.items() if each}
+    lengths = {name: [_length(part, next(values)) for part in parts] for name, parts in here.items()}
+    for name, parts in there.items():
+        if found := lengths[name] + list(islice(values, len(parts))):
+            norms[name] = math.hypot(*found)
 
 
 def vector(tensor: Tensor) -> Tensor:
@@ -168,6 +173,19 @@ def _moments(tensors: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     mean = piece.mean()
     deviations = piece - mean
     return mean, torch.dot(deviations, deviations), low, high
+
+
+def _squares(tensors: list[Tensor]) -> Tensor:
+    """The sum of squares of a piece on the CPU: `dot` uses all cores, and is faster than a norm on one, too."""
+    piece = _read(tensors)
+    return torch.dot(piece, piece)
+
+
+def _length(tensors: list[Tensor], squares: float) -> float:
+    """The norm of a piece, from its sum of squares where float32 held that."""
+    if _UNDERFLOWS < squares < math.inf:
+        return math.sqrt(squares)
+    return math.sqrt(_squares([each.double() for each in map(vector, tensors)]).item())
 
 
 def _fetch(scalars: Sequence[Tensor]) -> list[float]:
