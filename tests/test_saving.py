@@ -94,6 +94,24 @@ def test_one_is_on_its_way_and_the_next_one_waits(gate):
     assert names() == ["step-00000001.pt", "step-00000002.pt"]
 
 
+def test_what_save_every_makes_due_may_skip_its_turn(gate):
+    """One is on its way: those that become due meanwhile are left out, one that is asked for is not."""
+    run, _, step = started(save_every=2, save_busy="skip", keep=9)
+    for _ in range(7):
+        step()
+    gate.set()
+    run.save(wait=True)
+    step()
+    step()
+    run.close()
+    assert [name for name in names() if name != "step-00000009.pt"] == [f"step-{each:08d}.pt" for each in (2, 7, 8)]
+
+
+def test_a_wish_for_busy_saves_that_is_none_is_refused():
+    with pytest.raises(UsageError, match="save_busy='no': choose 'wait' or 'skip'"):
+        started(save_busy="no")
+
+
 def test_who_waits_finds_it_on_the_disk():
     run, _, step = started()
     step()

@@ -41,6 +41,7 @@ def check_objects(training: Training) -> None:
 def check_options(
     *,
     save_every: int | timedelta | None,
+    save_busy: str,
     retention: Retention,
     stats: str | None,
     stats_every: int,
@@ -56,6 +57,8 @@ def check_options(
         raise UsageError(f"sinks: {min(unknown)!r} is none; choose from {', '.join(SINKS)}")
     if stats not in {"group", "param", None}:
         raise UsageError(f"stats={stats!r}: choose 'group', 'param' or None")
+    if save_busy not in {"wait", "skip"}:
+        raise UsageError(f"save_busy={save_busy!r}: choose 'wait' or 'skip'")
     if histograms_every < 0:
         raise UsageError("histograms_every counts from 1; 0 is for none")
     if retention.newest < 1 or stats_every < 1 or (save_every is not None and not save_every):

@@ -54,6 +54,7 @@ def wrap(
     dir: str | os.PathLike[str] | None = None,  # noqa: A002 - the word that torch and TensorBoard users expect
     resume: str | os.PathLike[str] = "auto",
     save_every: int | timedelta | None = None,
+    save_busy: str = "wait",
     keep: int = 3,
     keep_best: int = 0,
     keep_every: int | None = None,
@@ -81,6 +82,8 @@ def wrap(
             (refuses a directory that holds a run), or the path of a checkpoint.
         save_every: Optimizer steps, or a ``timedelta``, between two checkpoints. Default: only at ``run.save()``
             and ``run.close()``.
+        save_busy: What becomes of a checkpoint that ``save_every`` makes due while the one before it is still on its
+            way to the disk: it can ``"wait"`` for that, and the loop with it, or ``"skip"`` its turn.
         keep: How many of the newest checkpoints to keep.
         keep_best: How many to keep of those with the lowest ``run.save(metric=…)``. Default: none.
         keep_every: Keep for good the first checkpoint in each stretch of so many optimizer steps. Default: none.
@@ -127,7 +130,8 @@ def wrap(
     check_objects(training)
     retention = Retention(keep, keep_best, keep_every)
     measuring: dict[str, Any] = {"stats": stats, "stats_every": stats_every, "histograms_every": histograms_every}
-    check_options(save_every=save_every, retention=retention, sinks=sinks, **measuring)
+    saving: dict[str, Any] = {"save_every": save_every, "save_busy": save_busy}
+    check_options(**saving, retention=retention, sinks=sinks, **measuring)
     built = {name: settings(each) for name, each in training.schedulers.items()}
     directory = RunDirectory(dir)
     try:
@@ -144,7 +148,7 @@ def wrap(
             directory,
             store,
             built=built,
-            save_every=save_every,
+            saving=saving,
             measuring=measuring,
             sinks=sinks if plan.current() is None else (),
         )
@@ -171,7 +175,7 @@ class Run:
         store: Store,
         *,
         built: dict[str, dict[str, Any]],
-        save_every: int | timedelta | None,
+        saving: dict[str, Any],
         measuring: dict[str, Any],
         sinks: Sequence[str],
     ) -> None:
@@ -187,7 +191,7 @@ class Run:
         self._journal = Journal(directory.journal)
         self._telemetry = Telemetry(training, self._journal, **measuring)
         rehearsing = plan.current() is not None  # which step a kill leads back to must not depend on the disk
-        self._saving = Saving(training, store, self._journal, save_every, background=not rehearsing)
+        self._saving = Saving(training, store, self._journal, **saving, background=not rehearsing)
         self._attempt = directory.begin_attempt(sinks)
         self._resumption: Resumption | None = None
         self._recorder: RecorderProcess | None = None

@@ -51,7 +51,8 @@ class Saving:
         training: What they are taken of.
         store: Where they go.
         journal: What is told of them, and made durable with them.
-        every: Optimizer steps, or time, between two of them; ``None`` for only those that are asked for.
+        save_every: Optimizer steps, or time, between two of them; ``None`` for only those that are asked for.
+        save_busy: Whether one that becomes due so while another is being written has to ``"wait"`` or to ``"skip"``.
         background: Whether the loop goes on while they are written.
 
     Attributes:
@@ -63,15 +64,17 @@ class Saving:
         training: Training,
         store: Store,
         journal: Journal,
-        every: int | timedelta | None,
         *,
-        background: bool = True,
+        save_every: int | timedelta | None,
+        save_busy: str,
+        background: bool,
     ) -> None:
         self.latest: tuple[int, Any] = (0, None)
         self._training = training
         self._store = store
         self._journal = journal
-        self._every = every
+        self._every = save_every
+        self._skips = save_busy == "skip"
         self._background = background
         self._at = time.monotonic()
         self._due: Request | None = None
@@ -95,7 +98,7 @@ class Saving:
             due = time.monotonic() - self._at >= self._every.total_seconds()
         else:
             due = self._every is not None and step // self._every > before // self._every
-        if due:
+        if due and not (self._skips and self._writing is not None):
             self.request(Request())
 
     def prepare(self) -> None:

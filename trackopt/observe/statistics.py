@@ -106,7 +106,9 @@ def _measure_large(
 ) -> None:
     pieces = {name: found for name, tensors in buffers.items() if (found := list(_pieces(tensors)))}
     here = {name: list(_pieces([t for t in tensors if t.is_cpu])) for name, tensors in vectors.items()}
-    there = {name: [v for t in tensors if not t.is_cpu and (v := vector(t)).numel()] for name, tensors in vectors.items()}
+    there = {
+        name: [v for t in tensors if not t.is_cpu and (v := vector(t)).numel()] for name, tensors in vectors.items()
+    }
     scalars = [scalar for each in pieces.values() for piece in each for scalar in _moments(piece)]
     scalars += [_squares(piece) for each in here.values() for piece in each]
     scalars += [norm for each in there.values() if each for norm in torch._foreach_norm(each)]
@@ -115,9 +117,9 @@ def _measure_large(
         rows = (list(islice(values, 4)) for _ in parts)
         statistics[name] = _combine([_piece(part, *row) for part, row in zip(parts, rows, strict=True)])
     lengths = {name: [_length(part, next(values)) for part in parts] for name, parts in here.items()}
-    for name, parts in there.items():
-        if found := lengths[name] + list(islice(values, len(parts))):
-            norms[name] = math.hypot(*found)
+    for name, flat in there.items():
+        if whole := lengths[name] + list(islice(values, len(flat))):
+            norms[name] = math.hypot(*whole)
 
 
 def vector(tensor: Tensor) -> Tensor:
