@@ -29,6 +29,7 @@ MAY_IMPORT = {
     "observe": set(),
     "checkpoint": {"archive", "integrity", "state"},
     "pending": set(),
+    "display": {"observe"},
     "loop": {"checkpoint"},
     "recorder": {"journal", "directory"},
     "arguments": {"checkpoint"},
@@ -38,7 +39,7 @@ MAY_IMPORT = {
     "resuming": {"checkpoint", "directory"},
     "restoring": {"archive", "arguments", "checkpoint", "integrity", "state"},
     "run": {
-        *("arguments", "checkpoint", "directory", "journal", "loop", "observe", "recorder"),
+        *("arguments", "checkpoint", "directory", "journal", "loop", "display", "observe", "recorder"),
         *("rehearsal", "resuming", "saving", "signals", "telemetry"),
     },
     "cli": {

@@ -34,6 +34,7 @@ class Position:
         in_epoch: Whether the loop is inside an epoch.
         in_pass: Whether it is inside a pass over a loader.
         in_batch: Whether it is working on a batch right now.
+        batch: Batches taken in the current pass.
     """
 
     def __init__(self, stateful: Mapping[str, Any]) -> None:
@@ -43,7 +44,7 @@ class Position:
         self._generators = {name: thing for name, thing in stateful.items() if rng.is_generator(thing)}
         self._guided = [thing for thing in stateful.values() if not rng.is_generator(thing)]
         self._pass = 0  # passes finished in this epoch
-        self._batch = 0  # batches taken in the current pass
+        self.batch = 0
         self._epoch_start: dict[str, Any] | None = None  # the generators when the epoch began
         self._pass_start: dict[str, Any] | None = None  # the generators, and the loader's, when the pass began
         self._loaders: dict[int, object] = {}
@@ -85,13 +86,13 @@ class Position:
         self.in_pass = True
         try:
             for batch in self._begin(loader):
-                self._batch += 1
+                self.batch += 1
                 self.in_batch = True
                 yield batch
                 self.in_batch = False
         finally:
             self.in_pass = self.in_batch = False
-            self._pass, self._batch, self._pass_start = self._pass + 1, 0, None
+            self._pass, self.batch, self._pass_start = self._pass + 1, 0, None
 
     def state_dict(self, *, epoch_done: bool) -> dict[str, Any]:
         """The position as plain values; ``epoch_done`` when the epoch's last line has run."""
@@ -99,7 +100,7 @@ class Position:
         if epoch_done:
             return {"epoch": self.epoch + 1, "pass": 0, "batch": 0, "epoch_start": None, "pass_start": None, "own": own}
         starts = {"epoch_start": self._epoch_start, "pass_start": self._pass_start}
-        return {"epoch": self.epoch, "pass": self._pass, "batch": self._batch, **starts, "own": own}
+        return {"epoch": self.epoch, "pass": self._pass, "batch": self.batch, **starts, "own": own}
 
     def load_state_dict(self, state: dict[str, Any], arrive: Callable[[], None]) -> None:
         """Aim at a saved position, which ``epochs`` and ``batches`` lead to.
@@ -128,12 +129,12 @@ class Position:
             rng.restore_all(rng.generators_of(loader), own["generators"])
             self._pass_start = {**self._capture(), "own": _state_of(loader)}
             return iter(loader)
-        self._pass_start, self._batch = saved["pass_start"], saved["batch"]
+        self._pass_start, self.batch = saved["pass_start"], saved["batch"]
         self._put_back(self._pass_start)
         rng.restore_all(rng.generators_of(loader), self._pass_start["own"]["generators"])
         iterator = iter(loader)
         if not any(loader is guided for guided in self._guided):
-            _skip(iterator, loader, self._batch)
+            _skip(iterator, loader, self.batch)
         self._put_back(saved["here"])
         rng.restore_all(rng.generators_of(loader), own["generators"])
         return iterator

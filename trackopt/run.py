@@ -18,6 +18,7 @@ from trackopt.checkpoint.capture import Stateful, versions
 from trackopt.checkpoint.retention import Marks, Retention
 from trackopt.checkpoint.settings import settings
 from trackopt.directory import RunDirectory
+from trackopt.display import Display, State
 from trackopt.errors import UsageError
 from trackopt.journal import Journal
 from trackopt.loop import Position
@@ -64,6 +65,7 @@ def wrap(
     sinks: Sequence[str] = SINKS,
     experiment: str | None = None,
     name: str | None = None,
+    progress: bool = True,
     strict: bool = True,
     **stateful: Stateful | Generator,
 ) -> Run:
@@ -94,6 +96,8 @@ def wrap(
         sinks: Where the journal goes: ``"tensorboard"``, ``"mlflow"``, both or none.
         experiment: MLflow's experiment. Default: ``MLFLOW_EXPERIMENT_NAME``, else MLflow's own default.
         name: The run's name. Default: the directory's.
+        progress: Whether ``epochs`` and ``batches`` show how far the training is: on a terminal in two lines that stay,
+            elsewhere in a line a minute.
         strict: Whether a checkpoint must fit the objects in every name, shape, dtype, class and setting. With
             ``False`` what fits is loaded, and the rest is listed in a warning.
         **stateful: Whatever else has ``state_dict`` and ``load_state_dict`` (a ``GradScaler``, an EMA model), and
@@ -150,6 +154,7 @@ def wrap(
             built=built,
             saving=saving,
             measuring=measuring,
+            progress=progress,
             sinks=sinks if plan.current() is None else (),
         )
     except BaseException:
@@ -177,6 +182,7 @@ class Run:
         built: dict[str, dict[str, Any]],
         saving: dict[str, Any],
         measuring: dict[str, Any],
+        progress: bool,
         sinks: Sequence[str],
     ) -> None:
         self.dir = directory.path
@@ -192,6 +198,9 @@ class Run:
         self._telemetry = Telemetry(training, self._journal, **measuring)
         rehearsing = plan.current() is not None  # which step a kill leads back to must not depend on the disk
         self._saving = Saving(training, store, self._journal, **saving, background=not rehearsing)
+        self._display = Display(directory.identity["name"], wanted=progress and not rehearsing)
+        self._epochs = 0  # how many there will be
+        self._length: int | None = None  # batches in this one
         self._attempt = directory.begin_attempt(sinks)
         self._resumption: Resumption | None = None
         self._recorder: RecorderProcess | None = None
@@ -250,6 +259,7 @@ class Run:
         """The numbers of the epochs that are still to come, of ``total``: ``for epoch in run.epochs(10)``."""
         if self._resumption is not None:
             self._resumption.begin_loop()
+        self._epochs = total
         for epoch in self._position.epochs(total):
             self._groups = {name: len(one.param_groups) for name, one in self._training.optimizers.items()}
             yield epoch
@@ -263,6 +273,7 @@ class Run:
         iterable that yields the same again. Asking for the next batch ends the iteration.
         """
         self._telemetry.record_rest()
+        self._length = _length(loader)
         batches = self._position.batches(loader)
         if self._probe is not None:
             batches = self._probe.watch(batches, loader)
@@ -368,6 +379,20 @@ class Run:
                 self._probe.record(self.global_step)
         if self._recorder is not None:
             _tell(self._recorder.messages())
+        if self._position.in_pass and self._display.is_due():
+            self._display.show(self._state())
+
+    def _state(self) -> State:
+        at = self._position
+        return State(
+            epoch=at.epoch,
+            epochs=self._epochs,
+            batch=at.batch,
+            batches=self._length,
+            step=self.global_step,
+            metrics=self._telemetry.latest,
+            saved=self._saving.latest[0],
+        )
 
     def _boundary(self, *, epoch_done: bool = False) -> None:
         """The loop stands where a resumed run can go on exactly: save what is due, and stop if a signal says so."""
@@ -432,6 +457,7 @@ class Run:
             self._journal.mark("close", self.global_step, status=status, ledger=self.ledger.as_dict(), **why)
             self._signals.close()
             self._telemetry.close()
+            self._display.close(self._state())
             if self._recorder is not None:
                 _tell(self._recorder.finish(wait=wait and not self.should_stop))
             self._journal.close()
@@ -452,6 +478,13 @@ class Run:
             error = getattr(sys, "last_exc", None) or getattr(sys, "last_value", None)
             unfinished = self._position.in_batch and error is None
             self._close("KILLED" if unfinished else _status(error), error)
+
+
+def _length(loader: Iterable[object]) -> int | None:
+    try:
+        return len(loader)  # type: ignore[arg-type]  # this is how one asks
+    except (TypeError, NotImplementedError):
+        return None
 
 
 def _status(error: BaseException | None) -> str:

@@ -35,10 +35,12 @@ class Telemetry:
 
     Attributes:
         recorded: The step of the latest record.
+        latest: What it says.
     """
 
     def __init__(self, training: Training, journal: Journal, **options: Any) -> None:
         self.recorded = 0
+        self.latest: Mapping[str, float] = {}
         self._journal = journal
         self._pending = Pending()
         self._turns = Turns(training.schedulers, training.stateful.values())
@@ -109,6 +111,7 @@ class Telemetry:
                     self._journal.histograms(self.recorded, histograms)
             self._journal.record(self.recorded, metrics)
             self._pending.recorded = set(metrics)
+            self.latest = metrics
         return stepped
 
     def record_rest(self) -> None:

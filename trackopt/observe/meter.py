@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from torch.optim import Optimizer
 
-_FIRST_MOMENTS = ("exp_avg", "momentum_buffer", "momentum", "mu", "m")
+FIRST_MOMENTS = ("exp_avg", "momentum_buffer", "momentum", "mu", "m")
 _CALLED = {"grad": "gradient", "param": "parameter"}
 
 
@@ -115,7 +115,7 @@ class Meter:
     def _moments(self, parameters: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         for parameter in parameters:
             gradient = parameter.grad
-            moments = (self._plan.of(parameter, name) for name in _FIRST_MOMENTS)
+            moments = (self._plan.of(parameter, name) for name in FIRST_MOMENTS)
             moment = next((each for each in moments if each is not None), None)
             if gradient is not None and gradient.layout is torch.strided and moment is not None:
                 yield gradient, moment
