@@ -1,11 +1,12 @@
 # make demo   set up, then run the main job on real data
 # make test   set up, then run the tests
+# make pictures   run the examples, and keep what they draw
 # make fuzz   100,000 mutated files, each of which must be answered or refused
 VENV := .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench fuzz clean
+.PHONY: demo test lint bench fuzz pictures clean
 
 demo: $(VENV)/ready
 	$(BIN)/python examples/demo.py
@@ -23,6 +24,13 @@ bench: $(VENV)/ready
 
 fuzz: $(VENV)/ready
 	$(BIN)/python -m tests.fuzz
+
+PICTURES := line moons schedules batches finetune optimizers ewma
+
+pictures: $(VENV)/ready
+	for name in $(PICTURES); do \
+	  rm -rf runs/$$name && $(BIN)/python examples/$$name.py && cp runs/$$name/$$name.png examples/pictures/ || exit 1; \
+	done
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -28,8 +29,34 @@ def test_the_demo_shows_what_it_promises(tmp_path):
     assert "step 400 → 450" in done.stdout
 
 
-@pytest.mark.parametrize("name", ["digits.py"])
-def test_an_example_runs_small(name):
-    done = python(str(EXAMPLES / name), "runs/small", "--epochs", "1")
+@pytest.mark.parametrize(
+    ("name", "size", "says"),
+    [
+        ("digits", ["--epochs", "1"], "epoch 1  step 45"),
+        ("anatomy", ["--epochs", "2"], "state for 4 of 4 parameters"),
+        ("line", ["--epochs", "20"], "y = 2.9"),
+        ("moons", ["--epochs", "6"], "the same LR at every step: True"),
+        ("schedules", ["--steps", "22"], "StepLR             0.1000"),
+        ("batches", ["--epochs", "3"], "batch doubled"),
+        ("finetune", ["--epochs", "1"], "accuracy"),
+        ("optimizers", ["--epochs", "1"], "NAdam     loss"),
+        ("ewma", ["--steps", "30"], "over 30 steps"),
+    ],
+)
+def test_an_example_runs_small(name, size, says):
+    """It says what its lesson says, and draws its picture."""
+    directory = Path("runs", name)
+    done = python(str(EXAMPLES / f"{name}.py"), str(directory), *size)
     assert done.returncode == 0, done.stderr
-    assert "epoch 1  step 45" in done.stdout
+    assert says in done.stdout
+    if name not in {"digits", "anatomy"}:
+        with Image.open(directory / f"{name}.png") as picture:
+            assert picture.width >= 500
+
+
+def test_every_example_has_its_lesson_and_its_picture():
+    text = (EXAMPLES / "README.md").read_text()
+    scripts = {path.name for path in EXAMPLES.glob("*.py")} - {"draw.py"}
+    assert set(re.findall(r"\]\((\w+\.py)\)", text)) == scripts
+    pictures = {f"pictures/{path.name}" for path in (EXAMPLES / "pictures").iterdir()}
+    assert set(re.findall(r"\]\((pictures/\w+\.png)\)", text)) == pictures
