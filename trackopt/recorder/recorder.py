@@ -74,21 +74,33 @@ class Recorder:
         self._save()
         return any(more)
 
-    def drain(self, show: Callable[[], None] = lambda: None) -> list[str]:
+    def drain(self, show: Callable[[], None] = lambda: None, *, patience: float = 0.0) -> list[str]:
         """Send what is left, and how the run ended; the names of the sinks that still lack something.
 
         Args:
             show: Called now and then, when there is some progress.
+            patience: For how many seconds a sink that fails is tried again.
         """
         size = self._journal.stat().st_size
-        for name in self._names:
-            while self._attempt(name, lambda delivery: delivery.pump(size)):
-                self._save()
-                show()
-            if name not in self._pauses:
-                self._attempt(name, Delivery.finish)
+        until = time.monotonic() + patience
+        left = self._names
+        while True:
+            left = [name for name in left if not self._complete(name, size, show)]
+            now = time.monotonic()
+            due = min((self._pauses[name][0] for name in left), default=until)
+            if due >= until:
+                return left
+            time.sleep(max(0.0, due - now))
+
+    def _complete(self, name: str, size: int, show: Callable[[], None]) -> bool:
+        """Send a sink what is left of the journal's first ``size`` bytes, and the end; whether it has it all."""
+        while self._attempt(name, lambda delivery: delivery.pump(size)):
+            self._save()
+            show()
+        if name not in self._pauses:
+            self._attempt(name, Delivery.finish)
         self._save()
-        return list(self._pauses)
+        return name not in self._pauses
 
     def _attempt(self, name: str, action: Callable[[Delivery], bool | None]) -> bool:
         try:
