@@ -94,11 +94,16 @@ class Recorder:
 
     def _complete(self, name: str, size: int, show: Callable[[], None]) -> bool:
         """Send a sink what is left of the journal's first ``size`` bytes, and the end; whether it has it all."""
-        while self._attempt(name, lambda delivery: delivery.pump(size)):
+
+        def rest(delivery: Delivery) -> bool:
+            more = delivery.pump(size)
+            if not more:
+                delivery.finish()
+            return more
+
+        while self._attempt(name, rest):
             self._save()
             show()
-        if name not in self._pauses:
-            self._attempt(name, Delivery.finish)
         self._save()
         return name not in self._pauses
 
@@ -149,9 +154,11 @@ def _connector(name: str, directory: Path) -> Callable[[int], Sink]:
 
         return lambda step: TensorBoardSink(directory, step)
     if name == "mlflow":
-        # The recorder has a back-off of its own: MLflow's would keep it for minutes at a server that is down.
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+        # The recorder has a back-off of its own: MLflow's would keep it for minutes at a server that is down. One retry
+        # is for a connection that the server had closed.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+        os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"  # it belongs to the result of `trackopt sync`
         from trackopt.recorder.mlflow import MLflowSink
 
         return lambda _: MLflowSink(directory)
