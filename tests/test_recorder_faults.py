@@ -164,32 +164,28 @@ def test_a_server_that_is_down_at_the_start_in_the_middle_and_at_the_end(tmp_pat
 
 
 @contextlib.contextmanager
-def holding_back(port, asked):
-    """A way to the server on which the answers to what ``asked`` accepts are lost."""
-
-    def carry(source, target, look=lambda data: None):
-        with contextlib.suppress(OSError):
-            while data := source.recv(65536):
-                look(data)
-                target.sendall(data)
-        for each in (source, target):
-            with contextlib.suppress(OSError):
-                each.shutdown(socket.SHUT_RDWR)
+def losing_answers(port, asked):
+    """A way to the server that breaks when the server has done what ``asked`` accepts, before its answer arrives."""
 
     def serve(client):
-        with client, socket.create_connection(("127.0.0.1", port)) as server, socket.socket() as nowhere:
-            answers = [client]
+        with client, socket.create_connection(("127.0.0.1", port)) as server:
+            lost = []
 
-            def look(data):
-                answers[0] = nowhere if asked(data) else client
+            def ask():
+                with contextlib.suppress(OSError):
+                    while data := client.recv(65536):
+                        lost.extend([True] * asked(data))
+                        server.sendall(data)
+                    server.shutdown(socket.SHUT_RDWR)
 
-            there = threading.Thread(target=carry, args=(client, server, look))
-            there.start()
+            asking = threading.Thread(target=ask)
+            asking.start()
             with contextlib.suppress(OSError):
-                while data := server.recv(65536):
-                    if answers[0] is client:
-                        client.sendall(data)
-            there.join()
+                while (data := server.recv(65536)) and not lost:
+                    client.sendall(data)
+            with contextlib.suppress(OSError):
+                client.shutdown(socket.SHUT_RDWR)
+            asking.join()
 
     listener = socket.create_server(("127.0.0.1", 0))
 
@@ -215,22 +211,21 @@ def server(tmp_path_factory):
         yield port
 
 
-def test_answers_that_come_too_late_double_nothing(server, tmp_path):
-    """The server does what it is asked, run and rows, but its answer is not waited for: all of it is asked again."""
+def test_answers_that_never_arrive_double_nothing(server, tmp_path):
+    """The server does what it is asked, run and rows, but the recorder cannot know, and asks for all of it again."""
     lost = {b"runs/create": 0, b"runs/log-batch": 0}
 
     def asked(data):
         for request, count in lost.items():
-            if request in data and count < 5:
+            if request in data and count < 2:
                 lost[request] += 1
                 return True
         return False
 
-    with holding_back(server, asked) as port:
-        address = f"http://127.0.0.1:{port}"
-        with Training(tmp_path / "run", MLFLOW_TRACKING_URI=address, MLFLOW_HTTP_REQUEST_TIMEOUT="1") as training:
+    with losing_answers(server, asked) as port:
+        with Training(tmp_path / "run", MLFLOW_TRACKING_URI=f"http://127.0.0.1:{port}") as training:
             training.part()
-            wait_for(lambda: min(lost.values()) == 5)
+            wait_for(lambda: min(lost.values()) == 2)
             training.go_on()
             training.part()
             told = training.end()
@@ -415,7 +410,6 @@ def test_a_recorder_that_is_killed_is_started_anew_while_the_training_goes_on(tm
             time.sleep(0.1)
         told = training.end()
         assert told.count("the recorder ended with code -9") == 1, told
-        assert len(told.splitlines()) == 1, told
         assert_everything_once(training.directory)
 
 
