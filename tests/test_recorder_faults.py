@@ -347,6 +347,13 @@ from trackopt.recorder import delivery, recorder
 
 delivery._RECORDS = 40
 directory, kills, seed = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+
+
+def cursors():
+    file = directory / "recorder.json"
+    return file.read_bytes() if file.exists() else b""
+
+
 for name in ("tensorboard", "mlflow"):  # the backends are imported once, and each delivery is a fork
     recorder._connector(name, directory)
 chance = random.Random(seed)
@@ -360,12 +367,15 @@ for kill in range(kills + 1):
         os._exit(0)
     os.close(end)
     if kill < kills:
-        select.select([ended], [], [], chance.uniform(0.05, 0.8))
+        steps, stood = chance.randint(0, 4), cursors()
+        while steps and not select.select([ended], [], [], 0.001)[0]:
+            if cursors() != stood:
+                steps, stood = steps - 1, cursors()
+        time.sleep(chance.uniform(0, 0.05))
         os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     os.close(ended)
-    file = directory / "recorder.json"
-    reached.add(file.read_bytes() if file.exists() else b"")
+    reached.add(cursors())
 print(len(reached))
 """
 
