@@ -19,12 +19,13 @@ from trackopt.errors import RunError
 from trackopt.rehearsal import plan
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 FORMAT = 1
 IDENTITY = "run.json"
 CHECKPOINTS = "checkpoints"
 _LOCK = ".lock"
+_IDENTITY_LOCK = ".run.json.lock"
 
 
 class RunDirectory:
@@ -87,9 +88,9 @@ class RunDirectory:
 
     def begin_attempt(self, sinks: Sequence[str]) -> int:
         """Count this life of the training process, and let the recorder know where it wants to go."""
-        self.identity = read_identity(self.path)
-        self.identity |= {"attempt": self.identity["attempt"] + 1, "sinks": list(sinks)}
-        write_identity(self.path, self.identity)
+        self.identity = change_identity(
+            self.path, lambda identity: {**identity, "attempt": identity["attempt"] + 1, "sinks": list(sinks)}
+        )
         return int(self.identity["attempt"])
 
     def release(self) -> None:
@@ -142,6 +143,25 @@ def write_identity(path: Path, identity: dict[str, Any]) -> None:
         RunError: It cannot be written.
     """
     replace(path / IDENTITY, orjson.dumps(identity, option=orjson.OPT_INDENT_2))
+
+
+def change_identity(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, Any]:
+    """Write ``run.json`` anew, as ``change`` makes it of what stands there; what that is.
+
+    The training and the recorder of the attempt before it may both do so at the same time: one waits for the other.
+
+    Raises:
+        RunError: It cannot be read or written.
+    """
+    try:
+        lock = (path / _IDENTITY_LOCK).open("ab")
+    except OSError as error:
+        raise RunError(f"{path}: cannot be written ({error.strerror}); check its permissions") from error
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        identity = change(read_identity(path))
+        write_identity(path, identity)
+    return identity
 
 
 def replace(file: Path, content: bytes) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from trackopt.recorder.recorder import Recorder
 
 _STDIN = 0
+_LAST_TRIES = 10.0  # seconds at the end in which a sink that fails is tried again
 _WAKE = 5.0  # seconds: each waking costs MLflow's store a transaction, however little there is
 
 
@@ -30,12 +31,15 @@ def main() -> None:
         gc.enable()
         while not _trainer_is_gone(wait):
             wait = 0.0 if recorder.pump() else _WAKE
-        recorder.drain()
+        recorder.drain(patience=_LAST_TRIES)
 
 
 def _trainer_is_gone(wait: float) -> bool:
     readable, _, _ = select.select([_STDIN], [], [], wait)
-    return bool(readable) and not os.read(_STDIN, 1)
+    try:
+        return bool(readable) and not os.read(_STDIN, 1)
+    except ConnectionResetError:  # it was killed before it had read all that was told to it
+        return True
 
 
 def _tell(message: str) -> None:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from trackopt.recorder.sink import Sink
 
 T = TypeVar("T")
-_RECORDS = 500  # in one write to a sink
+_RECORDS = 500  # in one write to a sink, unless it fails
 
 
 class Delivery:
@@ -23,8 +23,9 @@ class Delivery:
 
     The cursor says how far the sink has everything: the journal's ``offset``, and for each key the last step whose
     value was ``sent`` (histograms count apart), so that what a resumed run records once more is not sent again. It
-    moves only after the sink has taken the records. In a sink that rewinds it stays at the beginning of the last step:
-    when delivery starts again there, the sink drops that step and takes it anew.
+    moves only after the sink has taken the records, so a delivery that broke off gives the sink some of them twice. A
+    sink that rewinds is therefore made anew at ``step``, which it drops with all that follows, and is given everything
+    again from where that step ``begins`` in the journal; any other must store a record that comes twice once.
 
     Args:
         path: The journal's file.
@@ -44,7 +45,17 @@ class Delivery:
         self._connect = connect
         self._tell = tell
         self._sink: Sink | None = None
-        self.cursor = cursor or {"offset": 0, "step": 0, "sent": {}, "status": "RUNNING", "finished": False}
+        self._size = _RECORDS
+        self.cursor: dict[str, Any] = {
+            "offset": 0,
+            "begins": 0,
+            "step": 0,
+            "sent": {},
+            "resumed": None,
+            "status": "RUNNING",
+            "finished": False,
+            **(cursor or {}),
+        }
 
     def pump(self, limit: int) -> bool:
         """Send the next records, as far as the journal's offset ``limit``; whether there are more.
@@ -54,10 +65,13 @@ class Delivery:
         if self.cursor["offset"] >= limit:
             return False
         try:
-            return self._pump(self._sink or self._open(), limit)
+            more = self._pump(self._sink or self._open(), limit)
         except BaseException:
+            self._size = max(1, self._size // 4)  # a slow server may take fewer of them before the time is up
             self.close()  # it is made again, from the cursor
             raise
+        self._size = min(2 * self._size, _RECORDS)
+        return more
 
     def finish(self) -> None:
         """Tell the sink how the run ended: one that neither closed nor stopped was killed."""
@@ -67,30 +81,34 @@ class Delivery:
         status = "KILLED" if self._status == "RUNNING" else self._status
         sink.finish(status)
         self.close()
-        self.cursor |= {"offset": self._read, "status": status, "finished": True}
+        self.cursor = {**self.cursor, "status": status, "finished": True}
 
     def close(self) -> None:
         """Let go of the sink."""
-        if self._sink is not None:
-            self._sink.close()
-            self._sink = None
+        sink, self._sink = self._sink, None
+        if sink is not None:
+            sink.close()
 
     def _open(self) -> Sink:
         cursor = self.cursor
         self._sink = sink = self._connect(cursor["step"])
         self._sent: dict[str, int] = dict(cursor["sent"])
         self._status: str = cursor["status"]
-        self._read: int = cursor["offset"]
-        self._first: tuple[int, int] = (cursor["offset"], cursor["step"])  # where the step being read begins
+        self._read: int = cursor["begins"]
+        self._again: tuple[int, int] = (cursor["begins"], cursor["step"])  # where a sink that is made anew begins
+        self._settled: int = cursor["step"]  # a record behind this step moves that place on
+        self._resumed: int | None = cursor["resumed"]  # the marker whose steps may be recorded once more
         self._replaced: dict[int, dict[str, float]] = {}
         if sink.rewinds:
             self._forget_after(cursor["step"] - 1)
+        elif self._resumed is not None:
+            self._replaced = self._superseded(next(journal.read(self._path, self._resumed)))
         return sink
 
     def _pump(self, sink: Sink, limit: int) -> bool:
         records: list[Line] = []
         for line in journal.read(self._path, self._read):
-            if line.end > limit or len(records) >= _RECORDS:
+            if line.end > limit or len(records) >= self._size:
                 break
             if line.event in {"start", "resume"}:
                 self._send(sink, records)
@@ -102,20 +120,27 @@ class Delivery:
                 self._take(sink, line, records)
             self._read = line.end
         self._send(sink, records)
-        return len(records) >= _RECORDS
+        return len(records) >= self._size
 
     def _take(self, sink: Sink, line: Line, records: list[Line]) -> None:
-        if line.step != self._first[1]:
-            self._first = (line.start, line.step)
+        if line.step > self._settled:
+            self._again, self._settled = (line.start, line.step), line.step
         metrics = self._unsent(line.step, line.metrics)
         histograms = self._unsent(line.step, line.histograms, "histogram ")
         if metrics or histograms:
             records.append(dataclasses.replace(line, metrics=metrics, histograms=histograms))
+        if self._resumed is not None:
+            self._compare(sink, line)
+
+    def _compare(self, sink: Sink, line: Line) -> None:
+        """Tell the first step at which a resumed run measures what the one before it did not."""
         before = self._replaced.get(line.step, {})
         if any(repr(before.get(key, value)) != repr(value) for key, value in line.metrics.items()):
-            self._replaced = {}
             sink.diverged(line.step)
             self._tell(f"the resumed run differs from the one before it, first at step {line.step}")
+        elif line.step <= next(reversed(self._replaced), 0):
+            return
+        self._replaced, self._resumed = {}, None
 
     def _unsent(self, step: int, values: dict[str, T], kind: str = "") -> dict[str, T]:
         """The values that the sink has not been given yet; from here on they count as sent."""
@@ -126,11 +151,13 @@ class Delivery:
     def _send(self, sink: Sink, records: list[Line]) -> None:
         if records:
             sink.write(records)
-        offset, step = self._first if sink.rewinds else (self._read, self._first[1])
+        begins, step = self._again
         self.cursor = {
-            "offset": offset,
+            "offset": self._read,
+            "begins": begins if sink.rewinds else self._read,
             "step": step,
             "sent": dict(self._sent),
+            "resumed": self._resumed,
             "status": self._status,
             "finished": False,
         }
@@ -141,31 +168,36 @@ class Delivery:
             self._rewind(sink, marker)
             return
         if marker.event == "resume":
-            self._first = (marker.end, marker.step + 1)
-            self._replaced = self._superseded(marker)
+            self._again, self._settled = (marker.end, marker.step + 1), marker.step
+            self._replaced, self._resumed = self._superseded(marker), marker.start
         sink.begin(marker)
 
     def _rewind(self, sink: Sink, marker: Line) -> None:
-        """Let the sink go back to where the resumed history leaves what it holds, and give it that history again."""
+        """Let the sink go back to where the resumed history leaves what it holds, and give it that history again.
+
+        That is the checkpoint's own step at the latest: what is logged for it after the resume comes twice where this
+        is broken off, and then the sink has to drop the step as a whole.
+        """
         again = self._revived(marker)
-        back = min((line.step for line in again), default=marker.step + 1) - 1
-        self._forget_after(back)
-        sink.begin(dataclasses.replace(marker, step=back))
+        step = min((line.step for line in again), default=marker.step + 1)
+        self._forget_after(step - 1)
+        self._again, self._settled = (marker.start, step), marker.step
+        sink.begin(dataclasses.replace(marker, step=step - 1))
         records: list[Line] = []
         for line in again:
             self._take(sink, line, records)
-        self._first = (marker.end, marker.step + 1)
         self._send(sink, records)
 
     def _revived(self, marker: Line) -> list[Line]:
-        """The records that an earlier resume had put out of force, and that this one counts again."""
+        """The records of the marker's own step, and those that an earlier resume had put out of force."""
         places = [
             dataclasses.replace(line, metrics={}, histograms={})  # all of them may be too much for the memory
             for line in journal.read(self._path)
             if line.start < marker.start and line.event in {"resume", None}
         ]
         before = {line.start for line in journal.effective(places)}
-        again = {line.start for line in journal.effective([*places, marker])} - before
+        after = journal.effective([*places, marker])
+        again = {line.start for line in after if line.start not in before or line.step == marker.step}
         return [line for line in journal.read(self._path) if line.start in again] if again else []
 
     def _superseded(self, marker: Line) -> dict[int, dict[str, float]]:

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlflow import MlflowClient
-from mlflow.entities import Metric, Param, RunTag
+from mlflow.entities import Metric, Param, Run, RunTag
 
-from trackopt.directory import CHECKPOINTS, read_identity, write_identity
+from trackopt.directory import CHECKPOINTS, change_identity, read_identity
 from trackopt.recorder.sink import Sink
 
 if TYPE_CHECKING:
@@ -40,12 +40,12 @@ class MLflowSink(Sink):
     def __init__(self, directory: Path) -> None:
         identity = read_identity(directory)
         target = identity["mlflow"]
+        self._id: str = identity["id"]
         with _sole_creator(target["tracking_uri"]):
             self._client = MlflowClient(tracking_uri=target["tracking_uri"])
             self._run = target.get("run_id") or self._find_or_create(directory, identity)
         if "run_id" not in target:
-            # read again: a new attempt of the training may have written it meanwhile
-            write_identity(directory, {**read_identity(directory), "mlflow": {**target, "run_id": self._run}})
+            change_identity(directory, lambda now: {**now, "mlflow": {**now["mlflow"], "run_id": self._run}})
         self._client.update_run(self._run, status="RUNNING")
 
     def begin(self, marker: Line) -> None:
@@ -67,8 +67,11 @@ class MLflowSink(Sink):
             self._client.log_batch(self._run, metrics=batch)
 
     def finish(self, status: str) -> None:
-        """Give the run its true status and its end."""
+        """Give the run its true status and its end; remove the empty runs that requests without an answer have made."""
         self._client.set_terminated(self._run, status)
+        for run in self._runs_in(self._client.get_run(self._run).info.experiment_id):
+            if run.info.run_id != self._run and not run.data.metrics and not run.data.params:
+                self._client.delete_run(run.info.run_id)
 
     def diverged(self, step: int) -> None:
         """Tag the run: MLflow keeps the first value for ever."""
@@ -78,8 +81,7 @@ class MLflowSink(Sink):
         name = identity["mlflow"]["experiment"]
         found = self._client.get_experiment_by_name(name)
         experiment = found.experiment_id if found else self._client.create_experiment(name)
-        runs = self._client.search_runs([experiment], f"tags.`trackopt.run_id` = '{identity['id']}'", max_results=1)
-        if runs:
+        if runs := self._runs_in(experiment):
             return str(runs[0].info.run_id)
         tags = {
             "mlflow.source.name": identity["command"],
@@ -90,6 +92,9 @@ class MLflowSink(Sink):
             "trackopt.checkpoints": str(directory / CHECKPOINTS),
         }
         return str(self._client.create_run(experiment, tags=tags, run_name=identity["name"]).info.run_id)
+
+    def _runs_in(self, experiment: str) -> list[Run]:
+        return list(self._client.search_runs([experiment], f"tags.`trackopt.run_id` = '{self._id}'"))
 
 
 @contextlib.contextmanager

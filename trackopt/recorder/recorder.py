@@ -74,21 +74,38 @@ class Recorder:
         self._save()
         return any(more)
 
-    def drain(self, show: Callable[[], None] = lambda: None) -> list[str]:
+    def drain(self, show: Callable[[], None] = lambda: None, *, patience: float = 0.0) -> list[str]:
         """Send what is left, and how the run ended; the names of the sinks that still lack something.
 
         Args:
             show: Called now and then, when there is some progress.
+            patience: For how many seconds a sink that fails is tried again.
         """
         size = self._journal.stat().st_size
-        for name in self._names:
-            while self._attempt(name, lambda delivery: delivery.pump(size)):
-                self._save()
-                show()
-            if name not in self._pauses:
-                self._attempt(name, Delivery.finish)
+        until = time.monotonic() + patience
+        left = self._names
+        while True:
+            left = [name for name in left if not self._complete(name, size, show)]
+            now = time.monotonic()
+            due = min((self._pauses[name][0] for name in left), default=until)
+            if due >= until:
+                return left
+            time.sleep(max(0.0, due - now))
+
+    def _complete(self, name: str, size: int, show: Callable[[], None]) -> bool:
+        """Send a sink what is left of the journal's first ``size`` bytes, and the end; whether it has it all."""
+
+        def rest(delivery: Delivery) -> bool:
+            more = delivery.pump(size)
+            if not more:
+                delivery.finish()
+            return more
+
+        while self._attempt(name, rest):
+            self._save()
+            show()
         self._save()
-        return list(self._pauses)
+        return name not in self._pauses
 
     def _attempt(self, name: str, action: Callable[[Delivery], bool | None]) -> bool:
         try:
@@ -137,9 +154,11 @@ def _connector(name: str, directory: Path) -> Callable[[int], Sink]:
 
         return lambda step: TensorBoardSink(directory, step)
     if name == "mlflow":
-        # The recorder has a back-off of its own: MLflow's would keep it for minutes at a server that is down.
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+        # The recorder has a back-off of its own: MLflow's would keep it for minutes at a server that is down. One retry
+        # is for a connection that the server had closed.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+        os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"  # it belongs to the result of `trackopt sync`
         from trackopt.recorder.mlflow import MLflowSink
 
         return lambda _: MLflowSink(directory)
