@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -351,11 +350,10 @@ def test_of_modules_that_shapes_cannot_tell_apart_none_is_named() -> None:
     assert reordered({"b.weight": (2, 2), "a.weight": (2, 2)}, [["b.weight", "a.weight"]]) == {}
 
 
+@pytest.mark.timeout(60)  # all orders of 250 would take for ever
 def test_names_without_end_are_given_up_soon() -> None:
     alike = {f"{chr(97 + index % 26)}{chr(97 + index // 26)}.weight": (2, 2) for index in range(250)}
-    start = time.monotonic()
     assert reordered(alike, [list(alike)]) is None
-    assert time.monotonic() - start < 2
 
 
 def layouts() -> dict[str, tuple[dict[str, Any], int | None, int | None]]:
