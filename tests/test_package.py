@@ -41,13 +41,19 @@ MAY_IMPORT = {
         *("arguments", "checkpoint", "directory", "journal", "loop", "observe", "recorder"),
         *("rehearsal", "resuming", "saving", "signals", "telemetry"),
     },
+    "expression": set(),
+    "schedules": {"expression"},
+    "previewing": {"observe"},
+    "curves": {"journal"},
+    "comparison": {"curves"},
+    "figure": set(),
     "cli": {
         *("archive", "state", "summary", "difference", "integrity", "salvage", "journal", "directory", "recorder"),
-        "rehearsal",
+        *("comparison", "curves", "expression", "figure", "previewing", "rehearsal", "schedules"),
     },
     "__main__": {"cli"},
 }
-TORCH = {"observe", "checkpoint", "loop", "arguments", "restoring", "run"}
+TORCH = {"observe", "checkpoint", "loop", "arguments", "previewing", "restoring", "run", "schedules"}
 BACKENDS = {
     "recorder/mlflow.py": {"mlflow"},
     "rehearsal/fingerprint.py": {"torch"},  # these two are the training process's side
@@ -93,6 +99,7 @@ def test_the_public_names_are_these():
         "ArchiveError",
         "CheckpointError",
         "MismatchError",
+        "Preview",
         "Restored",
         "Run",
         "RunError",
@@ -100,6 +107,7 @@ def test_the_public_names_are_these():
         "UsageError",
         "diff",
         "open",
+        "preview",
         "restore",
         "wrap",
     ]
