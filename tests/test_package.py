@@ -44,12 +44,13 @@ MAY_IMPORT = {
     "expression": set(),
     "schedules": {"expression"},
     "previewing": {"observe"},
-    "curves": {"journal"},
+    "last_epoch": {"expression", "previewing", "schedules"},
+    "curves": {"expression", "journal"},
     "comparison": {"curves"},
     "figure": set(),
     "cli": {
         *("archive", "state", "summary", "difference", "integrity", "salvage", "journal", "directory", "recorder"),
-        *("comparison", "curves", "expression", "figure", "previewing", "rehearsal", "schedules"),
+        *("comparison", "curves", "expression", "figure", "last_epoch", "previewing", "rehearsal", "schedules"),
     },
     "__main__": {"cli"},
 }

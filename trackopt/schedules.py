@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,13 +15,15 @@ from trackopt.errors import UsageError
 from trackopt.expression import Call, Reference, closest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
 
     from torch.optim import Optimizer
 
 _OPTIMIZER = "optimizer"
 _LAST_EPOCH = "last_epoch"
-_REFUSALS = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RuntimeError)
+
+#: What torch, or a user's function, raises where an argument makes no sense.
+REFUSALS = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RuntimeError)
 
 
 def classes() -> dict[str, type[Any]]:
@@ -55,20 +56,14 @@ def factory(call: Call) -> Callable[[Optimizer], Any]:
         >>> build(torch.optim.SGD([torch.zeros(1)], lr=0.1)).gamma
         0.5
     """
-    known = classes()
-    if call.name not in known:
-        raise UsageError(f"{call.name}: no scheduler class of torch; {closest(call.name, known)}")
-    kind = known[call.name]
-    taken = inspect.signature(kind).parameters
-    given = {name: _prepared(value) for name, value in _by_name(call, taken).items()}
+    kind = _class(call)
+    given = {name: _prepared(value) for name, value in _by_name(call).items()}
 
     def build(optimizer: Optimizer) -> Any:
         arguments = {name: _built(value, optimizer) for name, value in given.items()}
-        if _OPTIMIZER in taken:
-            arguments[_OPTIMIZER] = optimizer
         try:
-            return kind(**arguments)
-        except _REFUSALS as error:
+            return kind(optimizer=optimizer, **arguments)
+        except REFUSALS as error:
             raise refused(call.name, error) from error
 
     return build
@@ -82,16 +77,25 @@ def refused(name: str, error: Exception) -> UsageError:
 
 def last_epoch(call: Call) -> int:
     """What a call gives as ``last_epoch``; -1 is from the start."""
-    value = call.keywords.get(_LAST_EPOCH, -1)
+    value = _by_name(call).get(_LAST_EPOCH, -1)
     return value if isinstance(value, int) else -1
 
 
 def from_the_start(call: Call) -> Call:
     """The same call without ``last_epoch``."""
-    return replace(call, keywords={name: value for name, value in call.keywords.items() if name != _LAST_EPOCH})
+    return Call(call.name, (), {name: value for name, value in _by_name(call).items() if name != _LAST_EPOCH})
 
 
-def _by_name(call: Call, taken: Mapping[str, inspect.Parameter]) -> dict[str, Any]:
+def _class(call: Call) -> type[Any]:
+    known = classes()
+    if call.name not in known:
+        raise UsageError(f"{call.name}: no scheduler class of torch; {closest(call.name, known)}")
+    return known[call.name]
+
+
+def _by_name(call: Call) -> dict[str, Any]:
+    """The arguments of a call by the names that its class gives them."""
+    taken = inspect.signature(_class(call)).parameters
     open_to_all = [name for name in taken if name != _OPTIMIZER]
     if len(call.arguments) > len(open_to_all):
         raise UsageError(f"{call.name}: takes {', '.join(open_to_all)}; {len(call.arguments)} values are too many")

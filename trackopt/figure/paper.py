@@ -1,0 +1,88 @@
+"""Panels as a picture, PNG or SVG, drawn by matplotlib without a window."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Literal
+
+from matplotlib.figure import Figure
+
+from trackopt.errors import UsageError
+from trackopt.figure import Curve, Panel, thin
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from matplotlib.axes import Axes
+
+_WIDTH = 9.0  # inches
+_HEIGHTS = 3.2, 2.0  # of the first panel and the others
+_COLUMNS = 2000  # more than the picture has
+_RESOLUTION = 150  # dots per inch
+_BAND = 0.2  # opacity
+_BESIDE = 8  # curves beyond which the legend hides too much of the panel
+
+
+def save(panels: Sequence[Panel], file: Path, kind: Literal["png", "svg"], *, title: str) -> None:
+    """Write the panels, one below the other.
+
+    Args:
+        panels: What to draw.
+        file: Where to.
+        kind: The format.
+        title: Stands above all.
+
+    Raises:
+        UsageError: The file cannot be written.
+    """
+    heights = [_HEIGHTS[min(number, 1)] for number in range(len(panels))]
+    figure = Figure(figsize=(_WIDTH, sum(heights) + 0.6), layout="constrained")
+    figure.suptitle(title, fontsize="medium", parse_math=False)
+    grid = figure.subplots(len(panels), 1, squeeze=False, sharex=True, gridspec_kw={"height_ratios": heights})
+    for panel, axes in zip(panels, grid[:, 0], strict=True):
+        _draw(panel, axes)
+    grid[-1, 0].set_xlabel("step")
+    figure.align_ylabels()
+    try:
+        # Without a date the same panels are the same bytes.
+        figure.savefig(file, format=kind, dpi=_RESOLUTION, metadata={"Date": None} if kind == "svg" else {})
+    except OSError as error:
+        raise UsageError(f"{file}: cannot be written ({error.strerror}); choose another place") from error
+
+
+def _draw(panel: Panel, axes: Axes) -> None:
+    for index, curve in enumerate(panel.curves):
+        colour = f"C{index}"
+        label = curve.name
+        for piece in thin(curve.points, _COLUMNS):
+            marker = "." if len(piece) == 1 else ""
+            axes.plot(*zip(*piece, strict=True), color=colour, linewidth=1.1, marker=marker, label=_plain(label))
+            label = ""
+        _shade(curve, axes, colour)
+    axes.set_ylabel(_plain(panel.title), fontsize="small")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.margins(x=0.01)
+    if len(panel.curves) > 1:
+        many = len(panel.curves) > _BESIDE
+        axes.legend(fontsize="x-small" if many else "small", frameon=False, ncols=2 if many else 1)
+
+
+def _shade(curve: Curve, axes: Axes, colour: str) -> None:
+    band = [edge for edge in curve.band if all(map(math.isfinite, edge))]
+    if band:
+        pace = max(1, len(band) // _COLUMNS)
+        xs, lows, highs = zip(
+            *(_widest(band[start : start + pace]) for start in range(0, len(band), pace)), strict=True
+        )
+        axes.fill_between(xs, lows, highs, color=colour, alpha=_BAND, linewidth=0)
+
+
+def _widest(edges: list[tuple[float, float, float]]) -> tuple[float, float, float]:
+    return edges[0][0], min(low for _, low, _ in edges), max(high for _, _, high in edges)
+
+
+def _plain(text: str) -> str:
+    r"""A text in which matplotlib sees neither mathematics nor a label to leave out."""
+    return text.replace("$", r"\$").removeprefix("_")
