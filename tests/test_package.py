@@ -41,22 +41,26 @@ MAY_IMPORT = {
         *("arguments", "checkpoint", "directory", "journal", "loop", "observe", "recorder"),
         *("rehearsal", "resuming", "saving", "signals", "telemetry"),
     },
+    "nearest": set(),
     "expression": set(),
-    "schedules": {"expression"},
+    "schedules": {"expression", "nearest"},
     "previewing": {"observe"},
     "last_epoch": {"expression", "previewing", "schedules"},
-    "curves": {"expression", "journal"},
+    "curves": {"journal", "nearest"},
     "comparison": {"curves"},
     "figure": set(),
+    "panels": {"curves", "figure"},
     "cli": {
         *("archive", "state", "summary", "difference", "integrity", "salvage", "journal", "directory", "recorder"),
-        *("comparison", "curves", "expression", "figure", "last_epoch", "previewing", "rehearsal", "schedules"),
+        *("comparison", "curves", "expression", "figure", "last_epoch", "panels", "previewing"),
+        *("rehearsal", "schedules"),
     },
     "__main__": {"cli"},
 }
 TORCH = {"observe", "checkpoint", "loop", "arguments", "previewing", "restoring", "run", "schedules"}
 BACKENDS = {
     "recorder/mlflow.py": {"mlflow"},
+    "recorder/artifacts.py": {"mlflow"},
     "rehearsal/fingerprint.py": {"torch"},  # these two are the training process's side
     "rehearsal/strays.py": {"torch"},
 }

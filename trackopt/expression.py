@@ -6,20 +6,14 @@
 from __future__ import annotations
 
 import ast
-import difflib
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from trackopt.errors import UsageError
 
-if TYPE_CHECKING:
-    from collections.abc import Iterable
-
 _REFERENCE = re.compile(r"([A-Za-z_][\w.]*):([A-Za-z_]\w*)")
 _LONGEST = 2000  # characters; nested deeper than this, the parser itself would give up
-_CLOSE = 0.5
-_SHOWN = 8
 
 
 @dataclass(frozen=True)
@@ -75,24 +69,6 @@ def parse(text: str) -> Call:
     if not isinstance(body, ast.Call):
         raise _more_than_a_call(body)
     return _call(body)
-
-
-def closest(name: str, names: Iterable[str]) -> str:
-    """The nearest right name as the end of a message, or the names that there are.
-
-    Example:
-        >>> closest("StepLr", ["StepLR", "ConstantLR"])
-        'did you mean StepLR?'
-        >>> closest("x", ["loss", "accuracy"])
-        'there is accuracy, loss'
-    """
-    known = {each.lower(): each for each in names}
-    found = difflib.get_close_matches(name.lower(), known, n=1, cutoff=_CLOSE)
-    if found:
-        return f"did you mean {known[found[0]]}?"
-    listed = sorted(known.values())
-    more = f", … {len(listed)} in all" if len(listed) > _SHOWN else ""
-    return f"there is {', '.join(listed[:_SHOWN])}{more}" if listed else "there is none"
 
 
 def _call(node: ast.Call) -> Call:

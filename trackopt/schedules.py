@@ -12,7 +12,8 @@ from torch.optim import lr_scheduler
 from torch.optim.swa_utils import SWALR
 
 from trackopt.errors import UsageError
-from trackopt.expression import Call, Reference, closest
+from trackopt.expression import Call, Reference
+from trackopt.nearest import closest
 
 if TYPE_CHECKING:
     from collections.abc import Callable

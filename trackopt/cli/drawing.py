@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import sys
+import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,6 +20,9 @@ if TYPE_CHECKING:
 
     from trackopt.figure import Panel
 
+_HEIGHTS = 12, 7
+_LOWEST = 3
+_AROUND = 5  # rows of a title, a legend, an axis and a blank line
 _FILE = click.Path(path_type=Path, dir_okay=False)
 
 
@@ -28,18 +34,26 @@ def picture_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def write_pictures(panels: Sequence[Panel], *, png: Path | None, svg: Path | None, title: str) -> None:
     """Write the panels to those files that were asked for, and say so on stderr."""
-    if png is not None:
-        write_picture(panels, png, "png", title=title)
-    if svg is not None:
-        write_picture(panels, svg, "svg", title=title)
+    kinds: dict[Literal["png", "svg"], Path | None] = {"png": png, "svg": svg}
+    for kind, file in kinds.items():
+        if file is not None:
+            from trackopt.figure.paper import save
+
+            save([_clean(panel) for panel in panels], file, kind, title=title)
+            click.echo(f"wrote {screen.clean(file)}", err=True)
 
 
-def write_picture(panels: Sequence[Panel], file: Path, kind: Literal["png", "svg"], *, title: str) -> None:
-    """Write one picture, and say so on stderr."""
+def attach(panels: Sequence[Panel], directories: Sequence[Path], *, name: str, title: str) -> None:
+    """Attach the curves, as ``NAME.png``, to the MLflow run of each of these runs, and say so on stderr."""
     from trackopt.figure.paper import save
+    from trackopt.recorder.artifacts import FOLDER, attach
 
-    save(panels, file, kind, title=title)
-    click.echo(f"wrote {screen.clean(file)}", err=True)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / f"{name}.png"
+        save([_clean(panel) for panel in panels], file, "png", title=title)
+        for directory in directories:
+            attach(directory, file)
+            click.echo(f"attached {FOLDER}/{file.name} to {screen.clean(directory.name)} in MLflow", err=True)
 
 
 def drawn(panels: Sequence[Panel], heights: Sequence[int], *, legend: bool = True) -> Iterator[Text]:
@@ -48,7 +62,22 @@ def drawn(panels: Sequence[Panel], heights: Sequence[int], *, legend: bool = Tru
 
     coloured = _coloured()
     for panel, height in zip(panels, heights, strict=True):
-        yield draw(panel, width=screen.width(), height=height, coloured=coloured, legend=legend)
+        yield draw(_clean(panel), width=screen.width(), height=height, coloured=coloured, legend=legend)
+
+
+def heights(panels: Sequence[Panel], rows: int | None = None) -> list[int]:
+    """How high each panel is drawn: the first the highest, and all as low as fits so many rows."""
+    wanted = [_HEIGHTS[min(number, 1)] for number in range(len(panels))]
+    if rows is None:
+        return wanted
+    spare = max(0, sum(wanted) + _AROUND * len(panels) - rows)
+    return [max(_LOWEST, height - math.ceil(spare * height / sum(wanted))) for height in wanted]
+
+
+def _clean(panel: Panel) -> Panel:
+    """A panel whose names, which come from files, do nothing to a terminal."""
+    curves = tuple(replace(curve, name=screen.clean(curve.name)) for curve in panel.curves)
+    return replace(panel, title=screen.clean(panel.title), curves=curves)
 
 
 def _coloured() -> bool:

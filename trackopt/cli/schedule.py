@@ -148,7 +148,7 @@ def _panel(title: str, shown: Sequence[_Schedule], kind: str, key: str) -> Panel
             if name.startswith(kind) and name.endswith(key):
                 group = name.removeprefix(kind).removesuffix(key)
                 name = f"{one.name} {group}" if len(one.preview.lr) > 1 else one.name
-                curves.append(Curve(screen.clean(name), points))
+                curves.append(Curve(name, points))
     return Panel(title, tuple(curves))
 
 

@@ -6,7 +6,7 @@ What is drawn is decided elsewhere; here are the shapes of it, and how a long se
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -73,6 +73,27 @@ def thin(points: Sequence[Point], columns: int) -> list[list[Point]]:
     return [
         [point for column in _columns(piece, first, span / columns) for point in _extremes(column)] for piece in pieces
     ]
+
+
+def calm(curve: Curve, columns: int) -> Curve:
+    """A curve with more points than columns as the median of each column, in a band that reaches from end to end.
+
+    Example:
+        >>> noisy = Curve("loss", [(x, float(x % 3)) for x in range(900)])
+        >>> calm(noisy, 2).points, calm(noisy, 2).band
+        ([(0, 1.0), (450, 1.0)], [(0, 0.0, 2.0), (450, 0.0, 2.0)])
+    """
+    if len(curve.points) <= columns:
+        return curve
+    first, width = curve.points[0][0], (curve.points[-1][0] - curve.points[0][0] + 1) / columns
+    points: list[Point] = []
+    band: list[tuple[float, float, float]] = []
+    for piece in _pieces(curve.points):
+        for column in _columns(piece, first, width):
+            ys = sorted(y for _, y in column)
+            points.append((column[0][0], ys[len(ys) // 2]))
+            band.append((column[0][0], ys[0], ys[-1]))
+    return replace(curve, points=points, band=curve.band or band)
 
 
 def ticks(low: float, high: float, about: int) -> list[float]:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _WIDTH = 9.0  # inches
-_HEIGHTS = 3.2, 2.0  # of the first panel and the others
+_HEIGHTS = 3.4, 2.2  # of the first panel and the others
 _COLUMNS = 2000  # more than the picture has
 _RESOLUTION = 150  # dots per inch
 _BAND = 0.2  # opacity
@@ -43,7 +43,6 @@ def save(panels: Sequence[Panel], file: Path, kind: Literal["png", "svg"], *, ti
     for panel, axes in zip(panels, grid[:, 0], strict=True):
         _draw(panel, axes)
     grid[-1, 0].set_xlabel("step")
-    figure.align_ylabels()
     try:
         # Without a date the same panels are the same bytes.
         figure.savefig(file, format=kind, dpi=_RESOLUTION, metadata={"Date": None} if kind == "svg" else {})
@@ -60,7 +59,7 @@ def _draw(panel: Panel, axes: Axes) -> None:
             axes.plot(*zip(*piece, strict=True), color=colour, linewidth=1.1, marker=marker, label=_plain(label))
             label = ""
         _shade(curve, axes, colour)
-    axes.set_ylabel(_plain(panel.title), fontsize="small")
+    axes.set_title(_plain(panel.title), fontsize="small", loc="left")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(x=0.01)

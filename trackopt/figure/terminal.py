@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from rich.text import Text
 
-from trackopt.figure import LETTERS, Curve, Panel, Point, thin, ticks
+from trackopt.figure import LETTERS, Curve, Panel, Point, calm, thin, ticks
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -25,7 +25,8 @@ _INDENT = 2
 def draw(panel: Panel, *, width: int, height: int, coloured: bool, legend: bool = True) -> Text:
     """A panel as lines of text.
 
-    Of several curves each has a letter, at its end; where there is no colour, along it, too.
+    Of several curves each has a letter, at its end; where there is no colour, along it, too. Noisy ones would cover
+    each other, so of several the line is the median of each column, in a band from the lowest to the highest.
 
     Args:
         panel: What to draw.
@@ -50,13 +51,15 @@ def draw(panel: Panel, *, width: int, height: int, coloured: bool, legend: bool 
     if legend and len(panel.curves) > 1:
         lines.append(_legend(panel, width))
     canvas = _Canvas(bounds, width, height)
-    for index, curve in enumerate(panel.curves):
+    several = len(panel.curves) > 1
+    curves = [calm(curve, canvas.width) if several else curve for curve in panel.curves]
+    for index, curve in enumerate(curves):
         canvas.shade(curve, _colour(index))
-    for index, curve in enumerate(panel.curves):
+    for index, curve in enumerate(curves):
         canvas.trace(curve, _colour(index))
-    if len(panel.curves) > 1:
-        for index, curve in enumerate(panel.curves):
-            canvas.letter(curve, index, len(panel.curves), along=not coloured)
+    if several:
+        for index, curve in enumerate(curves):
+            canvas.letter(curve, index, len(curves), along=not coloured)
     return Text("\n").join([*lines, *canvas.rows(), *canvas.axis()])
 
 
@@ -94,7 +97,7 @@ class _Canvas:
         marks = {self._row(value): f"{value:.6g}" for value in reversed(ticks(self._low, self._high, height // 2))}
         self._labels = marks
         self._margin = max(len(text) for text in ("step", *marks.values()))
-        self._width = max(_NARROWEST, width - _INDENT - self._margin - 2 - _BESIDE)
+        self.width = max(_NARROWEST, width - _INDENT - self._margin - 2 - _BESIDE)
         self._dots: dict[tuple[int, int], int] = {}
         self._styles: dict[tuple[int, int], str] = {}
         self._letters: dict[tuple[int, int], tuple[str, str]] = {}
@@ -116,7 +119,7 @@ class _Canvas:
 
     def trace(self, curve: Curve, colour: str) -> None:
         """Draw a line through the points."""
-        for piece in thin(curve.points, 2 * self._width):
+        for piece in thin(curve.points, 2 * self.width):
             dots = [self._dot(point) for point in piece]
             self._set(*dots[0], colour)
             for (x0, y0), (x1, y1) in pairwise(dots):
@@ -126,7 +129,7 @@ class _Canvas:
 
     def letter(self, curve: Curve, index: int, among: int, *, along: bool) -> None:
         """Put the letter of a curve behind its end, and along it where that is wanted."""
-        points = [point for piece in thin(curve.points, 2 * self._width) for point in piece]
+        points = [point for piece in thin(curve.points, 2 * self.width) for point in piece]
         if not points:
             return
         style = _colour(index)
@@ -136,9 +139,9 @@ class _Canvas:
         if along:
             reached = {self._cell(point)[0]: self._cell(point) for point in points}
             for number in range(_ALONG):
-                wanted = self._width * (number + (index + 0.5) / among) / _ALONG
+                wanted = self.width * (number + (index + 0.5) / among) / _ALONG
                 column, row = reached[min(reached, key=lambda at: abs(at - wanted))]
-                if column < self._width - 1:
+                if column < self.width - 1:
                     self._letters.setdefault((row, column), (letter(index), style))
 
     def rows(self) -> Iterator[Text]:
@@ -146,7 +149,7 @@ class _Canvas:
         for row in range(self._height):
             label = self._labels.get(row, "")
             text = Text(f"{' ' * _INDENT}{label:>{self._margin}} {'┤' if label else '│'}")
-            cells = [self._shown(row, column) for column in range(self._width + _BESIDE)]
+            cells = [self._shown(row, column) for column in range(self.width + _BESIDE)]
             for style, run in groupby(cells, key=lambda cell: cell[1]):
                 text.append("".join(char for char, _ in run), style=style)
             text.rstrip()
@@ -154,8 +157,8 @@ class _Canvas:
 
     def axis(self) -> Iterator[Text]:
         """The x axis: a line with ticks, and their numbers."""
-        line = ["─"] * self._width
-        numbers = [" "] * (self._width + _BESIDE)
+        line = ["─"] * self.width
+        numbers = [" "] * (self.width + _BESIDE)
         free = 0
         for value in self._steps():
             column = self._cell((value, self._low))[0]
@@ -170,7 +173,7 @@ class _Canvas:
         yield Text(f"{'  step':<{len(blank)}} {''.join(numbers).rstrip()}")
 
     def _steps(self) -> list[float]:
-        found = [value for value in ticks(self._x, self._right, self._width // 12) if value == int(value)]
+        found = [value for value in ticks(self._x, self._right, self.width // 12) if value == int(value)]
         return found if len(found) > 1 else sorted({self._x, self._right})
 
     def _shown(self, row: int, column: int) -> tuple[str, str]:
@@ -187,7 +190,7 @@ class _Canvas:
     def _dot(self, point: Point) -> tuple[int, int]:
         """The column and the row of the dot at a point."""
         across = (point[0] - self._x) / ((self._right - self._x) or 1.0)
-        return round(across * (2 * self._width - 1)), self._down(point[1], 4 * self._height)
+        return round(across * (2 * self.width - 1)), self._down(point[1], 4 * self._height)
 
     def _cell(self, point: Point) -> tuple[int, int]:
         column, row = self._dot(point)

@@ -1,0 +1,65 @@
+"""Runs that are read once, or followed while they go on."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+import time
+from typing import TYPE_CHECKING
+
+from trackopt.cli import screen
+from trackopt.cli.ls import is_held
+from trackopt.curves import Reader, Tracked
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from rich.console import RenderableType
+
+_PAUSE = 1.0  # seconds between two looks at the journals
+
+
+def read(places: Sequence[str], wanted: Callable[[str], bool]) -> list[Reader]:
+    """Read the journals of runs, with a bar for long ones."""
+    readers = [Reader(place, wanted) for place in dict.fromkeys(places)]
+    for reader in readers:
+        with screen.progress(f"reading {screen.clean(reader.directory.name)}", shown=True) as progress:
+            reader.update(progress)
+    return readers
+
+
+def follow(readers: Sequence[Reader], render: Callable[[list[Tracked]], Iterable[RenderableType]]) -> None:
+    """Draw again whenever something is new, until all runs are over, or Ctrl-C.
+
+    In a pipe nothing is drawn meanwhile. What is on the screen goes at the end; the caller draws it for good.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # or the terminal would stay without a cursor
+    with contextlib.suppress(KeyboardInterrupt):
+        if sys.stdout.isatty():
+            _live(readers, render)
+        else:
+            while not _over(readers):
+                time.sleep(_PAUSE)
+                for reader in readers:
+                    reader.update()
+
+
+def _live(readers: Sequence[Reader], render: Callable[[list[Tracked]], Iterable[RenderableType]]) -> None:
+    from rich.console import Console, Group
+    from rich.live import Live
+
+    console = Console(highlight=False, markup=False, emoji=False)
+    with Live(console=console, auto_refresh=False, transient=True) as live:
+        while True:
+            over = _over(readers)  # first: what was written until then is read below
+            for reader in readers:
+                reader.update()
+            live.update(Group(*render([reader.run() for reader in readers])), refresh=True)
+            if over:
+                return
+            time.sleep(_PAUSE)
+
+
+def _over(readers: Sequence[Reader]) -> bool:
+    return all(reader.closed or not is_held(reader.directory) for reader in readers)
