@@ -25,7 +25,7 @@ _LOSS = "loss"
 _MOST = 12  # curves
 _LONGEST_NAME = 24
 _MINUTE = 60
-_HEIGHT = 12
+_NOTES = 6  # rows, about
 
 
 @click.command()
@@ -74,15 +74,15 @@ def command(
 def _screen(
     found: Comparison, runs: Sequence[Tracked], *, given: bool, rows: int | None = None
 ) -> Iterator[RenderableType]:
-    for table in _tables(found):
+    tables = list(_tables(found))
+    for table in tables:
         yield table
         yield ""
     for note in _notes(found, given=given):
         yield screen.finding("info", note)
-    panel = _panel(found, runs)
-    height = _HEIGHT if rows is None else drawing.heights([panel], rows - len(found.rows) - 8)[0]
+    left = None if rows is None else rows - len(tables) * (len(found.rows) + 2) - _NOTES
     yield ""
-    yield from drawing.drawn([panel], [height], legend=False)
+    yield from drawing.drawn(drawing.fitting([_panel(found, runs)], left), legend=False)
 
 
 def _panel(found: Comparison, runs: Sequence[Tracked]) -> Panel:

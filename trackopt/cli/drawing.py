@@ -14,14 +14,14 @@ import click
 from trackopt.cli import screen
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from rich.text import Text
 
     from trackopt.figure import Panel
 
 _HEIGHTS = 12, 7
-_LOWEST = 3
+_LOWEST = 4
 _AROUND = 5  # rows of a title, a legend, an axis and a blank line
 _FILE = click.Path(path_type=Path, dir_okay=False)
 
@@ -56,26 +56,28 @@ def attach(panels: Sequence[Panel], directories: Sequence[Path], *, name: str, t
             click.echo(f"attached {FOLDER}/{file.name} to {screen.clean(directory.name)} in MLflow", err=True)
 
 
-def drawn(panels: Sequence[Panel], heights: Sequence[int], *, legend: bool = True) -> Iterator[Text]:
-    """The panels as they stand on the screen, one below the other."""
+def drawn(panels: Iterable[tuple[Panel, int]], *, legend: bool = True) -> Iterator[Text]:
+    """Panels, each of so many rows, as they stand on the screen."""
     from trackopt.figure.terminal import draw
 
     coloured = _coloured()
-    for panel, height in zip(panels, heights, strict=True):
+    for panel, height in panels:
         yield draw(_clean(panel), width=screen.width(), height=height, coloured=coloured, legend=legend)
 
 
-def heights(panels: Sequence[Panel], rows: int | None = None) -> list[int]:
-    """How high each panel is drawn: the first the highest, and all as low as fits so many rows."""
+def fitting(panels: Sequence[Panel], rows: int | None = None) -> list[tuple[Panel, int]]:
+    """The panels with their heights, the first the highest; where rows are few, lower ones, and no more than fit."""
+    if rows is not None:
+        panels = panels[: max(1, rows // (_AROUND + _LOWEST))]
     wanted = [_HEIGHTS[min(number, 1)] for number in range(len(panels))]
-    if rows is None:
-        return wanted
-    spare = max(0, sum(wanted) + _AROUND * len(panels) - rows)
-    return [max(_LOWEST, height - math.ceil(spare * height / sum(wanted))) for height in wanted]
+    spare = 0 if rows is None else max(0, sum(wanted) + _AROUND * len(panels) - rows)
+    heights = [max(_LOWEST, height - math.ceil(spare * height / sum(wanted))) for height in wanted]
+    return list(zip(panels, heights, strict=True))
 
 
 def _clean(panel: Panel) -> Panel:
     """A panel whose names, which come from files, do nothing to a terminal."""
+    panel = panel.lean()
     curves = tuple(replace(curve, name=screen.clean(curve.name)) for curve in panel.curves)
     return replace(panel, title=screen.clean(panel.title), curves=curves)
 

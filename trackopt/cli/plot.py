@@ -73,7 +73,7 @@ def _screen(runs: Sequence[Tracked], panels: Sequence[Panel], rows: int | None =
 
     facts = [f"{run.name} · {run.steps:,} steps{f' · {run.status}' if run.status else ''}" for run in runs]
     yield Text(screen.flow(facts, indent=2, first=0), style="dim")
-    for text in drawing.drawn(panels, drawing.heights(panels, rows)):
+    for text in drawing.drawn(drawing.fitting(panels, rows)):
         yield ""
         yield text
 

@@ -154,12 +154,12 @@ def _panel(title: str, shown: Sequence[_Schedule], kind: str, key: str) -> Panel
 
 def _screen(panels: Sequence[Panel], resumed: Sequence[Resumption]) -> Iterator[RenderableType]:
     first, *others = panels
-    yield from drawing.drawn([first], [_HEIGHT], legend=False)
+    yield from drawing.drawn([(first, _HEIGHT)], legend=False)
     yield ""
     yield _table(first)
     if others:
         yield ""
-        yield from drawing.drawn(others, [_LOW_HEIGHT] * len(others), legend=True)
+        yield from drawing.drawn([(panel, _LOW_HEIGHT) for panel in others])
     for found in resumed:
         yield ""
         yield from _told(found)

@@ -54,6 +54,10 @@ class Panel:
         xs, ys = zip(*points, *edges, strict=True)
         return min(xs), max(xs), min(ys), max(ys)
 
+    def lean(self, columns: int = 2000) -> Panel:
+        """The same to the eye, with no more points than so many columns need."""
+        return replace(self, curves=tuple(_lean(curve, columns) for curve in self.curves))
+
 
 def thin(points: Sequence[Point], columns: int) -> list[list[Point]]:
     """The unbroken pieces of a curve, with no more points than can be seen in so many columns.
@@ -66,13 +70,26 @@ def thin(points: Sequence[Point], columns: int) -> list[list[Point]]:
         >>> len(piece), max(y for _, y in piece)
         (22, 100.0)
     """
-    pieces = list(_pieces(points))
+    whole = list(pieces(points))
     if len(points) <= 4 * columns:
-        return pieces
+        return whole
     first, span = points[0][0], (points[-1][0] - points[0][0]) or 1.0
     return [
-        [point for column in _columns(piece, first, span / columns) for point in _extremes(column)] for piece in pieces
+        [point for column in _columns(piece, first, span / columns) for point in _extremes(column)] for piece in whole
     ]
+
+
+def _lean(curve: Curve, columns: int) -> Curve:
+    points: list[Point] = []
+    for piece in thin(curve.points, columns):
+        points += [(piece[0][0], math.nan), *piece] if points else piece  # the gap stays one
+    band = [edge for edge in curve.band if all(map(math.isfinite, edge))]
+    pace = -(-len(band) // columns) or 1
+    return replace(curve, points=points, band=[_widest(band[i : i + pace]) for i in range(0, len(band), pace)])
+
+
+def _widest(edges: list[tuple[float, float, float]]) -> tuple[float, float, float]:
+    return edges[0][0], min(low for _, low, _ in edges), max(high for _, _, high in edges)
 
 
 def calm(curve: Curve, columns: int) -> Curve:
@@ -88,7 +105,7 @@ def calm(curve: Curve, columns: int) -> Curve:
     first, width = curve.points[0][0], (curve.points[-1][0] - curve.points[0][0] + 1) / columns
     points: list[Point] = []
     band: list[tuple[float, float, float]] = []
-    for piece in _pieces(curve.points):
+    for piece in pieces(curve.points):
         for column in _columns(piece, first, width):
             ys = sorted(y for _, y in column)
             points.append((column[0][0], ys[len(ys) // 2]))
@@ -114,7 +131,13 @@ def ticks(low: float, high: float, about: int) -> list[float]:
     return [float(f"{number * pace:.12g}") for number in range(start, end + 1)]
 
 
-def _pieces(points: Sequence[Point]) -> Iterator[list[Point]]:
+def pieces(points: Sequence[Point]) -> Iterator[list[Point]]:
+    """The stretches of a curve between its gaps.
+
+    Example:
+        >>> list(pieces([(1, 0.5), (2, float("nan")), (3, 0.4)]))
+        [[(1, 0.5)], [(3, 0.4)]]
+    """
     piece: list[Point] = []
     for point in points:
         if math.isfinite(point[1]):

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Literal
 
 from matplotlib.figure import Figure
 
 from trackopt.errors import UsageError
-from trackopt.figure import Curve, Panel, thin
+from trackopt.figure import Panel, pieces
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -18,7 +17,6 @@ if TYPE_CHECKING:
 
 _WIDTH = 9.0  # inches
 _HEIGHTS = 3.4, 2.2  # of the first panel and the others
-_COLUMNS = 2000  # more than the picture has
 _RESOLUTION = 150  # dots per inch
 _BAND = 0.2  # opacity
 _BESIDE = 8  # curves beyond which the legend hides too much of the panel
@@ -28,7 +26,7 @@ def save(panels: Sequence[Panel], file: Path, kind: Literal["png", "svg"], *, ti
     """Write the panels, one below the other.
 
     Args:
-        panels: What to draw.
+        panels: What to draw; lean ones.
         file: Where to.
         kind: The format.
         title: Stands above all.
@@ -54,32 +52,20 @@ def _draw(panel: Panel, axes: Axes) -> None:
     for index, curve in enumerate(panel.curves):
         colour = f"C{index}"
         label = curve.name
-        for piece in thin(curve.points, _COLUMNS):
+        for piece in pieces(curve.points):
             marker = "." if len(piece) == 1 else ""
             axes.plot(*zip(*piece, strict=True), color=colour, linewidth=1.1, marker=marker, label=_plain(label))
             label = ""
-        _shade(curve, axes, colour)
+        if curve.band:
+            xs, lows, highs = zip(*curve.band, strict=True)
+            axes.fill_between(xs, lows, highs, color=colour, alpha=_BAND, linewidth=0)
     axes.set_title(_plain(panel.title), fontsize="small", loc="left")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(x=0.01)
     if len(panel.curves) > 1:
         many = len(panel.curves) > _BESIDE
-        axes.legend(fontsize="x-small" if many else "small", frameon=False, ncols=2 if many else 1)
-
-
-def _shade(curve: Curve, axes: Axes, colour: str) -> None:
-    band = [edge for edge in curve.band if all(map(math.isfinite, edge))]
-    if band:
-        pace = max(1, len(band) // _COLUMNS)
-        xs, lows, highs = zip(
-            *(_widest(band[start : start + pace]) for start in range(0, len(band), pace)), strict=True
-        )
-        axes.fill_between(xs, lows, highs, color=colour, alpha=_BAND, linewidth=0)
-
-
-def _widest(edges: list[tuple[float, float, float]]) -> tuple[float, float, float]:
-    return edges[0][0], min(low for _, low, _ in edges), max(high for _, _, high in edges)
+        axes.legend(fontsize="x-small" if many else "small", framealpha=0.8, edgecolor="none", ncols=2 if many else 1)
 
 
 def _plain(text: str) -> str:
