@@ -128,7 +128,8 @@ def ticks(low: float, high: float, about: int) -> list[float]:
     if not pace or math.isinf(pace):
         return [low, high]
     start, end = math.ceil(low / pace - 1e-9), math.floor(high / pace + 1e-9)
-    return [float(f"{number * pace:.12g}") for number in range(start, end + 1)]
+    found = [float(f"{number * pace:.12g}") for number in range(start, end + 1)]
+    return [value for value in found if math.isfinite(value)]
 
 
 def pieces(points: Sequence[Point]) -> Iterator[list[Point]]:

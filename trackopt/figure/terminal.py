@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from itertools import groupby, pairwise
 from typing import TYPE_CHECKING
 
@@ -55,11 +56,10 @@ def draw(panel: Panel, *, width: int, height: int, coloured: bool, legend: bool 
     curves = [calm(curve, canvas.width) if several else curve for curve in panel.curves]
     for index, curve in enumerate(curves):
         canvas.shade(curve, _colour(index))
-    for index, curve in enumerate(curves):
-        canvas.trace(curve, _colour(index))
+    paths = [canvas.trace(curve, _colour(index)) for index, curve in enumerate(curves)]
     if several:
-        for index, curve in enumerate(curves):
-            canvas.letter(curve, index, len(curves), along=not coloured)
+        for index, path in enumerate(paths):
+            canvas.letter(path, index, len(paths), along=not coloured)
     return Text("\n").join([*lines, *canvas.rows(), *canvas.axis()])
 
 
@@ -90,9 +90,10 @@ class _Canvas:
 
     def __init__(self, bounds: tuple[float, float, float, float], width: int, height: int) -> None:
         self._x, self._right, self._low, self._high = bounds
-        if self._low == self._high:
-            room = abs(self._low) / 10 or 1.0
-            self._low, self._high = self._low - room, self._high + room
+        if self._low / 2 == self._high / 2:
+            room = max(abs(self._low) / 10, sys.float_info.min) if self._low else 1.0
+            self._low = max(self._low - room, -sys.float_info.max)
+            self._high = min(self._high + room, sys.float_info.max)
         self._height = height
         marks = {self._row(value): f"{value:.6g}" for value in reversed(ticks(self._low, self._high, height // 2))}
         self._labels = marks
@@ -107,7 +108,7 @@ class _Canvas:
         ends: dict[int, tuple[float, float]] = {}
         for x, low, high in curve.band:
             if math.isfinite(low) and math.isfinite(high):
-                column = self._dot((x, low))[0]
+                column = self._dot((x, low))[0] // 2 * 2  # the other half of a character stays empty
                 before = ends.get(column, (low, high))
                 ends[column] = min(low, before[0]), max(high, before[1])
         for column, low, high in _between(ends):
@@ -117,32 +118,33 @@ class _Canvas:
                 if (row + column) % 2 == 0 and column % 2 == 0:
                     self._set(column, row, f"dim {colour}")
 
-    def trace(self, curve: Curve, colour: str) -> None:
-        """Draw a line through the points."""
+    def trace(self, curve: Curve, colour: str) -> dict[int, int]:
+        """Draw a line through the points; the row that it is left in, for each column that it passes."""
+        path: dict[int, int] = {}
         for piece in thin(curve.points, 2 * self.width):
             dots = [self._dot(point) for point in piece]
-            self._set(*dots[0], colour)
-            for (x0, y0), (x1, y1) in pairwise(dots):
+            for (x0, y0), (x1, y1) in pairwise([dots[0], *dots]):
                 length = max(abs(x1 - x0), abs(y1 - y0), 1)
                 for step in range(length + 1):
-                    self._set(x0 + round((x1 - x0) * step / length), y0 + round((y1 - y0) * step / length), colour)
+                    x, y = x0 + round((x1 - x0) * step / length), y0 + round((y1 - y0) * step / length)
+                    self._set(x, y, colour)
+                    path[x // 2] = y // 4
+        return path
 
-    def letter(self, curve: Curve, index: int, among: int, *, along: bool) -> None:
+    def letter(self, path: dict[int, int], index: int, among: int, *, along: bool) -> None:
         """Put the letter of a curve behind its end, and along it where that is wanted."""
-        points = [point for piece in thin(curve.points, 2 * self.width) for point in piece]
-        if not points:
+        if not path:
             return
         style = _colour(index)
-        column, row = self._cell(points[-1])
+        column, row = max(path.items())
         place = next((row, x) for x in range(column + 1, column + 3 + among) if (row, x) not in self._letters)
         self._letters[place] = (letter(index), style)
         if along:
-            reached = {self._cell(point)[0]: self._cell(point) for point in points}
             for number in range(_ALONG):
                 wanted = self.width * (number + (index + 0.5) / among) / _ALONG
-                column, row = reached[min(reached, key=lambda at: abs(at - wanted))]
+                column = min(path, key=lambda at: abs(at - wanted))
                 if column < self.width - 1:
-                    self._letters.setdefault((row, column), (letter(index), style))
+                    self._letters.setdefault((path[column], column), (letter(index), style))
 
     def rows(self) -> Iterator[Text]:
         """The canvas with its y axis, from the top."""
@@ -161,7 +163,7 @@ class _Canvas:
         numbers = [" "] * (self.width + _BESIDE)
         free = 0
         for value in self._steps():
-            column = self._cell((value, self._low))[0]
+            column = self._dot((value, self._low))[0] // 2
             text = f"{value:,.6g}" if value < 1e6 else f"{value:.3g}"
             start = max(0, min(column - len(text) // 2, len(numbers) - len(text)))
             if start >= free:
@@ -191,10 +193,6 @@ class _Canvas:
         """The column and the row of the dot at a point."""
         across = (point[0] - self._x) / ((self._right - self._x) or 1.0)
         return round(across * (2 * self.width - 1)), self._down(point[1], 4 * self._height)
-
-    def _cell(self, point: Point) -> tuple[int, int]:
-        column, row = self._dot(point)
-        return column // 2, row // 4
 
     def _row(self, value: float) -> int:
         return self._down(value, 4 * self._height) // 4
