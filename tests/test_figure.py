@@ -68,6 +68,19 @@ def test_ticks_are_few_round_numbers_within(low, high):
     assert all(low - room <= tick <= high + room for tick in found)
 
 
+@pytest.mark.parametrize("ys", [[1.6e308], [1.7e308, -1.7e308], [5e-324, 0.0], [math.nan], [], [1e38, 1.0]])
+def test_any_numbers_can_be_printed(ys, tmp_path):
+    """The largest floats and none at all."""
+    points = list(enumerate(ys, 1))
+    save(
+        [Panel("loss", (Curve("a", points, [(x, y, y) for x, y in points]),)).lean()],
+        tmp_path / "a.png",
+        "png",
+        title="",
+    )
+    assert (tmp_path / "a.png").stat().st_size > 1000
+
+
 def test_the_same_panels_are_the_same_svg(tmp_path):
     """No date is in it; a name with a dollar is a name."""
     panel = Panel("loss $x", (Curve("_a$b", [(1, 1.0), (2, math.nan), (3, 2.0)]), Curve("b", [])))

@@ -138,7 +138,11 @@ def test_import_is_silent_and_light():
 
 
 @pytest.mark.parametrize(
-    "command", [["--help"], ["ls", "."], ["sync", "nowhere"], ["ui", "nowhere"], ["rehearse", "false"]]
+    "command",
+    [
+        *(["--help"], ["ls", "."], ["sync", "nowhere"], ["ui", "nowhere"], ["rehearse", "false"]),
+        *(["plot", "nowhere"], ["compare", "nowhere"], ["schedule", "--help"], ["schedule", "StepLR("]),
+    ],
 )
 def test_commands_that_do_not_train_are_light(command):
     """None of them imports what only training needs."""

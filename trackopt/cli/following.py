@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from rich.console import RenderableType
 
+_LONG = 8 << 20  # bytes of a journal that take a moment
 _PAUSE = 1.0  # seconds between two looks at the journals
 
 
@@ -24,7 +25,8 @@ def read(places: Sequence[str], wanted: Callable[[str], bool]) -> list[Reader]:
     """Read the journals of runs, with a bar for long ones."""
     readers = [Reader(place, wanted) for place in dict.fromkeys(places)]
     for reader in readers:
-        with screen.progress(f"reading {screen.clean(reader.directory.name)}", shown=True) as progress:
+        long = reader.journal.stat().st_size > _LONG
+        with screen.progress(f"reading {screen.clean(reader.directory.name)}", shown=long) as progress:
             reader.update(progress)
     return readers
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Literal
 
 from matplotlib.figure import Figure
@@ -19,6 +20,7 @@ _WIDTH = 9.0  # inches
 _HEIGHTS = 3.4, 2.2  # of the first panel and the others
 _RESOLUTION = 150  # dots per inch
 _BAND = 0.2  # opacity
+_LARGEST = 1e300  # beyond it matplotlib's own arithmetic overflows
 _BESIDE = 8  # curves beyond which the legend hides too much of the panel
 
 
@@ -52,12 +54,13 @@ def _draw(panel: Panel, axes: Axes) -> None:
     for index, curve in enumerate(panel.curves):
         colour = f"C{index}"
         label = curve.name
-        for piece in pieces(curve.points):
+        for piece in pieces([(x, y if abs(y) < _LARGEST else math.nan) for x, y in curve.points]):
             marker = "." if len(piece) == 1 else ""
             axes.plot(*zip(*piece, strict=True), color=colour, linewidth=1.1, marker=marker, label=_plain(label))
             label = ""
         if curve.band:
-            xs, lows, highs = zip(*curve.band, strict=True)
+            xs, *edges = zip(*curve.band, strict=True)
+            lows, highs = ([min(max(y, -_LARGEST), _LARGEST) for y in edge] for edge in edges)
             axes.fill_between(xs, lows, highs, color=colour, alpha=_BAND, linewidth=0)
     axes.set_title(_plain(panel.title), fontsize="small", loc="left")
     axes.grid(alpha=0.25)
