@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from tests.test_cli import ESCAPE, fails
-from tests.test_plot import STEPS, drawn, train  # noqa: F401 - a fixture is found by its name
+from tests.test_plot import STEPS, train
 from trackopt import journal
 from trackopt.comparison import compare
 from trackopt.curves import Tracked
@@ -36,9 +36,9 @@ def tracked(name, losses, *, params=None, seconds=0.5, **series):
     )
 
 
-def test_the_facts_are_those_of_the_journals(runs, drawn):  # noqa: F811
+def test_the_facts_are_those_of_the_journals(runs, typed):
     """Final, best and where, steps and time to the target, update ratio: computed here once more."""
-    found = json.loads(drawn("compare", *runs.iterdir(), "--json").out)
+    found = json.loads(typed("compare", *runs.iterdir(), "--json").out)
     bests = {}
     for row in found["runs"]:
         series = journal.series(row["path"])
@@ -57,9 +57,9 @@ def test_the_facts_are_those_of_the_journals(runs, drawn):  # noqa: F811
     assert [row["name"] for row in found["runs"]] == sorted(bests, key=bests.__getitem__)
 
 
-def test_settings_that_differ_are_shown(runs, drawn):  # noqa: F811
+def test_settings_that_differ_are_shown(runs, typed):
     """Optimizer, scheduler and LR always; what is the same everywhere is left out."""
-    text = drawn("compare", *runs.iterdir(), columns=120).out
+    text = typed("compare", *runs.iterdir(), columns=120).out
     head = text.splitlines()[0].split()
     assert head[:4] == ["run", "optimizer", "scheduler", "lr"]
     assert "weight_decay" in head
@@ -67,10 +67,10 @@ def test_settings_that_differ_are_shown(runs, drawn):  # noqa: F811
     assert "StepLR" in text
 
 
-def test_the_table_is_not_torn(runs, drawn):  # noqa: F811
+def test_the_table_is_not_torn(runs, typed):
     """At 80 columns it is several tables; each row begins with the run."""
     for columns in (80, 120):
-        text = drawn("compare", *runs.iterdir(), columns=columns).out
+        text = typed("compare", *runs.iterdir(), columns=columns).out
         assert ESCAPE not in text
         assert max(map(len, text.splitlines())) <= columns
         rows = [line.split() for line in text.splitlines() if line.startswith(("  a ", "  b ", "  c "))]
@@ -78,18 +78,18 @@ def test_the_table_is_not_torn(runs, drawn):  # noqa: F811
         assert {row[1] for row in rows} == {"adamw", "adamw-hot", "sgd"}
 
 
-def test_pictures_can_be_opened(runs, drawn, tmp_path):  # noqa: F811
+def test_pictures_can_be_opened(runs, typed, tmp_path):
     """By Pillow and by an XML parser."""
-    drawn("compare", runs / "adamw", runs / "sgd", "--png", tmp_path / "a.png", "--svg", tmp_path / "a.svg")
+    typed("compare", runs / "adamw", runs / "sgd", "--png", tmp_path / "a.png", "--svg", tmp_path / "a.svg")
     with Image.open(tmp_path / "a.png") as image:
         image.verify()
     assert ET.parse(tmp_path / "a.svg").getroot().tag.endswith("svg")
 
 
-def test_a_target_may_be_given_or_is_one_that_all_reach(runs, drawn):  # noqa: F811
+def test_a_target_may_be_given_or_is_one_that_all_reach(runs, typed):
     """Which of both is said."""
-    assert "which all reach" in drawn("compare", *runs.iterdir()).out
-    text = drawn("compare", runs / "adamw", "--target", -1).out
+    assert "which all reach" in typed("compare", *runs.iterdir()).out
+    text = typed("compare", runs / "adamw", "--target", -1).out
     assert "the first step at -1 or below\n" in text
 
 
@@ -136,9 +136,9 @@ def test_hyperparameters_of_groups_are_one_entry_where_they_agree():
     assert row.settings == {"gen": "Adam", "critic": "SGD", "gen.lr": 0.1, "critic.lr": 0.2}
 
 
-def test_runs_with_different_metrics_are_refused(runs, tmp_path, drawn):  # noqa: F811
+def test_runs_with_different_metrics_are_refused(runs, tmp_path, typed):
     """In one line, with the nearest right name."""
     train(tmp_path / "other", metric="train_loss", steps=3)
     with pytest.raises(UsageError, match=r"other: has no series loss.*did you mean train_loss\?"):
-        drawn("compare", runs / "adamw", tmp_path / "other")
+        typed("compare", runs / "adamw", tmp_path / "other")
     assert "did you mean loss?" in fails("compare", runs / "adamw", "--metric", "los")

@@ -17,7 +17,7 @@ import trackopt
 from tests.conftest import build, mlflow_run, quietly, train_step
 from tests.test_cli import ESCAPE, fails
 from tests.test_cli import trackopt as run
-from trackopt import cli, journal
+from trackopt import journal
 from trackopt.curves import Reader
 from trackopt.directory import RunDirectory
 from trackopt.errors import RunError, UsageError
@@ -44,22 +44,10 @@ def runs(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def drawn(capsys, monkeypatch):
-    """Runs a command in this process; what it printed."""
-
-    def drawn(*arguments, columns=80):
-        monkeypatch.setenv("COLUMNS", str(columns))
-        cli.group.main([*map(str, arguments)], prog_name="trackopt", standalone_mode=False)
-        return capsys.readouterr()
-
-    return drawn
-
-
-def test_a_run_is_drawn_with_loss_lr_and_buffers(runs, drawn):
+def test_a_run_is_drawn_with_loss_lr_and_buffers(runs, typed):
     """At 80 and 120 columns, without escapes; a buffer with a band."""
     for columns in (80, 120):
-        text = drawn("plot", runs / "seed-0", columns=columns).out
+        text = typed("plot", runs / "seed-0", columns=columns).out
         assert ESCAPE not in text
         assert columns - 12 < max(map(len, text.splitlines())) <= columns
         titles = [line.strip() for line in text.splitlines() if line.startswith("  ") and "┤" not in line]
@@ -68,9 +56,9 @@ def test_a_run_is_drawn_with_loss_lr_and_buffers(runs, drawn):
         assert text.startswith("seed-0 · 30 steps · finished\n")
 
 
-def test_json_is_the_effective_series(runs, drawn):
+def test_json_is_the_effective_series(runs, typed):
     """Of what is drawn, as the journal has it."""
-    (found,) = json.loads(drawn("plot", runs / "seed-0", "--json").out)["runs"]
+    (found,) = json.loads(typed("plot", runs / "seed-0", "--json").out)["runs"]
     right = journal.series(runs / "seed-0")
     assert found["series"]["loss"] == [list(point) for point in right["loss"]]
     assert set(found["series"]) == {"loss"} | {key for key in right if key.startswith("lr/")} | {
@@ -79,20 +67,20 @@ def test_json_is_the_effective_series(runs, drawn):
     assert (found["name"], found["status"], found["steps"]) == ("seed-0", "finished", STEPS)
 
 
-def test_several_runs_have_a_mean_with_a_band(runs, drawn):
+def test_several_runs_have_a_mean_with_a_band(runs, typed):
     """One curve for all of them, where a legend would name each."""
     seeds = [runs / f"seed-{seed}" for seed in range(3)]
-    assert "a seed-0   b seed-1   c seed-2" in drawn("plot", *seeds).out
-    text = drawn("plot", *seeds, "--mean").out
+    assert "a seed-0   b seed-1   c seed-2" in typed("plot", *seeds).out
+    text = typed("plot", *seeds, "--mean").out
     assert "loss: mean ± std over 3 runs" in text
     assert "a seed-0" not in text
     with pytest.raises(UsageError, match="more than one"):
-        drawn("plot", seeds[0], "--mean")
+        typed("plot", seeds[0], "--mean")
 
 
-def test_pictures_can_be_opened(runs, drawn, tmp_path):
+def test_pictures_can_be_opened(runs, typed, tmp_path):
     """By Pillow and by an XML parser."""
-    told = drawn("plot", runs / "seed-0", runs / "seed-1", "--png", tmp_path / "a.png", "--svg", tmp_path / "a.svg").err
+    told = typed("plot", runs / "seed-0", runs / "seed-1", "--png", tmp_path / "a.png", "--svg", tmp_path / "a.svg").err
     assert told == f"wrote {tmp_path / 'a.png'}\nwrote {tmp_path / 'a.svg'}\n"
     with Image.open(tmp_path / "a.png") as image:
         image.verify()
@@ -111,12 +99,12 @@ def test_pictures_can_be_opened(runs, drawn, tmp_path):
         (["other"], "there is error"),
     ],
 )
-def test_bad_input_is_told_in_one_line(arguments, words, runs, drawn):
+def test_bad_input_is_told_in_one_line(arguments, words, runs, typed):
     """It names the nearest right name, or what there is."""
     place, *rest = arguments
     rest = [runs / each if each == "other" else each for each in rest]
     with pytest.raises((RunError, UsageError), match=words) as caught:
-        drawn("plot", runs / place, *rest)
+        typed("plot", runs / place, *rest)
     assert "\n" not in str(caught.value)
 
 
@@ -135,7 +123,22 @@ def test_torch_and_the_backends_are_not_imported(command, runs):
     assert not imported & {"torch", "numpy", "mlflow", "tensorboard", "matplotlib"}
 
 
-def test_a_resumed_run_is_what_counts(tmp_path, drawn):
+def test_nothing_in_a_journal_reaches_the_terminal_raw(tmp_path, typed):
+    """Names of groups, series and classes are shown, not obeyed."""
+    evil = f"{ESCAPE}]8;;http://x{ESCAPE}\\{ESCAPE}[2J\n\r\u202e\x07"
+    writer = journal.Journal(tmp_path / "metrics.jsonl")
+    writer.mark("start", 0, params={"optimizer": evil, f"{evil}.lr": evil})
+    for step in (1, 2):
+        rates = {f"lr/{evil}{group}": step * group for group in (1, 2)}
+        writer.record(step, {evil: 1.0, **rates, f"{evil}/a.mean": 1.0, f"{evil}/a.std": 1.0})
+    writer.mark("close", 2, status=evil)
+    writer.close()
+    for command in ("plot", "compare"):
+        text, told = typed(command, tmp_path, "--metric", evil, "--png", tmp_path / "a.png")
+        assert (text + told).replace("\n", "").isprintable()
+
+
+def test_a_resumed_run_is_what_counts(tmp_path):
     """The abandoned future is not drawn; and a pause between attempts is no time of training."""
     writer = journal.Journal(tmp_path / "metrics.jsonl")
     lines = [(1, 10.0, 2.0), (2, 11.0, 1.0), (3, 12.0, 9.0)]
@@ -208,16 +211,16 @@ def test_ctrl_c_ends_the_following(command, tmp_path):
     going.release()
 
 
-def test_the_figure_is_attached_to_the_mlflow_run(tmp_path, drawn):
+def test_the_figure_is_attached_to_the_mlflow_run(tmp_path, typed):
     """As an artifact of the run that run.json names; a run without one is told."""
     train(tmp_path / "runs" / "tracked", steps=3, sinks=("mlflow",))
     train(tmp_path / "runs" / "alone", steps=3)
     for command in ("plot", "compare"):
         with quietly():
-            told = drawn(command, tmp_path / "runs" / "tracked", "--attach").err
+            told = typed(command, tmp_path / "runs" / "tracked", "--attach").err
         assert f"attached trackopt/{command}.png to tracked in MLflow\n" in told
         with quietly(), pytest.raises(RunError, match="is not in MLflow"):
-            drawn(command, tmp_path / "runs" / "alone", "--attach")
+            typed(command, tmp_path / "runs" / "alone", "--attach")
     client, found = mlflow_run(tmp_path / "runs" / "tracked")
     with quietly():
         artifacts = [artifact.path for artifact in client.list_artifacts(found.info.run_id, "trackopt")]

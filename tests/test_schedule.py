@@ -15,7 +15,6 @@ from torch.optim import lr_scheduler
 import trackopt
 from tests.test_cli import ESCAPE, fails
 from tests.test_matrix import SCHEDULERS
-from trackopt import cli
 from trackopt.errors import UsageError
 from trackopt.expression import Call, Reference, parse
 from trackopt.schedules import classes, factory
@@ -37,18 +36,6 @@ EVERY_CLASS = [
     "ChainedScheduler([ConstantLR(0.5, 4), ExponentialLR(0.9)])",
     "SWALR(1e-3, 5, 'cos')",
 ]
-
-
-@pytest.fixture
-def run(capsys, monkeypatch):
-    """Runs a command in this process, which has torch already; what it printed."""
-
-    def run(*arguments, columns=80):
-        monkeypatch.setenv("COLUMNS", str(columns))
-        cli.group.main([*map(str, arguments)], prog_name="trackopt", standalone_mode=False)
-        return capsys.readouterr()
-
-    return run
 
 
 @pytest.mark.parametrize("text", EVERY_CLASS)
@@ -114,10 +101,10 @@ def test_more_than_a_call_is_refused(text):
         ("StepLR(5, last_epoch=10000000)", "too far"),
     ],
 )
-def test_bad_input_is_told_in_one_line(text, words, run):
+def test_bad_input_is_told_in_one_line(text, words, typed):
     """It names the nearest right name, or what to do."""
     with pytest.raises(UsageError) as caught:
-        run("schedule", text)
+        typed("schedule", text)
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -127,11 +114,11 @@ def test_bad_input_ends_with_2():
     assert fails("schedule", "StepLr(5)") == "trackopt: StepLr: no scheduler class of torch; did you mean StepLR?\n"
 
 
-def test_the_screen_reads_at_80_and_120_columns(run):
+def test_the_screen_reads_at_80_and_120_columns(typed):
     """No line is wider, no escape is in it, and the letters tell the curves apart without colour."""
     schedules = ["CosineAnnealingLR(T_max=40, eta_min=0.2)", "StepLR(50, gamma=0.99)"]
     for columns in (80, 120):
-        text, told = run("schedule", *schedules, "--lr", "0.5", columns=columns)
+        text, told = typed("schedule", *schedules, "--lr", "0.5", columns=columns)
         assert (ESCAPE in text, told) == (False, "")
         assert columns - 12 < max(map(len, text.splitlines())) <= columns
         assert re.search(r"a   CosineAnnealingLR\(T_max=40,", text)
@@ -139,26 +126,26 @@ def test_the_screen_reads_at_80_and_120_columns(run):
         assert all(re.search(f"[⠀-⣿]{letter}[⠀-⣿]", text) for letter in "ab")
 
 
-def test_json_and_csv_are_the_numbers_of_preview(run):
+def test_json_and_csv_are_the_numbers_of_preview(typed):
     """Alone on stdout, for each group, and the momentum where it moves."""
     text = "OneCycleLR([0.1, 0.2], 12)"
     right = trackopt.preview(factory(parse(text)), 12, lr=[0.1, 0.2])
     arguments = ["schedule", text, "--lr", 0.1, "--lr", 0.2, "--steps", 12]
-    (found,) = json.loads(run(*arguments, "--json").out)["schedules"]
+    (found,) = json.loads(typed(*arguments, "--json").out)["schedules"]
     assert found == {"schedule": text, "first_step": 1, "lr": right.lr, "hyper": right.hyper}
     assert set(right.hyper) == {"group0.momentum", "group1.momentum"}
-    head, *rows = csv.reader(io.StringIO(run(*arguments, "--csv").out))
+    head, *rows = csv.reader(io.StringIO(typed(*arguments, "--csv").out))
     assert head == ["step", *(f"{text} {name}" for name in right.series())]
     assert [row[0] for row in rows] == [str(step) for step in range(1, 13)]
     assert [float(row[1]) for row in rows] == right.lr["group0"]
-    screen = run(*arguments).out
+    screen = typed(*arguments).out
     assert "  momentum\n" in screen
     assert "group1" in screen
 
 
-def test_pictures_can_be_opened(tmp_path, run):
+def test_pictures_can_be_opened(tmp_path, typed):
     """By Pillow and by an XML parser; where they are is told on stderr."""
-    done = run("schedule", "StepLR(50)", "--png", tmp_path / "lr.png", "--svg", tmp_path / "lr.svg", "--json")
+    done = typed("schedule", "StepLR(50)", "--png", tmp_path / "lr.png", "--svg", tmp_path / "lr.svg", "--json")
     assert json.loads(done.out)
     assert done.err == f"wrote {tmp_path / 'lr.png'}\nwrote {tmp_path / 'lr.svg'}\n"
     with Image.open(tmp_path / "lr.png") as image:
@@ -166,40 +153,40 @@ def test_pictures_can_be_opened(tmp_path, run):
         assert image.size[0] > 1000
     assert ET.parse(tmp_path / "lr.svg").getroot().tag.endswith("svg")
     with pytest.raises(UsageError, match="cannot be written"):
-        run("schedule", "StepLR(50)", "--png", tmp_path / "no" / "lr.png")
+        typed("schedule", "StepLR(50)", "--png", tmp_path / "no" / "lr.png")
 
 
-def test_a_plateau_goes_by_a_file(tmp_path, run):
+def test_a_plateau_goes_by_a_file(tmp_path, typed):
     """A number for each step, as lines or as a JSON list; there are as many steps as numbers."""
     (tmp_path / "lines.txt").write_text("1\n1\n1\n0.5, 0.5\n")
     (tmp_path / "list.json").write_text("[1, 1, 1, 0.5, 0.5]")
     for name in ("lines.txt", "list.json"):
-        done = run("schedule", "ReduceLROnPlateau(patience=1)", "--metric", tmp_path / name, "--json", "--lr", 1)
+        done = typed("schedule", "ReduceLROnPlateau(patience=1)", "--metric", tmp_path / name, "--json", "--lr", 1)
         (found,) = json.loads(done.out)["schedules"]
         assert found["lr"]["group0"] == [1.0, 1.0, 1.0, pytest.approx(0.1), pytest.approx(0.1)]
     (tmp_path / "bad.txt").write_text("1 two 3")
     (tmp_path / "empty.txt").write_text("\n")
     for name, words in (("bad.txt", "two"), ("empty.txt", "no numbers"), ("none.txt", "cannot be read")):
         with pytest.raises(UsageError, match=words):
-            run("schedule", "ReduceLROnPlateau()", "--metric", tmp_path / name)
+            typed("schedule", "ReduceLROnPlateau()", "--metric", tmp_path / name)
     with pytest.raises(UsageError, match="5 values"):
-        run("schedule", "ReduceLROnPlateau()", "--metric", tmp_path / "lines.txt", "--steps", 9)
+        typed("schedule", "ReduceLROnPlateau()", "--metric", tmp_path / "lines.txt", "--steps", 9)
 
 
-def test_a_function_is_imported_from_the_working_directory(tmp_path, run):
+def test_a_function_is_imported_from_the_working_directory(tmp_path, typed):
     """Because the user named it."""
     (tmp_path / "my_schedules.py").write_text("def halve(step):\n    return 0.5**step\n\ndef fail(step):\n    1 / 0\n")
-    done = run("schedule", "LambdaLR(my_schedules:halve)", "--steps", 3, "--lr", 1, "--json")
+    done = typed("schedule", "LambdaLR(my_schedules:halve)", "--steps", 3, "--lr", 1, "--json")
     (found,) = json.loads(done.out)["schedules"]
     assert found["lr"]["group0"] == [1.0, 0.5, 0.25]
     for name, words in (("fail", "ZeroDivisionError"), ("halv", r"did you mean halve\?")):
         with pytest.raises(UsageError, match=words):
-            run("schedule", f"LambdaLR(my_schedules:{name})")
+            typed("schedule", f"LambdaLR(my_schedules:{name})")
 
 
-def test_last_epoch_is_explained(run):
+def test_last_epoch_is_explained(typed):
     """Beside the schedule from the start: the same with the optimizer's state, another without it."""
-    done = run("schedule", "ExponentialLR(0.5, last_epoch=1)", "--lr", 0.8, "--steps", 2)
+    done = typed("schedule", "ExponentialLR(0.5, last_epoch=1)", "--lr", 0.8, "--steps", 2)
     for words in (
         "last_epoch=1 resumes after 2 steps",
         "initial_lr",
@@ -207,7 +194,7 @@ def test_last_epoch_is_explained(run):
         "on a new optimizer: at step 3 the LR is 0.8 instead of 0.2",
     ):
         assert words in " ".join(done.out.split())
-    found = json.loads(run("schedule", "ExponentialLR(0.5, 1)", "--lr", 0.8, "--steps", 2, "--json").out)
+    found = json.loads(typed("schedule", "ExponentialLR(0.5, 1)", "--lr", 0.8, "--steps", 2, "--json").out)
     assert [(one["first_step"], one["lr"]["group0"]) for one in found["schedules"]] == [
         (1, [0.8, 0.4, 0.2, 0.1]),
         (3, [0.2, 0.1]),

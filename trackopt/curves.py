@@ -91,14 +91,20 @@ class Reader:
 
         Args:
             progress: Told now and then how many bytes are read, and of how many.
+
+        Raises:
+            RunError: It cannot be read.
         """
         start = self._offset
-        size = self.journal.stat().st_size
-        for number, line in enumerate(journal.read(self.journal, self._offset)):
-            self._offset = line.end
-            self._take(line)
-            if progress is not None and number % 1000 == 0:
-                progress(self._offset, size)
+        try:
+            size = self.journal.stat().st_size
+            for number, line in enumerate(journal.read(self.journal, self._offset)):
+                self._offset = line.end
+                self._take(line)
+                if progress is not None and number % 1000 == 0:
+                    progress(self._offset, size)
+        except OSError as error:
+            raise RunError(f"{self.journal}: cannot be read ({error.strerror}); check its permissions") from error
         return self._offset > start
 
     def run(self) -> Tracked:
@@ -115,7 +121,8 @@ class Reader:
 
     def _take(self, line: Line) -> None:
         if line.event in {"start", "resume"}:
-            self._params = line.details.get("params") or self._params
+            params = line.details.get("params")
+            self._params = params if isinstance(params, dict) else self._params
             self._status, self._before = None, None
         if line.event == "close":
             self._status = str(line.details.get("status", "finished")).lower()

@@ -65,7 +65,7 @@ def command(
         screen.write_json(found.as_dict())
     else:
         screen.show(_screen(found, tracked, given=target is not None))
-    panels, title = [_panel(found, tracked)], f"{len(tracked)} runs by {metric}"
+    panels, title = [_panel(found, tracked)], screen.clean(f"{len(tracked)} runs by {metric}")
     drawing.write_pictures(panels, png=outputs["png"], svg=outputs["svg"], title=title)
     if outputs["attach"]:
         drawing.attach(panels, [reader.directory for reader in readers], name="compare", title=title)
@@ -99,7 +99,7 @@ def _tables(found: Comparison) -> Iterator[Text]:
 
     marks = [letter(index) if len(found.rows) > 1 else "" for index in range(len(found.rows))]
     names = [screen.clean(row.name, _LONGEST_NAME) for row in found.rows]
-    columns = [(head, [show(row) for row in found.rows]) for head, show in _columns(found)]
+    columns = [(screen.clean(head), [screen.clean(show(row)) for row in found.rows]) for head, show in _columns(found)]
     room = screen.width() - 2 - 1 - 3 - max(map(len, [*names, "run"]))
     chosen: list[tuple[str, list[str]]] = []
     for head, cells in columns:

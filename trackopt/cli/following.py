@@ -13,7 +13,7 @@ from trackopt.cli.ls import is_held
 from trackopt.curves import Reader, Tracked
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from rich.console import RenderableType
 
@@ -37,30 +37,29 @@ def follow(readers: Sequence[Reader], render: Callable[[list[Tracked]], Iterable
     In a pipe nothing is drawn meanwhile. What is on the screen goes at the end; the caller draws it for good.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # or the terminal would stay without a cursor
-    with contextlib.suppress(KeyboardInterrupt):
-        if sys.stdout.isatty():
-            _live(readers, render)
-        else:
-            while not _over(readers):
-                time.sleep(_PAUSE)
-                for reader in readers:
-                    reader.update()
+    with contextlib.suppress(KeyboardInterrupt), _shown() as show:
+        while True:
+            over = _over(readers)  # asked first: what was written until then is read below
+            for reader in readers:
+                reader.update()
+            show(lambda: render([reader.run() for reader in readers]))
+            if over:
+                return
+            time.sleep(_PAUSE)
 
 
-def _live(readers: Sequence[Reader], render: Callable[[list[Tracked]], Iterable[RenderableType]]) -> None:
+@contextlib.contextmanager
+def _shown() -> Iterator[Callable[[Callable[[], Iterable[RenderableType]]], None]]:
+    """What draws on a terminal, in place of what it drew before; elsewhere nothing is drawn."""
+    if not sys.stdout.isatty():
+        yield lambda _: None
+        return
     from rich.console import Console, Group
     from rich.live import Live
 
     console = Console(highlight=False, markup=False, emoji=False)
     with Live(console=console, auto_refresh=False, transient=True) as live:
-        while True:
-            over = _over(readers)  # first: what was written until then is read below
-            for reader in readers:
-                reader.update()
-            live.update(Group(*render([reader.run() for reader in readers])), refresh=True)
-            if over:
-                return
-            time.sleep(_PAUSE)
+        yield lambda render: live.update(Group(*render()), refresh=True)
 
 
 def _over(readers: Sequence[Reader]) -> bool:

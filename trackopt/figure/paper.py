@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import TYPE_CHECKING, Literal
 
 from matplotlib.figure import Figure
@@ -44,8 +45,10 @@ def save(panels: Sequence[Panel], file: Path, kind: Literal["png", "svg"], *, ti
         _draw(panel, axes)
     grid[-1, 0].set_xlabel("step")
     try:
-        # Without a date the same panels are the same bytes.
-        figure.savefig(file, format=kind, dpi=_RESOLUTION, metadata={"Date": None} if kind == "svg" else {})
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph")  # a name in letters that the font lacks becomes boxes
+            # Without a date the same panels are the same bytes.
+            figure.savefig(file, format=kind, dpi=_RESOLUTION, metadata={"Date": None} if kind == "svg" else {})
     except OSError as error:
         raise UsageError(f"{file}: cannot be written ({error.strerror}); choose another place") from error
 

@@ -7,6 +7,7 @@ import sys
 from itertools import groupby, pairwise
 from typing import TYPE_CHECKING
 
+from rich.cells import cell_len, set_cell_size
 from rich.text import Text
 
 from trackopt.figure import LETTERS, Curve, Panel, Point, calm, thin, ticks
@@ -76,12 +77,14 @@ def _legend(panel: Panel, width: int) -> Text:
     text = Text(" " * _INDENT)
     used = _INDENT
     for index, curve in enumerate(panel.curves):
-        entry = f"{letter(index)} {curve.name}"[: width - _INDENT]
-        if used > _INDENT and used + len(entry) > width:
+        entry = f"{letter(index)} {curve.name}"
+        if cell_len(entry) > width - _INDENT:
+            entry = set_cell_size(entry, width - _INDENT)
+        if used > _INDENT and used + cell_len(entry) > width:
             text.append("\n" + " " * _INDENT)
             used = _INDENT
         text.append(entry, style=_colour(index)).append("   ")
-        used += len(entry) + 3
+        used += cell_len(entry) + 3
     return text
 
 
