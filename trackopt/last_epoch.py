@@ -36,13 +36,18 @@ class Resumption:
     restored: Preview
     fresh: Preview
 
-    def parting(self, resumed: Preview) -> int | None:
-        """The first step at which a resumed schedule has another LR than the whole one; ``None`` if there is none."""
-        for name, rates in resumed.lr.items():
-            for step, rate, right in zip(resumed.steps, rates, self.whole.lr[name][self.done :], strict=True):
-                if not math.isclose(rate, right, rel_tol=1e-9):
-                    return step
-        return None
+    def parting(self, resumed: Preview) -> tuple[int, float, float] | None:
+        """Where a resumed schedule first has another LR than the whole one: the step, its LR, and the right one.
+
+        ``None`` if it never has.
+        """
+        found = [
+            (step, rate, right)
+            for name, rates in resumed.lr.items()
+            for step, rate, right in zip(resumed.steps, rates, self.whole.lr[name][self.done :], strict=True)
+            if not math.isclose(rate, right, rel_tol=1e-9)
+        ]
+        return min(found, default=None)
 
 
 def resumption(call: Call, steps: int, lr: Sequence[float]) -> Resumption:

@@ -49,7 +49,8 @@ def averaged(runs: Sequence[Tracked], metrics: Sequence[str]) -> list[Panel]:
     for title, keys in _layout(runs, metrics):
         several = len(keys) > 1
         curves = [_average(runs, key, group if several else "") for key, group in list(keys.items())[:_MOST]]
-        found.append(Panel(f"{title.partition(':')[0]}: mean ± std over {len(runs)} runs", tuple(curves)))
+        if any(curve.points for curve in curves):  # a buffer may be one of some runs only
+            found.append(Panel(f"{title.partition(':')[0]}: mean ± std over {len(runs)} runs", tuple(curves)))
     return found
 
 

@@ -97,7 +97,7 @@ def _tables(found: Comparison) -> Iterator[Text]:
     """As many tables as it takes; each begins with the names of the runs."""
     from trackopt.figure.terminal import letter
 
-    marks = [letter(index) if len(found.rows) > 1 else "" for index in range(len(found.rows))]
+    marks = [letter(index) for index in range(len(found.rows))]
     names = [screen.clean(row.name, _LONGEST_NAME) for row in found.rows]
     columns = [(screen.clean(head), [screen.clean(show(row)) for row in found.rows]) for head, show in _columns(found)]
     room = screen.width() - 2 - 1 - 3 - max(map(len, [*names, "run"]))
@@ -113,6 +113,8 @@ def _tables(found: Comparison) -> Iterator[Text]:
 
 def _table(marks: Sequence[str], names: Sequence[str], columns: Sequence[tuple[str, list[str]]]) -> Text:
     heads, cells = zip(*columns, strict=True)
+    if len(names) == 1:
+        return screen.table(["run", *heads], zip(names, *cells, strict=True))
     return screen.table(["", "run", *heads], zip(marks, names, *cells, strict=True), left=2)
 
 

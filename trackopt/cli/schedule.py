@@ -168,13 +168,14 @@ def _screen(panels: Sequence[Panel], resumed: Sequence[Resumption]) -> Iterator[
 def _table(panel: Panel) -> Text:
     from trackopt.figure.terminal import letter
 
+    several = len(panel.curves) > 1
     rows = []
     for index, curve in enumerate(panel.curves):
         rates = [rate for _, rate in curve.points]
         numbers = [rates[0], min(rates), max(rates), rates[-1]]
-        mark = letter(index) if len(panel.curves) > 1 else ""
-        rows.append([mark, curve.name, *(f"{number:.4g}" for number in numbers)])
-    return screen.table(["", "schedule", "first", "lowest", "highest", "last"], rows, left=2)
+        rows.append([*([letter(index)] if several else []), curve.name, *(f"{number:.4g}" for number in numbers)])
+    heads = ["schedule", "first", "lowest", "highest", "last"]
+    return screen.table(["", *heads], rows, left=2) if several else screen.table(heads, rows)
 
 
 def _told(found: Resumption) -> Iterator[RenderableType]:
@@ -189,11 +190,11 @@ def _told(found: Resumption) -> Iterator[RenderableType]:
         ("with the optimizer's state_dict loaded first", found.restored),
         ("on a new optimizer", found.fresh),
     ):
-        step = found.parting(preview)
-        if step is None:
+        parting = found.parting(preview)
+        if parting is None:
             yield screen.finding("ok", f"{how}: as if it had never stopped")
         else:
-            wrong, right = (next(iter(each.lr.values()))[step - each.steps[0]] for each in (preview, found.whole))
+            step, wrong, right = parting
             yield screen.finding("warning", f"{how}: at step {step} the LR is {wrong:.4g} instead of {right:.4g}")
 
 
