@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from matplotlib.figure import Figure
 
 from trackopt.errors import UsageError
-from trackopt.figure import Panel, pieces
+from trackopt.figure import Curve, Panel, calm, pieces
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,7 +22,9 @@ _HEIGHTS = 3.4, 2.2  # of the first panel and the others
 _RESOLUTION = 150  # dots per inch
 _BAND = 0.2  # opacity
 _LARGEST = 1e300  # beyond it matplotlib's own arithmetic overflows
-_BESIDE = 8  # curves beyond which the legend hides too much of the panel
+_CALM = 100  # columns of the medians that noisy curves are shown by, if there are several
+_FAINT = 0.3  # opacity of the noise itself
+_LINE = 130  # letters of a line of the legend
 
 
 def save(panels: Sequence[Panel], file: Path, kind: Literal["png", "svg"], *, title: str) -> None:
@@ -54,24 +56,47 @@ def save(panels: Sequence[Panel], file: Path, kind: Literal["png", "svg"], *, ti
 
 
 def _draw(panel: Panel, axes: Axes) -> None:
+    several = len(panel.curves) > 1
     for index, curve in enumerate(panel.curves):
         colour = f"C{index}"
-        label = curve.name
-        for piece in pieces([(x, y if abs(y) < _LARGEST else math.nan) for x, y in curve.points]):
-            marker = "." if len(piece) == 1 else ""
-            axes.plot(*zip(*piece, strict=True), color=colour, linewidth=1.1, marker=marker, label=_plain(label))
-            label = ""
+        noisy = several and len(curve.points) > 2 * _CALM
+        _line(curve, axes, colour, alpha=_FAINT if noisy else 1.0)
+        if noisy:
+            _line(calm(curve, _CALM), axes, colour, alpha=1.0)
         if curve.band:
             xs, *edges = zip(*curve.band, strict=True)
             lows, highs = ([min(max(y, -_LARGEST), _LARGEST) for y in edge] for edge in edges)
             axes.fill_between(xs, lows, highs, color=colour, alpha=_BAND, linewidth=0)
-    axes.set_title(_plain(panel.title), fontsize="small", loc="left")
+        axes.plot([], [], color=colour, label=_plain(curve.name))
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(x=0.01)
-    if len(panel.curves) > 1:
-        many = len(panel.curves) > _BESIDE
-        axes.legend(fontsize="x-small" if many else "small", framealpha=0.8, edgecolor="none", ncols=2 if many else 1)
+    if several:
+        _legend(panel, axes)
+    else:
+        axes.set_title(_plain(panel.title), fontsize="small", loc="left")
+
+
+def _line(curve: Curve, axes: Axes, colour: str, *, alpha: float) -> None:
+    for piece in pieces([(x, y if abs(y) < _LARGEST else math.nan) for x, y in curve.points]):
+        marker = "." if len(piece) == 1 else ""
+        axes.plot(*zip(*piece, strict=True), color=colour, linewidth=1.1, marker=marker, alpha=alpha)
+
+
+def _legend(panel: Panel, axes: Axes) -> None:
+    """Above the axes, where it hides nothing; its title is the panel's."""
+    longest = max(len(curve.name) for curve in panel.curves)
+    axes.legend(
+        title=_plain(panel.title),
+        loc="lower left",
+        bbox_to_anchor=(0, 1),
+        borderaxespad=0,
+        alignment="left",
+        fontsize="small",
+        title_fontsize="small",
+        frameon=False,
+        ncols=max(1, min(len(panel.curves), _LINE // (longest + 5))),
+    )
 
 
 def _plain(text: str) -> str:
