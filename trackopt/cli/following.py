@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 _LONG = 8 << 20  # bytes of a journal that take a moment
 _PAUSE = 1.0  # seconds between two looks at the journals
+_REST = 9  # times as long as a look took: the training needs the cores
 
 
 def read(places: Sequence[str], wanted: Callable[[str], bool]) -> list[Reader]:
@@ -39,13 +40,14 @@ def follow(readers: Sequence[Reader], render: Callable[[list[Tracked]], Iterable
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # or the terminal would stay without a cursor
     with contextlib.suppress(KeyboardInterrupt), _shown() as show:
         while True:
+            start = time.monotonic()
             over = _over(readers)  # asked first: what was written until then is read below
             for reader in readers:
                 reader.update()
             show(lambda: render([reader.run() for reader in readers]))
             if over:
                 return
-            time.sleep(_PAUSE)
+            time.sleep(max(_PAUSE, _REST * (time.monotonic() - start)))
 
 
 @contextlib.contextmanager

@@ -27,8 +27,8 @@ _INDENT = 2
 def draw(panel: Panel, *, width: int, height: int, coloured: bool, legend: bool = True) -> Text:
     """A panel as lines of text.
 
-    Of several curves each has a letter, at its end; where there is no colour, along it, too. Noisy ones would cover
-    each other, so of several the line is the median of each column, in a band from the lowest to the highest.
+    Of several curves each has a letter, at its end; where colours do not tell them apart, along it, too. Noisy ones
+    would cover each other, so of several the line is the median of each column, in a band from end to end.
 
     Args:
         panel: What to draw.
@@ -60,7 +60,7 @@ def draw(panel: Panel, *, width: int, height: int, coloured: bool, legend: bool 
     paths = [canvas.trace(curve, _colour(index)) for index, curve in enumerate(curves)]
     if several:
         for index, path in enumerate(paths):
-            canvas.letter(path, index, len(paths), along=not coloured)
+            canvas.letter(path, index, len(paths), along=not coloured or len(paths) > len(_COLOURS))
     return Text("\n").join([*lines, *canvas.rows(), *canvas.axis()])
 
 
