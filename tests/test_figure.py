@@ -28,12 +28,20 @@ def test_any_numbers_can_be_drawn(series, width):
 
 def test_a_spike_stays_visible():
     """One value in a hundred thousand, on a terminal of 80 columns."""
-    points = [(step, 9.0 if step == 54_321 else 0.1) for step in range(1, 100_001)]
+    points = [(step, 9.0 if step == 54_321 else step % 2) for step in range(1, 100_001)]
     for panel in (Panel("loss", (Curve("a", points),)), Panel("loss", (Curve("a", points), Curve("b", points[:9])))):
         top = shown(panel.lean())[2 if len(panel.curves) > 1 else 1]
         assert any(0x2800 < ord(char) < 0x2900 for char in top)
     assert max(y for piece in thin(points, 100) for _, y in piece) == 9.0
     assert max(high for *_, high in calm(Curve("a", points), 100).band) == 9.0
+
+
+def test_of_several_curves_only_noise_is_calmed():
+    """A schedule stays what it is."""
+    smooth = Curve("a", [(step, math.cos(step / 50)) for step in range(1000)])
+    assert calm(smooth, 70) is smooth
+    noisy = Curve("b", [(step, float(step % 7)) for step in range(1000)])
+    assert {y for _, y in calm(noisy, 70).points} == {3.0}
 
 
 def test_a_gap_stays_a_gap():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -16,6 +17,8 @@ Point = tuple[float, float]
 
 #: How curves are told apart where there is no colour.
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+_SWINGS = 12  # how often a curve may go from end to end and not count as noise
 
 
 @dataclass(frozen=True)
@@ -93,14 +96,14 @@ def _widest(edges: list[tuple[float, float, float]]) -> tuple[float, float, floa
 
 
 def calm(curve: Curve, columns: int) -> Curve:
-    """A curve with more points than columns as the median of each column, in a band that reaches from end to end.
+    """A noisy curve as the median of each column, in a band that reaches from end to end; another one as it is.
 
     Example:
         >>> noisy = Curve("loss", [(x, float(x % 3)) for x in range(900)])
         >>> calm(noisy, 2).points, calm(noisy, 2).band
         ([(0, 1.0), (450, 1.0)], [(0, 0.0, 2.0), (450, 0.0, 2.0)])
     """
-    if len(curve.points) <= columns:
+    if len(curve.points) <= columns or not _is_noisy(curve.points):
         return curve
     first, width = curve.points[0][0], (curve.points[-1][0] - curve.points[0][0] + 1) / columns
     points: list[Point] = []
@@ -111,6 +114,12 @@ def calm(curve: Curve, columns: int) -> Curve:
             points.append((column[0][0], ys[len(ys) // 2]))
             band.append((column[0][0], ys[0], ys[-1]))
     return replace(curve, points=points, band=curve.band or band)
+
+
+def _is_noisy(points: Sequence[Point]) -> bool:
+    ys = [y for _, y in points if math.isfinite(y)]
+    way = sum(abs(after / 2 - before / 2) for before, after in pairwise(ys))
+    return bool(ys) and way > _SWINGS * (max(ys) / 2 - min(ys) / 2)
 
 
 def ticks(low: float, high: float, about: int) -> list[float]:

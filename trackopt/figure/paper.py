@@ -59,10 +59,10 @@ def _draw(panel: Panel, axes: Axes) -> None:
     several = len(panel.curves) > 1
     for index, curve in enumerate(panel.curves):
         colour = f"C{index}"
-        noisy = several and len(curve.points) > 2 * _CALM
-        _line(curve, axes, colour, alpha=_FAINT if noisy else 1.0)
-        if noisy:
-            _line(calm(curve, _CALM), axes, colour, alpha=1.0)
+        shown = calm(curve, _CALM) if several else curve
+        if shown is not curve:
+            _line(curve, axes, colour, alpha=_FAINT)
+        _line(shown, axes, colour, alpha=1.0)
         if curve.band:
             xs, *edges = zip(*curve.band, strict=True)
             lows, highs = ([min(max(y, -_LARGEST), _LARGEST) for y in edge] for edge in edges)
