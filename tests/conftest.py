@@ -14,6 +14,8 @@ import pytest
 import torch
 from torch import nn
 
+from trackopt import cli
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -44,6 +46,18 @@ def _home(tmp_path, monkeypatch):
 def training():
     """A model, its optimizer and its scheduler, the same at each call."""
     return build
+
+
+@pytest.fixture
+def typed(capsys, monkeypatch):
+    """Runs a command of the command line in this process, on so many columns; what it printed."""
+
+    def typed(*arguments, columns=80):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        cli.group.main([*map(str, arguments)], prog_name="trackopt", standalone_mode=False)
+        return capsys.readouterr()
+
+    return typed
 
 
 def build(optimizer=torch.optim.AdamW, **options):

@@ -42,15 +42,26 @@ MAY_IMPORT = {
         *("arguments", "checkpoint", "directory", "journal", "loop", "display", "observe", "recorder"),
         *("rehearsal", "resuming", "saving", "signals", "telemetry"),
     },
+    "nearest": set(),
+    "expression": set(),
+    "schedules": {"expression", "nearest"},
+    "previewing": {"observe"},
+    "last_epoch": {"expression", "previewing", "schedules"},
+    "curves": {"journal", "nearest"},
+    "comparison": {"curves"},
+    "figure": set(),
+    "panels": {"curves", "figure"},
     "cli": {
         *("archive", "state", "summary", "difference", "integrity", "salvage", "journal", "directory", "recorder"),
-        "rehearsal",
+        *("comparison", "curves", "expression", "figure", "last_epoch", "panels", "previewing"),
+        *("rehearsal", "schedules"),
     },
     "__main__": {"cli"},
 }
-TORCH = {"observe", "checkpoint", "loop", "arguments", "restoring", "run"}
+TORCH = {"observe", "checkpoint", "loop", "arguments", "previewing", "restoring", "run", "schedules"}
 BACKENDS = {
     "recorder/mlflow.py": {"mlflow"},
+    "recorder/artifacts.py": {"mlflow"},
     "rehearsal/fingerprint.py": {"torch"},  # these two are the training process's side
     "rehearsal/strays.py": {"torch"},
 }
@@ -94,6 +105,7 @@ def test_the_public_names_are_these():
         "ArchiveError",
         "CheckpointError",
         "MismatchError",
+        "Preview",
         "Restored",
         "Run",
         "RunError",
@@ -101,6 +113,7 @@ def test_the_public_names_are_these():
         "UsageError",
         "diff",
         "open",
+        "preview",
         "restore",
         "wrap",
     ]
@@ -126,7 +139,11 @@ def test_import_is_silent_and_light():
 
 
 @pytest.mark.parametrize(
-    "command", [["--help"], ["ls", "."], ["sync", "nowhere"], ["ui", "nowhere"], ["rehearse", "false"]]
+    "command",
+    [
+        *(["--help"], ["ls", "."], ["sync", "nowhere"], ["ui", "nowhere"], ["rehearse", "false"]),
+        *(["plot", "nowhere"], ["compare", "nowhere"], ["schedule", "--help"], ["schedule", "StepLR("]),
+    ],
 )
 def test_commands_that_do_not_train_are_light(command):
     """None of them imports what only training needs."""

@@ -21,6 +21,7 @@ from trackopt.errors import (
 if TYPE_CHECKING:
     from trackopt.archive import Archive, open  # noqa: A004 - `trackopt.open` is meant to read like the built-in
     from trackopt.difference import diff
+    from trackopt.previewing import Preview, preview
     from trackopt.restoring import Restored, restore
     from trackopt.run import Run, wrap
 
@@ -28,10 +29,12 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Archive": "trackopt.archive",
+    "Preview": "trackopt.previewing",
     "Restored": "trackopt.restoring",
     "Run": "trackopt.run",
     "diff": "trackopt.difference",
     "open": "trackopt.archive",
+    "preview": "trackopt.previewing",
     "restore": "trackopt.restoring",
     "wrap": "trackopt.run",
 }
@@ -41,6 +44,7 @@ __all__ = [
     "ArchiveError",
     "CheckpointError",
     "MismatchError",
+    "Preview",
     "Restored",
     "Run",
     "RunError",
@@ -48,6 +52,7 @@ __all__ = [
     "UsageError",
     "diff",
     "open",
+    "preview",
     "restore",
     "wrap",
 ]

@@ -194,10 +194,10 @@ def _status(path: Path, lines: list[dict[str, Any]]) -> str:
         return str(markers[-1].get("status", "finished")).lower()
     if not lines:
         return ""
-    return "running" if _is_held(path) else "killed"
+    return "running" if is_held(path) else "killed"
 
 
-def _is_held(path: Path) -> bool:
+def is_held(path: Path) -> bool:
     """Whether a process holds the run's lock.
 
     The kernel's list is read, since trying the lock would for a moment take it from a run that is just

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 #: The sign and the colour of each level of finding.
-LEVELS = {"ok": ("●", "green"), "warning": ("▲", "yellow"), "error": ("✗", "red")}
+LEVELS = {"info": ("·", "dim"), "ok": ("●", "green"), "warning": ("▲", "yellow"), "error": ("✗", "red")}
 LABEL = 12  # columns in which "optimizer" and its like stand
 _LONGEST = 200
 _LONGEST_FINDING = 2000

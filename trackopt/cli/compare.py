@@ -1,0 +1,170 @@
+"""``trackopt compare``: runs side by side."""
+
+from __future__ import annotations
+
+import shutil
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from trackopt.cli import drawing, following, screen
+from trackopt.comparison import SPREADS, WINDOW, Comparison, Row, compare, wanted
+from trackopt.curves import require
+from trackopt.figure import Curve, Panel
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from rich.console import RenderableType
+    from rich.text import Text
+
+    from trackopt.curves import Tracked
+
+_LOSS = "loss"
+_MOST = 12  # curves
+_LONGEST_NAME = 24
+_MINUTE = 60
+_NOTES = 6  # rows, about
+
+
+@click.command()
+@click.argument("runs", nargs=-1, required=True, metavar="RUN...")
+@click.option("--metric", default=_LOSS, metavar="KEY", help=f"The series to compare by.  [{_LOSS}]")
+@click.option("--max", "highest", is_flag=True, help="The higher the metric, the better.")
+@click.option("--target", type=float, help="A value to reach.  [the worst of the runs' best, which all reach]")
+@click.option("--follow", is_flag=True, help="Draw again as the runs go on, until they end or Ctrl-C.")
+@click.option("--attach", is_flag=True, help="Attach the curves to the MLflow run of each run, as a PNG.")
+@drawing.picture_options
+@click.option("--json", "as_json", is_flag=True, help="Print the table as JSON.")
+def command(
+    runs: tuple[str, ...], metric: str, highest: bool, target: float | None, follow: bool, **outputs: Any
+) -> None:
+    r"""Runs side by side: what they were given, what came of it, how soon and how steadily; and their curves.
+
+    RUN is a run's directory. The best run stands first. Of the hyperparameters those are shown that differ.
+
+    \b
+    Example:
+      trackopt compare runs/*
+      trackopt compare runs/adamw runs/sgd --target 0.1 --png compare.png
+      trackopt compare runs/* --metric accuracy --max --json
+    """
+
+    def facts(tracked: Sequence[Tracked]) -> Comparison:
+        return compare(tracked, metric, target=target, highest=highest)
+
+    readers = following.read(runs, lambda key: wanted(key, metric))
+    if follow:
+        rows = shutil.get_terminal_size().lines - 2
+        following.follow(readers, lambda tracked: _screen(facts(tracked), tracked, given=target is not None, rows=rows))
+    tracked = [reader.run() for reader in readers]
+    require(tracked, metric)
+    found = facts(tracked)
+    if outputs["as_json"]:
+        screen.write_json(found.as_dict())
+    else:
+        screen.show(_screen(found, tracked, given=target is not None))
+    panels, title = [_panel(found, tracked)], screen.clean(f"{len(tracked)} runs by {metric}")
+    drawing.write_pictures(panels, png=outputs["png"], svg=outputs["svg"], title=title)
+    if outputs["attach"]:
+        drawing.attach(panels, [reader.directory for reader in readers], name="compare", title=title)
+
+
+def _screen(
+    found: Comparison, runs: Sequence[Tracked], *, given: bool, rows: int | None = None
+) -> Iterator[RenderableType]:
+    tables = list(_tables(found))
+    for table in tables:
+        yield table
+        yield ""
+    for note in _notes(found, given=given):
+        yield screen.finding("info", note)
+    left = None if rows is None else rows - len(tables) * (len(found.rows) + 2) - _NOTES
+    yield ""
+    yield from drawing.drawn(drawing.fitting([_panel(found, runs)], left), legend=False)
+
+
+def _panel(found: Comparison, runs: Sequence[Tracked]) -> Panel:
+    """The curves in the order of the table."""
+    series = {run.path: run.series.get(found.metric, []) for run in runs}
+    curves = tuple(Curve(row.name, series[row.path]) for row in found.rows[:_MOST])
+    more = f" (the best {_MOST} of {len(found.rows)})" if len(found.rows) > _MOST else ""
+    return Panel(f"{found.metric}{more}", curves)
+
+
+def _tables(found: Comparison) -> Iterator[Text]:
+    """As many tables as it takes; each begins with the names of the runs."""
+    from trackopt.figure.terminal import letter
+
+    marks = [letter(index) for index in range(len(found.rows))]
+    names = [screen.clean(row.name, _LONGEST_NAME) for row in found.rows]
+    columns = [(screen.clean(head), [screen.clean(show(row)) for row in found.rows]) for head, show in _columns(found)]
+    room = screen.width() - 2 - 1 - 3 - max(map(len, [*names, "run"]))
+    chosen: list[tuple[str, list[str]]] = []
+    for head, cells in columns:
+        if chosen and sum(_wide(*column) for column in chosen) + _wide(head, cells) > room:
+            yield _table(marks, names, chosen)
+            chosen = []
+        if any(cells):
+            chosen.append((head, cells))
+    yield _table(marks, names, chosen)
+
+
+def _table(marks: Sequence[str], names: Sequence[str], columns: Sequence[tuple[str, list[str]]]) -> Text:
+    heads, cells = zip(*columns, strict=True)
+    if len(names) == 1:
+        return screen.table(["run", *heads], zip(names, *cells, strict=True))
+    return screen.table(["", "run", *heads], zip(marks, names, *cells, strict=True), left=2)
+
+
+def _wide(head: str, cells: Sequence[str]) -> int:
+    return max(map(len, [head, *cells])) + 3
+
+
+def _columns(found: Comparison) -> Iterator[tuple[str, Callable[[Row], str]]]:
+    for label in found.differing():
+        yield label.removeprefix("scheduler."), partial(_setting, label)
+    yield "status", lambda row: row.status or "going on"
+    yield "steps", lambda row: f"{row.steps:,}"
+    yield "final", lambda row: _number(row.final)
+    yield "best", lambda row: _number(row.best)
+    yield "at step", lambda row: _count(row.best_step)
+    yield "to target", lambda row: _count(row.steps_to_target)
+    yield "time", lambda row: _duration(row.seconds_to_target)
+    yield "spikes", lambda row: screen.share(row.spikes)
+    yield "update ratio", lambda row: _number(row.update_ratio)
+    yield "ms/step", lambda row: _number(row.step_ms)
+
+
+def _notes(found: Comparison, *, given: bool) -> Iterator[str]:
+    if found.target is not None:
+        reason = "" if given else ", the worst of the runs' best, which all reach"
+        better = "above" if found.highest else "below"
+        yield f"to target, time: the first step at {found.target:.4g} or {better}{reason}"
+    side = "below" if found.highest else "above"
+    yield (
+        f"spikes: steps whose {screen.clean(found.metric)} is NaN or infinite, or {side} the median of the {WINDOW} "
+        f"steps before by more than {SPREADS} of their interquartile ranges"
+    )
+    if any(row.update_ratio is not None for row in found.rows):
+        yield "update ratio: how far a step moves the parameters, relative to them; the median"
+
+
+def _setting(label: str, row: Row) -> str:
+    value = row.settings.get(label, "")
+    return value if isinstance(value, str) else screen.number(value)
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
+
+
+def _count(value: int | None) -> str:
+    return "" if value is None else f"{value:,}"
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return ""
+    return f"{seconds:.3g} s" if seconds < 2 * _MINUTE else f"{seconds / _MINUTE:,.1f} min"

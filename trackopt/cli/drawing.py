@@ -1,0 +1,89 @@
+"""What the commands that draw have in common: the options for pictures, and panels on the screen."""
+
+from __future__ import annotations
+
+import math
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import click
+
+from trackopt.cli import screen
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+
+    from rich.text import Text
+
+    from trackopt.figure import Panel
+
+_HEIGHTS = 12, 7
+_LOWEST = 4
+_AROUND = 5  # rows of a title, a legend, an axis and a blank line
+_FILE = click.Path(path_type=Path, dir_okay=False)
+
+
+def picture_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command ``--png`` and ``--svg``."""
+    function = click.option("--svg", type=_FILE, metavar="FILE", help="Write the curves as an SVG.")(function)
+    return click.option("--png", type=_FILE, metavar="FILE", help="Write the curves as a PNG.")(function)
+
+
+def write_pictures(panels: Sequence[Panel], *, png: Path | None, svg: Path | None, title: str) -> None:
+    """Write the panels to those files that were asked for, and say so on stderr."""
+    kinds: dict[Literal["png", "svg"], Path | None] = {"png": png, "svg": svg}
+    for kind, file in kinds.items():
+        if file is not None:
+            from trackopt.figure.paper import save
+
+            save([_clean(panel) for panel in panels], file, kind, title=title)
+            click.echo(f"wrote {screen.clean(file)}", err=True)
+
+
+def attach(panels: Sequence[Panel], directories: Sequence[Path], *, name: str, title: str) -> None:
+    """Attach the curves, as ``NAME.png``, to the MLflow run of each of these runs, and say so on stderr."""
+    from trackopt.figure.paper import save
+    from trackopt.recorder.artifacts import FOLDER, attach
+
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / f"{name}.png"
+        save([_clean(panel) for panel in panels], file, "png", title=title)
+        for directory in directories:
+            attach(directory, file)
+            click.echo(f"attached {FOLDER}/{file.name} to {screen.clean(directory.name)} in MLflow", err=True)
+
+
+def drawn(panels: Iterable[tuple[Panel, int]], *, legend: bool = True) -> Iterator[Text]:
+    """Panels, each of so many rows, as they stand on the screen."""
+    from trackopt.figure.terminal import draw
+
+    coloured = _coloured()
+    for panel, height in panels:
+        yield draw(_clean(panel), width=screen.width(), height=height, coloured=coloured, legend=legend)
+
+
+def fitting(panels: Sequence[Panel], rows: int | None = None) -> list[tuple[Panel, int]]:
+    """The panels with their heights, the first the highest; where rows are few, lower ones, and no more than fit."""
+    if rows is not None:
+        panels = panels[: max(1, rows // (_AROUND + _LOWEST))]
+    wanted = [_HEIGHTS[min(number, 1)] for number in range(len(panels))]
+    spare = 0 if rows is None else max(0, sum(wanted) + _AROUND * len(panels) - rows)
+    heights = [max(_LOWEST, height - math.ceil(spare * height / sum(wanted))) for height in wanted]
+    return list(zip(panels, heights, strict=True))
+
+
+def _clean(panel: Panel) -> Panel:
+    """A panel whose names, which come from files, do nothing to a terminal."""
+    panel = panel.lean()
+    curves = tuple(replace(curve, name=screen.clean(curve.name)) for curve in panel.curves)
+    return replace(panel, title=screen.clean(panel.title), curves=curves)
+
+
+def _coloured() -> bool:
+    from rich.console import Console
+
+    console = Console(file=sys.stdout)
+    return console.color_system is not None and not console.no_color

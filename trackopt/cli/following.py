@@ -1,0 +1,68 @@
+"""Runs that are read once, or followed while they go on."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+import time
+from typing import TYPE_CHECKING
+
+from trackopt.cli import screen
+from trackopt.cli.ls import is_held
+from trackopt.curves import Reader, Tracked
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+
+    from rich.console import RenderableType
+
+_LONG = 8 << 20  # bytes of a journal that take a moment
+_PAUSE = 1.0  # seconds between two looks at the journals
+_REST = 9  # times as long as a look took: the training needs the cores
+
+
+def read(places: Sequence[str], wanted: Callable[[str], bool]) -> list[Reader]:
+    """Read the journals of runs, with a bar for long ones."""
+    readers = [Reader(place, wanted) for place in dict.fromkeys(places)]
+    for reader in readers:
+        long = reader.journal.stat().st_size > _LONG
+        with screen.progress(f"reading {screen.clean(reader.directory.name)}", shown=long) as progress:
+            reader.update(progress)
+    return readers
+
+
+def follow(readers: Sequence[Reader], render: Callable[[list[Tracked]], Iterable[RenderableType]]) -> None:
+    """Draw again whenever something is new, until all runs are over, or Ctrl-C.
+
+    In a pipe nothing is drawn meanwhile. What is on the screen goes at the end; the caller draws it for good.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # or the terminal would stay without a cursor
+    with contextlib.suppress(KeyboardInterrupt), _shown() as show:
+        while True:
+            start = time.monotonic()
+            over = _over(readers)  # asked first: what was written until then is read below
+            for reader in readers:
+                reader.update()
+            show(lambda: render([reader.run() for reader in readers]))
+            if over:
+                return
+            time.sleep(max(_PAUSE, _REST * (time.monotonic() - start)))
+
+
+@contextlib.contextmanager
+def _shown() -> Iterator[Callable[[Callable[[], Iterable[RenderableType]]], None]]:
+    """What draws on a terminal, in place of what it drew before; elsewhere nothing is drawn."""
+    if not sys.stdout.isatty():
+        yield lambda _: None
+        return
+    from rich.console import Console, Group
+    from rich.live import Live
+
+    console = Console(highlight=False, markup=False, emoji=False)
+    with Live(console=console, auto_refresh=False, transient=True) as live:
+        yield lambda render: live.update(Group(*render()), refresh=True)
+
+
+def _over(readers: Sequence[Reader]) -> bool:
+    return all(reader.closed or not is_held(reader.directory) for reader in readers)

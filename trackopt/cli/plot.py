@@ -1,0 +1,86 @@
+"""``trackopt plot``: loss, learning rate and buffers of runs, as curves."""
+
+from __future__ import annotations
+
+import shutil
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from trackopt import panels as layout
+from trackopt.cli import drawing, following, screen
+from trackopt.curves import Tracked, require
+from trackopt.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from rich.console import RenderableType
+
+    from trackopt.figure import Panel
+
+_LOSS = "loss"
+
+
+@click.command()
+@click.argument("runs", nargs=-1, required=True, metavar="RUN...")
+@click.option("--metric", "metrics", multiple=True, metavar="KEY", help=f"A series of your own.  [{_LOSS}]")
+@click.option("--mean", is_flag=True, help="Draw the mean of the runs, with a band of one standard deviation.")
+@click.option("--follow", is_flag=True, help="Draw again as the runs go on, until they end or Ctrl-C.")
+@click.option("--attach", is_flag=True, help="Attach the curves to the MLflow run of each run, as a PNG.")
+@drawing.picture_options
+@click.option("--json", "as_json", is_flag=True, help="Print the series as JSON.")
+def command(
+    runs: tuple[str, ...], metrics: tuple[str, ...], mean: bool, follow: bool, attach: bool, **outputs: Any
+) -> None:
+    r"""Loss, learning rate and optimizer buffers of runs, from their journals.
+
+    RUN is a run's directory. A buffer is drawn as the mean of its values, with a band of one standard deviation.
+    --metric may be repeated.
+
+    \b
+    Example:
+      trackopt plot runs/digits
+      trackopt plot runs/digits --follow
+      trackopt plot runs/seed-* --mean --metric loss --metric accuracy --png seeds.png
+    """
+    metrics = tuple(dict.fromkeys(metrics)) or (_LOSS,)
+    if mean and len(set(runs)) < 2:
+        raise UsageError("--mean: takes the mean of several runs; name more than one")
+
+    def panels(tracked: Sequence[Tracked]) -> list[Panel]:
+        return layout.averaged(tracked, metrics) if mean else layout.panels(tracked, metrics)
+
+    readers = following.read(runs, lambda key: layout.wanted(key, metrics))
+    if follow:
+        rows = shutil.get_terminal_size().lines - 2
+        following.follow(readers, lambda tracked: _screen(tracked, panels(tracked), rows))
+    tracked = [reader.run() for reader in readers]
+    for metric in metrics:
+        require(tracked, metric)
+    if outputs["as_json"]:
+        screen.write_json({"runs": [_as_dict(run) for run in tracked]})
+    else:
+        screen.show(_screen(tracked, panels(tracked)))
+    drawing.write_pictures(panels(tracked), png=outputs["png"], svg=outputs["svg"], title=_title(tracked))
+    if attach:
+        directories = [reader.directory for reader in readers]
+        drawing.attach(panels(tracked), directories, name="plot", title=_title(tracked))
+
+
+def _screen(runs: Sequence[Tracked], panels: Sequence[Panel], rows: int | None = None) -> Iterator[RenderableType]:
+    from rich.text import Text
+
+    facts = [f"{run.name} · {run.steps:,} steps{f' · {run.status}' if run.status else ''}" for run in runs]
+    yield Text(screen.flow(facts, indent=2, first=0), style="dim")
+    for text in drawing.drawn(drawing.fitting(panels, rows)):
+        yield ""
+        yield text
+
+
+def _title(runs: Sequence[Tracked]) -> str:
+    return screen.clean(", ".join(run.name for run in runs))
+
+
+def _as_dict(run: Tracked) -> dict[str, Any]:
+    return {"path": run.path, "name": run.name, "status": run.status, "steps": run.steps, "series": run.series}

@@ -1,0 +1,173 @@
+"""``trackopt.preview``: what a schedule does to the LR, without training and without touching what is live."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import warnings
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from trackopt.errors import UsageError
+from trackopt.observe.hyperparameters import label, numeric
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from torch.optim import Optimizer
+
+MOMENTUM = 0.9  # of the stand-in; where a schedule cycles momentum, it must have one
+
+
+@dataclass(frozen=True)
+class Preview:
+    """The numbers that each step would use.
+
+    Attributes:
+        steps: The steps; the first one of a training is step 1.
+        lr: For each parameter group, by name (``group0``), the LR that each of the steps uses.
+        hyper: The same for every other hyperparameter that moves, by names like ``group0.momentum``.
+    """
+
+    steps: range
+    lr: dict[str, list[float]]
+    hyper: dict[str, list[float]]
+
+    def series(self) -> dict[str, list[tuple[int, float]]]:
+        """The points ``(step, value)``, under the names that they have in a journal: ``lr/group0``."""
+        named = {f"lr/{name}": values for name, values in self.lr.items()}
+        named |= {f"hyper/{name}": values for name, values in self.hyper.items()}
+        return {name: list(zip(self.steps, values, strict=True)) for name, values in named.items()}
+
+
+def preview(
+    scheduler: Any,
+    steps: int,
+    *,
+    lr: float | Sequence[float] = 0.1,
+    optimizer: Optimizer | None = None,
+    metric: Sequence[float] | Callable[[int], float] | None = None,
+) -> Preview:
+    """The LR, and the momentum where the schedule moves it, over steps: without training.
+
+    Nothing live is touched. A step is an optimizer step followed by ``scheduler.step()``; for a scheduler that is
+    stepped once in an epoch, read "epoch" for "step".
+
+    Args:
+        scheduler: A factory, which is given a throw-away optimizer and returns a scheduler on it; or a live
+            scheduler, of which a copy goes on from where it stands.
+        steps: How many steps.
+        lr: For a factory: the LR of the throw-away optimizer (SGD with momentum 0.9), or one for each group.
+        optimizer: For a factory: an optimizer to be like, in class and groups, instead of ``lr``.
+        metric: What ReduceLROnPlateau goes by: the value after each step, or a function of the step.
+
+    Raises:
+        UsageError: ``steps`` is less than 1, a metric is missing or too short, or the scheduler cannot be copied or
+            has no ``step()``.
+
+    Example:
+        >>> import torch, trackopt
+        >>> halved = trackopt.preview(lambda o: torch.optim.lr_scheduler.StepLR(o, 2, gamma=0.5), 5, lr=0.4)
+        >>> halved.lr
+        {'group0': [0.4, 0.4, 0.2, 0.2, 0.1]}
+    """
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise UsageError(f"preview(): steps must be a whole number from 1 on, not {steps!r}")
+    with warnings.catch_warnings():
+        # torch warns of a scheduler that is stepped without its optimizer, and of its own nested ones.
+        warnings.simplefilter("ignore", UserWarning)
+        if isinstance(scheduler, type) or not hasattr(scheduler, "step"):
+            built = _built(scheduler, stand_in(lr) if optimizer is None else _copied(optimizer, optimizer))
+        else:
+            built = _copied(scheduler, _optimizer_of(scheduler))
+        return _simulated(built, steps, metric)
+
+
+def stand_in(lr: float | Sequence[float]) -> Optimizer:
+    """An optimizer with nothing to optimize: one group for each LR."""
+    rates = [lr] if isinstance(lr, int | float) else list(lr)
+    if not rates:
+        raise UsageError("preview(): lr is empty; give a number, or one for each parameter group")
+    groups = [{"params": [torch.nn.Parameter(torch.zeros(0))], "lr": rate} for rate in rates]
+    return torch.optim.SGD(groups, lr=rates[0], momentum=MOMENTUM)
+
+
+def _built(factory: Any, optimizer: Optimizer) -> Any:
+    if not callable(factory):
+        raise UsageError(f"preview(): {factory!r} is neither a scheduler nor a function that builds one")
+    scheduler = factory(optimizer)
+    if _optimizer_of(scheduler) is not optimizer:
+        raise UsageError("preview(): the factory must build its scheduler on the optimizer that it is given")
+    return scheduler
+
+
+def _optimizer_of(scheduler: Any) -> Any:
+    optimizer = getattr(scheduler, "optimizer", None)
+    if not callable(getattr(scheduler, "step", None)) or not hasattr(optimizer, "param_groups"):
+        raise UsageError(
+            f"preview(): {type(scheduler).__name__} has no step() or no optimizer; pass a scheduler as torch's are, or "
+            "a function that builds one on the optimizer that it is given"
+        )
+    return optimizer
+
+
+def _copied(original: Any, optimizer: Optimizer) -> Any:
+    """A deep copy of a scheduler or an optimizer, without what is large: parameters and the optimizer's state."""
+    memo: dict[int, Any] = {id(optimizer.state): defaultdict(dict)}
+    for group in optimizer.param_groups:
+        memo |= {id(parameter): torch.nn.Parameter(torch.zeros(0)) for parameter in group["params"]}
+    try:
+        return copy.deepcopy(original, memo)
+    except (TypeError, ValueError, AttributeError, RuntimeError, RecursionError) as error:
+        name = type(original).__name__
+        raise UsageError(f"preview(): {name} cannot be copied ({error}); pass a function that builds it") from error
+
+
+def _simulated(scheduler: Any, steps: int, metric: Sequence[float] | Callable[[int], float] | None) -> Preview:
+    first = _done(scheduler) + 1
+    values = _metric(scheduler, range(first, first + steps), metric)
+    rates: dict[str, list[float]] = {}
+    others: dict[str, list[float]] = {}
+    for left in reversed(range(steps)):
+        for index, group in enumerate(scheduler.optimizer.param_groups):
+            name = label(index, group)
+            rates.setdefault(name, []).append(float(group["lr"]))
+            for key, value in numeric(group).items():
+                others.setdefault(f"{name}.{key}", []).append(value)
+        if left:
+            scheduler.step(*next(values))
+    moved = {name: series for name, series in others.items() if min(series) != max(series)}
+    return Preview(range(first, first + steps), rates, moved)
+
+
+def _done(scheduler: Any) -> int:
+    """How often a scheduler was stepped; one that chains others leaves the counting to them."""
+    inner = getattr(scheduler, "_schedulers", None)
+    count = getattr(scheduler, "last_epoch", None)
+    if count is None and inner:
+        return _done(inner[0])
+    return max(0, int(count or 0))
+
+
+def _metric(
+    scheduler: Any, steps: range, metric: Sequence[float] | Callable[[int], float] | None
+) -> Iterator[tuple[float, ...]]:
+    """What to hand to each call of ``scheduler.step``."""
+    wanted = isinstance(scheduler, ReduceLROnPlateau) or any(
+        parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+        for parameter in inspect.signature(scheduler.step).parameters.values()
+    )
+    name = type(scheduler).__name__
+    if not wanted:
+        return iter(lambda: (), None)
+    if metric is None:
+        raise UsageError(f"{name}: goes by a metric; pass metric, the values after each step or a function of the step")
+    if callable(metric):
+        return ((float(metric(step)),) for step in steps)
+    if len(metric) < len(steps) - 1:
+        raise UsageError(f"{name}: the metric has {len(metric)} values, which are enough for {len(metric) + 1} steps")
+    return ((float(value),) for value in metric)
