@@ -12,8 +12,8 @@ from PIL import Image
 from tests.test_cli import ESCAPE, fails
 from tests.test_plot import STEPS, train
 from trackopt import journal
-from trackopt.comparison import compare
-from trackopt.curves import Tracked
+from trackopt.curves.comparison import compare
+from trackopt.curves.series import Tracked
 from trackopt.errors import UsageError
 
 

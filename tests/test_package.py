@@ -43,22 +43,16 @@ MAY_IMPORT = {
         *("rehearsal", "resuming", "saving", "signals", "telemetry"),
     },
     "nearest": set(),
-    "expression": set(),
-    "schedules": {"expression", "nearest"},
-    "previewing": {"observe"},
-    "last_epoch": {"expression", "previewing", "schedules"},
-    "curves": {"journal", "nearest"},
-    "comparison": {"curves"},
+    "schedule": {"nearest", "observe"},
+    "curves": {"figure", "journal", "nearest"},
     "figure": set(),
-    "panels": {"curves", "figure"},
     "cli": {
         *("archive", "state", "summary", "difference", "integrity", "salvage", "journal", "directory", "recorder"),
-        *("comparison", "curves", "expression", "figure", "last_epoch", "panels", "previewing"),
-        *("rehearsal", "schedules"),
+        *("curves", "figure", "rehearsal", "schedule"),
     },
     "__main__": {"cli"},
 }
-TORCH = {"observe", "checkpoint", "loop", "arguments", "previewing", "restoring", "run", "schedules"}
+TORCH = {"observe", "checkpoint", "loop", "arguments", "restoring", "run", "schedule"}
 BACKENDS = {
     "recorder/mlflow.py": {"mlflow"},
     "recorder/artifacts.py": {"mlflow"},

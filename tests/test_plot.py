@@ -18,7 +18,7 @@ from tests.conftest import build, mlflow_run, quietly, train_step
 from tests.test_cli import ESCAPE, fails
 from tests.test_cli import trackopt as run
 from trackopt import journal
-from trackopt.curves import Reader
+from trackopt.curves.series import Reader
 from trackopt.directory import RunDirectory
 from trackopt.errors import RunError, UsageError
 

@@ -16,8 +16,8 @@ import trackopt
 from tests.test_cli import ESCAPE, fails
 from tests.test_matrix import SCHEDULERS
 from trackopt.errors import UsageError
-from trackopt.expression import Call, Reference, parse
-from trackopt.schedules import classes, factory
+from trackopt.schedule.classes import classes, factory
+from trackopt.schedule.expression import Call, Reference, parse
 
 EVERY_CLASS = [
     "LambdaLR(math:sqrt)",

@@ -21,20 +21,20 @@ from trackopt.errors import (
 if TYPE_CHECKING:
     from trackopt.archive import Archive, open  # noqa: A004 - `trackopt.open` is meant to read like the built-in
     from trackopt.difference import diff
-    from trackopt.previewing import Preview, preview
     from trackopt.restoring import Restored, restore
     from trackopt.run import Run, wrap
+    from trackopt.schedule.preview import Preview, preview
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "Archive": "trackopt.archive",
-    "Preview": "trackopt.previewing",
+    "Preview": "trackopt.schedule.preview",
     "Restored": "trackopt.restoring",
     "Run": "trackopt.run",
     "diff": "trackopt.difference",
     "open": "trackopt.archive",
-    "preview": "trackopt.previewing",
+    "preview": "trackopt.schedule.preview",
     "restore": "trackopt.restoring",
     "wrap": "trackopt.run",
 }

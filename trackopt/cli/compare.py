@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from trackopt.cli import drawing, following, screen
-from trackopt.comparison import SPREADS, WINDOW, Comparison, Row, compare, wanted
-from trackopt.curves import require
+from trackopt.curves.comparison import SPREADS, WINDOW, Comparison, Row, compare, wanted
+from trackopt.curves.series import require
 from trackopt.figure import Curve, Panel
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.text import Text
 
-    from trackopt.curves import Tracked
+    from trackopt.curves.series import Tracked
 
 _LOSS = "loss"
 _MOST = 12  # curves

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from trackopt.cli import screen
 from trackopt.cli.ls import is_held
-from trackopt.curves import Reader, Tracked
+from trackopt.curves.series import Reader, Tracked
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from trackopt import panels as layout
 from trackopt.cli import drawing, following, screen
-from trackopt.curves import Tracked, require
+from trackopt.curves import panels as layout
+from trackopt.curves.series import Tracked, require
 from trackopt.errors import UsageError
 
 if TYPE_CHECKING:

@@ -13,8 +13,8 @@ import click
 
 from trackopt.cli import drawing, screen
 from trackopt.errors import UsageError
-from trackopt.expression import Call, parse
 from trackopt.figure import Curve, Panel
+from trackopt.schedule.expression import Call, parse
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.text import Text
 
-    from trackopt.last_epoch import Resumption
-    from trackopt.previewing import Preview
+    from trackopt.schedule.last_epoch import Resumption
+    from trackopt.schedule.preview import Preview
 
 _STEPS = 100
 _MOST = 1_000_000
@@ -95,9 +95,9 @@ def command(
 def _previews(
     calls: dict[str, Call], steps: int, lr: tuple[float, ...], metric: list[float] | None
 ) -> tuple[list[_Schedule], list[Resumption]]:
-    from trackopt.last_epoch import resumption
-    from trackopt.previewing import preview
-    from trackopt.schedules import REFUSALS, factory, last_epoch, refused
+    from trackopt.schedule.classes import REFUSALS, factory, last_epoch, refused
+    from trackopt.schedule.last_epoch import resumption
+    from trackopt.schedule.preview import preview
 
     shown: list[_Schedule] = []
     resumed: list[Resumption] = []

@@ -12,8 +12,8 @@ from torch.optim import lr_scheduler
 from torch.optim.swa_utils import SWALR
 
 from trackopt.errors import UsageError
-from trackopt.expression import Call, Reference
 from trackopt.nearest import closest
+from trackopt.schedule.expression import Call, Reference
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -52,7 +52,7 @@ def factory(call: Call) -> Callable[[Optimizer], Any]:
 
     Example:
         >>> import torch
-        >>> from trackopt.expression import parse
+        >>> from trackopt.schedule.expression import parse
         >>> build = factory(parse("StepLR(50, gamma=0.5)"))
         >>> build(torch.optim.SGD([torch.zeros(1)], lr=0.1)).gamma
         0.5

@@ -7,7 +7,7 @@ import statistics
 from collections import defaultdict
 from typing import TYPE_CHECKING
 
-from trackopt.curves import Tracked, names
+from trackopt.curves.series import Tracked, names
 from trackopt.figure import Curve, Panel
 
 if TYPE_CHECKING:

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from trackopt.errors import UsageError
-from trackopt.previewing import Preview, preview, stand_in
-from trackopt.schedules import factory, from_the_start, last_epoch
+from trackopt.schedule.classes import factory, from_the_start, last_epoch
+from trackopt.schedule.preview import Preview, preview, stand_in
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from trackopt.expression import Call
+    from trackopt.schedule.expression import Call
 
 _LATEST = 1_000_000
 
@@ -62,7 +62,7 @@ def resumption(call: Call, steps: int, lr: Sequence[float]) -> Resumption:
         UsageError: torch refuses the schedule, or ``last_epoch`` is beyond a million.
 
     Example:
-        >>> from trackopt.expression import parse
+        >>> from trackopt.schedule.expression import parse
         >>> found = resumption(parse("ExponentialLR(0.5, last_epoch=1)"), 2, [0.8])
         >>> found.whole.lr["group0"], found.restored.lr["group0"], found.fresh.lr["group0"]
         ([0.8, 0.4, 0.2, 0.1], [0.2, 0.1], [0.8, 0.4])
