@@ -59,6 +59,7 @@ def train(directory, epochs):
                 loss.backward()
                 optimizer.step()
                 run.log(loss=loss)
+    return run.dir
 
 
 def main():
@@ -67,9 +68,9 @@ def main():
     parser.add_argument("--epochs", type=int, default=4)
     arguments = parser.parse_args()
     anatomy()
-    train(arguments.dir, arguments.epochs)
+    directory = train(arguments.dir, arguments.epochs)
     print(f"\n$ trackopt inspect {arguments.dir}", flush=True)
-    subprocess.run([sys.executable, "-m", "trackopt", "inspect", arguments.dir], check=True)
+    subprocess.run([sys.executable, "-m", "trackopt", "inspect", directory], check=True)
 
 
 if __name__ == "__main__":

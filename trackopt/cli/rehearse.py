@@ -128,8 +128,8 @@ def _compared(runs: tuple[Facts, ...]) -> str:
         sum(getattr(run, name) for run in runs) for name in ("parameters", "buffers", "schedulers", "series", "points")
     )
     parts = [
-        f"{parameters:,} parameters" if parameters else "",
-        f"{buffers:,} optimizer buffers" if buffers else "",
+        _counted(parameters, "parameter"),
+        _counted(buffers, "optimizer buffer"),
         {0: "", 1: "the scheduler"}.get(schedulers, f"{schedulers} schedulers"),
         "the RNG" if any(run.rng for run in runs) else "",
     ]
