@@ -216,6 +216,25 @@ def test_a_loop_that_is_left_by_break_goes_on_with_the_next_epoch():
     run.close()
 
 
+def test_a_finished_run_that_is_given_more_epochs_goes_on_as_if_it_had_known():
+    """What the next epoch's first lines draw and decay is what they would have drawn and decayed."""
+
+    def train(directory, *totals):
+        drawn = []
+        for total in totals:
+            model, optimizer, scheduler = build()
+            run = trackopt.wrap(optimizer, scheduler, model=model, dir=directory, sinks=())
+            for _ in run.epochs(total):
+                drawn.append(torch.rand(1).item())
+                optimizer.param_groups[0]["lr"] *= 0.5
+                for _ in run.batches(range(2)):
+                    run.log(loss=train_step(model, optimizer))
+            run.close()
+        return drawn, journal.series(directory)
+
+    assert train("stopped", 1, 3) == train("whole", 3)
+
+
 def test_loops_in_the_wrong_order_are_told():
     run, _step = wrapped()
     with pytest.raises(UsageError, match=r"needs `for epoch in run.epochs"):
