@@ -162,6 +162,21 @@ def test_a_run_that_died_before_its_first_checkpoint_starts_again():
     assert [s for s, _ in journal.series("run")["loss"]] == [1]
 
 
+def test_the_name_of_a_run_is_durable_before_anything_else_is(monkeypatch, tmp_path):
+    """run.json, and then the directories that lead to it, are fsynced before the journal is made."""
+    synced, real = [], os.fsync
+
+    def fsync(file):
+        synced.append((str(Path(f"/proc/self/fd/{file}").readlink()), (tmp_path / "runs/a" / journal.NAME).exists()))
+        real(file)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    run, _ = wrapped(tmp_path / "runs" / "a")
+    before = [path for path, journal_there in synced if not journal_there]
+    assert before[1:] == [str(tmp_path / "runs/a"), str(tmp_path / "runs"), str(tmp_path)]
+    run.close()
+
+
 def test_saves_wait_for_the_end_of_the_iteration():
     """run.save() in the middle of an iteration takes the state that a resumed run goes on from."""
     run, step = wrapped()
