@@ -1,11 +1,12 @@
-# make demo   set up, then run the main job on real data
-# make test   set up, then run the tests
-# make fuzz   100,000 mutated files, each of which must be answered or refused
+# make demo    set up, then run the main job on real data
+# make test    set up, then run the tests
+# make fuzz    100,000 mutated files, each of which must be answered or refused
+# make faults  a training killed, hindered and cut off at every place, each time resumed
 VENV := .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench fuzz clean
+.PHONY: demo test lint bench fuzz faults clean
 
 demo: $(VENV)/ready
 	$(BIN)/python examples/demo.py
@@ -23,6 +24,9 @@ bench: $(VENV)/ready
 
 fuzz: $(VENV)/ready
 	$(BIN)/python -m tests.fuzz
+
+faults: $(VENV)/ready
+	$(BIN)/python -m tests.faults
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
