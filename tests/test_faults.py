@@ -7,7 +7,7 @@ import pytest
 from tests.faults.forks import lack
 from tests.faults.proof import STRACE, WITHOUT, Extent, lines, prove
 
-SAMPLE = Extent(seed=7, kills=40, flips=1, states=1, most=20)
+SAMPLE = Extent(seed=7, kills=40, flips=1, states=1, most=20, lanes=1)
 
 
 def proven(kinds, record_property):

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from tests.faults.calls import Call
     from tests.faults.forks import Server
 
-_LANES = 2
 _LOSSES = ("checkpoints lost", "records lost", "unable to resume", "other results", "errors")
 
 
@@ -42,6 +41,7 @@ class Extent:
         flips: In each region of a checkpoint and of the journal.
         states: For each moment of a training at which the machine may crash.
         most: Trials of each kind at most, drawn from all; ``None`` is all.
+        lanes: Trials at the same time.
         only: Only trials whose name has this in it.
     """
 
@@ -50,6 +50,7 @@ class Extent:
     flips: int = 3
     states: int = 4
     most: int | None = None
+    lanes: int = 2
     only: str = ""
 
 
@@ -58,9 +59,9 @@ def prove(
 ) -> tuple[Tally, Path]:
     """Do every kind of harm; the tally, and where the trials are that found something."""
     folder, tally = _scratch(), Tally()
-    with servers(2 * _LANES) as four:
-        proving = _Proving(extent, Ground(_made(folder / "ground"), four[0]), four[0], folder)
-        lanes = [Lane(proving.ground, *pair) for pair in zip(four[::2], four[1::2], strict=True)]
+    with servers(2 * extent.lanes) as ready:
+        proving = _Proving(extent, Ground(_made(folder / "ground"), ready[0]), ready[0], folder)
+        lanes = [Lane(proving.ground, *pair) for pair in zip(ready[::2], ready[1::2], strict=True)]
         for kind in kinds:
             chosen = [trial for trial in proving.trials(kind) if extent.only in trial.name]
             if extent.most is not None and len(chosen) > extent.most:
