@@ -47,8 +47,8 @@ class Extent:
 
     seed: int = 0
     kills: int = 2000
-    flips: int = 3
-    states: int = 4
+    flips: int = 2
+    states: int = 3
     most: int | None = None
     lanes: int = 2
     only: str = ""

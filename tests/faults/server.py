@@ -64,6 +64,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     logging.getLogger("trackopt").addHandler(logging.NullHandler())
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.cpu_count = lambda: 1  # or threads share the reading of a checkpoint, never twice in the same way
     told = Told()
     with tempfile.TemporaryDirectory() as folder:  # whatever is imported late is imported now
         for epochs in (1, 2):
