@@ -1,12 +1,13 @@
-# make demo   set up, then run the main job on real data
-# make test   set up, then run the tests
+# make demo       set up, then run the main job on real data
+# make test       set up, then run the tests
 # make pictures   run the examples, and keep what they draw
-# make fuzz   100,000 mutated files, each of which must be answered or refused
+# make fuzz       100,000 mutated files, each of which must be answered or refused
+# make faults     a training killed, hindered and cut off at every place, each time resumed
 VENV := .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench fuzz pictures clean
+.PHONY: demo test lint bench fuzz faults pictures clean
 
 demo: $(VENV)/ready
 	$(BIN)/python examples/demo.py
@@ -24,6 +25,9 @@ bench: $(VENV)/ready
 
 fuzz: $(VENV)/ready
 	$(BIN)/python -m tests.fuzz
+
+faults: $(VENV)/ready
+	$(BIN)/python -m tests.faults
 
 PICTURES := line moons schedules batches finetune optimizers ewma
 

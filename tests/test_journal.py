@@ -143,3 +143,33 @@ def test_a_full_disk_loses_no_line(path, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("trackopt:") == 1
     assert [line.step for line in journal.read(path)] == list(range(1, 101))
+
+
+def test_lines_that_wait_are_counted_in_the_offset(path, monkeypatch):
+    """A checkpoint taken meanwhile knows that they belong to its history."""
+    writer = Journal(path)
+    with monkeypatch.context() as broken:
+        broken.setattr(journal.os, "write", refuse)
+        writer.record(1, {"loss": 0.5})
+        offset = writer.offset
+    writer.mark("resume", 1, offset=offset)
+    writer.close()
+    assert [line.step for line in journal.effective(journal.read(path))] == [1]
+
+
+def test_a_failure_at_the_close_is_told(path, monkeypatch, caplog):
+    writer = Journal(path)
+    real = journal.os.close
+
+    def close(file):
+        real(file)
+        refuse()
+
+    with monkeypatch.context() as broken:
+        broken.setattr(journal.os, "close", close)
+        writer.close()
+    assert "may be lost (No space left on device)" in caplog.text
+
+
+def refuse(*_):
+    raise OSError(28, "No space left on device")

@@ -11,6 +11,7 @@ import torch
 import trackopt
 from tests.conftest import build, train_step
 from trackopt import CheckpointError, RunError, UsageError, journal
+from trackopt.checkpoint import store as stores
 
 
 def wrapped(directory="run", **options):
@@ -162,6 +163,96 @@ def test_a_run_that_died_before_its_first_checkpoint_starts_again():
     assert [s for s, _ in journal.series("run")["loss"]] == [1]
 
 
+@pytest.mark.parametrize("place", ["archive.open", "archive.checkpoints", "integrity.problems"])
+def test_a_disk_that_cannot_read_now_costs_no_checkpoint(place, monkeypatch):
+    """A run that cannot be opened for that says so in one line, and the next attempt goes on from the newest."""
+    run, step = wrapped(save_every=1)
+    for _ in range(2):
+        run.step(loss=step())
+    run.close()
+
+    def fail(*_):
+        raise OSError(5, "Input/output error")
+
+    room, name = place.split(".")
+    with monkeypatch.context() as broken:
+        if place == "archive.open":
+            broken.setattr(os, "open", refusing(os.open, ".pt"))
+            broken.setattr(Path, "open", refusing(Path.open, ".pt"))
+        else:
+            broken.setattr(getattr(stores, room), name, fail)
+        with pytest.raises(CheckpointError, match="Input/output error"):
+            wrapped()
+    run, _ = wrapped()
+    assert run.resumed_from == 2
+    run.close()
+
+
+def refusing(real, suffix):
+    """An opening call that fails for files of a kind."""
+
+    def call(path, *arguments, **options):
+        if str(path).endswith(suffix):
+            raise OSError(5, "Input/output error")
+        return real(path, *arguments, **options)
+
+    return call
+
+
+def test_a_checkpoint_that_loads_the_second_time_is_no_damaged_one(monkeypatch):
+    """Its checksums are right, so it was the disk."""
+    run, step = wrapped()
+    run.step(loss=step())
+    run.close()
+    real, calls = torch.load, []
+
+    def load(*arguments, **options):
+        calls.append(arguments)
+        if len(calls) == 1:
+            raise RuntimeError("PytorchStreamReader failed reading file")
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(torch, "load", load)
+    run, _ = wrapped()
+    assert run.resumed_from == 1
+    run.close()
+
+
+@pytest.mark.parametrize("call", ["exists", "rename"])
+def test_a_disk_that_fails_while_a_run_is_opened_is_told(call, monkeypatch):
+    """In one line; the directory is free again, and nothing of it is spoilt."""
+    run, step = wrapped(save_every=1)
+    for _ in range(2):
+        run.step(loss=step())
+    run.close()
+
+    def fail(path, *_):
+        raise OSError(5, "Input/output error", str(path))
+
+    with monkeypatch.context() as broken:
+        broken.setattr(Path, call, fail)
+        with pytest.raises(RunError, match="Input/output error"):
+            wrapped(resume="run/checkpoints/step-00000001.pt")
+    run, _ = wrapped()
+    assert run.resumed_from == 2
+    run.close()
+
+
+def test_the_name_of_a_run_is_durable_before_anything_else_is(monkeypatch, tmp_path):
+    """run.json, and then the directories that lead to it, are fsynced before the journal is made."""
+    synced, real = [], os.fsync
+
+    def fsync(file):
+        synced.append((str(Path(f"/proc/self/fd/{file}").readlink()), (tmp_path / "runs/a" / journal.NAME).exists()))
+        real(file)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    run, _ = wrapped(tmp_path / "runs" / "a")
+    before = [path for path, journal_there in synced if not journal_there]
+    assert before[1:] == [str(tmp_path / "runs/a"), str(tmp_path / "runs"), str(tmp_path)]
+    run.close()
+
+
 def test_saves_wait_for_the_end_of_the_iteration():
     """run.save() in the middle of an iteration takes the state that a resumed run goes on from."""
     run, step = wrapped()
@@ -214,6 +305,25 @@ def test_a_loop_that_is_left_by_break_goes_on_with_the_next_epoch():
     run, _ = wrapped()
     assert list(run.epochs(3)) == [2]
     run.close()
+
+
+def test_a_finished_run_that_is_given_more_epochs_goes_on_as_if_it_had_known():
+    """What the next epoch's first lines draw and decay is what they would have drawn and decayed."""
+
+    def train(directory, *totals):
+        drawn = []
+        for total in totals:
+            model, optimizer, scheduler = build()
+            run = trackopt.wrap(optimizer, scheduler, model=model, dir=directory, sinks=())
+            for _ in run.epochs(total):
+                drawn.append(torch.rand(1).item())
+                optimizer.param_groups[0]["lr"] *= 0.5
+                for _ in run.batches(range(2)):
+                    run.log(loss=train_step(model, optimizer))
+            run.close()
+        return drawn, journal.series(directory)
+
+    assert train("stopped", 1, 3) == train("whole", 3)
 
 
 def test_loops_in_the_wrong_order_are_told():

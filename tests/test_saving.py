@@ -147,6 +147,25 @@ def test_what_fails_beside_the_training_is_told_at_the_next_step(error, monkeypa
     assert names() == ["step-00000002.pt"]
 
 
+def test_a_directory_that_cannot_be_listed_stops_no_training(monkeypatch, caplog):
+    """What is due then is told as not taken."""
+    run, _, step = started()
+    step()
+
+    def fail(*_):
+        raise OSError(5, "Input/output error")
+
+    run.save(wait=True)
+    with monkeypatch.context() as broken:
+        broken.setattr(stores.archive, "checkpoints", fail)
+        step()
+        run.save()
+    assert "Input/output error" in caplog.text
+    assert events() == [("checkpoint", 1), ("checkpoint_failed", 2)]
+    run.close()
+    assert names()[-1] == "step-00000002.pt"
+
+
 def test_memory_that_is_not_there_stops_no_training(monkeypatch, caplog):
     def refuse(*_, **__):
         raise OSError(12, "Cannot allocate memory")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import shlex
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from trackopt import journal
+from trackopt.durable import sync_directory
 from trackopt.errors import RunError
 from trackopt.rehearsal import plan
 
@@ -51,8 +53,8 @@ class RunDirectory:
             self.path = Path(chosen or Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S-%f}").absolute()
         self.checkpoints = self.path / CHECKPOINTS
         self.journal = self.path / journal.NAME
-        self._made = not self.path.exists()
         try:
+            self._made = [each for each in (self.path, *self.path.parents) if not each.exists()]
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         except OSError as error:
@@ -61,12 +63,14 @@ class RunDirectory:
             ) from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self.identity = self._read()
         except OSError as error:
-            os.close(self._lock)
-            raise RunError(f"{self.path}: open in another process; stop that one, or choose another dir") from error
-        except RunError:
-            self.identity = {}
+            self._drop()
+            reason = "open in another process" if isinstance(error, BlockingIOError) else error.strerror
+            raise RunError(f"{self.path}: {reason}; stop that one, or choose another dir") from error
+        self.identity: dict[str, Any] = {}
+        try:
+            self.identity = self._read()
+        except BaseException:
             self.release()
             raise
         # A forked data worker would hold the lock for a while after its parent was killed.
@@ -85,6 +89,9 @@ class RunDirectory:
             "attempt": 0,
         }
         write_identity(self.path, self.identity)
+        for made in self._made or [self.path]:
+            with contextlib.suppress(OSError):  # who may write in a directory may still not open the one above
+                sync_directory(made.parent)
 
     def begin_attempt(self, sinks: Sequence[str]) -> int:
         """Count this life of the training process, and let the recorder know where it wants to go."""
@@ -96,25 +103,27 @@ class RunDirectory:
     def release(self) -> None:
         """Let another process have the directory; one that did not become a run's is left as it was found."""
         if not self.identity:
-            (self.path / _LOCK).unlink(missing_ok=True)
-            if self._made:
-                self.path.rmdir()
+            with contextlib.suppress(OSError):  # then it stays, and is in nobody's way
+                (self.path / _LOCK).unlink(missing_ok=True)
+                if self._made:
+                    self.path.rmdir()
         self._drop()
 
     def _drop(self) -> None:
         if self._lock >= 0:
-            os.close(self._lock)
+            with contextlib.suppress(OSError):  # it is closed all the same
+                os.close(self._lock)
             self._lock = -1
 
     def _read(self) -> dict[str, Any]:
-        if not (self.path / IDENTITY).exists():
-            if self.journal.exists() or self.checkpoints.exists():
-                raise RunError(
-                    f"{self.path}: holds a {journal.NAME if self.journal.exists() else CHECKPOINTS} but no {IDENTITY}, "
-                    "so it is not a run that can be continued; choose another dir"
-                )
-            return {}
-        return read_identity(self.path)
+        if (self.path / IDENTITY).exists():
+            return read_identity(self.path)
+        if self.journal.exists() or self.checkpoints.exists():
+            raise RunError(
+                f"{self.path}: holds a {journal.NAME if self.journal.exists() else CHECKPOINTS} but no {IDENTITY}, "
+                "so it is not a run that can be continued; choose another dir"
+            )
+        return {}
 
 
 def read_identity(path: Path) -> dict[str, Any]:
@@ -129,7 +138,9 @@ def read_identity(path: Path) -> dict[str, Any]:
         known = identity["format"] <= FORMAT and isinstance(identity["id"], str)
     except FileNotFoundError as error:
         raise RunError(f"{path}: not a run's directory (it has no {IDENTITY}); name one that wrap() made") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except OSError as error:
+        raise RunError(f"{file}: cannot be read ({error.strerror}); check the disk and the permissions") from error
+    except (ValueError, KeyError, TypeError) as error:
         raise RunError(f"{file}: not a run's description; choose another dir") from error
     if not known:
         raise RunError(f"{file}: written by a newer trackopt; update this one, or choose another dir")
@@ -137,12 +148,12 @@ def read_identity(path: Path) -> dict[str, Any]:
 
 
 def write_identity(path: Path, identity: dict[str, Any]) -> None:
-    """Replace ``run.json`` as a whole.
+    """Replace ``run.json`` as a whole; when this returns, no crash of the machine undoes it.
 
     Raises:
         RunError: It cannot be written.
     """
-    replace(path / IDENTITY, orjson.dumps(identity, option=orjson.OPT_INDENT_2))
+    replace(path / IDENTITY, orjson.dumps(identity, option=orjson.OPT_INDENT_2), durable=True)
 
 
 def change_identity(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, Any]:
@@ -164,8 +175,13 @@ def change_identity(path: Path, change: Callable[[dict[str, Any]], dict[str, Any
     return identity
 
 
-def replace(file: Path, content: bytes) -> None:
+def replace(file: Path, content: bytes, *, durable: bool = False) -> None:
     """Write a small file so that a reader sees the old content or the new, never a part.
+
+    Args:
+        file: The file.
+        content: What it is to hold.
+        durable: Whether it must hold the new content even if the machine crashes then.
 
     Raises:
         RunError: It cannot be written.
@@ -177,6 +193,9 @@ def replace(file: Path, content: bytes) -> None:
             stream.flush()
             os.fsync(stream.fileno())
         part.rename(file)
+        if durable:
+            sync_directory(file.parent)
     except OSError as error:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
         raise RunError(f"{file}: cannot be written ({error.strerror}); check its directory") from error

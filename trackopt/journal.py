@@ -96,17 +96,23 @@ class Journal:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._waiting = b""
+        self._told = False
         try:
             self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+            self._size = os.fstat(self._file).st_size
+            torn = self._size and os.pread(self._file, 1, self._size - 1) != b"\n"
         except OSError as error:
             raise RunError(
                 f"{path}: cannot open the journal ({error.strerror}); check the directory's permissions"
             ) from error
-        self.offset = os.fstat(self._file).st_size
-        self._waiting = b""
-        self._told = False
-        if self.offset and os.pread(self._file, 1, self.offset - 1) != b"\n":
+        if torn:
             self._write(b"\n")  # ends the line that a killed process left torn, so that it spoils no other
+
+    @property
+    def offset(self) -> int:
+        """Where the next line begins, in bytes, once those that wait are written."""
+        return self._size + len(self._waiting)
 
     def record(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append what was measured at ``step``."""
@@ -131,7 +137,10 @@ class Journal:
         if self._waiting:
             lines = self._waiting.count(b"\n")
             logger.warning("trackopt: %d lines of %s could not be written and are lost", lines, self.path)
-        os.close(self._file)
+        try:
+            os.close(self._file)
+        except OSError as error:  # a file system over the network may write only now
+            logger.warning("trackopt: the last lines of %s may be lost (%s)", self.path, error.strerror)
 
     def _append(self, line: dict[str, Any]) -> None:
         self._write(orjson.dumps(line) + b"\n")
@@ -141,7 +150,7 @@ class Journal:
         try:
             while data:
                 written = os.write(self._file, data)
-                self.offset += written
+                self._size += written
                 data = data[written:]
         except OSError as error:
             if not self._told:

@@ -97,8 +97,9 @@ class Position:
     def state_dict(self, *, epoch_done: bool) -> dict[str, Any]:
         """The position as plain values; ``epoch_done`` when the epoch's last line has run."""
         own = {number: _state_of(loader) for number, loader in self._loaders.items()}
-        if epoch_done:
-            return {"epoch": self.epoch + 1, "pass": 0, "batch": 0, "epoch_start": None, "pass_start": None, "own": own}
+        if epoch_done or self.settled:  # the next epoch's first lines have not run
+            epoch = self.epoch + 1 if epoch_done else self.epoch
+            return {"epoch": epoch, "pass": 0, "batch": 0, "epoch_start": None, "pass_start": None, "own": own}
         starts = {"epoch_start": self._epoch_start, "pass_start": self._pass_start}
         return {"epoch": self.epoch, "pass": self._pass, "batch": self.batch, **starts, "own": own}
 

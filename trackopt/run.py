@@ -7,6 +7,7 @@ objects and the loop's position → a committed file, and back. The loop itself 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import logging
 import os
 import sys
@@ -19,7 +20,7 @@ from trackopt.checkpoint.retention import Marks, Retention
 from trackopt.checkpoint.settings import settings
 from trackopt.directory import RunDirectory
 from trackopt.display import Display, State
-from trackopt.errors import UsageError
+from trackopt.errors import RunError, UsageError
 from trackopt.journal import Journal
 from trackopt.loop import Position
 from trackopt.observe import params
@@ -137,31 +138,36 @@ def wrap(
     saving: dict[str, Any] = {"save_every": save_every, "save_busy": save_busy}
     check_options(**saving, retention=retention, sinks=sinks, **measuring)
     built = {name: settings(each) for name, each in training.schedulers.items()}
-    directory = RunDirectory(dir)
-    try:
-        store = Store(directory.checkpoints, retention)
-        found, left_out = find(directory, store, resume), []
-        resumption = None
-        if found is not None:
-            resumption = Resumption(training, found[0], found[1]["trackopt"], strict=strict)
-            left_out = resumption.apply(found[1])
-        if not directory.identity:
-            directory.found(name, mlflow_target(experiment))
-        run = Run(
-            training,
-            directory,
-            store,
-            built=built,
-            saving=saving,
-            measuring=measuring,
-            progress=progress,
-            sinks=sinks if plan.current() is None else (),
-        )
-    except BaseException:
-        directory.release()
-        raise
-    _tell(f"left as it is here: {problem}" for problem in left_out)
-    run._start(resumption)
+    with _told_in_words():
+        directory = RunDirectory(dir)
+        try:
+            store = Store(directory.checkpoints, retention)
+            found, left_out = find(directory, store, resume), []
+            resumption = None
+            if found is not None:
+                resumption = Resumption(training, found[0], found[1]["trackopt"], strict=strict)
+                left_out = resumption.apply(found[1])
+            if not directory.identity:
+                directory.found(name, mlflow_target(experiment))
+            run = Run(
+                training,
+                directory,
+                store,
+                built=built,
+                saving=saving,
+                measuring=measuring,
+                progress=progress,
+                sinks=sinks if plan.current() is None else (),
+            )
+        except BaseException:
+            directory.release()
+            raise
+        _tell(f"left as it is here: {problem}" for problem in left_out)
+        try:
+            run._start(resumption)
+        except BaseException as error:
+            run._close("FAILED", error)
+            raise
     return run
 
 
@@ -334,8 +340,8 @@ class Run:
         """Begin the attempt in the journal, then let the recorder tell it on."""
         details = {"attempt": self._attempt, "pid": os.getpid(), "versions": versions()}
         described = params(self._training.optimizers, self._training.schedulers)
-        self._store.clean()
         self._signals = StopSignals()
+        self._store.clean()
         if resumption is not None:
             self._resume(resumption, details)
         elif self._attempt > 1:
@@ -491,6 +497,16 @@ def _status(error: BaseException | None) -> str:
     if error is None or (isinstance(error, SystemExit) and not error.code):
         return "FINISHED"
     return "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
+
+
+@contextlib.contextmanager
+def _told_in_words() -> Iterator[None]:
+    """What a disk refuses while a run is opened is told as any other trouble with its directory."""
+    try:
+        yield
+    except OSError as error:
+        place = error.filename or "the run's directory"
+        raise RunError(f"{place}: cannot be used ({error.strerror}); check the disk and the permissions") from error
 
 
 def _tell(messages: Iterable[str]) -> None:

@@ -13,7 +13,8 @@ from trackopt import archive, integrity
 from trackopt.checkpoint.capture import FORMAT
 from trackopt.checkpoint.retention import Marks, Retention
 from trackopt.checkpoint.staging import Staging
-from trackopt.checkpoint.write import PART, sync_directory, write
+from trackopt.checkpoint.write import PART, write
+from trackopt.durable import sync_directory
 from trackopt.errors import ArchiveError, CheckpointError, MismatchError
 
 if TYPE_CHECKING:
@@ -85,8 +86,8 @@ class Store:
         """The newest checkpoint that is sound, read; ``None`` where there is none at all.
 
         Raises:
-            CheckpointError: There are some, but each is damaged, or (``MismatchError``) the newest sound one is of a
-                kind that this version cannot use.
+            CheckpointError: There are some, but each is damaged; one cannot be read now; or (``MismatchError``) the
+                newest sound one is of a kind that this version cannot use.
         """
         damaged: dict[Path, str] = {}
         for path in reversed(self.paths()):
@@ -95,6 +96,8 @@ class Store:
             except MismatchError:
                 raise  # sound, and newer than what is behind it
             except CheckpointError as error:
+                if isinstance(error.__cause__, OSError):
+                    raise  # it may be sound: a disk that fails now may not fail tomorrow
                 damaged[path] = str(error)
                 continue
             self._set_aside(damaged)
@@ -111,12 +114,16 @@ class Store:
         self._point_to_latest()
 
     def clean(self) -> None:
-        """Remove what a killed writer left half-written."""
-        for part in self.folder.glob(f".*{PART}"):
-            part.unlink(missing_ok=True)
+        """Remove what a killed writer left half-written; what cannot be removed is in nobody's way."""
+        with contextlib.suppress(OSError):
+            for part in self.folder.glob(f".*{PART}"):
+                part.unlink(missing_ok=True)
 
     def _by_step(self) -> dict[int, Path]:
-        return archive.checkpoints(self.folder) if self.folder.exists() else {}
+        try:
+            return archive.checkpoints(self.folder) if self.folder.exists() else {}
+        except OSError as error:
+            raise CheckpointError(f"{self.folder}: cannot be listed ({error.strerror}); mend the disk") from error
 
     def _let_go(self) -> None:
         there = self._by_step()
@@ -141,11 +148,11 @@ class Store:
     def _point_to_latest(self) -> None:
         """Let ``latest`` lead to the newest one, for other tools."""
         link, paths = self.folder / LATEST, self.paths()
-        if not paths:
-            link.unlink(missing_ok=True)
-            return
         part = link.with_name(f".{LATEST}{PART}")
         try:
+            if not paths:
+                link.unlink(missing_ok=True)
+                return
             part.unlink(missing_ok=True)
             part.symlink_to(paths[-1].name)
             part.replace(link)
@@ -168,9 +175,25 @@ def load(path: Path) -> dict[str, Any]:
         CheckpointError: It is missing or damaged.
         MismatchError: It is sound, but no checkpoint of a run.
     """
-    if problems := integrity.check(path):
+    if problems := _problems(path):
         raise CheckpointError(f"{path}: cannot be used ({problems[0]})")
+    with contextlib.suppress(CheckpointError):  # the bytes are sound, so a disk that failed may not fail again
+        return load_checked(path)
     return load_checked(path)
+
+
+def _problems(path: Path) -> list[str]:
+    """What is wrong with its bytes; a disk that does not give them is no damage to them."""
+    try:
+        with archive.open(path) as opened:
+            return integrity.problems(opened)
+    except (ArchiveError, OSError) as error:
+        trouble = error.__cause__ if isinstance(error, ArchiveError) else error
+        if not isinstance(trouble, OSError):
+            return [str(error).removeprefix(f"{path}: ")]
+        raise CheckpointError(
+            f"{path}: cannot be read ({trouble.strerror}); try again, or move it away to go on from the one before"
+        ) from trouble
 
 
 def load_checked(path: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import os
 from typing import TYPE_CHECKING
 
 from trackopt.checkpoint.staging import PAGE
+from trackopt.durable import sync_directory
 from trackopt.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -57,15 +58,6 @@ def write(staged: Staged, path: Path, *, before_commit: Callable[[], None]) -> N
         raise CheckpointError(
             f"{path}: not written ({error.strerror or error}); free some space or mend the disk"
         ) from error
-
-
-def sync_directory(path: Path) -> None:
-    """Make renames in a directory durable."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _make(folder: Path) -> None:

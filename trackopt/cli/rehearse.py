@@ -136,6 +136,10 @@ def _compared(runs: tuple[Facts, ...]) -> str:
     return f"{', '.join(filter(None, parts))} and {series:,} series with {points:,} points"
 
 
+def _counted(count: int, what: str) -> str:
+    return f"{count:,} {what}{'s' if count > 1 else ''}" if count else ""
+
+
 def _verdict(verdict: Verdict, *, several: bool) -> Iterator[RenderableType]:
     what = "not exact" if verdict.reproducible else "two uninterrupted trainings differ already"
     where = f": {_where(verdict.first, several=several)}" if verdict.first else ""
