@@ -1,3 +1,4 @@
+import contextlib
 import os
 import subprocess
 import sys
@@ -372,3 +373,35 @@ def test_without_a_directory_each_run_has_a_fresh_one():
     assert one.dir != two.dir
     one.close()
     two.close()
+
+
+def test_a_save_before_the_loop_is_back_in_its_epoch_waits_until_it_is(tmp_path, training):
+    """Nothing that is asked for on the way may displace the checkpoint that the loop returns to."""
+
+    def attempt(name, act):
+        model, optimizer, scheduler = training()
+        run = trackopt.wrap(optimizer, scheduler, model=model, dir=tmp_path / name, save_every=3, sinks=())
+        with contextlib.suppress(ZeroDivisionError), run:
+            act(run)
+            for _ in run.epochs(2):
+                for _ in run.batches(range(8)):
+                    run.log(loss=train_step(model, optimizer, scheduler))
+                    act(run)
+        return model
+
+    def fails(run):
+        if run.global_step == 5:
+            raise ZeroDivisionError
+
+    def leaves(run):
+        run.save()
+        raise SystemExit(0)
+
+    attempt("stopped", fails)
+    before = {path: path.read_bytes() for path in (tmp_path / "stopped/checkpoints").glob("step-*")}
+    with pytest.raises(SystemExit):
+        attempt("stopped", leaves)
+    assert {path: path.read_bytes() for path in (tmp_path / "stopped/checkpoints").glob("step-*")} == before
+    stopped, whole = attempt("stopped", lambda run: None), attempt("whole", lambda run: None)
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, stopped.state_dict()[name])

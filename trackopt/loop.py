@@ -55,7 +55,12 @@ class Position:
     @property
     def settled(self) -> bool:
         """Whether the loop over epochs has not begun or is done, so that nothing of an epoch would run twice."""
-        return not self.in_epoch and not self._broken_off
+        return not self.in_epoch and not self._broken_off and not self.returning
+
+    @property
+    def returning(self) -> bool:
+        """Whether the loop is still to reach the place within an epoch where the checkpoint was taken."""
+        return self._saved is not None and self._saved["epoch_start"] is not None
 
     def epochs(self, total: int) -> Iterator[int]:
         """The epochs that are still to come, of ``total``."""

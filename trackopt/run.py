@@ -402,7 +402,7 @@ class Run:
 
     def _boundary(self, *, epoch_done: bool = False) -> None:
         """The loop stands where a resumed run can go on exactly: save what is due, and stop if a signal says so."""
-        if (self._saving.due or self.should_stop) and not self._parted:
+        if (self._saving.due or self.should_stop) and not self._parted and not self._position.returning:
             self._saving.take(self._progress(epoch_done=epoch_done))
         if self.should_stop:
             self._stop()
@@ -472,6 +472,8 @@ class Run:
 
     def _has_moved(self) -> bool:
         """Whether anything happened since the latest checkpoint."""
+        if self._position.returning:
+            return False
         step, position = self._saving.latest
         if self._saving.due or self.global_step != step:
             return True
