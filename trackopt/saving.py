@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
@@ -147,7 +148,7 @@ class Saving:
         self._store.close()
 
     def _prepare(self) -> None:
-        _step_aside()
+        step_aside()
         self._store.prepare(nbytes(self._training))
 
     def _staged(self, progress: Mapping[str, Any]) -> _Writing:
@@ -186,7 +187,7 @@ class _Writing(threading.Thread):
         self._store, self._staged, self._before_commit = store, staged, before_commit
 
     def run(self) -> None:
-        _step_aside()
+        step_aside()
         self._write()
 
     def _write(self) -> None:
@@ -205,7 +206,8 @@ class _Writing(threading.Thread):
             self.join()
 
 
-def _step_aside() -> None:
+def step_aside() -> None:
     """Let the training go before this thread wherever both want a core; there is no way back for it."""
     if sys.platform == "linux":  # elsewhere it would be the whole process
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+        with contextlib.suppress(OSError):  # a sandbox may forbid it
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)

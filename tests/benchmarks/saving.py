@@ -23,6 +23,7 @@ from tests.benchmarks.measure import Cost, Row, pairwise, table
 from trackopt.checkpoint import Store, Training, capture
 from trackopt.checkpoint.retention import Marks, Retention
 from trackopt.checkpoint.store import load
+from trackopt.saving import step_aside
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -97,6 +98,7 @@ def _beside(folder: Path) -> list[Row]:
 
         def write() -> None:
             nonlocal written
+            step_aside()
             while not stop.is_set():
                 store.commit(staged, 1, lambda: None)
                 written += 1
