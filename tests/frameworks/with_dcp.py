@@ -37,6 +37,7 @@ def train(rank: int, folder: str) -> None:
     if rank == 0:
         torch.save(full, f"{folder}/full.pt")
         print(json.dumps(facts), flush=True)
+    distributed.barrier()  # or one may end while gloo still waits for it in the other, which aborts then
     distributed.destroy_process_group()
 
 

@@ -162,7 +162,7 @@ def _pieces(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 
 
 def _read(piece: list[Tensor]) -> Tensor:
-    """One vector without gaps: over gaps `dot` adds up one by one, and loses digits."""
+    """One vector without gaps, since it is read several times."""
     return vector(gather(piece) if len(piece) > 1 else piece[0]).contiguous()
 
 
@@ -171,16 +171,15 @@ def _moments(tensors: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     piece = _read(tensors)
     low, high = torch.aminmax(piece)
     if piece.is_cpu:
-        return piece.sum(), torch.dot(piece, piece), low, high
+        return piece.sum(), piece.square().sum(), low, high
     mean = piece.mean()
     deviations = piece - mean
     return mean, torch.dot(deviations, deviations), low, high
 
 
 def _squares(tensors: list[Tensor]) -> Tensor:
-    """The sum of squares of a piece on the CPU: `dot` uses all cores, and is faster than a norm on one, too."""
-    piece = _read(tensors)
-    return torch.dot(piece, piece)
+    """The sum of squares of a piece on the CPU, added pairwise: `dot` and `norm` lose digits of like numbers."""
+    return _read(tensors).square().sum()
 
 
 def _length(tensors: list[Tensor], squares: float) -> float:
