@@ -126,10 +126,10 @@ def refusing(name, error, monkeypatch, when=lambda *_: True):
 
 def test_a_file_system_without_direct_writes_is_written_through_the_cache(monkeypatch):
     """Whether it refuses when the file is opened, or only at the first write, and where it cannot preallocate."""
-    refusing("open", errno.EINVAL, monkeypatch, lambda path, flags, *_: flags & os.O_DIRECT)
-    refusing("posix_fallocate", errno.EOPNOTSUPP, monkeypatch)
-    assert integrity.check(written(TREE)) == []
-    monkeypatch.undo()
+    with monkeypatch.context() as patched:
+        refusing("open", errno.EINVAL, patched, lambda path, flags, *_: flags & os.O_DIRECT)
+        refusing("posix_fallocate", errno.EOPNOTSUPP, patched)
+        assert integrity.check(written(TREE)) == []
     refusing("pwrite", errno.EINVAL, monkeypatch, lambda file, *_: writing._is_direct(file))
     assert integrity.check(written(TREE)) == []
 
@@ -146,11 +146,11 @@ def test_a_disk_that_fails_leaves_the_earlier_file(call, error, monkeypatch):
     """One line says why; nothing half-written stays, and fsync is not tried again."""
     before = written(TREE).read_bytes()
     calls = []
-    refusing(call, error, monkeypatch, lambda *given: calls.append(given) is None)
-    with pytest.raises(CheckpointError, match=os.strerror(error)):
-        written({"other": torch.ones(9)})
+    with monkeypatch.context() as patched:
+        refusing(call, error, patched, lambda *given: calls.append(given) is None)
+        with pytest.raises(CheckpointError, match=os.strerror(error)):
+            written({"other": torch.ones(9)})
     assert len(calls) == 1
-    monkeypatch.undo()
     assert Path("folder/x.pt").read_bytes() == before
     assert [path.name for path in Path("folder").iterdir()] == ["x.pt"]
 
