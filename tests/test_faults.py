@@ -7,6 +7,7 @@ import pytest
 from tests.faults.forks import lack
 from tests.faults.proof import STRACE, WITHOUT, Extent, lines, prove
 
+pytestmark = pytest.mark.timeout(900)  # many trainings, some of them under strace
 SAMPLE = Extent(seed=7, kills=40, flips=1, states=1, most=20, lanes=1)
 
 

@@ -21,6 +21,7 @@ from tests.test_recorder import mlflow_server
 from trackopt import journal
 from trackopt.recorder.process import RecorderProcess
 
+pytestmark = pytest.mark.timeout(900)  # servers and recorders start often, and a busy machine takes its time
 HOME = Path(__file__).parents[1]
 PARTS = """
 import hashlib, sys
