@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -87,6 +88,32 @@ def run_script(script: Path, *arguments, **environment):
         text=True,
         check=False,
     )
+
+
+def on_a_terminal(script: Path, *arguments, react=lambda seen, process: None, **environment):
+    """Run a script with its standard error on a terminal, its standard output not; both, and the exit code.
+
+    ``react`` is told, whenever something appears there, all that has and the process.
+    """
+    main, side = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, str(script), *map(str, arguments)],
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=side,
+        text=True,
+    )
+    os.close(side)
+    seen = b""
+    while True:
+        try:
+            seen += os.read(main, 65536)
+        except OSError:  # the other side is closed
+            break
+        react(seen, process)
+    os.close(main)
+    output = process.communicate(timeout=60)[0]
+    return output, seen.decode(), process.returncode
 
 
 @contextlib.contextmanager

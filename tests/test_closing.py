@@ -1,16 +1,12 @@
 """The end of a run, as a user meets it on a terminal: waiting for the recorder, and not waiting."""
 
-import os
-import pty
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import mlflow_points, mlflow_run, run_script
+from tests.conftest import mlflow_points, mlflow_run, on_a_terminal, run_script
 from tests.test_recorder import wait_until_idle
 from trackopt import journal
 
@@ -40,31 +36,22 @@ def long(tmp_path, monkeypatch):
     return path
 
 
-def on_a_terminal(script, directory, *, interrupt):
-    """Run the script with its standard error on a terminal; Ctrl-C as soon as a bar is there. Its output and that."""
-    main, side = pty.openpty()
-    process = subprocess.Popen(
-        [sys.executable, str(script), str(directory)], stdout=subprocess.PIPE, stderr=side, text=True
-    )
-    os.close(side)
-    seen = b""
-    while True:
-        try:
-            seen += os.read(main, 65536)
-        except OSError:  # the other side is closed
-            break
-        if interrupt and b"delivering to" in seen:
+def interrupt():
+    """What sends Ctrl-C to the script, once, as soon as a bar is there."""
+    sent = []
+
+    def react(seen, process):
+        if b"delivering to" in seen and not sent:
             process.send_signal(signal.SIGINT)
-            interrupt = False
-    os.close(main)
-    output = process.communicate()[0]
-    assert process.returncode == 0, seen
-    return output, seen.decode()
+            sent.append(True)
+
+    return react
 
 
 def test_waiting_shows_how_far_it_is(long, tmp_path):
     """A terminal gets a bar that ends at everything; afterwards everything is there."""
-    output, seen = on_a_terminal(long, tmp_path / "run", interrupt=False)
+    output, seen, code = on_a_terminal(long, tmp_path / "run")
+    assert code == 0, seen
     assert output == "closing\nclosed\n"
     assert "delivering to TensorBoard and MLflow" in seen
     assert "%" in seen
@@ -74,7 +61,8 @@ def test_waiting_shows_how_far_it_is(long, tmp_path):
 def test_ctrl_c_ends_the_waiting_and_not_the_delivery(long, tmp_path):
     """One line is told, without a traceback; the script goes on, and the recorder ends its work."""
     directory = tmp_path / "run"
-    output, seen = on_a_terminal(long, directory, interrupt=True)
+    output, seen, code = on_a_terminal(long, directory, react=interrupt())
+    assert code == 0, seen
     assert output == "closing\nclosed\n"
     assert seen.count("the recorder goes on delivering in the background") == 1
     assert "Traceback" not in seen

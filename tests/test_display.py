@@ -1,7 +1,6 @@
 """What a training shows while it runs: on a terminal, piped, beside tqdm, and when it is not wanted."""
 
 import os
-import pty
 import re
 import signal
 import subprocess
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import on_a_terminal
 from trackopt.display import State
 
 SCRIPT = """
@@ -60,34 +60,16 @@ def piped(script, *words, **environment):
     return done.stderr
 
 
-def on_a_terminal(script, *words, columns=80):
-    """The standard error of the script, which is a terminal; its standard output is not."""
-    main, side = pty.openpty()
-    environment = {**os.environ, "COLUMNS": str(columns), "TERM": "xterm-256color"}
-    environment.pop("NO_COLOR", None)
-    command = [sys.executable, str(script), *words]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=side, env=environment, text=True)
-    os.close(side)
-    seen = b""
-    while True:
-        try:
-            seen += os.read(main, 65536)
-        except OSError:  # the other side is closed
-            break
-    os.close(main)
-    out, _ = process.communicate(timeout=60)
-    return out, seen.decode(), process.returncode
-
-
 def plain(text):
     """Without colours and movements of the cursor."""
     return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
 
 
 @pytest.mark.parametrize("columns", [80, 120])
-def test_two_lines_stay_on_a_terminal(script, columns):
+def test_two_lines_stay_on_a_terminal(script, columns, monkeypatch):
     """The last picture is that of the end; no line is wider than the terminal; standard output is left alone."""
-    out, seen, code = on_a_terminal(script, columns=columns)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    out, seen, code = on_a_terminal(script, COLUMNS=str(columns), TERM="xterm-256color")
     assert (out, code) == ("validated 0\nvalidated 1\n", 0)
     lines = plain(seen).replace("\r", "\n").split("\n")
     *_, first, second = filter(None, map(str.strip, lines))
@@ -97,7 +79,7 @@ def test_two_lines_stay_on_a_terminal(script, columns):
 
 
 def test_a_killed_training_leaves_a_cursor(script):
-    _, seen, code = on_a_terminal(script, "die")
+    _, seen, code = on_a_terminal(script, "die", TERM="xterm-256color")
     assert code == -signal.SIGKILL
     assert "epoch 1/2" in plain(seen)
     assert seen.rfind("\x1b[?25h") > seen.rfind("\x1b[?25l")
