@@ -33,7 +33,7 @@ def describe(directory: Path, identity: dict[str, Any]) -> str:
     )
     return "\n".join(
         [
-            f"The training **{identity['name']}**, told step by step by trackopt. It lives in `{directory}`.",
+            f"The training **{identity['name']}**, logged at every step by trackopt from `{directory}`.",
             *_block("Resume it from its newest checkpoint:", home, f"TRACKOPT_DIR={there} {command}"),
             *_block("Reproduce it from the start, in a fresh directory:", home, f"TRACKOPT_DIR={again} {command}"),
             *_block("Look at it:", f"trackopt inspect {there}", f"trackopt plot {there}", f"trackopt ui {above}"),
