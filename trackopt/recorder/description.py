@@ -17,12 +17,6 @@ def describe(directory: Path, identity: dict[str, Any]) -> str:
     Args:
         directory: The run's directory.
         identity: What its ``run.json`` says.
-
-    Example:
-        >>> from pathlib import Path
-        >>> run = {"name": "digits", "working_directory": "/work", "command": "python train.py"}
-        >>> print(describe(Path("/work/runs/digits"), run).splitlines()[6])
-        TRACKOPT_DIR=/work/runs/digits python train.py
     """
     home = f"cd {shlex.quote(identity['working_directory'])}"
     command = identity["command"]
