@@ -19,6 +19,7 @@ Point = tuple[float, float]
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 _DECADES = 100.0  # from the lowest value to the highest, and the low ones could not be told apart
+_LEAST = 1e-300  # below it the arithmetic of logarithmic axes underflows
 _SWINGS = 12  # how often a curve may go from end to end and not count as noise
 
 
@@ -63,7 +64,7 @@ class Panel:
     def scaled(self) -> Panel:
         """The same with a logarithmic y axis, if all values are positive and reach over two decades."""
         bounds = self.bounds()
-        if bounds is None or bounds[2] <= 0 or bounds[3] / _DECADES < bounds[2]:
+        if bounds is None or bounds[2] < _LEAST or bounds[3] / _DECADES < bounds[2]:
             return self
         return replace(self, title=f"{self.title} (log)", log=True)
 
