@@ -53,7 +53,7 @@ MAY_IMPORT = {
     },
     "__main__": {"cli"},
 }
-TORCH = {"observe", "checkpoint", "loop", "arguments", "restoring", "run", "schedule"}
+TORCH = {"observe", "checkpoint", "loop", "arguments", "pending", "restoring", "run", "schedule"}
 BACKENDS = {
     "recorder/mlflow.py": {"mlflow"},
     "recorder/artifacts.py": {"mlflow"},

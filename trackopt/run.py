@@ -430,6 +430,7 @@ class Run:
     def _progress(self, *, epoch_done: bool = False) -> dict[str, Any]:
         """Where the run stands, for a checkpoint."""
         position = self._position.state_dict(epoch_done=epoch_done)
+        self._telemetry.settle()
         return {
             "run_id": self._directory.identity["id"],
             "name": self._directory.identity["name"],
