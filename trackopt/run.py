@@ -382,6 +382,7 @@ class Run:
             if self._open:
                 self._saving.prepare()
             if self._probe is not None:
+                self._telemetry.settle()
                 self._probe.record(self.global_step)
         if self._recorder is not None:
             _tell(self._recorder.messages())
