@@ -13,16 +13,17 @@ import signal
 import sys
 import traceback
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch._dynamo  # or each process imports it when it makes its first optimizer
 from torch import nn
 
 import trackopt
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
 QUIET: dict[str, Any] = {"sinks": (), "stats": "group"}
 ROWS = torch.arange(96, dtype=torch.float32).reshape(24, 4).sin()
@@ -44,7 +45,7 @@ def loss_of(model: nn.Module, rows: torch.Tensor) -> torch.Tensor:
 
 
 def plain(folder: Path, *, accumulate: int = 1, bf16: bool = False, epochs: int = 3) -> None:
-    """The loop that every framework's is held against: six batches an epoch, the scheduler stepped with the optimizer."""
+    """The loop that every framework's is held against: six batches an epoch, a scheduler that goes by steps."""
     model = net()
     optimizer, scheduler = optimizers(model)
     run = trackopt.wrap(optimizer, scheduler, model=model, dir=folder, progress=False, **QUIET)

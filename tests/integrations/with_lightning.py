@@ -1,5 +1,6 @@
 """Lightning: automatic and manual optimization, gradient accumulation, mixed precision; killed and resumed."""
 
+import contextlib
 import sys
 from functools import partial
 from pathlib import Path
@@ -95,22 +96,26 @@ def fit_twice(folder):
     trainer.fit(module, DataLoader(ROWS, batch_size=4))
 
 
+class Failing(Automatic):
+    def validation_step(self, rows):
+        raise ValueError("a mistake in the user's code")
+
+
 def fail(folder):
-    try:
-        fit(folder, lambda _: lightning.LightningModule())
-    except Exception:  # noqa: BLE001 - whatever Lightning says of a module without anything in it
-        return
+    with contextlib.suppress(ValueError):
+        fit(folder, Failing)
 
 
 if __name__ == "__main__":
     home = Path(sys.argv[1])
     live(partial(examples, "lightning"))
     lives(fit, home)
-    live(partial(plain, home / "plain"))
+    live(partial(plain, home / "plain-whole"))
     live(partial(fit, home / "halves", accumulate_grad_batches=2))
     live(partial(plain, home / "plain-halves", accumulate=2))
     live(partial(fit, home / "bf16", precision="bf16-mixed"))
     live(partial(plain, home / "plain-bf16", bf16=True))
     live(partial(fit, home / "manual", Manual))
     live(partial(plain_manual, home / "plain-manual"))
+    live(partial(fail, home / "failed"))
     live(partial(fit_twice, home / "twice"))
