@@ -183,6 +183,12 @@ class Telemetry:
         self._turns.load_state_dict(state["turns"])
         self.recorded = self.step
 
+    def start_at(self, step: int) -> None:
+        """Go on counting from a step, where nothing else is known."""
+        for observer in self._observers.values():
+            observer.steps = step
+        self.recorded = step
+
     def close(self) -> None:
         """Let go of the optimizers."""
         for observer in self._observers.values():
