@@ -37,12 +37,17 @@ MAY_IMPORT = {
     "arguments": {"checkpoint"},
     "signals": set(),
     "telemetry": {"checkpoint", "journal", "observe", "pending"},
-    "saving": {"checkpoint", "journal"},
-    "resuming": {"checkpoint", "directory"},
+    "meeting": {"ranks"},
+    "alike": {"checkpoint", "ranks"},
+    "saving": {"checkpoint", "journal", "ranks"},
+    "resuming": {"checkpoint", "directory", "ranks"},
     "restoring": {"archive", "arguments", "checkpoint", "integrity", "state"},
     "run": {
-        *("arguments", "checkpoint", "directory", "journal", "loop", "display", "observe", "recorder"),
+        *("checkpoint", "directory", "display", "journal", "loop", "meeting", "observe", "ranks", "recorder"),
         *("rehearsal", "resuming", "saving", "signals", "telemetry"),
+    },
+    "wrapping": {
+        *("alike", "arguments", "checkpoint", "directory", "ranks", "recorder", "rehearsal", "resuming", "run"),
     },
     "nearest": set(),
     "schedule": {"nearest", "observe"},
@@ -54,7 +59,7 @@ MAY_IMPORT = {
     },
     "__main__": {"cli"},
 }
-TORCH = {"observe", "checkpoint", "loop", "arguments", "ranks", "restoring", "run", "schedule"}
+TORCH = {"observe", "checkpoint", "loop", "arguments", "ranks", "restoring", "resuming", "schedule", "wrapping"}
 BACKENDS = {
     "recorder/mlflow.py": {"mlflow"},
     "recorder/artifacts.py": {"mlflow"},

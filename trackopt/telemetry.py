@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from trackopt.checkpoint import Training
     from trackopt.journal import Journal
+    from trackopt.pending import Gather
 
 _FORGOTTEN = 100  # steps without the end of an iteration, after which the user is reminded of it
 
@@ -31,6 +32,7 @@ class Telemetry:
     Args:
         training: Whose optimizers and schedulers to watch.
         journal: Where the records go.
+        gather: As `Pending` takes it.
         **options: ``stats``, ``stats_every`` and ``histograms_every`` as `Observer` takes them.
 
     Attributes:
@@ -38,11 +40,11 @@ class Telemetry:
         latest: What it says.
     """
 
-    def __init__(self, training: Training, journal: Journal, **options: Any) -> None:
+    def __init__(self, training: Training, journal: Journal, gather: Gather, **options: Any) -> None:
         self.recorded = 0
         self.latest: Mapping[str, float] = {}
         self._journal = journal
-        self._pending = Pending()
+        self._pending = Pending(gather)
         self._turns = Turns(training.schedulers, training.stateful.values())
         optimizers = training.optimizers
         self._observers = {
@@ -74,13 +76,13 @@ class Telemetry:
             evaluations=sum(observer.evaluations for observer in observers),
         )
 
-    def log(self, metrics: Mapping[str, Any]) -> None:
-        """Take what the user logs.
+    def log(self, metrics: Mapping[str, Any], *, shared: bool = False) -> None:
+        """Take what the user logs; with ``shared``, the mean of what all ranks do.
 
         Raises:
             UsageError: A value is not a number.
         """
-        self._pending.add(metrics)
+        self._pending.add(metrics, shared=shared)
         if not self._reminded and self.step - self.recorded > _FORGOTTEN:
             self._reminded = True
             logger.warning(
