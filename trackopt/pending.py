@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor
+
 from trackopt.errors import UsageError
 
 if TYPE_CHECKING:
@@ -13,8 +16,15 @@ if TYPE_CHECKING:
     Gather = Callable[[dict[str, tuple[float, int]]], list[dict[str, tuple[float, int]]]]
 
 
+def alone(value: Any) -> list[Any]:
+    """What every rank gives, where there is one."""
+    return [value]
+
+
 class Pending:
     """Sums of what was logged, by key; a key that was logged several times counts as its mean.
+
+    What is on a device is summed there, so that nobody waits for it.
 
     Args:
         gather: Returns what every rank gives it.
@@ -23,8 +33,8 @@ class Pending:
         recorded: The keys that the latest step's record has already: each key has one value at a step.
     """
 
-    def __init__(self, gather: Gather) -> None:
-        self._sums: dict[str, tuple[float, int]] = {}
+    def __init__(self, gather: Gather = alone) -> None:
+        self._sums: dict[str, tuple[float | Tensor, int]] = {}
         self._shared: set[str] = set()
         self._gather = gather
         self.recorded: set[str] = set()
@@ -45,14 +55,14 @@ class Pending:
         if shared:
             self._shared |= metrics.keys()
 
-    def take(self) -> dict[str, float]:
+    def take(self) -> dict[str, float | Tensor]:
         """Everything that waits, for the record of a new step."""
         self._share(self._shared)
         taken = {key: total / count for key, (total, count) in self._sums.items()}
         self._sums.clear()
         return taken
 
-    def take_rest(self) -> dict[str, float]:
+    def take_rest(self) -> dict[str, float | Tensor]:
         """What waits and is not recorded at the latest step yet; the rest goes on waiting for the next."""
         keys = self._sums.keys() - self.recorded
         self._share(self._shared & keys)
@@ -64,7 +74,7 @@ class Pending:
 
     def _share(self, keys: set[str]) -> None:
         """Count what the other ranks logged under these keys as if it had been logged here."""
-        own = {key: self._sums[key] for key in sorted(keys & self._sums.keys())}
+        own = {key: (float(total), count) for key, (total, count) in self._sums.items() if key in keys}
         if own:
             ranks = self._gather(own)
             for key in own:
@@ -73,7 +83,8 @@ class Pending:
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run must know to go on with the same means."""
-        return {"sums": dict(self._sums), "recorded": sorted(self.recorded), "shared": sorted(self._shared)}
+        sums = {key: (float(total), count) for key, (total, count) in self._sums.items()}
+        return {"sums": sums, "recorded": sorted(self.recorded), "shared": sorted(self._shared)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what ``state_dict`` returned."""
@@ -81,10 +92,12 @@ class Pending:
         self._shared = set(state.get("shared", ()))
 
 
-def _number(key: str, value: Any) -> float:
+def _number(key: str, value: Any) -> float | Tensor:
     try:
         if isinstance(value, (str, bytes)):
             raise TypeError
+        if isinstance(value, Tensor) and value.is_cuda and value.numel() == 1 and not value.is_complex():
+            return value.detach().reshape(()).to(torch.float64, copy=True)  # the loop may write into it
         return float(value.item() if hasattr(value, "item") else value)
     except (TypeError, ValueError, RuntimeError) as error:
         shape = f" of shape {tuple(value.shape)}" if hasattr(value, "shape") else ""
