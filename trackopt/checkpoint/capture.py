@@ -120,9 +120,9 @@ def capture(training: Training, progress: Mapping[str, Any]) -> dict[str, Any]:
         "optimizer": _each(training.optimizer, lambda optimizer: optimizer.state_dict()),
         "scheduler": _each(training.scheduler, lambda scheduler: scheduler.state_dict()),
     }
-    tree = {key: _plain(value, key) for key, value in tree.items() if value is not None}
+    tree = {key: plain(value, key) for key, value in tree.items() if value is not None}
     tree["rng"] = rng.capture()
-    tree |= {name: _plain(state_of(thing), name) for name, thing in training.stateful.items()}
+    tree |= {name: plain(state_of(thing), name) for name, thing in training.stateful.items()}
     tree["trackopt"] = {
         "format": FORMAT,
         "time": time.time(),
@@ -215,19 +215,19 @@ def _group_names(index: int, group: dict[str, Any], names: Mapping[int, str]) ->
     return [names.get(id(parameter), own[i]) for i, parameter in enumerate(group["params"])]
 
 
-def _plain(value: Any, path: str) -> Any:
+def plain(value: Any, path: str) -> Any:
     """The same tree with NumPy's scalars as python's; anything that cannot be loaded safely is refused by its path."""
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, _PLAIN):
         return value
     if type(value) in {dict, OrderedDict, Counter}:
-        items = type(value)({_plain(key, path): _plain(each, f"{path}.{key}") for key, each in value.items()})
+        items = type(value)({plain(key, path): plain(each, f"{path}.{key}") for key, each in value.items()})
         if hasattr(value, "_metadata"):
             items._metadata = value._metadata  # the versions of a module's layers, which load_state_dict wants back
         return items
     if type(value) in {list, tuple, set}:
-        return type(value)(_plain(each, f"{path}[{i}]") for i, each in enumerate(value))
+        return type(value)(plain(each, f"{path}[{i}]") for i, each in enumerate(value))
     raise UsageError(
         f"{path} is a {class_name(value)}, which a checkpoint cannot hold safely; "
         "let its state_dict() return numbers, strings, tensors, lists and dicts"
