@@ -30,6 +30,7 @@ MAY_IMPORT = {
     "observe": set(),
     "checkpoint": {"archive", "durable", "integrity", "state"},
     "pending": set(),
+    "ranks": {"checkpoint"},
     "display": {"observe"},
     "loop": {"checkpoint"},
     "recorder": {"journal", "directory"},
@@ -53,7 +54,7 @@ MAY_IMPORT = {
     },
     "__main__": {"cli"},
 }
-TORCH = {"observe", "checkpoint", "loop", "arguments", "restoring", "run", "schedule"}
+TORCH = {"observe", "checkpoint", "loop", "arguments", "ranks", "restoring", "run", "schedule"}
 BACKENDS = {
     "recorder/mlflow.py": {"mlflow"},
     "recorder/artifacts.py": {"mlflow"},
