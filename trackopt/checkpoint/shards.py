@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
+
 from trackopt import archive
 from trackopt.archive import manifest
 from trackopt.archive.directories import REST
@@ -201,7 +202,8 @@ def _make(part: Path) -> None:
 
 
 def _write_parts(parts: dict[str, Any], part: Path, group: ProcessGroup | None) -> None:
-    from torch.distributed.checkpoint import CheckpointException, FileSystemWriter
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.filesystem import FileSystemWriter
     from torch.distributed.checkpoint.state_dict_saver import save
 
     try:
