@@ -50,8 +50,6 @@ def damaged(files: Files) -> Iterator[str]:
                 f"{name}: {now['bytes']:,} bytes with the checksum {now['crc32']}, "
                 f"{said.get('bytes', 0):,} with {said.get('crc32')} were written"
             )
-    if strangers := sorted({path.name for path in files.directory.iterdir()} - listed.keys() - {NAME}):
-        yield f"{strangers[0]}: is in no list of its files"
 
 
 def _listed(files: Files) -> dict[str, dict[str, Any]]:
