@@ -54,7 +54,7 @@ MAY_IMPORT = {
     },
     "__main__": {"cli"},
 }
-TORCH = {"observe", "checkpoint", "loop", "arguments", "ranks", "restoring", "run", "schedule"}
+TORCH = {"observe", "checkpoint", "loop", "arguments", "pending", "ranks", "restoring", "run", "schedule"}
 BACKENDS = {
     "recorder/mlflow.py": {"mlflow"},
     "recorder/artifacts.py": {"mlflow"},
