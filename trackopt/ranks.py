@@ -7,10 +7,12 @@ that ``init_process_group(timeout=…)`` was given.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
-import io
 import itertools
+import pickle
 import sys
+import uuid
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -36,11 +38,17 @@ class Ranks:
         rank: This process's number, from 0.
         world: How many there are.
         group: Their gloo group, for whoever needs collectives of its own; ``None`` for one process.
+        store: What all ranks can read and write, whatever the others are doing; ``None`` for one process.
+        patience: Seconds until a wait for another rank ends.
+        apart: Whether this process has left the others, or they it.
     """
 
     rank: int = 0
     world: int = 1
     group: dist.ProcessGroup | None = None
+    store: Any = None
+    patience: float = 0.0
+    apart: bool = False
 
     @property
     def leads(self) -> bool:
@@ -51,7 +59,7 @@ class Ranks:
         """The values of all ranks, in order, on each of them; every rank must call this at the same place.
 
         Args:
-            value: Plain values and tensors, small; tensors arrive on the CPU.
+            value: Whatever pickles, and is small; tensors only on the CPU.
 
         Raises:
             RunError: Another rank did not come, or is gone.
@@ -82,28 +90,30 @@ class _Several(Ranks):
     def __init__(self) -> None:
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         store = dist.distributed_c10d._get_default_store()
-        self._store = PrefixStore(f"trackopt/{next(_numbers)}", store)
+        self.store = PrefixStore(f"trackopt/{next(_numbers)}", store)
         patience: timedelta = store.timeout  # type: ignore[attr-defined]  # torch's stubs lack it
+        self.patience = patience.total_seconds()
         self._calls = 0
-        self._left = False
         self._room = 1000  # bytes that a value is expected to have; one collective is enough for these
         self._come()
         with self._waiting():
             self.group = dist.new_group(backend="gloo", timeout=patience, group_desc="trackopt")
+        # torchrun may keep the store when it starts the processes again: what the earlier ones wrote must not be read
+        self.store = PrefixStore(self.told(uuid.uuid4().hex), store)
+        self._come()
+        atexit.register(_part)
 
     def gather(self, value: T) -> list[T]:
-        if self._left:
+        if self.apart:
             return [value]
         self._come()
-        file = io.BytesIO()
-        torch.save(value, file)
-        sent = file.getvalue()
+        sent = pickle.dumps(value)
         with self._waiting():
             found = self._exchange(sent)
             if (largest := max(map(len, found))) > self._room:  # all see that, and none has all of it
                 self._room = largest
                 found = self._exchange(sent)
-        return [torch.load(io.BytesIO(each), map_location="cpu", weights_only=True) for each in found]
+        return [pickle.loads(each) for each in found]  # noqa: S301 - the other processes of this very training
 
     def agree(self, action: Callable[[], T]) -> T:
         result, caught = None, None
@@ -121,7 +131,7 @@ class _Several(Ranks):
         raise self._ending(kind, message, tells=self.rank == first) from caught
 
     def leave(self) -> None:
-        self._left = True
+        self.apart = True
 
     def _exchange(self, sent: bytes) -> list[bytes]:
         """What every rank sent; of one that sent more than there is room for, its length in bytes that say nothing."""
@@ -138,14 +148,13 @@ class _Several(Ranks):
         """Leave word of how far this rank is, for those that wait for it in vain."""
         self._calls += 1
         with self._waiting():
-            self._store.set(str(self.rank), str(self._calls))
+            self.store.set(str(self.rank), str(self._calls))
 
     @contextlib.contextmanager
     def _waiting(self) -> Iterator[None]:
         try:
             yield
         except (RuntimeError, ValueError) as error:  # torch has no error of its own for a closed group
-            self._left = True
             late = self._late()
             tells = next(rank for rank in range(self.world) if rank not in late) == self.rank
             raise self._ending("RunError", self._why(error, late), tells=tells) from error
@@ -153,7 +162,7 @@ class _Several(Ranks):
     def _late(self) -> list[int]:
         """The ranks that did not come as far as this one."""
         with contextlib.suppress(RuntimeError):  # the process that kept the store is gone too
-            came = [self._store.check([str(rank)]) and int(self._store.get(str(rank))) for rank in range(self.world)]
+            came = [self.store.check([str(rank)]) and int(self.store.get(str(rank))) for rank in range(self.world)]
             return [rank for rank, calls in enumerate(came) if calls < self._calls]
         return []
 
@@ -161,10 +170,11 @@ class _Several(Ranks):
         if not dist.is_initialized():
             return "the process group is gone; call run.close() before torch.distributed.destroy_process_group()"
         if late:
-            return f"rank {listed(late)} of {self.world} did not come; run the same script on every rank"
+            return f"rank {listed(late)} of {self.world} did not come; each must make the same calls to trackopt"
         return f"a rank is gone ({str(error).splitlines()[0]}); start all of them again"
 
     def _ending(self, kind: str, message: str, *, tells: bool) -> TrackoptError:
+        self.apart = True
         if tells:
             print(f"trackopt: {message}", file=sys.stderr, flush=True)
         error: TrackoptError = _ending(kind)(message)
@@ -187,6 +197,12 @@ def here() -> Ranks:
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         return _Several()
     return Ranks()
+
+
+def _part() -> None:
+    """A process that ends with a group of gloo still open may abort, and then its exit code is lost."""
+    if dist.is_initialized() and dist.get_backend() == "gloo":
+        dist.destroy_process_group()
 
 
 def _ending(kind: str) -> Any:

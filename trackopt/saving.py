@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from trackopt.checkpoint import Store, Training
     from trackopt.checkpoint.staging import Staged
     from trackopt.journal import Journal
+    from trackopt.ranks import Ranks
 
 logger = logging.getLogger("trackopt")
 
@@ -51,6 +52,7 @@ class Saving:
     Args:
         training: What they are taken of.
         store: Where they go.
+        ranks: This process among those of the training; the first one writes.
         journal: What is told of them, and made durable with them.
         save_every: Optimizer steps, or time, between two of them; ``None`` for only those that are asked for.
         save_busy: Whether one that becomes due so while another is being written has to ``"wait"`` or to ``"skip"``.
@@ -65,6 +67,7 @@ class Saving:
         training: Training,
         store: Store,
         journal: Journal,
+        ranks: Ranks,
         *,
         save_every: int | timedelta | None,
         save_busy: str,
@@ -74,6 +77,7 @@ class Saving:
         self._training = training
         self._store = store
         self._journal = journal
+        self._ranks = ranks
         self._every = save_every
         self._skips = save_busy == "skip"
         self._background = background
@@ -89,6 +93,7 @@ class Saving:
 
     def request(self, request: Request) -> None:
         """Ask for one."""
+        self._at = time.monotonic()
         self._due = self._due.joined(request) if self._due is not None else request
 
     def advance(self, before: int, step: int) -> None:
@@ -96,15 +101,26 @@ class Saving:
         if self._writing is not None and not self._writing.is_alive():
             self.settle()
         if isinstance(self._every, timedelta):
-            due = time.monotonic() - self._at >= self._every.total_seconds()
+            due = self._ranks.world == 1 and self.is_overdue()
         else:
             due = self._every is not None and step // self._every > before // self._every
-        if due and not (self._skips and self._writing is not None):
+            due = due and not (self._skips and self._ranks.told(self._writing is not None))
+        if due:
             self.request(Request())
+
+    def is_overdue(self) -> bool:
+        """Whether it is time for one, where time decides.
+
+        Several processes have a clock each; they take a checkpoint when rank 0's says so, at an iteration that they
+        agree on.
+        """
+        if not isinstance(self._every, timedelta) or (self._skips and self._writing is not None):
+            return False
+        return time.monotonic() - self._at >= self._every.total_seconds()
 
     def prepare(self) -> None:
         """Get the memory ready in the background; after the first step the size of the state is known."""
-        if self._preparing is None:
+        if self._preparing is None and self._ranks.leads:
             self._preparing = threading.Thread(target=self._prepare, name="trackopt-prepare")
             self._preparing.start()
 
@@ -114,6 +130,9 @@ class Saving:
         Args:
             progress: What it says under ``trackopt`` beside what is found in the training itself.
         """
+        if not self._ranks.leads:
+            self._due = None
+            return
         wait = not self._background or (self._due is not None and self._due.wait)
         try:
             self._writing = self._staged(progress)
@@ -131,7 +150,7 @@ class Saving:
         Raises:
             CheckpointError: It could not be written; the earlier ones are untouched.
         """
-        if error := self._finish(self._staged(progress)):
+        if self._ranks.leads and (error := self._finish(self._staged(progress))):
             raise error
 
     def settle(self) -> None:

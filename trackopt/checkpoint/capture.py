@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import numpy as np
 import torch
 from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 import trackopt
 from trackopt.checkpoint import rng
@@ -20,8 +22,6 @@ from trackopt.errors import UsageError
 
 if TYPE_CHECKING:
     import random
-
-    from torch.optim import Optimizer
 
     Generator = torch.Generator | np.random.Generator | np.random.RandomState | random.Random
 
@@ -77,13 +77,13 @@ class Training:
 
     @property
     def optimizers(self) -> dict[str, Optimizer]:
-        """By name; the only one is called ``optimizer``."""
-        return _named("optimizer", self.optimizer)
+        """By name; the only one is called ``optimizer``. Of one that a framework has wrapped, the real one."""
+        return {name: _bare_optimizer(one) for name, one in _named("optimizer", self.optimizer).items()}
 
     @property
     def schedulers(self) -> dict[str, Any]:
-        """By name; the only one is called ``scheduler``."""
-        return _named("scheduler", self.scheduler)
+        """By name; the only one is called ``scheduler``. Of one that a framework has wrapped, the real one."""
+        return {name: _bare_scheduler(one) for name, one in _named("scheduler", self.scheduler).items()}
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters of all models; where there are several, with the model's name in front."""
@@ -121,9 +121,9 @@ def capture(training: Training, progress: Mapping[str, Any]) -> dict[str, Any]:
         "optimizer": _optimizers(training),
         "scheduler": _each(training.scheduler, lambda scheduler: scheduler.state_dict()),
     }
-    tree = {key: _plain(value, key) for key, value in tree.items() if value is not None}
+    tree = {key: plain(value, key) for key, value in tree.items() if value is not None}
     tree["rng"] = rng.capture()
-    tree |= {name: _plain(state_of(thing), name) for name, thing in training.stateful.items()}
+    tree |= {name: plain(state_of(thing), name) for name, thing in training.stateful.items()}
     tree["trackopt"] = {
         "format": FORMAT,
         "time": time.time(),
@@ -186,6 +186,18 @@ def _named(role: str, value: Any) -> dict[str, Any]:
     return dict(value) if isinstance(value, Mapping) else {role: value}
 
 
+def _bare_optimizer(optimizer: Any) -> Any:
+    """Accelerate's and Lightning's wrappers have no step hooks; the optimizer in them has."""
+    inner = getattr(optimizer, "optimizer", None)
+    wrapped = isinstance(inner, Optimizer) and not hasattr(optimizer, "_optimizer_step_pre_hooks")
+    return inner if wrapped else optimizer
+
+
+def _bare_scheduler(scheduler: Any) -> Any:
+    inner = getattr(scheduler, "scheduler", None)
+    return inner if isinstance(inner, LRScheduler) and not isinstance(scheduler, LRScheduler) else scheduler
+
+
 def _of_parameters(training: Training, of: Callable[[nn.Parameter], T]) -> dict[str, list[list[T]]]:
     return {
         key: [[of(parameter) for parameter in group["params"]] for group in optimizer.param_groups]
@@ -212,19 +224,19 @@ def _group_names(index: int, group: dict[str, Any], names: Mapping[int, str]) ->
     return [names.get(id(parameter), own[i]) for i, parameter in enumerate(group["params"])]
 
 
-def _plain(value: Any, path: str) -> Any:
+def plain(value: Any, path: str) -> Any:
     """The same tree with NumPy's scalars as python's; anything that cannot be loaded safely is refused by its path."""
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, _PLAIN):
         return value
     if type(value) in {dict, OrderedDict, Counter}:
-        items = type(value)({_plain(key, path): _plain(each, f"{path}.{key}") for key, each in value.items()})
+        items = type(value)({plain(key, path): plain(each, f"{path}.{key}") for key, each in value.items()})
         if hasattr(value, "_metadata"):
             items._metadata = value._metadata  # the versions of a module's layers, which load_state_dict wants back
         return items
     if type(value) in {list, tuple, set}:
-        return type(value)(_plain(each, f"{path}[{i}]") for i, each in enumerate(value))
+        return type(value)(plain(each, f"{path}[{i}]") for i, each in enumerate(value))
     raise UsageError(
         f"{path} is a {class_name(value)}, which a checkpoint cannot hold safely; "
         "let its state_dict() return numbers, strings, tensors, lists and dicts"
