@@ -26,7 +26,7 @@ from trackopt import archive
 from trackopt.archive import manifest
 from trackopt.archive.directories import REST
 from trackopt.archive.nodes import Opaque
-from trackopt.checkpoint.spread import Stored, here, is_distributed
+from trackopt.checkpoint.spread import Stored, has_distributed, here, is_distributed
 from trackopt.checkpoint.write import PART, write
 from trackopt.durable import sync_directory
 from trackopt.errors import ArchiveError, CheckpointError
@@ -62,10 +62,12 @@ class Shards:
     Attributes:
         parts: What this one has of what is spread.
         rest: Everything else; only the first process has it.
+        error: Why this one has nothing, where that is so; the others learn of it when they write.
     """
 
     parts: dict[str, Any]
     rest: Staged | None
+    error: Exception | None = None
 
 
 class ShardMemory:
@@ -104,7 +106,7 @@ class ShardMemory:
 
 def split(tree: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """What of a captured tree is spread, and the rest."""
-    parts = {key: value for key, value in tree.items() if key in _SPREAD or _has_distributed(value)}
+    parts = {key: value for key, value in tree.items() if key in _SPREAD or has_distributed(value)}
     return parts, {key: value for key, value in tree.items() if key not in parts}
 
 
@@ -121,9 +123,16 @@ def write_together(shards: Shards, path: Path, ranks: Ranks, *, before_commit: C
         CheckpointError: On all of them, where one could not write; the name and all earlier ones are as they were.
     """
     part = path.with_name(f".{path.name}{PART}")
-    leads = shards.rest is not None
+    leads = ranks.rank == 0
+
+    def begin() -> None:
+        if shards.error is not None:
+            raise shards.error
+        if leads:
+            _make(part)
+
     try:
-        _all(ranks, path, lambda: _make(part) if leads else None)
+        _all(ranks, path, begin)
         _all(ranks, path, lambda: _write_parts(shards.parts, part, ranks.group))
         sums = _all(ranks, path, lambda: {file.name: manifest.checksum(file) for file in _own(part, ranks.rank)})
 
@@ -187,11 +196,6 @@ def _stored(opened: archive.Archive, node: Any) -> Any:
     if isinstance(node, Opaque):
         raise ArchiveError(f"it holds {node!r}, which would have to be run")
     return node
-
-
-def _has_distributed(value: Any) -> bool:
-    inside = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
-    return is_distributed(value) or any(map(_has_distributed, inside))
 
 
 def _make(part: Path) -> None:

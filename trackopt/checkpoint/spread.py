@@ -68,6 +68,12 @@ def is_distributed(tensor: object) -> TypeGuard[DTensor]:
     return isinstance(tensor, Tensor) and hasattr(tensor, "to_local")
 
 
+def has_distributed(state: Any) -> bool:
+    """Whether a state has a DTensor in it."""
+    inside = state.values() if isinstance(state, dict) else state if isinstance(state, (list, tuple)) else ()
+    return is_distributed(state) or any(map(has_distributed, inside))
+
+
 def here(tensor: Tensor) -> Tensor:
     """The part of a tensor that this process holds."""
     return tensor.to_local() if is_distributed(tensor) else tensor

@@ -51,6 +51,11 @@ class Store:
         self._shards = ShardMemory()
         self._marks: dict[int, Marks] = {}
 
+    @property
+    def together(self) -> bool:
+        """Whether all processes write each checkpoint."""
+        return self._ranks is not None
+
     def paths(self) -> list[Path]:
         """The committed checkpoints, by step."""
         return list(self._by_step().values())
@@ -77,7 +82,10 @@ class Store:
         if self._ranks is None:
             return self._staging.stage(tree)
         parts, rest = shards.split(tree)
-        return Shards(self._shards.copy(parts), self._staging.stage(rest) if self._leads else None)
+        try:
+            return Shards(self._shards.copy(parts), self._staging.stage(rest) if self._leads else None)
+        except (CheckpointError, MemoryError, RuntimeError) as error:  # the last is torch's for memory
+            return Shards({}, None, error)
 
     def commit(self, staged: Staged | Shards, step: int, before_commit: Callable[[], None]) -> Path:
         """Write a staged checkpoint under the name of its step, then let go of those that are not kept.
