@@ -29,7 +29,7 @@ from trackopt.archive.nodes import Opaque
 from trackopt.checkpoint.spread import Stored, has_distributed, here, is_distributed
 from trackopt.checkpoint.write import PART, write
 from trackopt.durable import sync_directory
-from trackopt.errors import ArchiveError, CheckpointError
+from trackopt.errors import ArchiveError, CheckpointError, TrackoptError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -146,10 +146,12 @@ def write_together(shards: Shards, path: Path, ranks: Ranks, *, before_commit: C
             put_in_place(part, path)
 
         _all(ranks, path, lambda: commit() if leads else None)
-    except CheckpointError:
+    except TrackoptError as error:
         if leads:
             shutil.rmtree(part, ignore_errors=True)
-        raise
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{path}: not written ({error})") from error
 
 
 def put_in_place(part: Path, path: Path) -> None:
