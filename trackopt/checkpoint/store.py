@@ -242,7 +242,8 @@ def _problems(path: Path) -> list[str]:
             return integrity.problems(opened)
     except (ArchiveError, OSError) as error:
         trouble = error.__cause__ if isinstance(error, ArchiveError) else error
-        if not isinstance(trouble, OSError):
+        missing = isinstance(trouble, FileNotFoundError) and path.exists()  # one of its files
+        if missing or not isinstance(trouble, OSError):
             return [str(error).removeprefix(f"{path}: ")]
         raise CheckpointError(
             f"{path}: cannot be read ({trouble.strerror}); try again, or move it away to go on from the one before"
