@@ -75,7 +75,7 @@ TORCH = {
         "restoring",
         "resuming",
     ),
-    *("schedule", "wrapping"),
+    *("resuming", "schedule", "wrapping"),
 }
 BACKENDS = {
     "recorder/mlflow.py": {"mlflow"},

@@ -272,8 +272,8 @@ class Run:
         )
         if resumption.divided:
             logger.warning(
-                "trackopt: it was saved by %d of them, and these are %d processes: the weights, the optimizer and the "
-                "schedulers are the same, batches and random numbers are others from here on",
+                "trackopt: saved with world size %d, resumed with %d: weights, optimizers and schedulers are the same, "
+                "batches and random numbers are others from here on",
                 meta.get("world", 1),
                 self._ranks.world,
             )
