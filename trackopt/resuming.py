@@ -12,7 +12,8 @@ from torch.utils._pytree import tree_map_only
 from trackopt.checkpoint import restore, rng
 from trackopt.checkpoint.capture import plain, state_of
 from trackopt.checkpoint.saved import of_run
-from trackopt.checkpoint.store import load
+from trackopt.checkpoint.spread import has_distributed
+from trackopt.checkpoint.store import load, load_checked
 from trackopt.errors import CheckpointError, RunError
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ class Resumption:
     def arrive(self) -> None:
         """The loop has reached the place where the checkpoint was taken: undo what ran a second time."""
         if self._strict:
-            saved = of_run(part_of_rank(load(self.path), self._training, self._ranks))
+            saved = of_run(part_of_rank(load_checked(self.path), self._training, self._ranks))
             moved = {name: replace(one, settings=None) for name, one in saved.schedulers.items()}
             restore(self._training, replace(saved, schedulers=moved), self.path)
             self._freeze()
@@ -92,12 +93,12 @@ def of_this_rank(training: Training, position: Mapping[str, Any], telemetry: Map
     """What a checkpoint holds of each process, as the rest of it is the same for all.
 
     Models are not among it: their weights are the same, and what DDP leaves to each process (a BatchNorm's averages, if
-    it is told to) counts as rank 0 has it.
+    it is told to) counts as rank 0 has it. What is spread over the processes is saved by all of them together.
     """
-    own = {name: each for name, each in training.stateful.items() if not isinstance(each, nn.Module)}
+    own = {name: state_of(each) for name, each in training.stateful.items() if not isinstance(each, nn.Module)}
     return {
         "rng": rng.capture(),
-        "stateful": {name: _on_cpu(plain(state_of(each), name)) for name, each in own.items()},
+        "stateful": {name: _on_cpu(plain(each, name)) for name, each in own.items() if not has_distributed(each)},
         "meta": {"position": position, "pending": telemetry["pending"]},
     }
 

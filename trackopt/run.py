@@ -76,7 +76,8 @@ class Run:
         self._built = built
         self._sinks = sinks if ranks.leads else ()
         if not ranks.leads:
-            measuring = {"stats": None, "stats_every": 1, "histograms_every": 0}
+            own = measuring["stats"] if store.together else None  # what is spread, all of them measure together
+            measuring = {**measuring, "stats": own, "histograms_every": 0}
         self._position = Position(training.stateful)
         self._groups: dict[str, int] = {}  # parameter groups when the epoch began
         self._journal = Journal(directory.journal)

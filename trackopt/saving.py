@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from trackopt.checkpoint import Store, Training
+    from trackopt.checkpoint.shards import Shards
     from trackopt.checkpoint.staging import Staged
     from trackopt.journal import Journal
     from trackopt.ranks import Ranks
@@ -52,7 +53,7 @@ class Saving:
     Args:
         training: What they are taken of.
         store: Where they go.
-        ranks: This process among those of the training; the first one writes.
+        ranks: This process among those of the training; the first one writes, unless all write together.
         journal: What is told of them, and made durable with them.
         save_every: Optimizer steps, or time, between two of them; ``None`` for only those that are asked for.
         save_busy: Whether one that becomes due so while another is being written has to ``"wait"`` or to ``"skip"``.
@@ -80,6 +81,7 @@ class Saving:
         self._ranks = ranks
         self._every = save_every
         self._skips = save_busy == "skip"
+        self._writes = ranks.leads or store.together
         self._background = background
         self._at = time.monotonic()
         self._due: Request | None = None
@@ -130,7 +132,7 @@ class Saving:
         Args:
             progress: What it says under ``trackopt`` beside what is found in the training itself.
         """
-        if not self._ranks.leads:
+        if not self._writes:
             self._due = None
             return
         wait = not self._background or (self._due is not None and self._due.wait)
@@ -150,7 +152,7 @@ class Saving:
         Raises:
             CheckpointError: It could not be written; the earlier ones are untouched.
         """
-        if self._ranks.leads and (error := self._finish(self._staged(progress))):
+        if self._writes and (error := self._finish(self._staged(progress))):
             raise error
 
     def settle(self) -> None:
@@ -184,7 +186,7 @@ class Saving:
         writing.finish()
         if writing.path is not None:
             self.latest = (writing.progress["step"], writing.progress["position"])
-            path = str(writing.path.relative_to(self._journal.path.parent))
+            path = f"{writing.path.parent.name}/{writing.path.name}"
             self._journal.mark("checkpoint", writing.progress["step"], path=path)
         return writing.error
 
@@ -197,7 +199,7 @@ class _Writing(threading.Thread):
     """One checkpoint on its way to the disk. The interpreter waits for it, since it is no daemon."""
 
     def __init__(
-        self, store: Store, staged: Staged, progress: Mapping[str, Any], before_commit: Callable[[], None]
+        self, store: Store, staged: Staged | Shards, progress: Mapping[str, Any], before_commit: Callable[[], None]
     ) -> None:
         super().__init__(name="trackopt-save")
         self.progress = progress

@@ -15,7 +15,8 @@ from trackopt.arguments import SINKS, check_objects, check_options
 from trackopt.checkpoint import Store, Training
 from trackopt.checkpoint.retention import Retention
 from trackopt.checkpoint.settings import settings
-from trackopt.checkpoint.store import load
+from trackopt.checkpoint.spread import is_spread
+from trackopt.checkpoint.store import load_checked
 from trackopt.directory import Followed, RunDirectory
 from trackopt.errors import RunError, UsageError
 from trackopt.ranks import Ranks, here
@@ -131,7 +132,7 @@ def wrap(
     require_alike(ranks, training, built, {**saving, **measuring})
     directory = _opened(ranks, dir)
     try:
-        store = Store(directory.checkpoints, retention)
+        store = Store(directory.checkpoints, retention, here() if is_spread(training) else None)
         found, resumption, left_out = _found(ranks, directory, store, resume), None, []
         if found is not None:
             tree = part_of_rank(found[1], training, ranks)
@@ -188,7 +189,7 @@ def _found(
     path = ranks.told(None if found is None else str(found[0].absolute()))
     if path is None:
         return None
-    return _agreed(ranks, lambda: found or (Path(path), load(Path(path))))
+    return _agreed(ranks, lambda: found or (Path(path), load_checked(Path(path))))
 
 
 def _agreed(ranks: Ranks, action: Callable[[], T]) -> T:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
+    from trackopt.archive.members import Files
     from trackopt.archive.tensors import Array
 
 __all__ = ["Archive", "Compound", "Global", "Opaque", "Storage", "Tensor", "checkpoints", "locate", "open"]
@@ -42,6 +43,9 @@ class Archive:
         globals: Every name of a class or function in the file; none of them was looked up.
         problems: What is wrong or ambiguous although it can be read, one line each.
     """
+
+    _file = -1
+    _files: Files | None = None
 
     def __init__(self, path: Path, file: int, contents: Contents) -> None:
         self.path = path
@@ -95,6 +99,9 @@ class Archive:
             self._file = -1
         if self._files is not None:
             self._files.close()
+
+    def __del__(self) -> None:
+        self.close()  # what is read from it later keeps it
 
     def __enter__(self) -> Self:
         return self

@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 import trackopt
 from trackopt.checkpoint import rng
+from trackopt.checkpoint.spread import is_spread, keeper, state_by_name
 from trackopt.errors import UsageError
 
 if TYPE_CHECKING:
@@ -117,7 +118,7 @@ def capture(training: Training, progress: Mapping[str, Any]) -> dict[str, Any]:
     """
     tree: dict[str, Any] = {
         "model": _each(training.model, lambda module: module.state_dict()),
-        "optimizer": _each(training.optimizer, lambda optimizer: optimizer.state_dict()),
+        "optimizer": _optimizers(training),
         "scheduler": _each(training.scheduler, lambda scheduler: scheduler.state_dict()),
     }
     tree = {key: plain(value, key) for key, value in tree.items() if value is not None}
@@ -132,7 +133,7 @@ def capture(training: Training, progress: Mapping[str, Any]) -> dict[str, Any]:
         "frozen": [name for name, parameter in training.named_parameters().items() if not parameter.requires_grad],
         "models": list(training.models),
         "named": [role for role in ("model", "optimizer", "scheduler") if isinstance(getattr(training, role), Mapping)],
-        "optimizer_class": {key: class_name(value) for key, value in training.optimizers.items()},
+        "optimizer_class": {key: class_name(keeper(value)) for key, value in training.optimizers.items()},
         "scheduler_class": {key: class_name(value) for key, value in training.schedulers.items()},
         "versions": versions(),
         **progress,
@@ -208,6 +209,14 @@ def _each(value: Any, state: Callable[[Any], T]) -> T | dict[str, T] | None:
     if value is None:
         return None
     return {key: state(one) for key, one in value.items()} if isinstance(value, Mapping) else state(value)
+
+
+def _optimizers(training: Training) -> Any:
+    if not is_spread(training):
+        return _each(training.optimizer, lambda optimizer: optimizer.state_dict())
+    names = training.parameter_names()
+    found = {key: state_by_name(optimizer, names[key]) for key, optimizer in training.optimizers.items()}
+    return found if isinstance(training.optimizer, Mapping) else found.get("optimizer")
 
 
 def _group_names(index: int, group: dict[str, Any], names: Mapping[int, str]) -> list[str]:
