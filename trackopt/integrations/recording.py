@@ -121,6 +121,7 @@ class Recording:
         Raises:
             UsageError: It is of other optimizers.
         """
+        self._telemetry.settle()
         details: dict[str, Any] = {"attempt": self._attempt, "pid": os.getpid(), "versions": versions()}
         if state is not None:
             step = self._load(state)
