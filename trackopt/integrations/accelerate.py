@@ -17,7 +17,7 @@ except ImportError as error:
     ) from error
 
 from trackopt.checkpoint import Training
-from trackopt.integrations.recording import Options, Recording
+from trackopt.integrations.recording import Options, Recording, record
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -84,12 +84,12 @@ class TrackoptTracker(GeneralTracker):
             RunError: The directory is taken, foreign, or cannot be written.
         """
         accelerator.register_for_checkpointing(self)
-        if not accelerator.is_main_process:
-            return
         training = Training(
             model, optimizer, scheduler, {} if accelerator.scaler is None else {"scaler": accelerator.scaler}
         )
-        self._recording = Recording(training, self._options)
+        self._recording = record(training, self._options, leads=accelerator.is_main_process)
+        if self._recording is None:
+            return
         self._names = set(training.optimizers)
         self._handles = [
             accelerator.register_save_state_pre_hook(self._before_save),
