@@ -17,7 +17,8 @@ HEAVY = {"torch", "mlflow", "tensorboard"}
 
 # Which rooms may import which; a room is a module or a folder of the package. `errors` is open to all.
 MAY_IMPORT = {
-    "archive": set(),
+    "archive": {"remote"},
+    "remote": {"recorder"},
     "state": {"archive"},
     "integrity": {"archive", "journal"},
     "salvage": {"archive"},
@@ -37,8 +38,8 @@ MAY_IMPORT = {
     "signals": set(),
     "telemetry": {"checkpoint", "journal", "observe", "pending"},
     "saving": {"checkpoint", "journal"},
-    "resuming": {"checkpoint", "directory"},
-    "restoring": {"archive", "arguments", "checkpoint", "integrity", "state"},
+    "resuming": {"checkpoint", "directory", "remote"},
+    "restoring": {"archive", "arguments", "checkpoint", "integrity", "remote", "state"},
     "run": {
         *("arguments", "checkpoint", "directory", "journal", "loop", "display", "observe", "recorder"),
         *("rehearsal", "resuming", "saving", "signals", "telemetry"),
@@ -57,6 +58,8 @@ TORCH = {"observe", "checkpoint", "loop", "arguments", "restoring", "run", "sche
 BACKENDS = {
     "recorder/mlflow.py": {"mlflow"},
     "recorder/artifacts.py": {"mlflow"},
+    "recorder/uploads.py": {"mlflow"},
+    "remote/artifacts.py": {"mlflow"},
     "rehearsal/fingerprint.py": {"torch"},  # these two are the training process's side
     "rehearsal/strays.py": {"torch"},
 }

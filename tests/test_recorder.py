@@ -250,8 +250,8 @@ def test_mlflow_data_goes_where_the_user_said(words, environment, uri, experimen
 
 
 @contextlib.contextmanager
-def mlflow_server(port, folder):
-    """A real MLflow server on a SQLite store."""
+def mlflow_server(port, folder, store=None):
+    """A real MLflow server that keeps the artifacts; on a SQLite store, or another one."""
     folder.mkdir(exist_ok=True)
     command = [
         sys.executable,
@@ -266,7 +266,7 @@ def mlflow_server(port, folder):
         "1",
     ]
     process = subprocess.Popen(
-        [*command, "--backend-store-uri", f"sqlite:///{folder}/s.db", "--artifacts-destination", str(folder)],
+        [*command, "--backend-store-uri", store or f"sqlite:///{folder}/s.db", "--artifacts-destination", str(folder)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         cwd=folder,

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trackopt import remote
 from trackopt.checkpoint import restore, rng
 from trackopt.checkpoint.saved import of_run
 from trackopt.checkpoint.store import load
@@ -92,7 +93,8 @@ def find(directory: RunDirectory, store: Store, resume: str | os.PathLike[str]) 
         if found is None and resume == "must":
             raise CheckpointError(f"{directory.path}: no checkpoint to resume from; start with resume='auto'")
     else:
-        found = (Path(resume), load(Path(resume)))
+        path = remote.fetch(resume) if remote.is_address(resume) else Path(resume)
+        found = (path, load(path))
     if found is not None and directory.identity and found[1]["trackopt"]["run_id"] != directory.identity["id"]:
         raise RunError(f"{found[0]}: belongs to another run than {directory.path}; choose another dir")
     return found

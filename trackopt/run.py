@@ -64,6 +64,7 @@ def wrap(
     stats_every: int = 1,
     histograms_every: int = 0,
     sinks: Sequence[str] = SINKS,
+    artifacts: bool = False,
     experiment: str | None = None,
     name: str | None = None,
     progress: bool = True,
@@ -95,6 +96,8 @@ def wrap(
         stats_every: Take them at every n-th step; what the step really changed, at every tenth of these.
         histograms_every: Take histograms of gradients and buffers at every n-th step; 0 for none.
         sinks: Where the journal goes: ``"tensorboard"``, ``"mlflow"``, both or none.
+        artifacts: Whether the recorder uploads each checkpoint to the artifacts of the MLflow run, where they stay; it
+            is then to be had as ``runs:/<run id>/checkpoints/step-…``.
         experiment: MLflow's experiment. Default: ``MLFLOW_EXPERIMENT_NAME``, else MLflow's own default.
         name: The run's name. Default: the directory's.
         progress: Whether ``epochs`` and ``batches`` show how far the training is: on a terminal in two lines that stay,
@@ -136,7 +139,8 @@ def wrap(
     retention = Retention(keep, keep_best, keep_every)
     measuring: dict[str, Any] = {"stats": stats, "stats_every": stats_every, "histograms_every": histograms_every}
     saving: dict[str, Any] = {"save_every": save_every, "save_busy": save_busy}
-    check_options(**saving, retention=retention, sinks=sinks, **measuring)
+    check_options(**saving, retention=retention, sinks=sinks, artifacts=artifacts, **measuring)
+    destinations = (*sinks, "artifacts") if artifacts else sinks
     built = {name: settings(each) for name, each in training.schedulers.items()}
     with _told_in_words():
         directory = RunDirectory(dir)
@@ -157,7 +161,7 @@ def wrap(
                 saving=saving,
                 measuring=measuring,
                 progress=progress,
-                sinks=sinks if plan.current() is None else (),
+                sinks=destinations if plan.current() is None else (),
             )
         except BaseException:
             directory.release()
