@@ -265,13 +265,9 @@ def mlflow_server(port, folder, store=None):
         "--workers",
         "1",
     ]
-    process = subprocess.Popen(
-        [*command, "--backend-store-uri", store or f"sqlite:///{folder}/s.db", "--artifacts-destination", str(folder)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        cwd=folder,
-        start_new_session=True,
-    )
+    places = ["--backend-store-uri", store or f"sqlite:///{folder}/s.db", "--artifacts-destination", str(folder)]
+    with (folder / "server.log").open("ab") as log:
+        process = subprocess.Popen([*command, *places], stdout=log, stderr=log, cwd=folder, start_new_session=True)
     try:
         while True:
             with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
