@@ -135,13 +135,18 @@ def drain(directory: Path) -> list[str]:
 
 
 @quietly()
-def tensorboard_points(directory: Path) -> dict[str, list[tuple[int, float]]]:
-    """The scalars that TensorBoard's own reader finds in a run's directory."""
+def tensorboard_reader(directory: Path):
+    """TensorBoard's own reader of a run's directory."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    reader = EventAccumulator(str(directory), size_guidance={"scalars": 0, "tensors": 0})
-    reader.Reload()
-    return {tag: [(e.step, e.value) for e in reader.Scalars(tag)] for tag in reader.Tags()["scalars"]}
+    return EventAccumulator(str(directory), size_guidance={"scalars": 0, "tensors": 0}).Reload()
+
+
+def tensorboard_points(directory: Path, *, derived: bool = False) -> dict[str, list[tuple[int, float]]]:
+    """The scalars of the journal that TensorBoard shows; or those that the sink derives from them."""
+    reader = tensorboard_reader(directory)
+    tags = [tag for tag in reader.Tags()["scalars"] if tag.startswith(("margin/", "Result/")) == derived]
+    return {tag: [(e.step, e.value) for e in reader.Scalars(tag)] for tag in tags}
 
 
 @quietly()

@@ -88,3 +88,30 @@ def test_parameters_on_two_devices_are_measured_together():
         run.step()
     buffers = torch.cat([state["momentum_buffer"].cpu().double().flatten() for state in optimizer.state.values()])
     assert journal.series("run")["momentum_buffer/group0.mean"][0][1] == pytest.approx(buffers.mean().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"fused": True}, {"capturable": True, "lr": torch.tensor(1e-3)}])
+def test_no_step_waits_for_the_gpu(options):
+    """Everything that is measured of a step and logged in it comes later, and is what a float64 reference says."""
+    model = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 10)).cuda()
+    if "lr" in options:
+        options = {**options, "lr": options["lr"].cuda()}
+    optimizer = torch.optim.AdamW(model.parameters(), **options)
+    x, y = torch.randn(32, 64, device="cuda"), torch.randint(10, (32,), device="cuda")
+    with trackopt.wrap(optimizer, model=model, dir="run", sinks=()) as run:
+        for step in range(30):
+            if step == 3:  # the optimizer's state is made by now
+                torch.cuda.set_sync_debug_mode("error")
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(model(x), y)
+            loss.backward()
+            optimizer.step()
+            run.step(loss=loss)
+        torch.cuda.set_sync_debug_mode("default")
+        moments = torch.cat([state["exp_avg"].double().flatten() for state in optimizer.state.values()])
+    series = journal.series("run")
+    assert [step for step, _ in series["loss"]] == list(range(1, 31))
+    assert series["loss"][-1] == (30, pytest.approx(loss.item()))
+    assert series["lr/group0"][-1] == (30, pytest.approx(1e-3))
+    assert series["exp_avg/group0.norm"][-1] == (30, pytest.approx(moments.norm().item(), rel=1e-5))
+    assert series["exp_avg/group0.std"][-1] == (30, pytest.approx(moments.std(correction=0).item(), rel=1e-4))

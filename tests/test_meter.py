@@ -30,7 +30,7 @@ def test_the_update_is_what_the_step_did_to_the_parameters():
     for step in range(1, 22):
         before = flat(model.parameters())
         train_step(model, optimizer)
-        metrics = observer.take()
+        metrics = observer.take().metrics()
         if "update/group0.norm" in metrics:
             after = flat(model.parameters())
             moment = flat(state["exp_avg"] for state in optimizer.state.values())
@@ -93,7 +93,7 @@ def test_a_norm_that_overflows_float32_is_not_called_non_finite():
         p.grad = torch.full_like(p, 1e25)
     optimizer.step()
     assert not observer.take_news()
-    assert "grad/group0.nonfinite" not in observer.take()
+    assert "grad/group0.nonfinite" not in observer.take().metrics()
 
 
 def test_the_history_of_lbfgs_is_counted():
@@ -109,7 +109,7 @@ def test_the_history_of_lbfgs_is_counted():
 
     for _ in range(3):
         optimizer.step(closure)
-    state, metrics = next(iter(optimizer.state.values())), observer.take()
+    state, metrics = next(iter(optimizer.state.values())), observer.take().metrics()
     assert metrics["old_dirs/group0.count"] == len(state["old_dirs"]) > 0
     assert metrics["old_dirs/group0.norm"] == pytest.approx(flat(state["old_dirs"]).norm().item(), rel=1e-5)
 
@@ -129,7 +129,7 @@ def test_what_cannot_be_measured_is_told_once_and_left_out(caplog):
     observer = observed(optimizer)
     for _ in range(3):
         train_step(model, optimizer)
-        metrics = observer.take()
+        metrics = observer.take().metrics()
     assert metrics["trace/group0.mean"] == 1.0
     assert not any(key.startswith(("codes", "extra", "count", "flag", "total")) for key in metrics)
     assert [record.message.split(" in ")[0] for record in caplog.records] == ["trackopt: 'codes'", "trackopt: 'extra'"]
@@ -144,7 +144,7 @@ def test_a_state_that_changes_is_found_again():
     def step():
         (model(torch.ones(1, 2)) + more(torch.ones(1, 2))).sum().backward()
         optimizer.step()
-        return observer.take()
+        return observer.take().metrics()
 
     assert "momentum_buffer/group0.norm" not in step()
     optimizer.param_groups[0]["momentum"] = 0.9
@@ -164,7 +164,7 @@ def test_parameters_without_gradients_and_empty_ones():
     observer = observed(optimizer)
     live.sum().backward()
     optimizer.step()
-    metrics = observer.take()
+    metrics = observer.take().metrics()
     assert metrics["grad/group0.norm"] == pytest.approx(math.sqrt(2))
     assert metrics["exp_avg/group0.mean"] == pytest.approx(0.1)
 

@@ -304,7 +304,7 @@ def test_a_compiled_step_is_observed():
         model(torch.randn(5, 4)).sum().backward()
         step()
     assert observer.steps == 3
-    assert observer.take()["exp_avg/group0.norm"] > 0
+    assert observer.take().metrics()["exp_avg/group0.norm"] > 0
 
 
 def test_hyperparameters_have_the_names_of_the_field():

@@ -100,7 +100,19 @@ def test_killed_and_resumed_shows_each_step_once_in_both(script, tmp_path):
     for key, series in expected.items():
         assert [value for _, value in in_tensorboard[key]] == pytest.approx([value for _, value in series], rel=1e-6)
 
+    derived = tensorboard_points(directory, derived=True)
+    losses = [value for _, value in expected["loss"]]
+    assert derived.pop("Result/final loss") == [(STEPS + 1, pytest.approx(losses[-1]))]
+    assert derived.pop("Result/best loss") == [(STEPS + 1, pytest.approx(min(losses)))]
+    assert len(derived) == 4
+    for buffer in ("exp_avg", "exp_avg_sq"):
+        for sign, name in ((-1, "mean-std"), (1, "mean+std")):
+            pairs = zip(expected[f"{buffer}/group0.mean"], expected[f"{buffer}/group0.std"], strict=True)
+            ends = [(step, pytest.approx(mean + sign * std, abs=1e-7)) for (step, mean), (_, std) in pairs]
+            assert derived[f"margin/{buffer}.group0.{name}"] == ends
+
     client, run = mlflow_run(directory)
+    assert f"TRACKOPT_DIR={directory} {read_identity(directory)['command']}" in run.data.tags["mlflow.note.content"]
     assert run.info.status == "FINISHED"
     assert run.info.run_name == "demo"
     assert (run.data.params["optimizer"], run.data.params["scheduler"]) == ("AdamW", "StepLR")

@@ -1,15 +1,20 @@
 """`trackopt ui` and `trackopt sync` as a user starts them."""
 
+import contextlib
+import os
 import signal
 import subprocess
 import sys
+import time
 import urllib.request
+from pathlib import Path
 
 import orjson
 import pytest
 
 import trackopt
 from tests.conftest import build, train_step
+from trackopt.directory import read_identity, write_identity
 
 
 @pytest.fixture
@@ -26,24 +31,93 @@ def trackopt_command(*words):
     return subprocess.run([sys.executable, "-m", "trackopt", *words], capture_output=True, text=True, check=False)
 
 
+@contextlib.contextmanager
+def served(*words):
+    """`trackopt ui`, once it has printed its addresses; it must not outlive the test."""
+    command = [sys.executable, "-m", "trackopt", "ui", *words]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        yield process
+    finally:
+        process.terminate()
+        process.communicate(timeout=60)
+
+
+def living():
+    """The number, the parent and the session of each process that is not dead and only not yet buried."""
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, parent, _, session = stat.read_text().rpartition(")")[2].split()[:4]
+            if state != "Z":
+                yield int(stat.parent.name), int(parent), int(session)
+
+
+def sessions_of(process):
+    """The sessions that a process's children lead: its servers."""
+    return {number for number, parent, session in living() if parent == process.pid and number == session}
+
+
+def wait_until_empty(sessions):
+    while any(session in sessions for _, _, session in living()):
+        time.sleep(0.05)
+
+
 def test_ui_starts_both_and_stops_both(run):
-    """Both addresses answer when they are printed, show the run, and are gone after Ctrl-C."""
-    command = [sys.executable, "-m", "trackopt", "ui", "runs", "--json"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    addresses = orjson.loads(process.stdout.readline())
-    assert addresses.keys() == {"tensorboard", "mlflow"}
-    for address in addresses.values():
-        assert address.startswith("http://127.0.0.1:")
-    with urllib.request.urlopen(addresses["tensorboard"] + "/data/runs") as answer:
-        assert orjson.loads(answer.read()) == ["small"]
-    with urllib.request.urlopen(addresses["mlflow"] + "/health") as answer:
-        assert answer.status == 200
-    process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=60) == 0
-    process.stdout.close()
+    """Both addresses answer when they are printed, show the run, and are gone after Ctrl-C, with every process."""
+    with served("runs", "--json") as process:
+        told = orjson.loads(process.stdout.readline())
+        addresses = {name: told.pop(name) for name in ("tensorboard", "mlflow")}
+        assert told == {"runs": 1, "going": []}
+        for address in addresses.values():
+            assert address.startswith("http://127.0.0.1:")
+        with urllib.request.urlopen(addresses["tensorboard"] + "/data/runs") as answer:
+            assert orjson.loads(answer.read()) == ["small"]
+        with urllib.request.urlopen(addresses["mlflow"] + "/health") as answer:
+            assert answer.status == 200
+        sessions = sessions_of(process)
+        assert len(sessions) == 2
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=60) == 0
+        wait_until_empty(sessions)
+        assert process.stderr.read() == ""
     for address in addresses.values():
         with pytest.raises(OSError, match="refused"):
             urllib.request.urlopen(address)
+
+
+def test_ui_finds_runs_at_any_depth_and_tells_when_a_server_dies():
+    """A run that is in no MLflow needs no MLflow; the command ends with its servers."""
+    model, optimizer, _ = build()
+    with trackopt.wrap(optimizer, model=model, dir="runs/a/deep/one", sinks=["tensorboard"]) as run:
+        run.step(loss=train_step(model, optimizer))
+        trackopt.wrap(build()[1], dir="runs/b", sinks=["tensorboard"]).close()
+        (Path("runs/broken")).mkdir()
+        Path("runs/broken/run.json").write_text("{}")
+        with served("runs") as process:
+            head, tensorboard, mlflow, _ = (process.stdout.readline() for _ in range(4))
+            assert head == "2 runs below runs, 1 still going: one\n"
+            assert tensorboard.startswith("TensorBoard  http://127.0.0.1:")
+            assert mlflow == "MLflow       none of them is there\n"
+            (leader,) = sessions_of(process)
+            os.kill(leader, signal.SIGKILL)
+            assert process.wait(timeout=60) == 2
+            wait_until_empty({leader})
+            broken, died = process.stderr.read().splitlines()
+    assert "broken/run.json: not a run's description" in broken
+    assert died.startswith("trackopt: TensorBoard has ended by itself: ")
+
+
+def test_ui_tells_why_a_server_does_not_start():
+    """One line with what the server said last, and the other one is stopped."""
+    with trackopt.wrap(build()[1], dir="runs/small", sinks=["tensorboard"]) as run:
+        pass
+    identity = read_identity(run.dir)
+    identity["mlflow"]["tracking_uri"] = "nowhere://"
+    write_identity(run.dir, {**identity, "sinks": ["mlflow"]})
+    done = trackopt_command("ui", "runs")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("trackopt: the MLflow UI did not start: ")
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_sync_has_nothing_to_do_behind_a_finished_run(run):

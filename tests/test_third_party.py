@@ -115,7 +115,7 @@ def test_optimizers_of_several_processes(kind):
     observer = Observer(optimizer, names=list)
     model(torch.ones(2, 4)).sum().backward()
     optimizer.step()
-    metrics = observer.take()
+    metrics = observer.take().metrics()
     moments = [state["exp_avg"] for state in getattr(optimizer, "optim", optimizer).state.values()]
     whole = torch.cat([getattr(t, "full_tensor", lambda t=t: t)().flatten() for t in moments])
     assert metrics["exp_avg/group0.norm"] == pytest.approx(whole.norm().item(), rel=1e-6)

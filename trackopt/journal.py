@@ -114,9 +114,9 @@ class Journal:
         """Where the next line begins, in bytes, once those that wait are written."""
         return self._size + len(self._waiting)
 
-    def record(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Append what was measured at ``step``."""
-        self._append({"step": step, "time": time.time(), "metrics": _spelled(metrics)})
+    def record(self, step: int, metrics: Mapping[str, float], at: float | None = None) -> None:
+        """Append what was measured at ``step``, ``at`` this time in Unix seconds; default: now."""
+        self._append({"step": step, "time": at or time.time(), "metrics": _spelled(metrics)})
 
     def histograms(self, step: int, histograms: Mapping[str, Any]) -> None:
         """Append how tensors were spread at ``step``: each as a `Histogram`, or a dict of its fields."""

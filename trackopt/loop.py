@@ -132,12 +132,12 @@ class Position:
             self._arrive()
             self._put_back(saved["here"])
         if saved is None or saved["pass_start"] is None:
-            rng.restore_all(rng.generators_of(loader), own["generators"])
+            _put_at(loader, own)
             self._pass_start = {**self._capture(), "own": _state_of(loader)}
             return iter(loader)
         self._pass_start, self.batch = saved["pass_start"], saved["batch"]
         self._put_back(self._pass_start)
-        rng.restore_all(rng.generators_of(loader), self._pass_start["own"]["generators"])
+        _put_at(loader, self._pass_start["own"])
         iterator = iter(loader)
         if not any(loader is guided for guided in self._guided):
             _skip(iterator, loader, self.batch)
@@ -156,9 +156,17 @@ class Position:
 
 
 def _state_of(loader: object) -> dict[str, Any]:
-    """Of a loader: its own generators, and whether its persistent workers are running."""
+    """Of a loader: its own generators, whether its persistent workers are running, how many passes it has counted."""
     generators = [rng.state_of(generator) for generator in rng.generators_of(loader)]
-    return {"generators": generators, "warm": getattr(loader, "_iterator", None) is not None}
+    counted = getattr(loader, "iteration", None) if hasattr(loader, "set_epoch") else None
+    return {"generators": generators, "warm": getattr(loader, "_iterator", None) is not None, "counted": counted}
+
+
+def _put_at(loader: Any, own: Mapping[str, Any]) -> None:
+    """Put a loader where it stood when a pass began; Accelerate's shuffle by the number of the pass."""
+    rng.restore_all(rng.generators_of(loader), own["generators"])
+    if (counted := own.get("counted")) is not None:
+        loader.set_epoch(counted)
 
 
 def _warm(loader: Any) -> None:

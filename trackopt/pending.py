@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor
+
 from trackopt.errors import UsageError
 
 if TYPE_CHECKING:
@@ -13,12 +16,14 @@ if TYPE_CHECKING:
 class Pending:
     """Sums of what was logged, by key; a key that was logged several times counts as its mean.
 
+    What is on a device is summed there, so that nobody waits for it.
+
     Attributes:
         recorded: The keys that the latest step's record has already: each key has one value at a step.
     """
 
     def __init__(self) -> None:
-        self._sums: dict[str, tuple[float, int]] = {}
+        self._sums: dict[str, tuple[float | Tensor, int]] = {}
         self.recorded: set[str] = set()
 
     def add(self, metrics: Mapping[str, Any]) -> None:
@@ -31,13 +36,13 @@ class Pending:
             total, count = self._sums.get(key, (0.0, 0))
             self._sums[key] = (total + value, count + 1)
 
-    def take(self) -> dict[str, float]:
+    def take(self) -> dict[str, float | Tensor]:
         """Everything that waits, for the record of a new step."""
         taken = {key: total / count for key, (total, count) in self._sums.items()}
         self._sums.clear()
         return taken
 
-    def take_rest(self) -> dict[str, float]:
+    def take_rest(self) -> dict[str, float | Tensor]:
         """What waits and is not recorded at the latest step yet; the rest goes on waiting for the next."""
         keys = self._sums.keys() - self.recorded
         taken = {key: total / count for key, (total, count) in self._sums.items() if key in keys}
@@ -48,17 +53,20 @@ class Pending:
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run must know to go on with the same means."""
-        return {"sums": dict(self._sums), "recorded": sorted(self.recorded)}
+        sums = {key: (float(total), count) for key, (total, count) in self._sums.items()}
+        return {"sums": sums, "recorded": sorted(self.recorded)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what ``state_dict`` returned."""
         self._sums, self.recorded = dict(state["sums"]), set(state["recorded"])
 
 
-def _number(key: str, value: Any) -> float:
+def _number(key: str, value: Any) -> float | Tensor:
     try:
         if isinstance(value, (str, bytes)):
             raise TypeError
+        if isinstance(value, Tensor) and value.is_cuda and value.numel() == 1 and not value.is_complex():
+            return value.detach().reshape(()).to(torch.float64, copy=True)  # the loop may write into it
         return float(value.item() if hasattr(value, "item") else value)
     except (TypeError, ValueError, RuntimeError) as error:
         shape = f" of shape {tuple(value.shape)}" if hasattr(value, "shape") else ""

@@ -386,6 +386,7 @@ class Run:
             if self._open:
                 self._saving.prepare()
             if self._probe is not None:
+                self._telemetry.settle()
                 self._probe.record(self.global_step)
         if self._recorder is not None:
             _tell(self._recorder.messages())
@@ -434,6 +435,7 @@ class Run:
     def _progress(self, *, epoch_done: bool = False) -> dict[str, Any]:
         """Where the run stands, for a checkpoint."""
         position = self._position.state_dict(epoch_done=epoch_done)
+        self._telemetry.settle()
         return {
             "run_id": self._directory.identity["id"],
             "name": self._directory.identity["name"],

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
+import time
+from collections import deque
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from trackopt.observe import Ledger, NonFinite, Observer, Turns
+from trackopt.observe import Ledger, NonFinite, Observer, Reading, Turns
 from trackopt.pending import Pending
 
 if TYPE_CHECKING:
@@ -25,6 +28,20 @@ def _names(training: Training, optimizer: str) -> list[list[str]]:
     return training.parameter_names()[optimizer]
 
 
+@dataclass(frozen=True)
+class _Step:
+    """A step whose numbers may still be on their way from a device."""
+
+    number: int
+    time: float
+    logged: Reading
+    observed: dict[Observer, tuple[Reading, dict[str, Any]]]
+
+    @property
+    def arrived(self) -> bool:
+        return self.logged.arrived and all(reading.arrived for reading, _ in self.observed.values())
+
+
 class Telemetry:
     """Watches the optimizers of a training, takes what the user logs, and records both step by step.
 
@@ -34,8 +51,8 @@ class Telemetry:
         **options: ``stats``, ``stats_every`` and ``histograms_every`` as `Observer` takes them.
 
     Attributes:
-        recorded: The step of the latest record.
-        latest: What it says.
+        recorded: The step of the latest record, which may still wait for its numbers.
+        latest: What the latest record in the journal says.
     """
 
     def __init__(self, training: Training, journal: Journal, **options: Any) -> None:
@@ -43,6 +60,7 @@ class Telemetry:
         self.latest: Mapping[str, float] = {}
         self._journal = journal
         self._pending = Pending()
+        self._coming: deque[_Step] = deque()
         self._turns = Turns(training.schedulers, training.stateful.values())
         optimizers = training.optimizers
         self._observers = {
@@ -94,30 +112,44 @@ class Telemetry:
         self._turns.begin_iteration()
 
     def end_iteration(self) -> bool:
-        """Record the step that was taken in it; whether there was one."""
+        """Record the step that was taken in it, once its numbers have arrived; whether there was one."""
         stepped = self.step > self.recorded
         overflowed = sum(observer.take_overflow() for observer in self._observers.values()) > 0
         self._turns.end_iteration(stepped=stepped, overflowed=overflowed)
         for message in self._turns.messages():
             logger.warning("trackopt: %s", message)
         if stepped:
-            metrics = self._pending.take()
             self.recorded = self.step
-            self._tell(self._losses(metrics))
-            for observer in self._observers.values():
-                metrics |= observer.take()
-                self._tell(observer.take_news())
-                if histograms := observer.take_histograms():
-                    self._journal.histograms(self.recorded, histograms)
-            self._journal.record(self.recorded, metrics)
-            self._pending.recorded = set(metrics)
-            self.latest = metrics
+            observed = {
+                observer: (observer.take(), observer.take_histograms()) for observer in self._observers.values()
+            }
+            self._coming.append(_Step(self.recorded, time.time(), Reading(self._pending.take()), observed))
+        while self._coming and self._coming[0].arrived:
+            self._record(self._coming.popleft())
         return stepped
+
+    def settle(self) -> None:
+        """Wait for the numbers of the steps that are not recorded yet, and record them."""
+        while self._coming:
+            self._record(self._coming.popleft())
 
     def record_rest(self) -> None:
         """Record what was logged behind the last step, as a second line of that step."""
+        self.settle()
         if self.recorded and (rest := self._pending.take_rest()):
-            self._journal.record(self.recorded, rest)
+            self._journal.record(self.recorded, Reading(rest).metrics())
+
+    def _record(self, step: _Step) -> None:
+        metrics = step.logged.metrics()
+        self._tell(step, self._losses(metrics))
+        for observer, (reading, histograms) in step.observed.items():
+            metrics |= reading.metrics()
+            self._tell(step, observer.take_news())
+            if histograms:
+                self._journal.histograms(step.number, histograms)
+        self._journal.record(step.number, metrics, step.time)
+        self._pending.recorded = set(metrics)
+        self.latest = metrics
 
     def _losses(self, metrics: Mapping[str, float]) -> Iterator[NonFinite]:
         """The logged losses that are not finite, and were at the step before."""
@@ -125,15 +157,18 @@ class Telemetry:
         yield from (NonFinite(key) for key in sorted(ailing - self._ailing))
         self._ailing = ailing
 
-    def _tell(self, news: Iterable[NonFinite]) -> None:
+    def _tell(self, step: _Step, news: Iterable[NonFinite]) -> None:
         for each in news:
             at = {} if each.parameter is None else {"parameter": each.parameter}
-            self._journal.mark("nonfinite", self.recorded, what=each.what, **at)
+            self._journal.mark("nonfinite", step.number, what=each.what, **at)
             where = f" ({each.parameter})" if at else ""
-            logger.warning("trackopt: step %d: NaN or infinity in the %s%s", self.recorded, each.what, where)
+            logger.warning("trackopt: step %d: NaN or infinity in the %s%s", step.number, each.what, where)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run must know to go on recording as if it had never stopped."""
+        """What a resumed run must know to go on recording as if it had never stopped.
+
+        Call ``settle`` before it: the journal must hold what came before.
+        """
         return {
             "observers": {name: observer.state_dict() for name, observer in self._observers.items()},
             "pending": self._pending.state_dict(),
@@ -147,6 +182,12 @@ class Telemetry:
         self._pending.load_state_dict(state["pending"])
         self._turns.load_state_dict(state["turns"])
         self.recorded = self.step
+
+    def start_at(self, step: int) -> None:
+        """Go on counting from a step, where nothing else is known."""
+        for observer in self._observers.values():
+            observer.steps = step
+        self.recorded = step
 
     def close(self) -> None:
         """Let go of the optimizers."""

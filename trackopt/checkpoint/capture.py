@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import numpy as np
 import torch
 from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 import trackopt
 from trackopt.checkpoint import rng
@@ -19,8 +21,6 @@ from trackopt.errors import UsageError
 
 if TYPE_CHECKING:
     import random
-
-    from torch.optim import Optimizer
 
     Generator = torch.Generator | np.random.Generator | np.random.RandomState | random.Random
 
@@ -76,13 +76,13 @@ class Training:
 
     @property
     def optimizers(self) -> dict[str, Optimizer]:
-        """By name; the only one is called ``optimizer``."""
-        return _named("optimizer", self.optimizer)
+        """By name; the only one is called ``optimizer``. Of one that a framework has wrapped, the real one."""
+        return {name: _bare_optimizer(one) for name, one in _named("optimizer", self.optimizer).items()}
 
     @property
     def schedulers(self) -> dict[str, Any]:
-        """By name; the only one is called ``scheduler``."""
-        return _named("scheduler", self.scheduler)
+        """By name; the only one is called ``scheduler``. Of one that a framework has wrapped, the real one."""
+        return {name: _bare_scheduler(one) for name, one in _named("scheduler", self.scheduler).items()}
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters of all models; where there are several, with the model's name in front."""
@@ -183,6 +183,18 @@ def _named(role: str, value: Any) -> dict[str, Any]:
     if value is None:
         return {}
     return dict(value) if isinstance(value, Mapping) else {role: value}
+
+
+def _bare_optimizer(optimizer: Any) -> Any:
+    """Accelerate's and Lightning's wrappers have no step hooks; the optimizer in them has."""
+    inner = getattr(optimizer, "optimizer", None)
+    wrapped = isinstance(inner, Optimizer) and not hasattr(optimizer, "_optimizer_step_pre_hooks")
+    return inner if wrapped else optimizer
+
+
+def _bare_scheduler(scheduler: Any) -> Any:
+    inner = getattr(scheduler, "scheduler", None)
+    return inner if isinstance(inner, LRScheduler) and not isinstance(scheduler, LRScheduler) else scheduler
 
 
 def _of_parameters(training: Training, of: Callable[[nn.Parameter], T]) -> dict[str, list[list[T]]]:

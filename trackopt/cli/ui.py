@@ -5,25 +5,33 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
-import subprocess
 import sys
-import tempfile
-import time
-import urllib.error
-import urllib.request
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from threading import Event
+from typing import TYPE_CHECKING, Any
 
 import click
 import orjson
 
+from trackopt.cli import screen, serving
+from trackopt.cli.ls import is_held
 from trackopt.directory import IDENTITY, read_identity
-from trackopt.errors import RunError, TrackoptError
+from trackopt.errors import RunError
 
-_HOST = "127.0.0.1"
-_PATIENCE = 120.0  # seconds for a server to answer; MLflow's first start migrates its store
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from rich.text import Text
+
+_NAMED = 3  # runs that are named
+
+
+@dataclass(frozen=True)
+class _Run:
+    path: Path
+    identity: dict[str, Any]
 
 
 @click.command("ui")
@@ -32,137 +40,96 @@ _PATIENCE = 120.0  # seconds for a server to answer; MLflow's first start migrat
 def command(directory: Path, as_json: bool) -> None:
     r"""Start TensorBoard and the MLflow UI for the runs below DIRECTORY (runs), on free ports of this machine.
 
-    Both can be reached from this machine only, and stop with Ctrl-C.
+    Both can be reached from this machine only, and stop with Ctrl-C. Where the runs are on an MLflow server already,
+    its address is told.
 
     \b
     Example:
       trackopt ui runs
     """
-    uri = _tracking_uri(directory)
-    for ending in (signal.SIGINT, signal.SIGTERM):  # a shell starts background jobs with SIGINT ignored
-        signal.signal(ending, _interrupt)
+    runs = _find(directory)
+    going = [str(run.path) for run in runs if is_held(run.path)]
+    stop = Event()
+    for ending in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # a shell starts background jobs with SIGINT ignored
+        signal.signal(ending, lambda *_: stop.set())
     with contextlib.ExitStack() as stack:
-        addresses = {"tensorboard": stack.enter_context(_Server("TensorBoard", _tensorboard(directory)))}
-        if uri.startswith(("http://", "https://")):
-            addresses["mlflow"] = uri  # a server runs there already
-        else:
-            addresses["mlflow"] = stack.enter_context(_Server("the MLflow UI", _mlflow(uri)))
+        logs = directory.absolute()
+        servers = [stack.enter_context(serving.serve("TensorBoard", _tensorboard(logs), health="/", directory=logs))]
+        addresses = {"tensorboard": servers[0].address, "mlflow": None}
+        if store := _store(runs):
+            uri, home = store
+            if uri.startswith(("http://", "https://")):
+                addresses["mlflow"] = uri
+                if not serving.answers(uri):
+                    click.echo(f"trackopt: {screen.clean(uri)} does not answer; is that server up?", err=True)
+            else:
+                mlflow = serving.serve("the MLflow UI", _mlflow(uri), health="/health", directory=home)
+                servers.append(stack.enter_context(mlflow))
+                addresses["mlflow"] = servers[-1].address
+        serving.wait_until_ready(servers, stop)
+        if stop.is_set():
+            raise click.Abort
         if as_json:
-            sys.stdout.write(orjson.dumps(addresses).decode() + "\n")
+            sys.stdout.write(orjson.dumps({**addresses, "runs": len(runs), "going": going}).decode() + "\n")
+            sys.stdout.flush()
         else:
-            click.echo(f"TensorBoard  {addresses['tensorboard']}\nMLflow       {addresses['mlflow']}")
-            click.echo("Ctrl-C stops both.", err=True)
-        sys.stdout.flush()
-        with contextlib.suppress(KeyboardInterrupt):
-            while True:
-                time.sleep(3600)
+            screen.show(_lines(directory, len(runs), going, addresses))
+        serving.watch(servers, stop)
 
 
-class _Server(contextlib.AbstractContextManager[str]):
-    """A server process: started and answering inside the ``with`` block, gone behind it.
-
-    Args:
-        name: What to call it in messages.
-        command: Its command line, in which ``{port}`` stands for a free port.
-    """
-
-    def __init__(self, name: str, command: list[str]) -> None:
-        self._name = name
-        self._port = _free_port()
-        self._command = [part.replace("{port}", str(self._port)) for part in command]
-
-    def __enter__(self) -> str:
-        self._log: IO[bytes] = tempfile.TemporaryFile()
-        self._process = subprocess.Popen(
-            self._command,
-            stdout=self._log,
-            stderr=self._log,
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        address = f"http://{_HOST}:{self._port}"
-        try:
-            self._wait_for(address)
-        except BaseException:
-            self.__exit__()
-            raise
-        return address
-
-    def __exit__(self, *_: object) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            _stop_group(self._process)
-        self._log.close()
-
-    def _wait_for(self, address: str) -> None:
-        deadline = time.monotonic() + _PATIENCE
-        while not _answers(address):
-            if self._process.poll() is not None or time.monotonic() > deadline:
-                self._log.seek(0)
-                said = self._log.read().decode(errors="replace").strip().splitlines() or ["it said nothing"]
-                raise TrackoptError(f"{self._name} did not start: {said[-1]}")
-            time.sleep(0.1)
+def _find(directory: Path) -> list[_Run]:
+    """The runs below a directory, at any depth; one that cannot be read is told, and left out."""
+    if not directory.is_dir():
+        raise RunError(f"{directory}: there is no such directory; name the one that holds your runs")
+    found = []
+    for place, folders, files in os.walk(directory):
+        folders.sort()
+        if IDENTITY in files:
+            folders.clear()
+            try:
+                found.append(_Run(Path(place), read_identity(Path(place))))
+            except RunError as error:
+                click.echo(f"trackopt: {screen.clean(error)}", err=True)
+    if not found:
+        raise RunError(f"{directory}: holds no run; name the directory that wrap(dir=…) was given, or one above it")
+    return found
 
 
-def _stop_group(process: subprocess.Popen[bytes]) -> None:
-    """A server has workers of its own; they are in its session, so one signal reaches all."""
-    os.killpg(process.pid, signal.SIGTERM)
-    try:
-        process.wait(timeout=5)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+def _store(runs: Sequence[_Run]) -> tuple[str, Path] | None:
+    """MLflow's store, and where its address is meant from; of several, the one with most of the runs."""
+    stores = [
+        (str(run.identity["mlflow"]["tracking_uri"]), Path(run.identity["working_directory"]))
+        for run in runs
+        if "mlflow" in run.identity.get("sinks", ())
+    ]
+    if not stores:
+        return None
+    (uri, count), *_ = Counter(uri for uri, _ in stores).most_common()
+    if count < len(stores):
+        click.echo(f"trackopt: the runs are in several MLflow stores; showing {screen.clean(uri)}", err=True)
+    home = next(home for each, home in stores if each == uri)
+    return uri, home if home.is_dir() else Path.cwd()
 
 
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
+def _lines(directory: Path, count: int, going: Sequence[str], addresses: dict[str, str | None]) -> Iterator[Text]:
+    from rich.text import Text
 
-
-def _answers(address: str) -> bool:
-    try:
-        with urllib.request.urlopen(address, timeout=5):  # noqa: S310 - an address of our own making
-            return True
-    except urllib.error.HTTPError:
-        return True
-    except OSError:
-        return False
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((_HOST, 0))
-        return int(probe.getsockname()[1])
+    names = [Path(path).name for path in going[:_NAMED]] + ["…"] * (len(going) > _NAMED)
+    state = f"{len(going)} still going: {', '.join(names)}" if going else "none still going"
+    yield Text(screen.clean(f"{count} run{'s' * (count > 1)} below {directory}, {state}"))
+    for name, key in (("TensorBoard", "tensorboard"), ("MLflow", "mlflow")):
+        shown = Text(screen.clean(addresses[key] or "none of them is there"), style="cyan")
+        yield Text(f"{name:13}", style="bold").append_text(shown)
+    yield Text("Ctrl-C stops both.", style="dim")
 
 
 def _tensorboard(directory: Path) -> list[str]:
     # Each attempt of a run has its own event file: without --reload_multifile only the newest is read on.
+    where = ["--logdir", str(directory), "--host", serving.HOST, "--port", "{port}"]
     options = ["--reload_multifile=true", "--reload_interval=5", "--samples_per_plugin=scalars=10000"]
-    return [
-        sys.executable,
-        "-m",
-        "tensorboard.main",
-        "--logdir",
-        str(directory),
-        "--host",
-        _HOST,
-        "--port={port}",
-        *options,
-    ]
+    return [sys.executable, "-m", "tensorboard.main", *where, *options]
 
 
 def _mlflow(uri: str) -> list[str]:
-    where = ["--backend-store-uri", uri, "--host", _HOST, "--port", "{port}", "--workers", "1"]
+    where = ["--backend-store-uri", uri, "--host", serving.HOST, "--port", "{port}", "--workers", "1"]
     return [sys.executable, "-m", "mlflow", "server", *where]
-
-
-def _tracking_uri(directory: Path) -> str:
-    """The store of the runs below a directory; of several, the one with most of them."""
-    if not directory.is_dir():
-        raise RunError(f"{directory}: there is no such directory; name the one that holds your runs")
-    found = [directory, *directory.glob("*/"), *directory.glob("*/*/")]
-    uris = [read_identity(path)["mlflow"]["tracking_uri"] for path in found if (path / IDENTITY).is_file()]
-    if not uris:
-        raise RunError(f"{directory}: holds no run; name the directory that wrap(dir=…) was given, or its parent")
-    (uri, count), *_ = Counter(uris).most_common()
-    if count < len(uris):
-        click.echo(f"trackopt: the runs are in several MLflow stores; showing {uri}", err=True)
-    return str(uri)

@@ -10,9 +10,12 @@ from torch.optim import Optimizer
 
 from trackopt.observe.hyperparameters import Hyperparameters
 from trackopt.observe.meter import Meter
+from trackopt.observe.reading import Reading
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+
+    from torch import Tensor
 
     from trackopt.observe.meter import NonFinite
 
@@ -60,8 +63,8 @@ class Observer:
         self._hyperparameters = Hyperparameters(optimizer, prefix)
         self._meter = Meter(optimizer, prefix, names, each=stats == "param")
         self._depth = 0
-        self._used: dict[str, float] = {}
-        self._latest: dict[str, float] = {}
+        self._used: dict[str, float | Tensor] = {}
+        self._latest = Reading({})
         self._histograms: dict[str, Any] = {}
         untraced: Callable[[T], T] = torch.compiler.disable
         # Dynamo must not trace the hooks of a compiled step: they read Python state that changes at every step.
@@ -70,9 +73,9 @@ class Observer:
             optimizer.register_step_post_hook(untraced(self._after)),
         ]
 
-    def take(self) -> dict[str, float]:
-        """The metrics of the latest step since the last call, by metric name; empty when there was none."""
-        latest, self._latest = self._latest, {}
+    def take(self) -> Reading:
+        """The metrics of the latest step since the last call; none when there was none."""
+        latest, self._latest = self._latest, Reading({})
         return latest
 
     def take_histograms(self) -> dict[str, Any]:
@@ -81,7 +84,7 @@ class Observer:
         return histograms
 
     def take_news(self) -> list[NonFinite]:
-        """What was not finite since the last call, and had been before."""
+        """What was not finite in the readings that arrived since the last call, and had been before."""
         return self._meter.take_news()
 
     def take_overflow(self) -> bool:
@@ -140,9 +143,8 @@ class Observer:
             self._overflowed = True
             return
         self.steps += 1
-        self._latest = self._used
-        if self._every and (self.steps - 1) % self._every == 0:
-            self._latest |= self._meter.measure()
+        measured = self._every and (self.steps - 1) % self._every == 0
+        self._latest = self._meter.measure(self._used) if measured else Reading(self._used)
         if self._histograms_every and (self.steps - 1) % self._histograms_every == 0:
             self._histograms = self._meter.histograms()
 

@@ -53,11 +53,15 @@ class Hyperparameters:
         self._raw: dict[str, tuple[int, list[str], list[Any]]] = {}
         self.seen = {name: numeric(group) for name, group in self._groups()}
 
-    def read(self) -> dict[str, float]:
-        """The LR of each group, and every other number that is not what it was at the last call."""
-        used: dict[str, float] = {}
+    def read(self) -> dict[str, float | Tensor]:
+        """The LR of each group, and every other number that is not what it was at the last call.
+
+        An LR on a device is copied there: nobody waits for it, and a scheduler will change it in place.
+        """
+        used: dict[str, float | Tensor] = {}
         for name, group in self._groups():
-            used[f"lr/{name}"] = float(group["lr"])
+            rate = group["lr"]
+            used[f"lr/{name}"] = rate.clone() if isinstance(rate, Tensor) and not rate.is_cpu else float(rate)
             size, keys, raw = self._raw.get(name, (0, [], []))
             if len(group) != size or [group.get(key) for key in keys] != raw:
                 used |= self._changed(name, group)

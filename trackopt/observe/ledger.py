@@ -112,8 +112,7 @@ class Turns:
 
 
 def _position(scheduler: Any) -> int | None:
-    inner = getattr(scheduler, "scheduler", scheduler)  # as Accelerate wraps it
-    position = getattr(inner, "last_epoch", None)
+    position = getattr(scheduler, "last_epoch", None)
     return position if isinstance(position, int) else None
 
 

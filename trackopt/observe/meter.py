@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,8 +12,9 @@ from torch import Tensor
 
 from trackopt.observe.histogram import histogram
 from trackopt.observe.plan import Plan
-from trackopt.observe.statistics import Statistics, measure, vector
-from trackopt.observe.update import Update, cosine
+from trackopt.observe.reading import Reading
+from trackopt.observe.statistics import Statistics, begin, vector
+from trackopt.observe.update import Update, cosine, cosine_terms
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -62,26 +64,39 @@ class Meter:
         self._update.before(self._plan.units)
 
     @torch.no_grad()
-    def measure(self) -> dict[str, float]:
-        """Norms and statistics after a step; the update as well, if ``before`` was called before it."""
+    def measure(self, used: Mapping[str, float | Tensor]) -> Reading:
+        """Norms and statistics after a step, beside what it ``used``.
+
+        They hold the update as well, if ``before`` was called before the step.
+        """
         plan = self._plan
         plan.refresh()
-        buffers, histories, updates = plan.buffers(), plan.histories(), self._update.take(plan.units)
-        vectors = plan.gradients()
-        vectors.update((f"param/{unit}", parameters) for unit, parameters in plan.units.items())
-        vectors |= histories | updates
-        statistics, norms = measure(buffers, vectors)
-        metrics = {f"{key}.count": float(len(tensors)) for key, tensors in histories.items() if tensors}
+        histories, updates = plan.histories(), self._update.take(plan.units)
+        scalars, finish = begin(plan.buffers(), {**plan.vectors(), **histories, **updates})
+        terms = {unit: cosine_terms(self._moments(each)) for unit, each in plan.units.items()} if updates else {}
+        counts = {f"{key}.count": float(len(tensors)) for key, tensors in histories.items() if tensors}
+        measured = len(scalars)
+
+        @torch.no_grad()
+        def metrics(numbers: list[float]) -> dict[str, float]:
+            statistics, norms = finish(numbers[:measured])
+            found = self._named(statistics, norms)
+            if terms:
+                found |= self._proportions(norms, terms, iter(numbers[measured:]))
+            return counts | found
+
+        return Reading(used, [*scalars, *chain.from_iterable(terms.values())], metrics)
+
+    def _named(self, statistics: Mapping[str, Statistics], norms: Mapping[str, float]) -> dict[str, float]:
+        metrics: dict[str, float] = {}
         for key, norm in norms.items():
             metrics[self._label(key)[0]] = norm
         for key, found in statistics.items():
             metrics.update(zip(self._label(key), found, strict=True))
-        if updates:
-            metrics |= self._proportions(norms)
-        bad = [key for key, norm in norms.items() if not math.isfinite(norm) and key not in updates]
+        bad = [key for key, norm in norms.items() if not math.isfinite(norm) and not key.startswith("update/")]
         bad += [key for key, found in statistics.items() if not math.isfinite(found[0])]
         if bad or self._ailing:
-            metrics |= self._examine(bad, {**vectors, **buffers})
+            metrics |= self._examine(bad, metrics)
         return metrics
 
     @torch.no_grad()
@@ -102,13 +117,15 @@ class Meter:
             labels = self._labels[key] = tuple(f"{key}.{each}" for each in Statistics._fields)
         return labels
 
-    def _proportions(self, norms: Mapping[str, float]) -> dict[str, float]:
+    def _proportions(
+        self, norms: Mapping[str, float], terms: Mapping[str, Sequence[Tensor]], numbers: Iterator[float]
+    ) -> dict[str, float]:
         """How large the update is against the parameters, and how far the gradient points along the first moment."""
         found = {}
-        for unit, parameters in self._plan.units.items():
+        for unit, each in terms.items():
             if length := norms.get(f"param/{unit}"):
                 found[f"update/{unit}.ratio"] = norms[f"update/{unit}"] / length
-            if (angle := cosine(self._moments(parameters))) is not None:
+            if (angle := cosine(islice(numbers, len(each)))) is not None:
                 found[f"grad/{unit}.cosine"] = angle
         return found
 
@@ -120,15 +137,20 @@ class Meter:
             if gradient is not None and gradient.layout is torch.strided and moment is not None:
                 yield gradient, moment
 
-    def _examine(self, bad: Iterable[str], tensors: Mapping[str, Iterable[Tensor]]) -> dict[str, float]:
-        """The share of elements that are not finite; what was finite at the last look is news."""
+    def _examine(self, bad: Iterable[str], metrics: Mapping[str, float]) -> dict[str, float]:
+        """The share of elements that are not finite; what was finite at the last look is news.
+
+        Numbers that come late from a device are looked into with what is there now.
+        """
+        tensors = {**self._plan.vectors(), **self._plan.histories(), **self._plan.buffers()}
         shares: dict[str, float] = {}
         ailing: set[str] = set()
         for key in bad:
-            counts = [_count(tensor) for tensor in tensors[key]]
-            if not (missing := sum(count for count, _ in counts)):
+            counts = [_count(tensor) for tensor in tensors.get(key, ())]
+            if missing := sum(count for count, _ in counts):
+                shares[f"{key}.nonfinite"] = missing / sum(total for _, total in counts)
+            elif not math.isnan(metrics[f"{key}.norm"]):
                 continue  # each number is finite, only the sum of their squares is not
-            shares[f"{key}.nonfinite"] = missing / sum(total for _, total in counts)
             kind, unit = key.split("/", 1)
             what = _CALLED.get(kind, kind)
             if what not in self._ailing | ailing:
@@ -138,7 +160,7 @@ class Meter:
         return shares
 
     def _culprit(self, kind: str, unit: str) -> str | None:
-        for parameter in self._plan.units[unit]:
+        for parameter in self._plan.units.get(unit, ()):
             tensor = self._plan.of(parameter, kind)
             if tensor is not None and _count(tensor)[0]:
                 return self._plan.name_of(parameter)

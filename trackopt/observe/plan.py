@@ -85,6 +85,10 @@ class Plan:
             for unit, parameters in self.units.items()
         }
 
+    def vectors(self) -> dict[str, list[Tensor]]:
+        """The gradients and the parameters of each unit; the latter under names like ``param/group0``."""
+        return self.gradients() | {f"param/{unit}": parameters for unit, parameters in self.units.items()}
+
     def of(self, parameter: Tensor, kind: str) -> Tensor | None:
         """The gradient (``grad``) of a parameter, its value (``param``), or its buffer of that name."""
         if kind in {"grad", "param"}:

@@ -3,8 +3,8 @@
 Small tensors of the CPU are gathered (``small``). Others are read piece by piece, small enough to stay in the
 processor's cache between the few passes over it; the pieces are combined in float64 on the host by the pairwise
 formula of Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances" (1979).
-On the CPU a piece yields its sum and its sum of squares, and is read again where these do not tell its deviations. A
-device, which is not waited for, subtracts the mean at once.
+On the CPU a piece yields its sum and its sum of squares, and is read again where these do not tell its deviations.
+What is on a device is not cut, and not waited for (`Reading`): there the number of kernels counts.
 """
 
 from __future__ import annotations
@@ -16,16 +16,26 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from trackopt.observe.reading import Transfer
 from trackopt.observe.small import Totals, gather, is_plain, totals
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
-_PIECE = 1 << 18  # elements: 1 MB of float32
-_SMALL = 1 << 15  # elements: smaller tensors are copied together
-_GATHERED = 1 << 17  # elements: up to this size
 _CANCELS = 0.9  # of the sum of squares: if the mean makes up more, float32 has lost the deviations
 _UNDERFLOWS = 1e-30  # sums of squares below this may have lost elements
+
+
+class _Sizes(NamedTuple):
+    """How tensors are cut into pieces, in elements."""
+
+    small: int  # smaller tensors are copied together
+    gathered: int  # up to this size
+    piece: int  # a larger tensor is cut into pieces of this size
+
+
+_NEAR = _Sizes(1 << 15, 1 << 17, 1 << 18)  # 1 MB of float32 stays in the cache
+_FAR = _Sizes(1 << 20, 1 << 22, 1 << 62)  # what counts on a device is how many kernels are launched
 
 
 class Statistics(NamedTuple):
@@ -74,22 +84,50 @@ def measure(
         >>> statistics["exp_avg"].norm, statistics["exp_avg"].mean, norms["grad"]
         (5.0, 3.5, 10.0)
     """
-    found = totals([*buffers.values(), *vectors.values()])
-    statistics, norms = {}, {}
-    large, long = {}, {}
-    for (name, tensors), each in zip(buffers.items(), found, strict=False):
-        if each is None:
-            large[name] = tensors
-        else:
-            statistics[name] = _describe(each)
-    for (name, tensors), each in zip(vectors.items(), found[len(buffers) :], strict=True):
-        if each is None:
-            long[name] = tensors
-        else:
-            norms[name] = math.sqrt(each.squares)
-    if large or long:
-        _measure_large(large, long, statistics, norms)
-    return statistics, norms
+    scalars, finish = begin(buffers, vectors)
+    return finish(Transfer(scalars).numbers())
+
+
+def begin(
+    buffers: Mapping[str, Sequence[Tensor]], vectors: Mapping[str, Sequence[Tensor]]
+) -> tuple[list[Tensor], Callable[[Sequence[float]], tuple[dict[str, Statistics], dict[str, float]]]]:
+    """The part of ``measure`` that reads the tensors, without waiting for a device.
+
+    Returns:
+        Numbers that are still on devices, and what makes the results of ``measure`` of them.
+    """
+    found = iter(totals([*buffers.values(), *vectors.values()]))
+    small = [{name: each for name in lists if (each := next(found)) is not None} for lists in (buffers, vectors)]
+    statistics = {name: _describe(each) for name, each in small[0].items()}
+    norms = {name: math.sqrt(each.squares) for name, each in small[1].items()}
+    large = {name: tensors for name, tensors in buffers.items() if name not in statistics}
+    long = {name: tensors for name, tensors in vectors.items() if name not in norms}
+    if not (large or long):
+        return [], lambda _: (statistics, norms)
+    pieces, lengths = _read_near(*(_chosen(each, near=True) for each in (large, long)))
+    sizes, scalars, roots = _read_far(*(_chosen(each, near=False) for each in (large, long)))
+
+    def finish(numbers: Sequence[float]) -> tuple[dict[str, Statistics], dict[str, float]]:
+        following = iter(numbers)
+        for name, here in pieces.items():
+            there = [_far_piece(size, *islice(following, 4)) for size in sizes[name]]
+            if here or there:
+                statistics[name] = _combine(here + there)
+        for name, norms_here in lengths.items():
+            if whole := norms_here + list(islice(following, roots[name])):
+                norms[name] = math.hypot(*whole)
+        return statistics, norms
+
+    return scalars, finish
+
+
+def _chosen(lists: Mapping[str, Sequence[Tensor]], *, near: bool) -> dict[str, list[Tensor]]:
+    return {name: [tensor for tensor in tensors if _is_near(tensor) == near] for name, tensors in lists.items()}
+
+
+def _is_near(tensor: Tensor) -> bool:
+    """Whether its elements are in the memory of the host."""
+    return tensor.is_cpu
 
 
 def _describe(found: Totals) -> Statistics:
@@ -98,28 +136,34 @@ def _describe(found: Totals) -> Statistics:
     return Statistics(math.sqrt(found.squares), mean, math.sqrt(variance), found.low, found.high)
 
 
-def _measure_large(
-    buffers: Mapping[str, Sequence[Tensor]],
-    vectors: Mapping[str, Sequence[Tensor]],
-    statistics: dict[str, Statistics],
-    norms: dict[str, float],
-) -> None:
-    pieces = {name: found for name, tensors in buffers.items() if (found := list(_pieces(tensors)))}
-    here = {name: list(_pieces([t for t in tensors if t.is_cpu])) for name, tensors in vectors.items()}
-    there = {
-        name: [v for t in tensors if not t.is_cpu and (v := vector(t)).numel()] for name, tensors in vectors.items()
-    }
-    scalars = [scalar for each in pieces.values() for piece in each for scalar in _moments(piece)]
-    scalars += [_squares(piece) for each in here.values() for piece in each]
-    scalars += [norm for each in there.values() if each for norm in torch._foreach_norm(each)]
-    values = iter(_fetch(scalars))
-    for name, parts in pieces.items():
-        rows = (list(islice(values, 4)) for _ in parts)
-        statistics[name] = _combine([_piece(part, *row) for part, row in zip(parts, rows, strict=True)])
-    lengths = {name: [_length(part, next(values)) for part in parts] for name, parts in here.items()}
-    for name, flat in there.items():
-        if whole := lengths[name] + list(islice(values, len(flat))):
-            norms[name] = math.hypot(*whole)
+def _read_near(
+    buffers: Mapping[str, Sequence[Tensor]], vectors: Mapping[str, Sequence[Tensor]]
+) -> tuple[dict[str, list[_Piece]], dict[str, list[float]]]:
+    """The pieces of buffers on the CPU, and the norms of the pieces of vectors."""
+    parts = {name: list(_pieces(tensors)) for name, tensors in buffers.items()}
+    long = {name: list(_pieces(tensors)) for name, tensors in vectors.items()}
+    scalars = [scalar for each in parts.values() for part in each for scalar in _moments(part)]
+    scalars += [_squares(part) for each in long.values() for part in each]
+    values = iter(Transfer(scalars).numbers())
+    pieces = {name: [_piece(part, *islice(values, 4)) for part in each] for name, each in parts.items()}
+    lengths = {name: [_length(part, next(values)) for part in each] for name, each in long.items()}
+    return pieces, lengths
+
+
+def _read_far(
+    buffers: Mapping[str, Sequence[Tensor]], vectors: Mapping[str, Sequence[Tensor]]
+) -> tuple[dict[str, list[int]], list[Tensor], dict[str, int]]:
+    """The sizes of the pieces of buffers on devices, the numbers that describe all, and how many norms each has."""
+    parts = {name: list(_pieces(tensors, _FAR)) for name, tensors in buffers.items()}
+    flat = {name: [v for v in map(vector, tensors) if v.numel()] for name, tensors in vectors.items()}
+    scalars = []
+    for part in (part for each in parts.values() for part in each):
+        whole = _read(part)
+        variance, mean = torch.var_mean(whole, correction=0)
+        scalars += [mean, variance, *torch.aminmax(whole)]
+    scalars += [norm for each in flat.values() if each for norm in torch._foreach_norm(each)]
+    sizes = {name: [sum(map(Tensor.numel, part)) for part in each] for name, each in parts.items()}
+    return sizes, scalars, {name: len(each) for name, each in flat.items()}
 
 
 def vector(tensor: Tensor) -> Tensor:
@@ -138,7 +182,7 @@ def vector(tensor: Tensor) -> Tensor:
     return flat if flat.dtype in {torch.float32, torch.float64} else flat.float()
 
 
-def _pieces(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+def _pieces(tensors: Sequence[Tensor], sizes: _Sizes = _NEAR) -> Iterator[list[Tensor]]:
     """What is read as one: a part of a tensor, or several small ones.
 
     These are copied only while they are read, so that the copies take turns in the same memory.
@@ -149,10 +193,10 @@ def _pieces(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
         if not is_plain(tensor):
             tensor = vector(tensor)
         elements = tensor.numel()
-        if elements >= _SMALL:
-            yield from ([part] for part in torch.split(vector(tensor), _PIECE))
+        if elements >= sizes.small:
+            yield from ([part] for part in torch.split(vector(tensor), sizes.piece))
         elif elements:
-            if waiting and (size + elements > _GATHERED or tensor.device != waiting[0].device):
+            if waiting and (size + elements > sizes.gathered or tensor.device != waiting[0].device):
                 yield waiting
                 waiting, size = [], 0
             waiting.append(tensor)
@@ -167,14 +211,9 @@ def _read(piece: list[Tensor]) -> Tensor:
 
 
 def _moments(tensors: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of a piece on the CPU its sum and sum of squares; elsewhere its mean and its squared deviations; the extremes."""
+    """The sum, the sum of squares, the lowest and the highest of a piece on the CPU."""
     piece = _read(tensors)
-    low, high = torch.aminmax(piece)
-    if piece.is_cpu:
-        return piece.sum(), piece.square().sum(), low, high
-    mean = piece.mean()
-    deviations = piece - mean
-    return mean, torch.dot(deviations, deviations), low, high
+    return piece.sum(), piece.square().sum(), *torch.aminmax(piece)
 
 
 def _squares(tensors: list[Tensor]) -> Tensor:
@@ -189,19 +228,8 @@ def _length(tensors: list[Tensor], squares: float) -> float:
     return math.sqrt(_squares([each.double() for each in map(vector, tensors)]).item())
 
 
-def _fetch(scalars: Sequence[Tensor]) -> list[float]:
-    if not scalars:
-        return []
-    if len({(scalar.device, scalar.dtype) for scalar in scalars}) > 1:
-        scalars = [scalar.to(scalars[0].device, torch.float64) for scalar in scalars]
-    values: list[float] = torch.stack(list(scalars)).tolist()  # the step's one transfer to the host
-    return values
-
-
 def _piece(tensors: list[Tensor], first: float, second: float, low: float, high: float) -> _Piece:
     count = sum(map(Tensor.numel, tensors))
-    if not tensors[0].is_cpu:
-        return _Piece(count, first, second, low, high)
     if not (math.isfinite(low) and math.isfinite(high)):
         return _Piece(count, first / count, second, low, high)
     if low == high:
@@ -212,6 +240,10 @@ def _piece(tensors: list[Tensor], first: float, second: float, low: float, high:
     mean = wide.mean()
     wide -= mean
     return _Piece(count, mean.item(), torch.dot(wide, wide).item(), low, high)
+
+
+def _far_piece(size: int, mean: float, variance: float, low: float, high: float) -> _Piece:
+    return _Piece(size, mean, variance * size, low, high)
 
 
 def _combine(pieces: Sequence[_Piece]) -> Statistics:

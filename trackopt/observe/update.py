@@ -39,27 +39,32 @@ class Update:
         return found
 
 
-def cosine(pairs: Iterable[tuple[Tensor, Tensor]]) -> float | None:
+def cosine_terms(pairs: Iterable[tuple[Tensor, Tensor]]) -> list[Tensor]:
+    """What ``cosine`` needs the numbers of: for each pair its dot product, and those of its tensors with themselves."""
+    pairs = list(pairs)
+    ones, twos = [one for one, _ in pairs], [two for _, two in pairs]
+    if size_of(ones) and size_of(twos):
+        pairs = [(gather(ones).double(), gather(twos).double())]
+    terms = []
+    for one, two in pairs:
+        a, b = vector(one), vector(two)
+        if a.dtype != b.dtype:
+            a, b = a.double(), b.double()
+        terms += [torch.dot(a, b), torch.dot(a, a), torch.dot(b, b)]
+    return terms
+
+
+def cosine(numbers: Iterable[float]) -> float | None:
     """The cosine of the angle between the first tensors and the second, each taken as one vector.
 
     ``None`` where one of them is zero or there is none.
 
     Example:
-        >>> cosine([(torch.tensor([1.0, 0.0]), torch.tensor([2.0, 0.0])), (torch.tensor([0.0]), torch.tensor([0.0]))])
-        1.0
+        >>> terms = cosine_terms([(torch.tensor([1.0, 0.0]), torch.tensor([2.0, 2.0]))])
+        >>> round(cosine([term.item() for term in terms]), 3)
+        0.707
     """
-    pairs = list(pairs)
-    ones, twos = [one for one, _ in pairs], [two for _, two in pairs]
-    if size_of(ones) and size_of(twos):
-        pairs = [(gather(ones).double(), gather(twos).double())]
-    dots = []
-    for one, two in pairs:
-        a, b = vector(one), vector(two)
-        if a.dtype != b.dtype:
-            a, b = a.double(), b.double()
-        dots.append([torch.dot(a, b).item(), torch.dot(a, a).item(), torch.dot(b, b).item()])
-    if not dots:
-        return None
-    both, first, second = (math.fsum(column) for column in zip(*dots, strict=True))
+    numbers = list(numbers)
+    both, first, second = (math.fsum(numbers[start::3]) for start in range(3))
     length = math.sqrt(first) * math.sqrt(second)
     return both / length if length else None

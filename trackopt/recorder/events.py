@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 _VERSION = b"\x1a\x0dbrain.Event:2"
 _START = b"\x3a\x02\x08\x01"  # SessionLog.START
+_NO_TENSOR = b"\x08\x01\x12\x02\x12\x00"  # float32, of shape (0,)
+_TEXT = b"\x08\x07\x12\x00"  # a single string
+_IS_TENSOR = b"\x20\x02"  # DATA_CLASS_TENSOR
 
 
 def version(when: float) -> bytes:
@@ -36,8 +39,24 @@ def start(when: float, step: int) -> bytes:
 def summary(when: float, step: int, scalars: Mapping[str, float], histograms: Mapping[str, Histogram]) -> bytes:
     """The record with all values of one step."""
     values = [_scalar(tag) + _float32(value) for tag, value in scalars.items()]
-    values += [_field(0x0A, _field(0x0A, tag.encode()) + _field(0x2A, _histogram(h))) for tag, h in histograms.items()]
-    return _record(_event(when, step, _field(0x2A, b"".join(values))))
+    values += [field(0x0A, field(0x0A, tag.encode()) + field(0x2A, _histogram(h))) for tag, h in histograms.items()]
+    return _record(_event(when, step, field(0x2A, b"".join(values))))
+
+
+def of_plugin(when: float, plugin: str, tag: str, *, content: bytes = b"", text: bytes | None = None) -> bytes:
+    """The record that a plugin is configured by, at step 0.
+
+    Readers keep the first ``content`` of a tag for good, and the latest ``text``.
+    """
+    tensor = _NO_TENSOR if text is None else _TEXT + field(0x42, text)
+    metadata = field(0x0A, field(0x0A, plugin.encode()) + field(0x12, content)) + _IS_TENSOR
+    value = field(0x0A, tag.encode()) + field(0x42, tensor) + field(0x4A, metadata)
+    return _record(_event(when, 0, field(0x2A, field(0x0A, value))))
+
+
+def field(key: int, content: bytes) -> bytes:
+    """A field of a message: its key (number and wire type 2), its length, and what is in it."""
+    return bytes([key]) + _varint(len(content)) + content
 
 
 def _record(data: bytes) -> bytes:
@@ -58,7 +77,7 @@ def _event(when: float, step: int, content: bytes) -> bytes:
 @cache
 def _scalar(tag: str) -> bytes:
     """A value up to its number."""
-    value = _field(0x0A, tag.encode()) + b"\x15"
+    value = field(0x0A, tag.encode()) + b"\x15"
     return b"\x0a" + _varint(len(value) + 4) + value
 
 
@@ -72,15 +91,11 @@ def _float32(value: float) -> bytes:
 def _histogram(histogram: Histogram) -> bytes:
     numbers = (histogram.min, histogram.max, histogram.num, histogram.sum, histogram.sum_squares)
     content = b"".join(struct.pack("<Bd", number << 3 | 1, value) for number, value in enumerate(numbers, 1))
-    return content + _field(0x32, _doubles(histogram.limits)) + _field(0x3A, _doubles(histogram.counts))
+    return content + field(0x32, _doubles(histogram.limits)) + field(0x3A, _doubles(histogram.counts))
 
 
 def _doubles(values: list[float]) -> bytes:
     return struct.pack(f"<{len(values)}d", *values)
-
-
-def _field(key: int, content: bytes) -> bytes:
-    return bytes([key]) + _varint(len(content)) + content
 
 
 def _varint(number: int) -> bytes:

@@ -15,6 +15,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, Run, RunTag
 
 from trackopt.directory import CHECKPOINTS, change_identity, read_identity
+from trackopt.recorder.description import describe
 from trackopt.recorder.sink import Sink
 
 if TYPE_CHECKING:
@@ -87,6 +88,7 @@ class MLflowSink(Sink):
             "mlflow.source.name": identity["command"],
             "mlflow.source.type": "LOCAL",
             "mlflow.user": getpass.getuser(),
+            "mlflow.note.content": describe(directory, identity),
             "trackopt.run_id": identity["id"],
             "trackopt.dir": str(directory),
             "trackopt.checkpoints": str(directory / CHECKPOINTS),

@@ -1,0 +1,242 @@
+"""A run in a loop that belongs to a framework: telemetry, journal and recorder, without checkpoints of our own.
+
+The framework saves and resumes. Its checkpoints carry what telemetry must know to go on as if it had never stopped, and
+the journal says where they are.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trackopt import journal
+from trackopt.arguments import SINKS, check_objects, check_options
+from trackopt.checkpoint.capture import versions
+from trackopt.checkpoint.retention import Retention
+from trackopt.directory import RunDirectory
+from trackopt.errors import UsageError
+from trackopt.journal import Journal
+from trackopt.observe import params as hyperparameters
+from trackopt.recorder.process import RecorderProcess
+from trackopt.recorder.target import mlflow_target
+from trackopt.rehearsal import plan
+from trackopt.telemetry import Telemetry
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from trackopt.checkpoint import Training
+
+logger = logging.getLogger("trackopt")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Where a run is recorded and what; each as ``trackopt.wrap`` takes it.
+
+    Raises:
+        UsageError: One of them makes no sense.
+    """
+
+    dir: str | os.PathLike[str] | None = None
+    stats: str | None = "group"
+    stats_every: int = 1
+    histograms_every: int = 0
+    sinks: Sequence[str] = SINKS
+    experiment: str | None = None
+    name: str | None = None
+
+    def __post_init__(self) -> None:
+        check_options(save_every=None, save_busy="wait", retention=Retention(1), sinks=self.sinks, **self.measuring)
+
+    @property
+    def measuring(self) -> dict[str, Any]:
+        """What is measured, and how often."""
+        return {"stats": self.stats, "stats_every": self.stats_every, "histograms_every": self.histograms_every}
+
+
+class Recording:
+    """One attempt of such a run, from ``begin`` to ``close``.
+
+    Args:
+        training: The objects that the framework trains.
+        options: Where and what.
+
+    Raises:
+        UsageError: There is no optimizer.
+        RunError: The directory is taken, foreign, or cannot be written.
+
+    Attributes:
+        in_iteration: Whether an iteration has begun that has not ended.
+    """
+
+    def __init__(self, training: Training, options: Options) -> None:
+        if not training.optimizers:
+            raise UsageError("the training has no optimizer, so there is nothing to record")
+        check_objects(training)
+        self._training = training
+        self._sinks = options.sinks if plan.current() is None else ()
+        self._directory = RunDirectory(options.dir)
+        try:
+            if not self._directory.identity:
+                self._directory.found(options.name, mlflow_target(options.experiment))
+            self._journal = Journal(self._directory.journal)
+            self._attempt = self._directory.begin_attempt(self._sinks)
+        except BaseException:
+            self._directory.release()
+            raise
+        self._telemetry = Telemetry(training, self._journal, **options.measuring)
+        self._recorder: RecorderProcess | None = None
+        self._known: set[str] = set()  # what the step that a resumed run begins with has already
+        self.in_iteration = False
+        self._pid = os.getpid()
+        self._open = True
+        atexit.register(self._at_exit)
+
+    @property
+    def dir(self) -> Path:
+        """The run's directory."""
+        return self._directory.path
+
+    @property
+    def step(self) -> int:
+        """Completed optimizer steps."""
+        return self._telemetry.step
+
+    def begin(
+        self, state: Mapping[str, Any] | None = None, step: int = 0, params: Mapping[str, Any] | None = None
+    ) -> None:
+        """Begin at the first step, or go on from a checkpoint of the framework's; that may happen again at any time.
+
+        Args:
+            state: What ``state_dict`` returned when it was taken; ``None`` where it knows nothing of trackopt.
+            step: Where it knows nothing, the optimizer steps that it counts.
+            params: What the run was started with, beside what its objects say.
+
+        Raises:
+            UsageError: It is of other optimizers.
+        """
+        details: dict[str, Any] = {"attempt": self._attempt, "pid": os.getpid(), "versions": versions()}
+        if state is not None:
+            step = self._load(state)
+            if state["run_id"] == self._directory.identity["id"]:
+                details["offset"], later = _end_of(self._journal.path, state["journal_offset"], step)
+                self._known = {*state["pending"]["recorded"], *later}
+        elif step:
+            self._telemetry.start_at(step)
+        if step:
+            self._journal.mark("resume", step, **details)
+            logger.warning("trackopt: resumed %s at step %d", self._directory.identity["name"], step)
+        elif self._attempt > 1:
+            self._journal.mark("resume", 0, offset=0, **details)
+        else:
+            described = hyperparameters(self._training.optimizers, self._training.schedulers)
+            self._journal.mark("start", 0, params={**described, **(params or {})}, **details)
+        self.in_iteration = False
+        if self._sinks and self._recorder is None:
+            self._recorder = RecorderProcess(self.dir)
+
+    def begin_iteration(self) -> None:
+        """The loop turns to a batch."""
+        self.in_iteration = True
+        self._known = set()
+        self._telemetry.begin_iteration()
+
+    def log(self, metrics: Mapping[str, Any]) -> None:
+        """Take numbers that belong to this iteration, or behind it to its step."""
+        self._telemetry.log({key: value for key, value in metrics.items() if key not in self._known})
+
+    def end_iteration(self) -> None:
+        """Record the iteration's step; where it is recorded already, what has been logged since."""
+        if self.in_iteration:
+            self.in_iteration = False
+            self._telemetry.end_iteration()
+        else:
+            self._telemetry.record_rest()
+        if self._recorder is not None:
+            _tell(self._recorder.messages())
+
+    def mark_checkpoint(self, path: str | os.PathLike[str], step: int | None = None) -> None:
+        """The framework has saved to ``path``; its state is that after ``step``, or the latest."""
+        if self._open:
+            self._journal.mark("checkpoint", self.step if step is None else step, path=str(Path(path).absolute()))
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint of the framework must hold; of plain values."""
+        if self._open:
+            self.end_iteration()
+            self._telemetry.settle()
+            self._journal.sync()
+        return {
+            "run_id": self._directory.identity["id"],
+            "step": self.step,
+            "journal_offset": self._journal.offset,
+            **self._telemetry.state_dict(),
+        }
+
+    def close(self, error: BaseException | None = None) -> None:
+        """Deliver everything, and let go of the optimizers and the directory."""
+        if error is None:
+            self._close("FINISHED")
+        else:
+            stopped = isinstance(error, (KeyboardInterrupt, SystemExit))
+            self._close("KILLED" if stopped else "FAILED", error=f"{type(error).__name__}: {error}")
+
+    def _load(self, state: Mapping[str, Any]) -> int:
+        saved, live = set(state["observers"]), set(self._training.optimizers)
+        if saved != live:
+            raise UsageError(
+                f"the checkpoint was taken with {', '.join(sorted(saved))}, this training has "
+                f"{', '.join(sorted(live))}; resume with the optimizers that it was taken with"
+            )
+        self._telemetry.load_state_dict(state)
+        return int(state["step"])
+
+    def _close(self, status: str, **why: str) -> None:
+        if not self._open:
+            return
+        self.end_iteration()
+        self._telemetry.settle()
+        self._open = False
+        self._journal.mark("close", self.step, status=status, ledger=self._telemetry.ledger.as_dict(), **why)
+        self._telemetry.close()
+        if self._recorder is not None:
+            _tell(self._recorder.finish(wait=status != "KILLED"))
+        self._journal.close()
+        self._directory.release()
+        atexit.unregister(self._at_exit)
+
+    def _at_exit(self) -> None:
+        """The script ended within the training; the framework did not tell why."""
+        if os.getpid() == self._pid:
+            error = getattr(sys, "last_exc", None) or getattr(sys, "last_value", None)
+            self.close(error or SystemExit("the script ended within the training"))
+
+
+def by_name(role: str, things: Sequence[Any]) -> Any:
+    """Objects that a framework keeps in a list, as ``Training`` takes them."""
+    return things[0] if len(things) == 1 else {f"{role}{index}": thing for index, thing in enumerate(things)}
+
+
+def _end_of(path: Path, offset: int, step: int) -> tuple[int, set[str]]:
+    """Where the history of a checkpoint ends, and what of its last step was logged after it was taken.
+
+    Frameworks save in the middle of what they do at a step, and do not repeat the rest when they resume.
+    """
+    known: set[str] = set()
+    for line in journal.read(path, offset):
+        if line.event in {"start", "resume", "close"} or (line.event is None and line.step > step):
+            break
+        known |= line.metrics.keys()
+        offset = line.end
+    return offset, known
+
+
+def _tell(messages: Iterable[str]) -> None:
+    for message in messages:
+        logger.warning("trackopt: %s", message)
