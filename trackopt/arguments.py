@@ -47,7 +47,7 @@ def check_options(
     stats_every: int,
     histograms_every: int,
     sinks: Sequence[str],
-    artifacts: bool,
+    artifacts: bool = False,
 ) -> None:
     """Refuse options that mean nothing.
 

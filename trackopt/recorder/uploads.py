@@ -97,10 +97,8 @@ class Uploads:
                 self._move(behind)
         self._move(end)
         if gone:
-            self._tell(
-                f"{gone[0]}{f' and {len(gone) - 1} more' if gone[1:] else ''} had been let go before the upload came to "
-                "it; a larger `keep` gives it more time"
-            )
+            which = f"{gone[0]} and {len(gone) - 1} more" if gone[1:] else gone[0]
+            self._tell(f"{which} had been let go before the upload came to it; a larger `keep` gives it more time")
 
     def _committed(self, limit: int) -> tuple[dict[str, int], int]:
         """Paths of checkpoints, each with the end of the line that told it last; and the end of the last line."""

@@ -119,8 +119,10 @@ class Artifact:
         answer = http_request(creds, f"/{quote(self._path)}", "GET", extra_headers=headers, stream=True)
         if answer.status_code == _UNSATISFIABLE:  # nothing is in it
             return self._get()
+        if answer.status_code == _MISSING:
+            raise self._missing()
         if answer.status_code not in {_OK, _PARTIAL}:
-            raise self._missing() if answer.status_code == _MISSING else self._refused(f"{answer.status_code} {answer.reason}")
+            raise self._refused(f"{answer.status_code} {answer.reason}")
         return answer
 
     def _range(self, start: int, stop: int, version: dict[str, str]) -> bytes:
