@@ -204,15 +204,15 @@ def _read_back(directory, run_id):
 
 
 @contextlib.contextmanager
-def counting(port):
-    """A way to the server on which the bytes that come back are counted."""
+def counting(port, *, whole=False):
+    """A way to the server on which the bytes that come back are counted; perhaps one that knows no ranges."""
     count = [0]
 
     def pipe(source, target, *, back):
         with contextlib.suppress(OSError):
             while data := source.recv(65536):
                 count[0] += len(data) * back
-                target.sendall(data)
+                target.sendall(data if back or not whole else data.replace(b"\r\nRange:", b"\r\nRanges:"))
         for end in (source, target):
             with contextlib.suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
@@ -271,11 +271,21 @@ def test_only_what_is_asked_for_is_fetched_and_checked(team, tmp_path, monkeypat
         trackopt.restore(address, model=fresh)
         assert count[0] < size / 2
         assert all(map(torch.equal, fresh.state_dict().values(), model.state_dict().values()))
+    with counting(team.port, whole=True) as (way, count), quietly():
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", way)
+        with trackopt.open(address) as opened:
+            assert not opened.remote
+            assert opened.bytes == size
+        assert count[0] > size
     monkeypatch.setenv("MLFLOW_TRACKING_URI", team.address)
     (stored,) = [one for one in team.folder.rglob(file.name) if run_id in str(one)]
     with archive.open(file) as opened:
         moment = opened.tree["optimizer"]["state"][0]["exp_avg"]
         value = opened.read(moment).tobytes()
+    with quietly(), trackopt.open(address) as opened:
+        stored.write_bytes(stored.read_bytes())
+        with pytest.raises(trackopt.ArchiveError, match="was replaced while it was read"):
+            opened.read(opened.tree["optimizer"]["state"][0]["exp_avg"])
     data = bytearray(stored.read_bytes())
     data[data.index(value) + 1000] ^= 1
     stored.write_bytes(data)
@@ -290,6 +300,22 @@ def _stepped(model, optimizer):
     loss.backward()
     optimizer.step()
     return loss
+
+
+def test_a_directory_is_fetched_as_a_whole(team, tmp_path):
+    """As torch.distributed.checkpoint writes them."""
+    from mlflow import MlflowClient
+    from torch.distributed import checkpoint
+
+    weight = torch.randn(3, 4)
+    with quietly():
+        checkpoint.save({"model": {"weight": weight}}, checkpoint_id="step-00000007", no_dist=True)
+        client = MlflowClient(team.address)
+        run_id = client.create_run("0").info.run_id
+        client.log_artifacts(run_id, "step-00000007", "checkpoints/step-00000007")
+        with trackopt.open(f"runs:/{run_id}@7") as opened:
+            ((_, tensor),) = opened.tensors()
+            assert opened.read(tensor).tolist() == weight.tolist()
 
 
 class Refusal(http.server.BaseHTTPRequestHandler):

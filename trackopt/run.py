@@ -83,7 +83,8 @@ def wrap(
         dir: The run's directory. Default: a fresh ``runs/<date-time>``, which can be resumed only by naming it.
             ``TRACKOPT_DIR`` in the environment goes before it.
         resume: ``"auto"`` (the newest sound checkpoint in ``dir``, else from the start), ``"must"``, ``"never"``
-            (refuses a directory that holds a run), or the path of a checkpoint.
+            (refuses a directory that holds a run), or the path of a checkpoint, or its address among the artifacts of
+            an MLflow run.
         save_every: Optimizer steps, or a ``timedelta``, between two checkpoints. Default: only at ``run.save()``
             and ``run.close()``.
         save_busy: What becomes of a checkpoint that ``save_every`` makes due while the one before it is still on its

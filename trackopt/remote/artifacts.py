@@ -38,8 +38,12 @@ _RUN = re.compile(r"([\w-]+)(?:@(\d{1,18}))?")
 _STEP = re.compile(r"step-(\d+)(?:\.pt)?")
 _HEAD = 64 << 10  # bytes of the first request, whose answer tells whether the server grants ranges
 _CHUNK = 1 << 20
-#: With MLflow's own settings a server that is down is waited for for minutes; who wants that sets these.
-_PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
+#: MLflow's own let a server that is down be waited for for minutes, and a bar into a log; who wants that sets these.
+_SETTINGS = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": str(sys.stderr.isatty()),
+}
 _OK, _PARTIAL, _UNSATISFIABLE, _MISSING = 200, 206, 416, 404
 
 
@@ -128,10 +132,11 @@ class Artifact:
     def _range(self, start: int, stop: int, version: dict[str, str]) -> bytes:
         with self._told():
             answer = self._get(Range=f"bytes={start}-{stop - 1}", **version)
-            if answer.status_code != _PARTIAL:
-                answer.close()
+            data = b"" if answer.status_code != _PARTIAL else bytes(answer.content)
+            answer.close()
+            if len(data) != stop - start:
                 raise ArchiveError(f"{self._address}: was replaced while it was read; try again")
-            return bytes(answer.content)
+            return data
 
     def _received(self, answer: Any, file: int) -> int:
         """The descriptor of a file with the whole body in it."""
@@ -144,7 +149,7 @@ class Artifact:
     @contextlib.contextmanager
     def _told(self) -> Iterator[None]:
         """Whatever MLflow, its stores and their networks raise, in one line; a server that is down is told soon."""
-        ours = {name: value for name, value in _PATIENCE.items() if name not in os.environ}
+        ours = {name: value for name, value in _SETTINGS.items() if name not in os.environ}
         os.environ.update(ours)
         try:
             yield
