@@ -26,6 +26,7 @@ from tests.conftest import build, drain, mlflow_run, quietly, train_step
 from tests.test_recorder import mlflow_server
 from tests.test_recorder_faults import assert_everything_once, free_port, wait_for
 from trackopt import archive, journal
+from trackopt.recorder.recorder import Recorder
 from trackopt.remote import copy
 
 pytestmark = pytest.mark.timeout(900)  # servers start often, and a busy machine takes its time
@@ -386,6 +387,25 @@ def test_what_retention_let_go_is_passed_by_and_told(tmp_path):
     ]
     with quietly(), trackopt.open(f"runs:/{mlflow.info.run_id}/checkpoints/step-00000006.pt") as opened:
         assert opened.path == stored / "step-00000006.pt"  # a store that is a directory here is read in place
+
+
+def test_what_is_committed_while_an_upload_is_on_its_way_is_not_left(tmp_path):
+    """The recorder ends when the last one has arrived."""
+    model, optimizer, scheduler = build()
+    with trackopt.wrap(optimizer, scheduler, model=model, dir="run", sinks=("mlflow",), artifacts=True) as run:
+        run.step(loss=train_step(model, optimizer, scheduler))
+    (run.dir / "checkpoints/step-00000002.pt").write_bytes(bytes(50_000_000))
+    (run.dir / "checkpoints/step-00000003.pt").write_bytes(b"the last")
+    writer = journal.Journal(run.dir / journal.NAME)
+    with quietly(), Recorder(run.dir, tell=pytest.fail) as recorder:
+        writer.mark("checkpoint", 2, path="checkpoints/step-00000002.pt")
+        recorder.pump()
+        writer.mark("checkpoint", 3, path="checkpoints/step-00000003.pt")
+        assert recorder.drain() == []
+    writer.close()
+    stored = Path(mlflow_run(run.dir)[1].info.artifact_uri) / "checkpoints"
+    assert sorted(one.name for one in stored.iterdir()) == [f"step-{step:08d}.pt" for step in (1, 2, 3)]
+    assert (stored / "step-00000003.pt").read_bytes() == b"the last"
 
 
 def test_artifacts_need_the_mlflow_sink():

@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "remote": {"recorder"},
     "state": {"archive"},
     "integrity": {"archive", "journal"},
-    "salvage": {"archive"},
+    "salvage": {"archive", "remote"},
     "summary": {"archive", "state", "integrity"},
     "difference": {"archive", "state"},
     "journal": set(),

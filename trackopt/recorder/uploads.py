@@ -46,6 +46,7 @@ class Uploads:
         self._directory = directory
         self._tell = tell
         self._save = save
+        self._limit = 0
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
 
@@ -54,6 +55,7 @@ class Uploads:
 
         What an upload raised comes from the next call.
         """
+        self._limit = limit
         if self._thread is not None:
             if self._thread.is_alive():
                 return None
@@ -65,8 +67,10 @@ class Uploads:
         return None
 
     def finish(self) -> None:
-        """Wait for what is on its way."""
+        """Wait for what is on its way, and upload what has come to it meanwhile."""
         self._join()
+        if self.cursor["offset"] < self._limit:
+            self._upload_all(self._limit)
         self.cursor = {**self.cursor, "finished": True}
 
     def close(self) -> None:
@@ -89,16 +93,16 @@ class Uploads:
     def _upload_all(self, limit: int) -> None:
         waiting, end = self._committed(limit)
         gone = []
-        if waiting:
-            repository = self._repository()
+        try:
             for path, behind in waiting.items():
-                if not self._upload(repository, path):
+                if not self._upload(path):
                     gone.append(path)
                 self._move(behind)
-        self._move(end)
-        if gone:
-            which = f"{gone[0]} and {len(gone) - 1} more" if gone[1:] else gone[0]
-            self._tell(f"{which} had been let go before the upload came to it; a larger `keep` gives it more time")
+            self._move(end)
+        finally:
+            if gone:
+                which = f"{gone[0]} and {len(gone) - 1} more" if gone[1:] else gone[0]
+                self._tell(f"{which} had been let go before the upload came to it; a larger `keep` gives it more time")
 
     def _committed(self, limit: int) -> tuple[dict[str, int], int]:
         """Paths of checkpoints, each with the end of the line that told it last; and the end of the last line."""
@@ -122,9 +126,9 @@ class Uploads:
         artifacts = MlflowClient(tracking_uri=target["tracking_uri"]).get_run(target["run_id"]).info.artifact_uri
         return get_artifact_repository(artifacts, tracking_uri=target["tracking_uri"])
 
-    def _upload(self, repository: ArtifactRepository, path: str) -> bool:
+    def _upload(self, path: str) -> bool:
         """Whether it was still there. A directory's files go in the order in which they were written."""
-        place = self._directory / path
+        place, repository = self._directory / path, self._repository()
         try:
             files = [one for one in place.rglob("*") if one.is_file()] if place.is_dir() else [place]
             for file in sorted(files, key=lambda one: one.stat().st_mtime_ns):
