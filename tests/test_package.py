@@ -17,10 +17,11 @@ HEAVY = {"torch", "mlflow", "tensorboard"}
 
 # Which rooms may import which; a room is a module or a folder of the package. `errors` is open to all.
 MAY_IMPORT = {
-    "archive": set(),
+    "archive": {"remote"},
+    "remote": {"recorder"},
     "state": {"archive"},
     "integrity": {"archive", "journal"},
-    "salvage": {"archive"},
+    "salvage": {"archive", "remote"},
     "summary": {"archive", "state", "integrity"},
     "difference": {"archive", "state"},
     "journal": set(),
@@ -40,8 +41,8 @@ MAY_IMPORT = {
     "meeting": {"ranks"},
     "alike": {"checkpoint", "ranks"},
     "saving": {"checkpoint", "journal", "ranks"},
-    "resuming": {"checkpoint", "directory", "ranks"},
-    "restoring": {"archive", "arguments", "checkpoint", "integrity", "state"},
+    "resuming": {"checkpoint", "directory", "ranks", "remote"},
+    "restoring": {"archive", "arguments", "checkpoint", "integrity", "remote", "state"},
     "run": {
         *("checkpoint", "directory", "display", "journal", "loop", "meeting", "observe", "ranks", "recorder"),
         *("rehearsal", "resuming", "saving", "signals", "telemetry"),
@@ -80,6 +81,8 @@ TORCH = {
 BACKENDS = {
     "recorder/mlflow.py": {"mlflow"},
     "recorder/artifacts.py": {"mlflow"},
+    "recorder/uploads.py": {"mlflow"},
+    "remote/artifacts.py": {"mlflow"},
     "rehearsal/fingerprint.py": {"torch"},  # these two are the training process's side
     "rehearsal/strays.py": {"torch"},
 }
