@@ -113,7 +113,7 @@ def train(*, directory, kind="fsdp", world=1, epochs=2, dropout=0.0, kill=None, 
 def stage(world, script=None, copy=None, **options):
     """The exit codes of so many processes; ``copy`` is a run's directory to begin with."""
     if copy:
-        shutil.copytree(copy, options["directory"])
+        shutil.copytree(copy, options["directory"], symlinks=True)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
