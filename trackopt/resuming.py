@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from trackopt import remote
 from trackopt.checkpoint import restore, rng
 from trackopt.checkpoint.capture import plain, state_of
 from trackopt.checkpoint.saved import of_run
@@ -136,7 +137,8 @@ def find(directory: RunDirectory, store: Store, resume: str | os.PathLike[str]) 
         if found is None and resume == "must":
             raise CheckpointError(f"{directory.path}: no checkpoint to resume from; start with resume='auto'")
     else:
-        found = (Path(resume), load(Path(resume)))
+        path = remote.fetch(resume) if remote.is_address(resume) else Path(resume)
+        found = (path, load(path))
     if found is not None and directory.identity and found[1]["trackopt"]["run_id"] != directory.identity["id"]:
         raise RunError(f"{found[0]}: belongs to another run than {directory.path}; choose another dir")
     return found

@@ -55,6 +55,7 @@ def wrap(
     stats_every: int = 1,
     histograms_every: int = 0,
     sinks: Sequence[str] = SINKS,
+    artifacts: bool = False,
     experiment: str | None = None,
     name: str | None = None,
     progress: bool = True,
@@ -73,7 +74,8 @@ def wrap(
         dir: The run's directory. Default: a fresh ``runs/<date-time>``, which can be resumed only by naming it.
             ``TRACKOPT_DIR`` in the environment goes before it.
         resume: ``"auto"`` (the newest sound checkpoint in ``dir``, else from the start), ``"must"``, ``"never"``
-            (refuses a directory that holds a run), or the path of a checkpoint.
+            (refuses a directory that holds a run), or the path of a checkpoint, or its address among the artifacts of
+            an MLflow run.
         save_every: Optimizer steps, or a ``timedelta``, between two checkpoints. Default: only at ``run.save()``
             and ``run.close()``.
         save_busy: What becomes of a checkpoint that ``save_every`` makes due while the one before it is still on its
@@ -86,6 +88,8 @@ def wrap(
         stats_every: Take them at every n-th step; what the step really changed, at every tenth of these.
         histograms_every: Take histograms of gradients and buffers at every n-th step; 0 for none.
         sinks: Where the journal goes: ``"tensorboard"``, ``"mlflow"``, both or none.
+        artifacts: Whether the recorder uploads each checkpoint to the artifacts of the MLflow run, where they stay; it
+            is then to be had as ``runs:/<run id>/checkpoints/step-…``.
         experiment: MLflow's experiment. Default: ``MLFLOW_EXPERIMENT_NAME``, else MLflow's own default.
         name: The run's name. Default: the directory's.
         progress: Whether ``epochs`` and ``batches`` show how far the training is: on a terminal in two lines that stay,
@@ -127,7 +131,8 @@ def wrap(
     retention = Retention(keep, keep_best, keep_every)
     measuring: dict[str, Any] = {"stats": stats, "stats_every": stats_every, "histograms_every": histograms_every}
     saving: dict[str, Any] = {"save_every": save_every, "save_busy": save_busy}
-    ranks.agree(lambda: _check(training, **saving, retention=retention, sinks=sinks, **measuring))
+    ranks.agree(lambda: _check(training, **saving, retention=retention, sinks=sinks, artifacts=artifacts, **measuring))
+    destinations = (*sinks, "artifacts") if artifacts else sinks
     built = {name: settings(each) for name, each in training.schedulers.items()}
     require_alike(ranks, training, built, {**saving, **measuring})
     directory = _opened(ranks, dir)
@@ -152,7 +157,7 @@ def wrap(
                 saving=saving,
                 measuring=measuring,
                 progress=progress,
-                sinks=sinks if plan.current() is None else (),
+                sinks=destinations if plan.current() is None else (),
             ),
         )
     except BaseException:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from trackopt import remote
 from trackopt.errors import ArchiveError
 
 _STEP = re.compile(r"step-(\d+)\.pt|step-(\d{8,})")  # a file, or the directory of a sharded one
@@ -30,7 +31,8 @@ def locate(place: str | Path) -> Path:
 
     Args:
         place: A file; a run's directory, whose newest checkpoint is taken; or ``DIRECTORY@STEP``, for a run's
-            checkpoint or a directory as ``checkpoint-500``.
+            checkpoint or a directory as ``checkpoint-500``; or the address of an MLflow run's artifact, which is the
+            answer itself where that is no file here.
 
     Raises:
         ArchiveError: There is no such thing.
@@ -40,6 +42,8 @@ def locate(place: str | Path) -> Path:
         Traceback (most recent call last):
         trackopt.errors.ArchiveError: nowhere: there is no such file or directory
     """
+    if remote.is_address(place):
+        return remote.locate(place)
     path = Path(place)
     try:
         if path.is_dir():
