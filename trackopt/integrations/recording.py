@@ -21,6 +21,7 @@ from trackopt import journal
 from trackopt.arguments import SINKS, check_objects, check_options
 from trackopt.checkpoint.capture import versions
 from trackopt.checkpoint.retention import Retention
+from trackopt.checkpoint.spread import is_spread
 from trackopt.directory import RunDirectory
 from trackopt.errors import UsageError
 from trackopt.journal import Journal
@@ -239,10 +240,7 @@ def record(training: Training, options: Options, *, leads: bool) -> Recording | 
     if not training.optimizers:
         raise UsageError("the training has no optimizer, so there is nothing to record")
     check_objects(training)
-    groups = [group for optimizer in training.optimizers.values() for group in optimizer.param_groups]
-    if leads or any(hasattr(parameter, "device_mesh") for group in groups for parameter in group["params"]):
-        return Recording(training, options, leads=leads)
-    return None
+    return Recording(training, options, leads=leads) if leads or is_spread(training) else None
 
 
 def by_name(role: str, things: Sequence[Any]) -> Any:
