@@ -12,17 +12,19 @@ from trackopt.figure.terminal import draw
 
 VALUES = st.lists(st.floats(), min_size=0, max_size=60)
 
+POSITIVE = st.lists(st.floats(5e-324, 1e308), min_size=20, max_size=60)
+
 
 def shown(panel, width=80, height=8, **options):
     return draw(panel, width=width, height=height, coloured=False, **options).plain.split("\n")
 
 
 @settings(deadline=None, max_examples=300)
-@given(st.lists(VALUES, min_size=0, max_size=4), st.sampled_from([40, 80, 120]))
+@given(st.lists(VALUES | POSITIVE, min_size=0, max_size=7), st.sampled_from([40, 80, 120]))
 def test_any_numbers_can_be_drawn(series, width):
     """NaN, infinities, the largest floats, one point or none: no error, and no line is too wide."""
     curves = [Curve(f"c{i}", list(enumerate(ys, 1)), [(1, y, y) for y in ys]) for i, ys in enumerate(series)]
-    lines = shown(Panel("loss", tuple(curves)).lean(), width)
+    lines = shown(Panel("loss", tuple(curves)).lean().scaled(), width)
     assert max(len(line.rstrip()) for line in lines) <= width
 
 
@@ -42,6 +44,31 @@ def test_of_several_curves_only_noise_is_calmed():
     assert calm(smooth, 70) is smooth
     noisy = Curve("b", [(step, float(step % 7)) for step in range(1000)])
     assert {y for _, y in calm(noisy, 70).points} == {3.0}
+
+
+def test_many_noisy_curves_are_drawn_as_their_medians():
+    """Six runs, each at a level of its own: what is between the levels stays free."""
+    noisy = tuple(
+        Curve(f"{level}", [(step, level + (step * 7919 % 13 - 6) / 10) for step in range(1000)]) for level in range(6)
+    )
+    lines = shown(Panel("loss", noisy), height=30, legend=False)[1:-2]
+    drawn = [any(0x2800 < ord(char) < 0x2900 for char in line) for line in lines]
+    assert drawn.count(True) <= 18
+    assert drawn.count(False) >= 12
+
+
+@pytest.mark.parametrize(
+    ("ys", "log"), [([1.0, 0.001], True), ([1.0, 0.5], False), ([1.0, 0.0], False), ([1e5, -1.0], False), ([], False)]
+)
+def test_values_over_decades_get_a_logarithmic_axis(ys, log, tmp_path):
+    """If all are positive: on a terminal the decades are equally far apart."""
+    panel = Panel("loss", (Curve("a", list(enumerate(ys, 1))),)).scaled()
+    assert panel.log == log
+    save([panel], tmp_path / "a.png", "png", title="")
+    if log:
+        labels = {line.split("┤")[0].strip(): row for row, line in enumerate(shown(panel, height=13)) if "┤" in line}
+        assert labels == {"1": 1, "0.1": 5, "0.01": 9, "0.001": 13}
+        assert "loss (log)" in shown(panel)[0]
 
 
 def test_a_gap_stays_a_gap():
@@ -76,12 +103,14 @@ def test_ticks_are_few_round_numbers_within(low, high):
     assert all(low - room <= tick <= high + room for tick in found)
 
 
-@pytest.mark.parametrize("ys", [[1.6e308], [1.7e308, -1.7e308], [5e-324, 0.0], [math.nan], [], [1e38, 1.0]])
+@pytest.mark.parametrize(
+    "ys", [[1.6e308], [1.7e308, -1.7e308], [5e-324, 0.0], [math.nan], [], [1e38, 1.0], [5e-324, 1e308]]
+)
 def test_any_numbers_can_be_printed(ys, tmp_path):
     """The largest floats and none at all."""
     points = list(enumerate(ys, 1))
     save(
-        [Panel("loss", (Curve("a", points, [(x, y, y) for x, y in points]),)).lean()],
+        [Panel("loss", (Curve("a", points, [(x, y, y) for x, y in points]),)).lean().scaled()],
         tmp_path / "a.png",
         "png",
         title="",

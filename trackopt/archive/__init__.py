@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
+    from trackopt.archive.members import Files
     from trackopt.archive.tensors import Array
 
 __all__ = ["Archive", "Compound", "Global", "Opaque", "Storage", "Tensor", "checkpoints", "locate", "open"]
@@ -45,6 +46,9 @@ class Archive:
         remote: Whether its bytes are fetched from elsewhere when they are read.
         problems: What is wrong or ambiguous although it can be read, one line each.
     """
+
+    _file = -1
+    _files: Files | None = None
 
     def __init__(self, path: Path, file: int, contents: Contents) -> None:
         self.path = path
@@ -99,6 +103,9 @@ class Archive:
             self._file = -1
         if self._files is not None:
             self._files.close()
+
+    def __del__(self) -> None:
+        self.close()  # what is read from it later keeps it
 
     def __enter__(self) -> Self:
         return self

@@ -8,12 +8,12 @@ from pathlib import Path
 from trackopt import remote
 from trackopt.errors import ArchiveError
 
-_STEP = re.compile(r"step-(\d+)\.pt")
+_STEP = re.compile(r"step-(\d+)\.pt|step-(\d{8,})")  # a file, or the directory of a sharded one
 _FOLDER = re.compile(r"\D*(\d{1,18})")
 
 
 def checkpoints(directory: Path) -> dict[int, Path]:
-    """The complete checkpoints of a run, by step, oldest first; a directory that is none has none.
+    """The complete checkpoints of a run, files or directories, by step, oldest first; what is no run has none.
 
     Args:
         directory: A run's directory, or its ``checkpoints``.
@@ -21,8 +21,8 @@ def checkpoints(directory: Path) -> dict[int, Path]:
     inner = directory / "checkpoints"
     found = {}
     for path in (inner if inner.is_dir() else directory).iterdir():
-        if match := _STEP.fullmatch(path.name):
-            found[int(match[1])] = path
+        if (match := _STEP.fullmatch(path.name)) and (match[1] or path.is_dir()):
+            found[int(match[1] or match[2])] = path
     return dict(sorted(found.items()))
 
 

@@ -90,7 +90,7 @@ def _panel(found: Comparison, runs: Sequence[Tracked]) -> Panel:
     series = {run.path: run.series.get(found.metric, []) for run in runs}
     curves = tuple(Curve(row.name, series[row.path]) for row in found.rows[:_MOST])
     more = f" (the best {_MOST} of {len(found.rows)})" if len(found.rows) > _MOST else ""
-    return Panel(f"{found.metric}{more}", curves)
+    return Panel(f"{found.metric}{more}", curves).scaled()
 
 
 def _tables(found: Comparison) -> Iterator[Text]:

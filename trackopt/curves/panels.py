@@ -37,7 +37,8 @@ def panels(runs: Sequence[Tracked], metrics: Sequence[str]) -> list[Panel]:
         >>> [panel.title for panel in panels([run], ["loss"])]
         ['loss', 'exp_avg: mean ± std']
     """
-    return [_panel(title, runs, keys) for title, keys in _layout(runs, metrics)]
+    found = [_panel(title, runs, keys) for title, keys in _layout(runs, metrics)]
+    return [panel.scaled() for panel in found[: len(metrics)]] + found[len(metrics) :]
 
 
 def averaged(runs: Sequence[Tracked], metrics: Sequence[str]) -> list[Panel]:

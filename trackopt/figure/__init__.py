@@ -18,6 +18,8 @@ Point = tuple[float, float]
 #: How curves are told apart where there is no colour.
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
+_DECADES = 100.0  # from the lowest value to the highest, and the low ones could not be told apart
+_LEAST = 1e-300  # below it the arithmetic of logarithmic axes underflows
 _SWINGS = 12  # how often a curve may go from end to end and not count as noise
 
 
@@ -43,10 +45,12 @@ class Panel:
     Attributes:
         title: What the y axis measures.
         curves: In the order of the legend.
+        log: Whether the y axis is logarithmic; then all values are positive.
     """
 
     title: str
     curves: tuple[Curve, ...]
+    log: bool = False
 
     def bounds(self) -> tuple[float, float, float, float] | None:
         """The least and the greatest x and y that are to be seen; ``None`` where there is nothing."""
@@ -56,6 +60,13 @@ class Panel:
             return None
         xs, ys = zip(*points, *edges, strict=True)
         return min(xs), max(xs), min(ys), max(ys)
+
+    def scaled(self) -> Panel:
+        """The same with a logarithmic y axis, if all values are positive and reach over two decades."""
+        bounds = self.bounds()
+        if bounds is None or bounds[2] < _LEAST or bounds[3] / _DECADES < bounds[2]:
+            return self
+        return replace(self, title=f"{self.title} (log)", log=True)
 
     def lean(self, columns: int = 2000) -> Panel:
         """The same to the eye, with no more points than so many columns need."""
@@ -95,7 +106,7 @@ def _widest(edges: list[tuple[float, float, float]]) -> tuple[float, float, floa
     return edges[0][0], min(low for _, low, _ in edges), max(high for _, _, high in edges)
 
 
-def calm(curve: Curve, columns: int) -> Curve:
+def calm(curve: Curve, columns: int, swings: int = _SWINGS) -> Curve:
     """A noisy curve as the median of each column, in a band that reaches from end to end; another one as it is.
 
     Example:
@@ -103,7 +114,7 @@ def calm(curve: Curve, columns: int) -> Curve:
         >>> calm(noisy, 2).points, calm(noisy, 2).band
         ([(0, 1.0), (450, 1.0)], [(0, 0.0, 2.0), (450, 0.0, 2.0)])
     """
-    if len(curve.points) <= columns or not _is_noisy(curve.points):
+    if len(curve.points) <= columns or not _is_noisy(curve.points, swings):
         return curve
     first, width = curve.points[0][0], (curve.points[-1][0] - curve.points[0][0] + 1) / columns
     points: list[Point] = []
@@ -116,10 +127,10 @@ def calm(curve: Curve, columns: int) -> Curve:
     return replace(curve, points=points, band=curve.band or band)
 
 
-def _is_noisy(points: Sequence[Point]) -> bool:
+def _is_noisy(points: Sequence[Point], swings: int) -> bool:
     ys = [y for _, y in points if math.isfinite(y)]
     way = sum(abs(after / 2 - before / 2) for before, after in pairwise(ys))
-    return bool(ys) and way > _SWINGS * (max(ys) / 2 - min(ys) / 2)
+    return bool(ys) and way > swings * (max(ys) / 2 - min(ys) / 2)
 
 
 def ticks(low: float, high: float, about: int) -> list[float]:
@@ -139,6 +150,23 @@ def ticks(low: float, high: float, about: int) -> list[float]:
     start, end = math.ceil(low / pace - 1e-9), math.floor(high / pace + 1e-9)
     found = [float(f"{number * pace:.12g}") for number in range(start, end + 1)]
     return [value for value in found if math.isfinite(value)]
+
+
+def log_ticks(low: float, high: float, about: int) -> list[float]:
+    """The same for the exponents of a logarithmic axis: powers of ten, and 2 and 5 times these if there is room.
+
+    Example:
+        >>> [round(10**exponent, 2) for exponent in log_ticks(-1.0, 1.0, 7)]
+        [0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0]
+    """
+    found: list[float] = []
+    powers = range(math.floor(low), math.ceil(high) + 1)
+    for factors in ((1, 2, 5), (1,)):
+        every = [power + math.log10(factor) for power in powers for factor in factors]
+        found = [value for value in every if low - 1e-9 <= value <= high + 1e-9]
+        if len(found) <= about:
+            return found
+    return found[:: -(-len(found) // max(about, 1))]
 
 
 def pieces(points: Sequence[Point]) -> Iterator[list[Point]]:

@@ -68,6 +68,8 @@ def _draw(panel: Panel, axes: Axes) -> None:
             lows, highs = ([min(max(y, -_LARGEST), _LARGEST) for y in edge] for edge in edges)
             axes.fill_between(xs, lows, highs, color=colour, alpha=_BAND, linewidth=0)
         axes.plot([], [], color=colour, label=_plain(curve.name))
+    if panel.log:
+        axes.set_yscale("log")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(x=0.01)

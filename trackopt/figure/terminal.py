@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import sys
+from dataclasses import replace
 from itertools import groupby, pairwise
 from typing import TYPE_CHECKING
 
 from rich.cells import cell_len, set_cell_size
 from rich.text import Text
 
-from trackopt.figure import LETTERS, Curve, Panel, Point, calm, thin, ticks
+from trackopt.figure import LETTERS, Curve, Panel, Point, calm, log_ticks, thin, ticks
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
 _COLOURS = ("cyan", "yellow", "magenta", "green", "red", "blue")
 _BRAILLE = 0x2800
 _DOTS = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))  # of a character, by column and row
+_CROWD = 5  # curves, from which on they are drawn without bands, each as the median of
+_STRIDE = 4  # columns
+_FEW = 2  # swings
 _ALONG = 3  # how often a curve's letter stands on it
 _BESIDE = 4  # letters that fit behind the canvas
 _NARROWEST = 10
@@ -28,7 +32,8 @@ def draw(panel: Panel, *, width: int, height: int, coloured: bool, legend: bool 
     """A panel as lines of text.
 
     Of several curves each has a letter, at its end; where colours do not tell them apart, along it, too. Noisy ones
-    would cover each other, so of several the line is the median of each column, in a band from end to end.
+    would cover each other, so of several the line is the median of each column, in a band from end to end; of many, the
+    median of some columns, without a band.
 
     Args:
         panel: What to draw.
@@ -47,14 +52,19 @@ def draw(panel: Panel, *, width: int, height: int, coloured: bool, legend: bool 
           step  1          2
     """
     lines = [Text(f"{' ' * _INDENT}{panel.title}", style="bold")]
+    if panel.log:
+        panel = replace(panel, curves=tuple(map(_exponents, panel.curves)))
+    crowded = len(panel.curves) >= _CROWD
+    if crowded:
+        panel = replace(panel, curves=tuple(_middle(curve, width // _STRIDE) for curve in panel.curves))
     bounds = panel.bounds()
     if bounds is None:
         return Text("\n").join([*lines, Text(f"{' ' * _INDENT}nothing to draw yet")])
     if legend and len(panel.curves) > 1:
         lines.append(_legend(panel, width))
-    canvas = _Canvas(bounds, width, height)
+    canvas = _Canvas(bounds, width, height, log=panel.log)
     several = len(panel.curves) > 1
-    curves = [calm(curve, canvas.width) if several else curve for curve in panel.curves]
+    curves = [calm(curve, canvas.width) if several and not crowded else curve for curve in panel.curves]
     for index, curve in enumerate(curves):
         canvas.shade(curve, _colour(index))
     paths = [canvas.trace(curve, _colour(index)) for index, curve in enumerate(curves)]
@@ -88,17 +98,32 @@ def _legend(panel: Panel, width: int) -> Text:
     return text
 
 
+def _exponents(curve: Curve) -> Curve:
+    """A curve of the powers of ten that its values are."""
+    return Curve(
+        curve.name,
+        [(x, math.log10(y) if math.isfinite(y) else math.nan) for x, y in curve.points],
+        [(x, math.log10(low), math.log10(high)) for x, low, high in curve.band],
+    )
+
+
+def _middle(curve: Curve, columns: int) -> Curve:
+    """The median of each column, if it swings at all, and nothing of its band."""
+    return replace(calm(curve, columns, swings=_FEW), band=())
+
+
 class _Canvas:
     """Characters, each of which holds two by four dots, and the axes around them."""
 
-    def __init__(self, bounds: tuple[float, float, float, float], width: int, height: int) -> None:
+    def __init__(self, bounds: tuple[float, float, float, float], width: int, height: int, *, log: bool) -> None:
         self._x, self._right, self._low, self._high = bounds
         if self._low / 2 == self._high / 2:
             room = max(abs(self._low) / 10, sys.float_info.min) if self._low else 1.0
             self._low = max(self._low - room, -sys.float_info.max)
             self._high = min(self._high + room, sys.float_info.max)
         self._height = height
-        marks = {self._row(value): f"{value:.6g}" for value in reversed(ticks(self._low, self._high, height // 2))}
+        values = (log_ticks if log else ticks)(self._low, self._high, height // 2)
+        marks = {self._row(value): f"{10**value if log else value:.6g}" for value in reversed(values)}
         self._labels = marks
         self._margin = max(len(text) for text in ("step", *marks.values()))
         self.width = max(_NARROWEST, width - _INDENT - self._margin - 2 - _BESIDE)

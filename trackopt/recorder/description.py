@@ -17,12 +17,6 @@ def describe(directory: Path, identity: dict[str, Any]) -> str:
     Args:
         directory: The run's directory.
         identity: What its ``run.json`` says.
-
-    Example:
-        >>> from pathlib import Path
-        >>> run = {"name": "digits", "working_directory": "/work", "command": "python train.py"}
-        >>> print(describe(Path("/work/runs/digits"), run).splitlines()[6])
-        TRACKOPT_DIR=/work/runs/digits python train.py
     """
     home = f"cd {shlex.quote(identity['working_directory'])}"
     command = identity["command"]
@@ -33,7 +27,7 @@ def describe(directory: Path, identity: dict[str, Any]) -> str:
     )
     return "\n".join(
         [
-            f"The training **{identity['name']}**, told step by step by trackopt. It lives in `{directory}`.",
+            f"The training **{identity['name']}**, logged at every step by trackopt from `{directory}`.",
             *_block("Resume it from its newest checkpoint:", home, f"TRACKOPT_DIR={there} {command}"),
             *_block("Reproduce it from the start, in a fresh directory:", home, f"TRACKOPT_DIR={again} {command}"),
             *_block("Look at it:", f"trackopt inspect {there}", f"trackopt plot {there}", f"trackopt ui {above}"),

@@ -34,12 +34,7 @@ def buffers(metrics: Mapping[str, float]) -> Iterator[str]:
 
 
 def bounds(name: str, metrics: Mapping[str, float]) -> dict[str, float]:
-    """The ends of a buffer's margin: one standard deviation below its mean, and above.
-
-    Example:
-        >>> bounds("exp_avg/group0", {"exp_avg/group0.mean": 1.0, "exp_avg/group0.std": 0.25})
-        {'margin/exp_avg.group0.mean-std': 0.75, 'margin/exp_avg.group0.mean+std': 1.25}
-    """
+    """The ends of a buffer's margin: one standard deviation below its mean, and above."""
     low, high = _ends(name)
     mean, std = metrics[name + _MEAN], metrics[name + _STD]
     return {low: mean - std, high: mean + std}
