@@ -218,8 +218,9 @@ def here() -> Ranks:
 def _place() -> str:
     """The function that the user called: the outermost one of trackopt."""
     frame, name = inspect.currentframe(), ""
-    while frame is not None and frame.f_globals.get("__name__", "").startswith("trackopt."):
-        name = frame.f_code.co_name
+    while frame is not None:
+        if frame.f_globals.get("__name__", "").startswith("trackopt."):
+            name = frame.f_code.co_name
         frame = frame.f_back
     return name
 
