@@ -17,10 +17,11 @@ HEAVY = {"torch", "mlflow", "tensorboard"}
 
 # Which rooms may import which; a room is a module or a folder of the package. `errors` is open to all.
 MAY_IMPORT = {
-    "archive": set(),
+    "archive": {"remote"},
+    "remote": {"recorder"},
     "state": {"archive"},
     "integrity": {"archive", "journal"},
-    "salvage": {"archive"},
+    "salvage": {"archive", "remote"},
     "summary": {"archive", "state", "integrity"},
     "difference": {"archive", "state"},
     "journal": set(),
@@ -30,18 +31,24 @@ MAY_IMPORT = {
     "observe": set(),
     "checkpoint": {"archive", "durable", "integrity", "state"},
     "pending": set(),
+    "ranks": {"checkpoint"},
     "display": {"observe"},
     "loop": {"checkpoint"},
     "recorder": {"journal", "directory"},
     "arguments": {"checkpoint"},
     "signals": set(),
     "telemetry": {"checkpoint", "journal", "observe", "pending"},
-    "saving": {"checkpoint", "journal"},
-    "resuming": {"checkpoint", "directory"},
-    "restoring": {"archive", "arguments", "checkpoint", "integrity", "state"},
+    "meeting": {"ranks"},
+    "alike": {"checkpoint", "ranks"},
+    "saving": {"checkpoint", "journal", "ranks"},
+    "resuming": {"checkpoint", "directory", "ranks", "remote"},
+    "restoring": {"archive", "arguments", "checkpoint", "integrity", "remote", "state"},
     "run": {
-        *("arguments", "checkpoint", "directory", "journal", "loop", "display", "observe", "recorder"),
+        *("checkpoint", "directory", "display", "journal", "loop", "meeting", "observe", "ranks", "recorder"),
         *("rehearsal", "resuming", "saving", "signals", "telemetry"),
+    },
+    "wrapping": {
+        *("alike", "arguments", "checkpoint", "directory", "ranks", "recorder", "rehearsal", "resuming", "run"),
     },
     "integrations": {
         *("arguments", "checkpoint", "directory", "journal", "observe", "recorder", "rehearsal", "telemetry"),
@@ -56,10 +63,26 @@ MAY_IMPORT = {
     },
     "__main__": {"cli"},
 }
-TORCH = {"arguments", "checkpoint", "integrations", "loop", "observe", "pending", "restoring", "run", "schedule"}
+TORCH = {
+    *(
+        "alike",
+        "arguments",
+        "checkpoint",
+        "integrations",
+        "loop",
+        "observe",
+        "pending",
+        "ranks",
+        "restoring",
+        "resuming",
+    ),
+    *("resuming", "schedule", "wrapping"),
+}
 BACKENDS = {
     "recorder/mlflow.py": {"mlflow"},
     "recorder/artifacts.py": {"mlflow"},
+    "recorder/uploads.py": {"mlflow"},
+    "remote/artifacts.py": {"mlflow"},
     "rehearsal/fingerprint.py": {"torch"},  # these two are the training process's side
     "rehearsal/strays.py": {"torch"},
 }

@@ -262,8 +262,8 @@ def test_mlflow_data_goes_where_the_user_said(words, environment, uri, experimen
 
 
 @contextlib.contextmanager
-def mlflow_server(port, folder):
-    """A real MLflow server on a SQLite store."""
+def mlflow_server(port, folder, store=None):
+    """A real MLflow server that keeps the artifacts; on a SQLite store, or another one."""
     folder.mkdir(exist_ok=True)
     command = [
         sys.executable,
@@ -277,13 +277,9 @@ def mlflow_server(port, folder):
         "--workers",
         "1",
     ]
-    process = subprocess.Popen(
-        [*command, "--backend-store-uri", f"sqlite:///{folder}/s.db", "--artifacts-destination", str(folder)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        cwd=folder,
-        start_new_session=True,
-    )
+    places = ["--backend-store-uri", store or f"sqlite:///{folder}/s.db", "--artifacts-destination", str(folder)]
+    with (folder / "server.log").open("ab") as log:
+        process = subprocess.Popen([*command, *places], stdout=log, stderr=log, cwd=folder, start_new_session=True)
     try:
         while True:
             with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):

@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     from trackopt.archive import Archive, open  # noqa: A004 - `trackopt.open` is meant to read like the built-in
     from trackopt.difference import diff
     from trackopt.restoring import Restored, restore
-    from trackopt.run import Run, wrap
+    from trackopt.run import Run
     from trackopt.schedule.preview import Preview, preview
+    from trackopt.wrapping import wrap
 
 __version__ = "0.1.0"
 
@@ -36,7 +37,7 @@ _HOMES = {
     "open": "trackopt.archive",
     "preview": "trackopt.schedule.preview",
     "restore": "trackopt.restoring",
-    "wrap": "trackopt.run",
+    "wrap": "trackopt.wrapping",
 }
 
 __all__ = [

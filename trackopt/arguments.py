@@ -47,6 +47,7 @@ def check_options(
     stats_every: int,
     histograms_every: int,
     sinks: Sequence[str],
+    artifacts: bool = False,
 ) -> None:
     """Refuse options that mean nothing.
 
@@ -55,6 +56,8 @@ def check_options(
     """
     if unknown := set(sinks) - set(SINKS):
         raise UsageError(f"sinks: {min(unknown)!r} is none; choose from {', '.join(SINKS)}")
+    if artifacts and "mlflow" not in sinks:
+        raise UsageError("artifacts=True uploads to the MLflow run, so 'mlflow' must be among the sinks")
     if stats not in {"group", "param", None}:
         raise UsageError(f"stats={stats!r}: choose 'group', 'param' or None")
     if save_busy not in {"wait", "skip"}:

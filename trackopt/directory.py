@@ -28,6 +28,7 @@ IDENTITY = "run.json"
 CHECKPOINTS = "checkpoints"
 _LOCK = ".lock"
 _IDENTITY_LOCK = ".run.json.lock"
+_HANDOVER = 30.0  # seconds that torchrun gives the processes that it stops before it starts others
 
 
 class RunDirectory:
@@ -62,7 +63,7 @@ class RunDirectory:
                 f"{self.path}: cannot be used ({error.strerror}); choose a dir that can be written"
             ) from error
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._hold()
         except OSError as error:
             self._drop()
             reason = "open in another process" if isinstance(error, BlockingIOError) else error.strerror
@@ -109,6 +110,19 @@ class RunDirectory:
                     self.path.rmdir()
         self._drop()
 
+    def _hold(self) -> None:
+        """Take the lock; where torchrun started this process in the place of another, that one may still let go."""
+        end = time.monotonic() + (_HANDOVER if restarts() else 0.0)
+        while True:
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() >= end:
+                    raise
+                time.sleep(0.1)
+            else:
+                return
+
     def _drop(self) -> None:
         if self._lock >= 0:
             with contextlib.suppress(OSError):  # it is closed all the same
@@ -124,6 +138,32 @@ class RunDirectory:
                 "so it is not a run that can be continued; choose another dir"
             )
         return {}
+
+
+class Followed(RunDirectory):
+    """The directory as the processes see it that do not write there, since rank 0 does.
+
+    Args:
+        path: As rank 0 has it.
+        identity: What ``run.json`` says there.
+    """
+
+    def __init__(self, path: Path, identity: dict[str, Any]) -> None:
+        self.path, self.identity = path, identity
+        self.checkpoints = path / CHECKPOINTS
+        self.journal = Path(os.devnull)
+
+    def begin_attempt(self, sinks: Sequence[str]) -> int:  # noqa: ARG002 - rank 0 wants something
+        """Which life of the training this is; rank 0 counts it."""
+        return int(self.identity["attempt"]) + 1
+
+    def release(self) -> None:
+        """It was never held."""
+
+
+def restarts() -> int:
+    """How often torchrun has started the processes of this training again."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 def read_identity(path: Path) -> dict[str, Any]:

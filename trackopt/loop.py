@@ -47,10 +47,12 @@ class Position:
         self.batch = 0
         self._epoch_start: dict[str, Any] | None = None  # the generators when the epoch began
         self._pass_start: dict[str, Any] | None = None  # the generators, and the loader's, when the pass began
+        self._length: int | None = None  # batches that the pass has
         self._loaders: dict[int, object] = {}
         self._saved: dict[str, Any] | None = None  # a restored position that the loop has not reached yet
         self._own: dict[int, Any] = {}  # restored states of loaders that are not known yet
         self._arrive: Callable[[], None] = lambda: None
+        self._divided = False  # whether the data was divided otherwise when it was saved
 
     @property
     def settled(self) -> bool:
@@ -88,6 +90,7 @@ class Position:
         if self.in_pass:
             raise UsageError("run.batches() stands inside another; iterate over the inner loader itself")
         self._loaders[self._pass] = loader
+        self._length = length(loader)
         self.in_pass = True
         try:
             for batch in self._begin(loader):
@@ -105,18 +108,20 @@ class Position:
         if epoch_done or self.settled:  # the next epoch's first lines have not run
             epoch = self.epoch + 1 if epoch_done else self.epoch
             return {"epoch": epoch, "pass": 0, "batch": 0, "epoch_start": None, "pass_start": None, "own": own}
-        starts = {"epoch_start": self._epoch_start, "pass_start": self._pass_start}
+        starts = {"epoch_start": self._epoch_start, "pass_start": self._pass_start, "length": self._length}
         return {"epoch": self.epoch, "pass": self._pass, "batch": self.batch, **starts, "own": own}
 
-    def load_state_dict(self, state: dict[str, Any], arrive: Callable[[], None]) -> None:
+    def load_state_dict(self, state: dict[str, Any], arrive: Callable[[], None], *, divided: bool = False) -> None:
         """Aim at a saved position, which ``epochs`` and ``batches`` lead to.
 
         Args:
             state: What ``state_dict`` returned. The generators stand now as they stood there.
             arrive: Called when the loop is in the middle of the epoch again, before the first batch is asked for: it
                 undoes what the epoch's first lines did a second time.
+            divided: Whether another number of processes shares the data now. Then the same part of the loader's
+                batches is passed over, rather than the same number.
         """
-        self.epoch = state["epoch"]
+        self.epoch, self._divided = state["epoch"], divided
         self._saved = {**state, "here": self._capture()}
         self._own = dict(state["own"])
         self._arrive = arrive
@@ -135,7 +140,7 @@ class Position:
             _put_at(loader, own)
             self._pass_start = {**self._capture(), "own": _state_of(loader)}
             return iter(loader)
-        self._pass_start, self.batch = saved["pass_start"], saved["batch"]
+        self._pass_start, self.batch = saved["pass_start"], self._part_of(saved)
         self._put_back(self._pass_start)
         _put_at(loader, self._pass_start["own"])
         iterator = iter(loader)
@@ -145,6 +150,11 @@ class Position:
         rng.restore_all(rng.generators_of(loader), own["generators"])
         return iterator
 
+    def _part_of(self, saved: Mapping[str, Any]) -> int:
+        if self._divided and self._length and saved.get("length"):
+            return int(saved["batch"] * self._length // saved["length"])
+        return int(saved["batch"])
+
     def _capture(self) -> dict[str, Any]:
         handed = {name: rng.state_of(generator) for name, generator in self._generators.items()}
         return {"rng": rng.capture(), "handed": handed}
@@ -153,6 +163,14 @@ class Position:
         rng.restore(state["rng"])
         for name, each in state["handed"].items():
             rng.put_back(self._generators[name], each)
+
+
+def length(loader: object) -> int | None:
+    """How many batches a loader has; ``None`` where it does not know."""
+    try:
+        return len(loader)  # type: ignore[arg-type]  # this is how one asks
+    except (TypeError, NotImplementedError):
+        return None
 
 
 def _state_of(loader: object) -> dict[str, Any]:

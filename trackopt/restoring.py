@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trackopt import archive, integrity
+from trackopt import archive, integrity, remote
 from trackopt import state as training_state
+from trackopt.archive import nodes
+from trackopt.archive.torch_zip import ZipSource
 from trackopt.arguments import check_objects
 from trackopt.checkpoint import Training
 from trackopt.checkpoint import restore as put
-from trackopt.checkpoint.foreign import read
+from trackopt.checkpoint.foreign import read, values
 from trackopt.checkpoint.saved import of_run
 from trackopt.checkpoint.store import load_checked
 from trackopt.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Mapping
+    from pathlib import Path
 
     from torch import nn
     from torch.optim import Optimizer
 
+    from trackopt.archive import Archive
     from trackopt.checkpoint.capture import Generator, Stateful
+    from trackopt.checkpoint.saved import Saved
+    from trackopt.state import TrainingState
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,8 @@ def restore(
     use ``wrap``.
 
     Args:
-        path: A file, a checkpoint's directory, a run's directory (its newest checkpoint) or ``DIRECTORY@STEP``.
+        path: A file, a checkpoint's directory, a run's directory (its newest checkpoint) or ``DIRECTORY@STEP``; or
+            ``runs:/<run id>/<path>``, an artifact of an MLflow run.
         model: The module to fill, or a dict by name.
         optimizer: The optimizer, or a dict by name.
         scheduler: The LR scheduler, or a dict by name.
@@ -86,11 +92,39 @@ def restore(
     check_objects(training)
     if not (training.models or training.optimizers or training.schedulers or stateful):
         raise UsageError("restore() was given nothing to restore into; pass model=, optimizer= or scheduler=")
-    place = archive.locate(Path(path))
-    if problems := integrity.check(place):
-        raise CheckpointError(f"{place}: cannot be used ({problems[0]})")
-    with archive.open(place) as opened:
-        found = training_state.read(opened)
-        saved = of_run(load_checked(place)) if found.own else read(opened, training)
+    place = archive.locate(os.fspath(path))
+    found, saved = (_fetched if remote.is_address(place) else _read)(place, training)
     left_out = put(training, saved, place, strict=strict, whole=False)
     return Restored(found.step, found.epoch, tuple(left_out))
+
+
+def _read(place: Path, training: Training) -> tuple[TrainingState, Saved]:
+    """A checkpoint here, all of it checked."""
+    _refuse(place, integrity.check(place))
+    with archive.open(place) as opened:
+        found = training_state.read(opened)
+        return found, of_run(load_checked(place)) if found.own else read(opened, training)
+
+
+def _fetched(place: Path, training: Training) -> tuple[TrainingState, Saved]:
+    """A checkpoint elsewhere: of a run's only what is asked for is fetched, and checked."""
+    with archive.open(place) as opened:
+        found = training_state.read(opened)
+        if found.own and isinstance(opened.source, ZipSource):
+            return found, _part(opened, opened.source, training)
+        _refuse(place, integrity.problems(opened))
+        return found, read(opened, training)
+
+
+def _part(opened: Archive, source: ZipSource, training: Training) -> Saved:
+    roles = {"model": training.models, "optimizer": training.optimizers, "scheduler": training.schedulers}
+    wanted = {"trackopt", *training.stateful, *(role for role, live in roles.items() if live)}
+    tree = {key: value for key, value in opened.tree.items() if key in wanted}
+    storages = [tensor.storage for _, tensor in nodes.tensors(tree)]
+    _refuse(opened.path, [*integrity.problems(opened, crc=False), *source.damaged(storages)])
+    return of_run(values(opened, tree))
+
+
+def _refuse(place: Path, problems: list[str]) -> None:
+    if problems:
+        raise CheckpointError(f"{place}: cannot be used ({problems[0]})")

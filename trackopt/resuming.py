@@ -1,4 +1,4 @@
-"""Going on from a checkpoint: which one, and when it goes into the live objects."""
+"""Going on from a checkpoint: which one, what of it is this process's, and when it goes into the live objects."""
 
 from __future__ import annotations
 
@@ -6,16 +6,24 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from trackopt import remote
 from trackopt.checkpoint import restore, rng
+from trackopt.checkpoint.capture import plain, state_of
 from trackopt.checkpoint.saved import of_run
-from trackopt.checkpoint.store import load
+from trackopt.checkpoint.spread import has_distributed
+from trackopt.checkpoint.store import load, load_checked
 from trackopt.errors import CheckpointError, RunError
 
 if TYPE_CHECKING:
     import os
+    from collections.abc import Mapping
 
     from trackopt.checkpoint import Store, Training
     from trackopt.directory import RunDirectory
+    from trackopt.ranks import Ranks
 
 
 class Resumption:
@@ -29,13 +37,19 @@ class Resumption:
         training: The live objects.
         path: The checkpoint.
         meta: What it says under ``trackopt``.
+        ranks: This process among those of the training.
         strict: Whether all of it must fit.
+
+    Attributes:
+        divided: Whether another number of processes saved it, so that the data was divided otherwise.
     """
 
-    def __init__(self, training: Training, path: Path, meta: dict[str, Any], *, strict: bool) -> None:
+    def __init__(self, training: Training, path: Path, meta: dict[str, Any], *, ranks: Ranks, strict: bool) -> None:
         self.path = path
         self.meta = meta
+        self.divided = meta.get("world", 1) != ranks.world
         self._training = training
+        self._ranks = ranks
         self._strict = strict
         self._chosen: dict[str, list[dict[str, Any]]] = {}
 
@@ -62,7 +76,7 @@ class Resumption:
     def arrive(self) -> None:
         """The loop has reached the place where the checkpoint was taken: undo what ran a second time."""
         if self._strict:
-            saved = of_run(load(self.path))
+            saved = of_run(part_of_rank(load_checked(self.path), self._training, self._ranks))
             moved = {name: replace(one, settings=None) for name, one in saved.schedulers.items()}
             restore(self._training, replace(saved, schedulers=moved), self.path)
             self._freeze()
@@ -74,6 +88,37 @@ class Resumption:
         frozen = set(self.meta["frozen"])
         for name, parameter in self._training.named_parameters().items():
             parameter.requires_grad_(name not in frozen)
+
+
+def of_this_rank(training: Training, position: Mapping[str, Any], telemetry: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checkpoint holds of each process, as the rest of it is the same for all.
+
+    Models are not among it: their weights are the same, and what DDP leaves to each process (a BatchNorm's averages, if
+    it is told to) counts as rank 0 has it. What is spread over the processes is saved by all of them together.
+    """
+    own = {name: state_of(each) for name, each in training.stateful.items() if not isinstance(each, nn.Module)}
+    return {
+        "rng": rng.capture(),
+        "stateful": {name: _on_cpu(plain(each, name)) for name, each in own.items() if not has_distributed(each)},
+        "meta": {"position": position, "pending": telemetry["pending"]},
+    }
+
+
+def part_of_rank(tree: dict[str, Any], training: Training, ranks: Ranks) -> dict[str, Any]:
+    """A checkpoint as this rank is to take it.
+
+    A rank that the training did not have when it was saved keeps the generators that the script gave it.
+    """
+    meta = tree["trackopt"]
+    if ranks.leads:
+        return tree
+    if ranks.rank < meta.get("world", 1):
+        own = meta["ranks"][ranks.rank - 1]
+        return {**tree, **own["stateful"], "rng": own["rng"], "trackopt": {**meta, **own["meta"]}}
+    here = {"rng": rng.capture(), "handed": {}, "own": {"generators": []}}
+    position = {key: here if key.endswith("_start") and value else value for key, value in meta["position"].items()}
+    generators = {name: rng.state_of(each) for name, each in training.stateful.items() if rng.is_generator(each)}
+    return {**tree, **generators, "rng": here["rng"], "trackopt": {**meta, "position": {**position, "own": {}}}}
 
 
 def find(directory: RunDirectory, store: Store, resume: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]] | None:
@@ -92,7 +137,8 @@ def find(directory: RunDirectory, store: Store, resume: str | os.PathLike[str]) 
         if found is None and resume == "must":
             raise CheckpointError(f"{directory.path}: no checkpoint to resume from; start with resume='auto'")
     else:
-        found = (Path(resume), load(Path(resume)))
+        path = remote.fetch(resume) if remote.is_address(resume) else Path(resume)
+        found = (path, load(path))
     if found is not None and directory.identity and found[1]["trackopt"]["run_id"] != directory.identity["id"]:
         raise RunError(f"{found[0]}: belongs to another run than {directory.path}; choose another dir")
     return found
@@ -103,3 +149,7 @@ def _hyperparameters(optimizer: Any) -> list[dict[str, Any]]:
         {key: value for key, value in group.items() if key not in ("params", "param_names")}
         for group in optimizer.param_groups
     ]
+
+
+def _on_cpu(state: Any) -> Any:
+    return tree_map_only(Tensor, Tensor.cpu, state)

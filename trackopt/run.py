@@ -1,4 +1,4 @@
-"""``wrap`` and ``Run``: the three flows tied to the user's loop.
+"""``Run``: the three flows tied to the user's loop.
 
 Telemetry: each optimizer's observer → one journal line for each step → the recorder process. Checkpoints: the live
 objects and the loop's position → a committed file, and back. The loop itself stays the user's.
@@ -7,168 +7,43 @@ objects and the loop's position → a committed file, and back. The loop itself 
 from __future__ import annotations
 
 import atexit
-import contextlib
 import logging
 import os
+import signal
 import sys
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from trackopt.arguments import SINKS, check_objects, check_options
-from trackopt.checkpoint import Store, Training
-from trackopt.checkpoint.capture import Stateful, versions
-from trackopt.checkpoint.retention import Marks, Retention
-from trackopt.checkpoint.settings import settings
-from trackopt.directory import RunDirectory
+from trackopt.checkpoint.capture import versions
+from trackopt.checkpoint.retention import Marks
+from trackopt.directory import restarts
 from trackopt.display import Display, State
-from trackopt.errors import RunError, UsageError
+from trackopt.errors import UsageError
 from trackopt.journal import Journal
-from trackopt.loop import Position
+from trackopt.loop import Position, length
+from trackopt.meeting import Meeting
 from trackopt.observe import params
 from trackopt.recorder.process import RecorderProcess
-from trackopt.recorder.target import mlflow_target
 from trackopt.rehearsal import plan
-from trackopt.resuming import Resumption, find
+from trackopt.resuming import of_this_rank
 from trackopt.saving import Request, Saving
 from trackopt.signals import StopSignals
 from trackopt.telemetry import Telemetry
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
-    from datetime import timedelta
+    from collections.abc import Iterable, Iterator, Sequence
     from types import TracebackType
 
-    from torch import nn
-    from torch.optim import Optimizer
-
-    from trackopt.checkpoint.capture import Generator
+    from trackopt.checkpoint import Store, Training
+    from trackopt.directory import RunDirectory
     from trackopt.observe import Ledger
+    from trackopt.ranks import Ranks
     from trackopt.rehearsal.probe import Probe
+    from trackopt.resuming import Resumption
 
 T = TypeVar("T")
 logger = logging.getLogger("trackopt")
 
-
-def wrap(
-    optimizer: Optimizer | Mapping[str, Optimizer],
-    scheduler: Any = None,
-    *,
-    model: nn.Module | Mapping[str, nn.Module] | None = None,
-    dir: str | os.PathLike[str] | None = None,  # noqa: A002 - the word that torch and TensorBoard users expect
-    resume: str | os.PathLike[str] = "auto",
-    save_every: int | timedelta | None = None,
-    save_busy: str = "wait",
-    keep: int = 3,
-    keep_best: int = 0,
-    keep_every: int | None = None,
-    stats: str | None = "group",
-    stats_every: int = 1,
-    histograms_every: int = 0,
-    sinks: Sequence[str] = SINKS,
-    experiment: str | None = None,
-    name: str | None = None,
-    progress: bool = True,
-    strict: bool = True,
-    **stateful: Stateful | Generator,
-) -> Run:
-    """Track a training, and make it one that can be stopped and started anywhere.
-
-    The objects stay what they are; nothing is replaced or patched. If ``dir`` holds an earlier attempt of the same
-    run, the state of its newest checkpoint is put into them here, before the loop begins.
-
-    Args:
-        optimizer: Any torch optimizer, or a dict of them by name.
-        scheduler: Its LR scheduler, or a dict by name.
-        model: The module, or a dict by name; without it checkpoints hold no weights.
-        dir: The run's directory. Default: a fresh ``runs/<date-time>``, which can be resumed only by naming it.
-            ``TRACKOPT_DIR`` in the environment goes before it.
-        resume: ``"auto"`` (the newest sound checkpoint in ``dir``, else from the start), ``"must"``, ``"never"``
-            (refuses a directory that holds a run), or the path of a checkpoint.
-        save_every: Optimizer steps, or a ``timedelta``, between two checkpoints. Default: only at ``run.save()``
-            and ``run.close()``.
-        save_busy: What becomes of a checkpoint that ``save_every`` makes due while the one before it is still on its
-            way to the disk: it can ``"wait"`` for that, and the loop with it, or ``"skip"`` its turn.
-        keep: How many of the newest checkpoints to keep.
-        keep_best: How many to keep of those with the lowest ``run.save(metric=…)``. Default: none.
-        keep_every: Keep for good the first checkpoint in each stretch of so many optimizer steps. Default: none.
-        stats: ``"group"`` for statistics of the parameters, gradients and buffers of each parameter group,
-            ``"param"`` for those of each parameter, ``None`` for none.
-        stats_every: Take them at every n-th step; what the step really changed, at every tenth of these.
-        histograms_every: Take histograms of gradients and buffers at every n-th step; 0 for none.
-        sinks: Where the journal goes: ``"tensorboard"``, ``"mlflow"``, both or none.
-        experiment: MLflow's experiment. Default: ``MLFLOW_EXPERIMENT_NAME``, else MLflow's own default.
-        name: The run's name. Default: the directory's.
-        progress: Whether ``epochs`` and ``batches`` show how far the training is: on a terminal in two lines that stay,
-            elsewhere in a line a minute.
-        strict: Whether a checkpoint must fit the objects in every name, shape, dtype, class and setting. With
-            ``False`` what fits is loaded, and the rest is listed in a warning.
-        **stateful: Whatever else has ``state_dict`` and ``load_state_dict`` (a ``GradScaler``, an EMA model), and
-            random generators of torch, NumPy or python; saved and restored under its keyword.
-
-    Returns:
-        The run; close it when the loop is done, or use it as a context manager.
-
-    Raises:
-        UsageError: An argument makes no sense.
-        RunError: The directory is taken, foreign, or cannot be written.
-        CheckpointError: There is no sound checkpoint where one must be, or (``MismatchError``) it does not fit.
-            Nothing was changed then, on disk or in the objects.
-
-    Example:
-        >>> import tempfile, torch, trackopt
-        >>> model = torch.nn.Linear(2, 1)
-        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     with trackopt.wrap(optimizer, model=model, dir=folder, sinks=()) as run:
-        ...         for _ in run.epochs(1):
-        ...             for x in run.batches(torch.ones(3, 2)):
-        ...                 optimizer.zero_grad()
-        ...                 loss = model(x).square().mean()
-        ...                 loss.backward()
-        ...                 optimizer.step()
-        ...                 run.log(loss=loss)
-        ...     run.global_step
-        3
-    """
-    training = Training(model, optimizer, scheduler, stateful)
-    if not training.optimizers:
-        raise UsageError("wrap() was given no optimizer; pass one, or a dict of them by name")
-    check_objects(training)
-    retention = Retention(keep, keep_best, keep_every)
-    measuring: dict[str, Any] = {"stats": stats, "stats_every": stats_every, "histograms_every": histograms_every}
-    saving: dict[str, Any] = {"save_every": save_every, "save_busy": save_busy}
-    check_options(**saving, retention=retention, sinks=sinks, **measuring)
-    built = {name: settings(each) for name, each in training.schedulers.items()}
-    with _told_in_words():
-        directory = RunDirectory(dir)
-        try:
-            store = Store(directory.checkpoints, retention)
-            found, left_out = find(directory, store, resume), []
-            resumption = None
-            if found is not None:
-                resumption = Resumption(training, found[0], found[1]["trackopt"], strict=strict)
-                left_out = resumption.apply(found[1])
-            if not directory.identity:
-                directory.found(name, mlflow_target(experiment))
-            run = Run(
-                training,
-                directory,
-                store,
-                built=built,
-                saving=saving,
-                measuring=measuring,
-                progress=progress,
-                sinks=sinks if plan.current() is None else (),
-            )
-        except BaseException:
-            directory.release()
-            raise
-        _tell(f"left as it is here: {problem}" for problem in left_out)
-        try:
-            run._start(resumption)
-        except BaseException as error:
-            run._close("FAILED", error)
-            raise
-    return run
+_SAVE = "save"  # what the ranks may meet for, beside the number of a signal
 
 
 class Run:
@@ -184,6 +59,7 @@ class Run:
         training: Training,
         directory: RunDirectory,
         store: Store,
+        ranks: Ranks,
         *,
         built: dict[str, dict[str, Any]],
         saving: dict[str, Any],
@@ -196,20 +72,25 @@ class Run:
         self._training = training
         self._directory = directory
         self._store = store
+        self._ranks = ranks
         self._built = built
-        self._sinks = sinks
+        self._sinks = sinks if ranks.leads else ()
+        if not ranks.leads:
+            own = measuring["stats"] if store.together else None  # what is spread, all of them measure together
+            measuring = {**measuring, "stats": own, "histograms_every": 0}
         self._position = Position(training.stateful)
         self._groups: dict[str, int] = {}  # parameter groups when the epoch began
         self._journal = Journal(directory.journal)
-        self._telemetry = Telemetry(training, self._journal, **measuring)
+        self._telemetry = Telemetry(training, self._journal, ranks.gather, **measuring)
         rehearsing = plan.current() is not None  # which step a kill leads back to must not depend on the disk
-        self._saving = Saving(training, store, self._journal, **saving, background=not rehearsing)
-        self._display = Display(directory.identity["name"], wanted=progress and not rehearsing)
+        self._saving = Saving(training, store, self._journal, ranks, **saving, background=not rehearsing)
+        self._display = Display(directory.identity["name"], wanted=progress and not rehearsing and ranks.leads)
         self._epochs = 0  # how many there will be
         self._length: int | None = None  # batches in this one
         self._attempt = directory.begin_attempt(sinks)
         self._resumption: Resumption | None = None
         self._recorder: RecorderProcess | None = None
+        self._meeting: Meeting | None = None
         self._probe: Probe | None = None
         self._parted = False  # the last checkpoint is taken, though the script still finishes its epoch
         self._pid = os.getpid()
@@ -235,20 +116,30 @@ class Run:
         """Whether SIGTERM, SIGINT or SIGUSR1 asked the training to stop.
 
         ``batches``, ``epochs`` and ``step`` act on it by themselves, at the end of the iteration. A loop that uses
-        none of them, or has something long before it, looks here, leaves, and closes the run.
+        none of them, or has something long before it, looks here, leaves, and closes the run. Of several processes
+        each must look, and all see it in the same iteration.
         """
+        if not self._position.in_pass:
+            self._meet()
         return self._signals.received is not None
 
-    def log(self, **metrics: Any) -> None:
+    def log(self, *, reduce: str | None = None, **metrics: Any) -> None:
         """Log numbers: python's, NumPy's, or tensors of one element.
 
         They belong to the step of this iteration. What is logged several times within it (in gradient accumulation)
         is averaged. What is logged after an epoch's last batch belongs to the epoch's last step.
 
+        Args:
+            reduce: Of several processes, ``"mean"`` records the mean over all, which every one of them must log then;
+                by default the first one's value is recorded.
+            **metrics: The numbers.
+
         Raises:
             UsageError: A value is not a number.
         """
-        self._telemetry.log(metrics)
+        if reduce not in {"mean", None}:
+            raise UsageError(f"reduce={reduce!r}: choose 'mean' or None")
+        self._telemetry.log(metrics, shared=reduce is not None)
 
     def step(self, **metrics: Any) -> None:
         """Log ``metrics`` and end the iteration; for loops that do not use ``batches``."""
@@ -279,7 +170,7 @@ class Run:
         iterable that yields the same again. Asking for the next batch ends the iteration.
         """
         self._telemetry.record_rest()
-        self._length = _length(loader)
+        self._length = length(loader)
         batches = self._position.batches(loader)
         if self._probe is not None:
             batches = self._probe.watch(batches, loader)
@@ -293,7 +184,7 @@ class Run:
             if self._open:
                 self._end_iteration()
                 if self.should_stop:  # in a moment the position will be that of a pass that is over
-                    self._saving.take(self._progress())
+                    self._save_here()
                     self._parted = True
             raise
 
@@ -339,9 +230,13 @@ class Run:
     def _start(self, resumption: Resumption | None) -> None:
         """Begin the attempt in the journal, then let the recorder tell it on."""
         details = {"attempt": self._attempt, "pid": os.getpid(), "versions": versions()}
+        details |= {"world": self._ranks.world, "restarts": restarts()} if self._ranks.world > 1 else {}
         described = params(self._training.optimizers, self._training.schedulers)
-        self._signals = StopSignals()
-        self._store.clean()
+        self._signals = StopSignals(alone=self._ranks.world == 1, tells=self._ranks.leads)
+        if self._ranks.world > 1:
+            self._meeting = Meeting(self._ranks, self._wish)
+        if self._ranks.leads:
+            self._store.clean()
         if resumption is not None:
             self._resume(resumption, details)
         elif self._attempt > 1:
@@ -350,7 +245,7 @@ class Run:
             self._journal.mark("start", 0, params=described, **details)
         if self._sinks:
             self._recorder = RecorderProcess(self.dir)
-        if (rehearsal := plan.current()) is not None:
+        if (rehearsal := plan.current()) is not None and self._ranks.leads:
             from trackopt.rehearsal.probe import Probe
 
             self._probe = Probe(rehearsal, self._training, self.dir, self.global_step)
@@ -361,10 +256,11 @@ class Run:
         self._resumption = resumption
         self.resumed_from = meta["step"]
         self._telemetry.load_state_dict(meta)
-        self._position.load_state_dict(meta["position"], resumption.arrive)
+        self._position.load_state_dict(meta["position"], resumption.arrive, divided=resumption.divided)
         self._saving.latest = (meta["step"], meta["position"])
         if meta["run_id"] == self._directory.identity["id"]:
-            self._store.abandon_after(meta["step"])
+            if self._ranks.leads:
+                self._store.abandon_after(meta["step"])
             details = {**details, "offset": meta["journal_offset"]}
         self._journal.mark("resume", meta["step"], checkpoint=str(resumption.path), **details)
         logger.warning(
@@ -374,6 +270,13 @@ class Run:
             meta["epoch"],
             meta["batch"],
         )
+        if resumption.divided:
+            logger.warning(
+                "trackopt: saved with world size %d, resumed with %d: weights, optimizers and schedulers are the same, "
+                "batches and random numbers are others from here on",
+                meta.get("world", 1),
+                self._ranks.world,
+            )
 
     def _end_iteration(self) -> None:
         before = self._telemetry.recorded
@@ -403,10 +306,30 @@ class Run:
 
     def _boundary(self, *, epoch_done: bool = False) -> None:
         """The loop stands where a resumed run can go on exactly: save what is due, and stop if a signal says so."""
-        if (self._saving.due or self.should_stop) and not self._parted and not self._position.returning:
-            self._saving.take(self._progress(epoch_done=epoch_done))
-        if self.should_stop:
+        self._meet()
+        stops = self._signals.received is not None
+        if (self._saving.due or stops) and not self._parted and not self._position.returning:
+            self._save_here(epoch_done=epoch_done)
+        if stops:
             self._stop()
+
+    def _meet(self) -> None:
+        """An iteration is done; perhaps all ranks agreed to stop or to save behind it."""
+        what = self._meeting.arrive() if self._meeting is not None else None
+        if what == _SAVE:
+            self._saving.request(Request())
+        elif what is not None:
+            self._signals.received = signal.Signals(int(what))
+
+    def _wish(self) -> str | None:
+        """What this rank wants all of them to do."""
+        if self._signals.noted is not None:
+            return str(int(self._signals.noted))
+        return _SAVE if self._ranks.leads and self._saving.is_overdue() else None
+
+    def _save_here(self, *, epoch_done: bool = False) -> None:
+        progress = self._progress(epoch_done=epoch_done)
+        self._ranks.agree(lambda: self._saving.take(progress))
 
     def _stop(self) -> None:
         """Leave the training for a signal."""
@@ -422,16 +345,28 @@ class Run:
         """The loop is done, or left by an error."""
         if not self._open:
             return
-        if error is None and self.should_stop:
+        if error is None and self._last_word():
             if self._position.settled and not self._parted:
-                self._saving.take(self._progress())
+                self._save_here()
             self._stop()
         self._close(_status(error), error, wait=wait)
+
+    def _last_word(self) -> bool:
+        """Whether a signal stops the training that is done; of several processes, all stop for what came to one."""
+        noted = self._signals.received or self._signals.noted
+        found = [each for each in self._ranks.gather(noted and int(noted)) if each]
+        self._signals.received = signal.Signals(found[0]) if found else None
+        return bool(found)
 
     def _progress(self, *, epoch_done: bool = False) -> dict[str, Any]:
         """Where the run stands, for a checkpoint."""
         position = self._position.state_dict(epoch_done=epoch_done)
         self._telemetry.settle()
+        telemetry = self._telemetry.state_dict()
+        several: dict[str, Any] = {}
+        if self._ranks.world > 1:
+            ranks = self._ranks.gather(of_this_rank(self._training, position, telemetry))
+            several = {"world": self._ranks.world, "ranks": ranks[1:]}
         return {
             "run_id": self._directory.identity["id"],
             "name": self._directory.identity["name"],
@@ -443,20 +378,26 @@ class Run:
             "position": position,
             "groups": self._groups,
             "settings": self._built,
-            **self._telemetry.state_dict(),
+            **telemetry,
+            **several,
         }
 
     def _close(self, status: str, error: BaseException | None = None, *, wait: bool = True) -> None:
         if not self._open:
             return
         self._open = False
+        if status != "FINISHED":
+            self._ranks.leave()
+        elif self._ranks.apart:  # its error ended the process without a word to `_at_exit`
+            status = "FAILED"
         try:
             if self.global_step > self._telemetry.recorded:
                 self._end_iteration()
             self._telemetry.record_rest()
             self._saving.settle()
-            if status == "FINISHED" and self._has_moved():
-                self._saving.take_last(self._progress())
+            if status == "FINISHED" and self._ranks.told(self._has_moved()):
+                progress = self._progress()
+                self._ranks.agree(lambda: self._saving.take_last(progress))
         finally:
             self._saving.close()
             why = {} if error is None else {"error": f"{type(error).__name__}: {error}"}
@@ -464,10 +405,12 @@ class Run:
                 self._journal.mark("stop", self.global_step, signal=self._signals.received.name)
             self._journal.mark("close", self.global_step, status=status, ledger=self.ledger.as_dict(), **why)
             self._signals.close()
+            if self._meeting is not None:
+                self._meeting.close()
             self._telemetry.close()
             self._display.close(self._state())
             if self._recorder is not None:
-                _tell(self._recorder.finish(wait=wait and not self.should_stop))
+                _tell(self._recorder.finish(wait=wait and self._signals.received is None))
             self._journal.close()
             self._directory.release()
             atexit.unregister(self._at_exit)
@@ -490,27 +433,10 @@ class Run:
             self._close("KILLED" if unfinished else _status(error), error)
 
 
-def _length(loader: Iterable[object]) -> int | None:
-    try:
-        return len(loader)  # type: ignore[arg-type]  # this is how one asks
-    except (TypeError, NotImplementedError):
-        return None
-
-
 def _status(error: BaseException | None) -> str:
     if error is None or (isinstance(error, SystemExit) and not error.code):
         return "FINISHED"
     return "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
-
-
-@contextlib.contextmanager
-def _told_in_words() -> Iterator[None]:
-    """What a disk refuses while a run is opened is told as any other trouble with its directory."""
-    try:
-        yield
-    except OSError as error:
-        place = error.filename or "the run's directory"
-        raise RunError(f"{place}: cannot be used ({error.strerror}); check the disk and the permissions") from error
 
 
 def _tell(messages: Iterable[str]) -> None:

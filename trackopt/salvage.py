@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from trackopt import remote
 from trackopt.archive.checksums import crc32
 from trackopt.archive.partial import Partial
 from trackopt.archive.repickle import Writer
@@ -55,7 +56,7 @@ def salvage(source: str | Path, target: str | Path) -> Salvaged:
         UsageError: The target is there already.
         ArchiveError: Nothing can be saved, or the new file cannot be written.
     """
-    source, target = Path(source), Path(target)
+    source, target = remote.fetch(source) if remote.is_address(source) else Path(source), Path(target)
     with Partial(source) as partial:
         writer = Writer(partial.fits)
         pickle = writer.dump(partial.tree)

@@ -22,8 +22,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from trackopt.checkpoint import Store, Training
+    from trackopt.checkpoint.shards import Shards
     from trackopt.checkpoint.staging import Staged
     from trackopt.journal import Journal
+    from trackopt.ranks import Ranks
 
 logger = logging.getLogger("trackopt")
 
@@ -51,6 +53,7 @@ class Saving:
     Args:
         training: What they are taken of.
         store: Where they go.
+        ranks: This process among those of the training; the first one writes, unless all write together.
         journal: What is told of them, and made durable with them.
         save_every: Optimizer steps, or time, between two of them; ``None`` for only those that are asked for.
         save_busy: Whether one that becomes due so while another is being written has to ``"wait"`` or to ``"skip"``.
@@ -65,6 +68,7 @@ class Saving:
         training: Training,
         store: Store,
         journal: Journal,
+        ranks: Ranks,
         *,
         save_every: int | timedelta | None,
         save_busy: str,
@@ -74,8 +78,10 @@ class Saving:
         self._training = training
         self._store = store
         self._journal = journal
+        self._ranks = ranks
         self._every = save_every
         self._skips = save_busy == "skip"
+        self._writes = ranks.leads or store.together
         self._background = background
         self._at = time.monotonic()
         self._due: Request | None = None
@@ -89,6 +95,7 @@ class Saving:
 
     def request(self, request: Request) -> None:
         """Ask for one."""
+        self._at = time.monotonic()
         self._due = self._due.joined(request) if self._due is not None else request
 
     def advance(self, before: int, step: int) -> None:
@@ -96,15 +103,26 @@ class Saving:
         if self._writing is not None and not self._writing.is_alive():
             self.settle()
         if isinstance(self._every, timedelta):
-            due = time.monotonic() - self._at >= self._every.total_seconds()
+            due = self._ranks.world == 1 and self.is_overdue()
         else:
             due = self._every is not None and step // self._every > before // self._every
-        if due and not (self._skips and self._writing is not None):
+            due = due and not (self._skips and self._ranks.told(self._writing is not None))
+        if due:
             self.request(Request())
+
+    def is_overdue(self) -> bool:
+        """Whether it is time for one, where time decides.
+
+        Several processes have a clock each; they take a checkpoint when rank 0's says so, at an iteration that they
+        agree on.
+        """
+        if not isinstance(self._every, timedelta) or (self._skips and self._writing is not None):
+            return False
+        return time.monotonic() - self._at >= self._every.total_seconds()
 
     def prepare(self) -> None:
         """Get the memory ready in the background; after the first step the size of the state is known."""
-        if self._preparing is None:
+        if self._preparing is None and self._ranks.leads:
             self._preparing = threading.Thread(target=self._prepare, name="trackopt-prepare")
             self._preparing.start()
 
@@ -114,6 +132,9 @@ class Saving:
         Args:
             progress: What it says under ``trackopt`` beside what is found in the training itself.
         """
+        if not self._writes:
+            self._due = None
+            return
         wait = not self._background or (self._due is not None and self._due.wait)
         try:
             self._writing = self._staged(progress)
@@ -131,7 +152,7 @@ class Saving:
         Raises:
             CheckpointError: It could not be written; the earlier ones are untouched.
         """
-        if error := self._finish(self._staged(progress)):
+        if self._writes and (error := self._finish(self._staged(progress))):
             raise error
 
     def settle(self) -> None:
@@ -165,7 +186,7 @@ class Saving:
         writing.finish()
         if writing.path is not None:
             self.latest = (writing.progress["step"], writing.progress["position"])
-            path = str(writing.path.relative_to(self._journal.path.parent))
+            path = f"{writing.path.parent.name}/{writing.path.name}"
             self._journal.mark("checkpoint", writing.progress["step"], path=path)
         return writing.error
 
@@ -178,7 +199,7 @@ class _Writing(threading.Thread):
     """One checkpoint on its way to the disk. The interpreter waits for it, since it is no daemon."""
 
     def __init__(
-        self, store: Store, staged: Staged, progress: Mapping[str, Any], before_commit: Callable[[], None]
+        self, store: Store, staged: Staged | Shards, progress: Mapping[str, Any], before_commit: Callable[[], None]
     ) -> None:
         super().__init__(name="trackopt-save")
         self.progress = progress

@@ -26,12 +26,19 @@ class StopSignals:
     A handler of the user's own is called as well. Nothing is installed outside the main thread, for a signal that is
     ignored (as SIGINT is under ``nohup``), and for Ctrl-C at a prompt, where it means the current line.
 
+    Args:
+        alone: Whether this process decides by itself. Where it is one of several, they agree on where they stop.
+        tells: Whether the user is told at once.
+
     Attributes:
-        received: The signal that came, if one did.
+        noted: The signal that came to this process, if one did.
+        received: The one that the training stops for.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, alone: bool = True, tells: bool = True) -> None:
+        self.noted: signal.Signals | None = None
         self.received: signal.Signals | None = None
+        self._alone, self._tells = alone, tells
         self._pid = os.getpid()
         self._before: dict[signal.Signals, Any] = {}
         if threading.current_thread() is threading.main_thread():
@@ -53,15 +60,18 @@ class StopSignals:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         before = self._before.get(signal.Signals(number), signal.SIG_DFL)
-        if self.received is not None:
+        if self.noted is not None:
             self.close()
             signal.raise_signal(number)
             return
-        self.received = signal.Signals(number)
+        self.noted = signal.Signals(number)
+        if self._alone:
+            self.received = self.noted
         if os.getpid() != self._pid:
             return  # a forked data worker: Ctrl-C reaches it too, and the training still needs it
-        text = f"trackopt: {self.received.name}: stopping after this iteration; once more stops at once\n"
-        os.write(_STDERR, text.encode())  # a handler may run in the middle of a write to sys.stderr
+        text = f"trackopt: {self.noted.name}: stopping after this iteration; once more stops at once\n"
+        if self._tells:
+            os.write(_STDERR, text.encode())  # a handler may run in the middle of a write to sys.stderr
         if callable(before) and before is not signal.default_int_handler:
             chained: Callable[[int, FrameType | None], Any] = before
             chained(number, frame)

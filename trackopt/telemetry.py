@@ -11,13 +11,14 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from trackopt.observe import Ledger, NonFinite, Observer, Reading, Turns
-from trackopt.pending import Pending
+from trackopt.pending import Pending, alone
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
     from trackopt.checkpoint import Training
     from trackopt.journal import Journal
+    from trackopt.pending import Gather
 
 _FORGOTTEN = 100  # steps without the end of an iteration, after which the user is reminded of it
 
@@ -48,6 +49,7 @@ class Telemetry:
     Args:
         training: Whose optimizers and schedulers to watch.
         journal: Where the records go.
+        gather: As `Pending` takes it.
         **options: ``stats``, ``stats_every`` and ``histograms_every`` as `Observer` takes them.
 
     Attributes:
@@ -55,11 +57,11 @@ class Telemetry:
         latest: What the latest record in the journal says.
     """
 
-    def __init__(self, training: Training, journal: Journal, **options: Any) -> None:
+    def __init__(self, training: Training, journal: Journal, gather: Gather = alone, **options: Any) -> None:
         self.recorded = 0
         self.latest: Mapping[str, float] = {}
         self._journal = journal
-        self._pending = Pending()
+        self._pending = Pending(gather)
         self._coming: deque[_Step] = deque()
         self._turns = Turns(training.schedulers, training.stateful.values())
         optimizers = training.optimizers
@@ -92,13 +94,13 @@ class Telemetry:
             evaluations=sum(observer.evaluations for observer in observers),
         )
 
-    def log(self, metrics: Mapping[str, Any]) -> None:
-        """Take what the user logs.
+    def log(self, metrics: Mapping[str, Any], *, shared: bool = False) -> None:
+        """Take what the user logs; with ``shared``, the mean of what all ranks do.
 
         Raises:
             UsageError: A value is not a number.
         """
-        self._pending.add(metrics)
+        self._pending.add(metrics, shared=shared)
         if not self._reminded and self.step - self.recorded > _FORGOTTEN:
             self._reminded = True
             logger.warning(

@@ -11,6 +11,7 @@ import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from trackopt import remote
 from trackopt.archive import detect, nodes
 from trackopt.archive import tensors as values
 from trackopt.archive.locate import checkpoints, locate
@@ -18,6 +19,7 @@ from trackopt.archive.nodes import Compound, Global, Opaque, Storage, Tensor
 from trackopt.archive.source import Contents, misfit
 from trackopt.archive.strangers import recognized
 from trackopt.errors import ArchiveError
+from trackopt.remote.copy import Copy, pread
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
+    from trackopt.archive.members import Files
     from trackopt.archive.tensors import Array
 
 __all__ = ["Archive", "Compound", "Global", "Opaque", "Storage", "Tensor", "checkpoints", "locate", "open"]
@@ -40,8 +43,12 @@ class Archive:
         format: What it is, in words.
         tree: What was saved: plain values, with `Tensor` and other nodes where objects were.
         globals: Every name of a class or function in the file; none of them was looked up.
+        remote: Whether its bytes are fetched from elsewhere when they are read.
         problems: What is wrong or ambiguous although it can be read, one line each.
     """
+
+    _file = -1
+    _files: Files | None = None
 
     def __init__(self, path: Path, file: int, contents: Contents) -> None:
         self.path = path
@@ -51,6 +58,7 @@ class Archive:
         self.globals = contents.globals
         self.problems = tuple(contents.problems)
         self.source = contents.source
+        self.remote = isinstance(file, Copy)
         self._file = file
         self._files = contents.files
         self._tensors: list[tuple[str, Tensor]] | None = None
@@ -96,6 +104,9 @@ class Archive:
         if self._files is not None:
             self._files.close()
 
+    def __del__(self) -> None:
+        self.close()  # what is read from it later keeps it
+
     def __enter__(self) -> Self:
         return self
 
@@ -114,7 +125,8 @@ def open(place: str | Path) -> Archive:  # noqa: A001 - `trackopt.open` is meant
     Args:
         place: A file; a directory that Accelerate, DeepSpeed, the Hugging Face Trainer or
             ``torch.distributed.checkpoint`` wrote; a run's directory, whose newest checkpoint is taken; or
-            ``DIRECTORY@STEP``.
+            ``DIRECTORY@STEP``. Or ``runs:/<run id>/<path>``, an artifact of an MLflow run: of that only what is read is
+            fetched, where its server allows it.
 
     Raises:
         ArchiveError: There is no such file, it is not a checkpoint, or it is damaged.
@@ -129,7 +141,10 @@ def open(place: str | Path) -> Archive:  # noqa: A001 - `trackopt.open` is meant
     """
     path = locate(place)
     try:
-        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a named pipe must not block
+        if remote.is_address(path):
+            file = remote.open(path)
+        else:
+            file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a named pipe must not block
     except OSError as error:
         raise ArchiveError(f"{path}: cannot be opened ({error.strerror}); check its permissions") from error
     try:
@@ -147,7 +162,7 @@ def _load(path: Path, file: int) -> Contents:
         from trackopt.archive import directories
 
         return directories.load(path, _load) if path.is_dir() else directories.load_index(path, _load)
-    head = os.pread(file, detect.HEAD, 0)
+    head = pread(file, detect.HEAD, 0)
     if module := detect.module(head):
         contents: Contents = import_module(f"trackopt.archive.{module}").load(path, file)
         return contents

@@ -24,12 +24,12 @@ _CHUNK = 1 << 20  # stays in a core's cache between the read and the sum, and ke
 _POLYNOMIAL = 0xEDB88320
 
 
-def damaged(zipped: Zip) -> Iterator[str]:
-    """One line for each record whose data has another CRC-32 than the directory says.
+def damaged(zipped: Zip, records: Iterable[Record]) -> Iterator[str]:
+    """One line for each of the records whose data has another CRC-32 than the directory says.
 
     A 0 there with data behind it is none: torch can be told to leave the sums out.
     """
-    slices = [part for record in zipped.records.values() for part in _slices(record)]
+    slices = [part for record in records for part in _slices(record)]
     yield from _compared(slices, in_threads(lambda part: _sum(zipped, *part), slices))
 
 

@@ -9,22 +9,25 @@ from __future__ import annotations
 import json
 import os
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from trackopt.archive import manifest
 from trackopt.archive.bounds import Broken, bounded
 from trackopt.archive.members import Files, Members, confined, renamed
 from trackopt.archive.source import Contents
 from trackopt.errors import ArchiveError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from trackopt.archive.members import Load
     from trackopt.archive.source import Source
 
 INDEX = ".index.json"
+#: In a run's own sharded checkpoint: everything that is not spread over processes.
+REST = "training.pt"
 _STEP = re.compile(r"(?:checkpoint|checkpoint_|checkpoint-|global_step|step_|step-)(\d+)")
 _MODEL = re.compile(
     r"(?P<key>model|pytorch_model|adapter_model|diffusion_pytorch_model)(?P<number>_\d+)?"
@@ -189,6 +192,8 @@ def _layout(directory: Path) -> Callable[[Files, Load], Contents] | None:
         names = _names(directory)
     except OSError as error:
         raise ArchiveError(f"{directory}: cannot be looked at ({error.strerror}); check its permissions") from error
+    if REST in names or manifest.NAME in names:
+        return _sharded
     if ".metadata" in names:
         from trackopt.archive import dcp
 
@@ -202,6 +207,42 @@ def _layout(directory: Path) -> Callable[[Files, Load], Contents] | None:
     if any(_MODEL.fullmatch(name) for name in names):
         return _plain("Hugging Face model", ())
     return None
+
+
+def _sharded(files: Files, one: Load) -> Contents:
+    """A run's own: models and optimizers as DCP has them, under the names of their parameters; the rest in a file."""
+    from trackopt.archive import dcp
+
+    spread = dcp.load(files, one)
+    union = _Union(files, one)
+    union.sources["DCP"] = spread.source
+    union.problems.extend(spread.problems)
+    union.globals.update(dict.fromkeys(spread.globals))
+    rest = union.member(REST)
+    if not isinstance(rest, dict):
+        raise ArchiveError(f"{files.directory / REST}: it holds no dictionary; use another checkpoint")
+    tree = {**spread.tree, **rest} if isinstance(spread.tree, dict) else rest
+    optimizer = tree.get("optimizer")
+    for node in (optimizer, *(optimizer.values() if isinstance(optimizer, dict) else ())):
+        if isinstance(node, dict) and "param_groups" in node:
+            node.setdefault("state", {})  # DCP leaves out what is empty
+    return replace(union.contents("DCP", tree), source=_Listed(files, union.sources))
+
+
+class _Listed(Members):
+    """The checksums of whole files, which a list among them gives."""
+
+    def __init__(self, files: Files, members: dict[str, Source]) -> None:
+        super().__init__(files.directory, members)
+        self._files = files
+        self.packed = files.bytes
+
+    def damaged(self) -> Iterator[str]:
+        """One line for each file that is not what was written."""
+        try:
+            yield from manifest.damaged(self._files)
+        except ArchiveError as error:
+            yield str(error).removeprefix(f"{self.path}: ")
 
 
 def _plain(form: str, patterns: Any) -> Callable[[Files, Load], Contents]:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from trackopt import remote
 from trackopt.errors import ArchiveError
 
-_STEP = re.compile(r"step-(\d+)\.pt")
+_STEP = re.compile(r"step-(\d+)\.pt|step-(\d{8,})")  # a file, or the directory of a sharded one
 _FOLDER = re.compile(r"\D*(\d{1,18})")
 
 
 def checkpoints(directory: Path) -> dict[int, Path]:
-    """The complete checkpoints of a run, by step, oldest first; a directory that is none has none.
+    """The complete checkpoints of a run, files or directories, by step, oldest first; what is no run has none.
 
     Args:
         directory: A run's directory, or its ``checkpoints``.
@@ -20,8 +21,8 @@ def checkpoints(directory: Path) -> dict[int, Path]:
     inner = directory / "checkpoints"
     found = {}
     for path in (inner if inner.is_dir() else directory).iterdir():
-        if match := _STEP.fullmatch(path.name):
-            found[int(match[1])] = path
+        if (match := _STEP.fullmatch(path.name)) and (match[1] or path.is_dir()):
+            found[int(match[1] or match[2])] = path
     return dict(sorted(found.items()))
 
 
@@ -30,7 +31,8 @@ def locate(place: str | Path) -> Path:
 
     Args:
         place: A file; a run's directory, whose newest checkpoint is taken; or ``DIRECTORY@STEP``, for a run's
-            checkpoint or a directory as ``checkpoint-500``.
+            checkpoint or a directory as ``checkpoint-500``; or the address of an MLflow run's artifact, which is the
+            answer itself where that is no file here.
 
     Raises:
         ArchiveError: There is no such thing.
@@ -40,6 +42,8 @@ def locate(place: str | Path) -> Path:
         Traceback (most recent call last):
         trackopt.errors.ArchiveError: nowhere: there is no such file or directory
     """
+    if remote.is_address(place):
+        return remote.locate(place)
     path = Path(place)
     try:
         if path.is_dir():

@@ -9,6 +9,7 @@ import os
 from typing import TYPE_CHECKING, Protocol
 
 from trackopt.errors import ArchiveError
+from trackopt.remote.copy import pread
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -57,9 +58,9 @@ class FileRegion:
         if not 0 <= start <= stop <= self.size:
             raise _outside(self.path, start, stop, self.size)
         offset, length = self.start + start, stop - start
-        data = os.pread(self.file, length, offset)
+        data = pread(self.file, length, offset)
         while len(data) < length:
-            more = os.pread(self.file, length - len(data), offset + len(data))
+            more = pread(self.file, length - len(data), offset + len(data))
             if not more:
                 raise _outside(self.path, offset, offset + length, offset + len(data))
             data += more

@@ -15,7 +15,7 @@ from trackopt.archive.zip import Record, Zip
 from trackopt.errors import ArchiveError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Collection, Iterator
     from pathlib import Path
 
     from trackopt.archive.nodes import Storage
@@ -130,11 +130,15 @@ class ZipSource:
         """Bytes of a storage."""
         return self._zip.read(self.record(storage), start, stop)
 
-    def damaged(self) -> Iterator[str]:
-        """Compare every record's CRC-32 with the directory's."""
+    def damaged(self, storages: Collection[Storage] | None = None) -> Iterator[str]:
+        """Compare every record's CRC-32 with the directory's; of storages only those that are asked for."""
         from trackopt.archive.checksums import damaged
 
-        return damaged(self._zip)
+        records = list(self._zip.records.values())
+        if storages is not None:
+            wanted = {self.record(one).name for one in storages}
+            records = [one for one in records if one.name in wanted or f"/{self._folder}/" not in one.name]
+        return damaged(self._zip, records)
 
     def oddities(self) -> Iterator[str]:
         """What torch would stumble over, or another program would read differently."""

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from trackopt.errors import ArchiveError
+from trackopt.remote.copy import pread
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -120,9 +121,9 @@ class Zip:
         return ArchiveError(f"{self.path}: {what}; the file is damaged, copy it again or use another checkpoint")
 
     def _pread(self, offset: int, length: int) -> bytes:
-        data = os.pread(self.file, length, self.start + offset)
+        data = pread(self.file, length, self.start + offset)
         while len(data) < length:
-            more = os.pread(self.file, length - len(data), self.start + offset + len(data))
+            more = pread(self.file, length - len(data), self.start + offset + len(data))
             if not more:
                 raise self.broken(
                     f"{length} bytes expected at offset {offset}, the file ends after {len(data)} of them"

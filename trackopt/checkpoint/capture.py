@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 import trackopt
 from trackopt.checkpoint import rng
+from trackopt.checkpoint.spread import is_spread, keeper, state_by_name
 from trackopt.errors import UsageError
 
 if TYPE_CHECKING:
@@ -117,12 +118,12 @@ def capture(training: Training, progress: Mapping[str, Any]) -> dict[str, Any]:
     """
     tree: dict[str, Any] = {
         "model": _each(training.model, lambda module: module.state_dict()),
-        "optimizer": _each(training.optimizer, lambda optimizer: optimizer.state_dict()),
+        "optimizer": _optimizers(training),
         "scheduler": _each(training.scheduler, lambda scheduler: scheduler.state_dict()),
     }
-    tree = {key: _plain(value, key) for key, value in tree.items() if value is not None}
+    tree = {key: plain(value, key) for key, value in tree.items() if value is not None}
     tree["rng"] = rng.capture()
-    tree |= {name: _plain(state_of(thing), name) for name, thing in training.stateful.items()}
+    tree |= {name: plain(state_of(thing), name) for name, thing in training.stateful.items()}
     tree["trackopt"] = {
         "format": FORMAT,
         "time": time.time(),
@@ -132,7 +133,7 @@ def capture(training: Training, progress: Mapping[str, Any]) -> dict[str, Any]:
         "frozen": [name for name, parameter in training.named_parameters().items() if not parameter.requires_grad],
         "models": list(training.models),
         "named": [role for role in ("model", "optimizer", "scheduler") if isinstance(getattr(training, role), Mapping)],
-        "optimizer_class": {key: class_name(value) for key, value in training.optimizers.items()},
+        "optimizer_class": {key: class_name(keeper(value)) for key, value in training.optimizers.items()},
         "scheduler_class": {key: class_name(value) for key, value in training.schedulers.items()},
         "versions": versions(),
         **progress,
@@ -210,24 +211,32 @@ def _each(value: Any, state: Callable[[Any], T]) -> T | dict[str, T] | None:
     return {key: state(one) for key, one in value.items()} if isinstance(value, Mapping) else state(value)
 
 
+def _optimizers(training: Training) -> Any:
+    if not is_spread(training):
+        return _each(training.optimizer, lambda optimizer: optimizer.state_dict())
+    names = training.parameter_names()
+    found = {key: state_by_name(optimizer, names[key]) for key, optimizer in training.optimizers.items()}
+    return found if isinstance(training.optimizer, Mapping) else found.get("optimizer")
+
+
 def _group_names(index: int, group: dict[str, Any], names: Mapping[int, str]) -> list[str]:
     own = group.get("param_names") or places(index, len(group["params"]))
     return [names.get(id(parameter), own[i]) for i, parameter in enumerate(group["params"])]
 
 
-def _plain(value: Any, path: str) -> Any:
+def plain(value: Any, path: str) -> Any:
     """The same tree with NumPy's scalars as python's; anything that cannot be loaded safely is refused by its path."""
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, _PLAIN):
         return value
     if type(value) in {dict, OrderedDict, Counter}:
-        items = type(value)({_plain(key, path): _plain(each, f"{path}.{key}") for key, each in value.items()})
+        items = type(value)({plain(key, path): plain(each, f"{path}.{key}") for key, each in value.items()})
         if hasattr(value, "_metadata"):
             items._metadata = value._metadata  # the versions of a module's layers, which load_state_dict wants back
         return items
     if type(value) in {list, tuple, set}:
-        return type(value)(_plain(each, f"{path}[{i}]") for i, each in enumerate(value))
+        return type(value)(plain(each, f"{path}[{i}]") for i, each in enumerate(value))
     raise UsageError(
         f"{path} is a {class_name(value)}, which a checkpoint cannot hold safely; "
         "let its state_dict() return numbers, strings, tensors, lists and dicts"

@@ -11,6 +11,7 @@ from trackopt.checkpoint.capture import class_name, dtype_name
 from trackopt.checkpoint.fit_optimizer import OptimizerFit, fit_optimizer
 from trackopt.checkpoint.names import align, describe, listed
 from trackopt.checkpoint.settings import changed, settings
+from trackopt.checkpoint.spread import Stored, here, keeper
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -50,7 +51,7 @@ def fit(training: Training, saved: Saved) -> Fit:
         found.models[name] = _model(name, saved.models[name], module, found.problems)
     for name, optimizer in _both("optimizer", training.optimizers, saved.optimizers, found.problems):
         one = saved.optimizers[name]
-        if _is_of(name, one.kind, optimizer, found.problems):
+        if _is_of(name, one.kind, keeper(optimizer), found.problems):
             found.optimizers[name] = fit_optimizer(name, one, optimizer, training, found.problems)
     for name, scheduler in _both("scheduler", training.schedulers, saved.schedulers, found.problems):
         if _is_of(name, saved.schedulers[name].kind, scheduler, found.problems):
@@ -95,7 +96,7 @@ def _model(role: str, saved: Mapping[str, Any], module: nn.Module, problems: lis
     live = module.state_dict()
     names = align(saved, live)
     given = {own: saved[name] for name, own in names.items()}
-    tied = {value.data_ptr() for key, value in live.items() if key in given and isinstance(value, torch.Tensor)}
+    tied = {_address(value) for key, value in live.items() if key in given} - {None}
     missing = {key for key, value in live.items() if key not in given and _address(value) not in tied}
     if missing:
         problems.append(f"the {role} here has {listed(missing)}, the checkpoint has not")
@@ -106,20 +107,23 @@ def _model(role: str, saved: Mapping[str, Any], module: nn.Module, problems: lis
 
 
 def _address(value: Any) -> int | None:
-    return value.data_ptr() if isinstance(value, torch.Tensor) and value.numel() else None
+    if not isinstance(value, torch.Tensor):
+        return None
+    part = here(value)
+    return part.data_ptr() if part.numel() else None
 
 
 def _fits(key: str, saved: Any, live: Any, problems: list[str]) -> bool:
     """Whether a value can be loaded; one of another dtype can, but is a problem, too."""
-    if not (isinstance(live, torch.Tensor) and isinstance(saved, torch.Tensor)):
-        return isinstance(live, torch.Tensor) == isinstance(saved, torch.Tensor)
+    if not (isinstance(live, torch.Tensor) and isinstance(saved, (torch.Tensor, Stored))):
+        return isinstance(live, torch.Tensor) == isinstance(saved, (torch.Tensor, Stored))
     then, now = _form(saved), _form(live)
     if then != now:
         problems.append(f"{key} was saved as {describe(*then)}, here it is {describe(*now)}")
     return then[0] == now[0]
 
 
-def _form(tensor: torch.Tensor) -> tuple[tuple[int, ...], str]:
+def _form(tensor: torch.Tensor | Stored) -> tuple[tuple[int, ...], str]:
     return tuple(tensor.shape), dtype_name(tensor.dtype)
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import copy
 from contextlib import ExitStack
+from dataclasses import replace
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +17,9 @@ import torch
 from trackopt.checkpoint import rng
 from trackopt.checkpoint.capture import Training, state_of
 from trackopt.checkpoint.fit import Fit, fit, surplus
-from trackopt.errors import MismatchError
+from trackopt.checkpoint.fit_optimizer import parameters_of
+from trackopt.checkpoint.spread import keeper, placed, placed_state
+from trackopt.errors import ArchiveError, CheckpointError, MismatchError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -53,6 +57,7 @@ def restore(training: Training, saved: Saved, path: Path, *, strict: bool = True
     problems = found.problems + (surplus(training, saved) if whole else [])
     if problems and strict:
         raise MismatchError(f"{path} does not fit: {_told(problems)}; {_ADVICE}")
+    _place(training, found, path)
     with ExitStack() as undo:
         _load(training, found, path, undo)
         if strict:
@@ -69,14 +74,32 @@ def _told(problems: list[str]) -> str:
     return "; ".join(problems[:_FEW]) + more
 
 
+def _place(training: Training, found: Fit, path: Path) -> None:
+    """Read what is not read yet; of what is spread over processes here, each takes its part."""
+    try:
+        for name, state in found.models.items():
+            found.models[name] = placed(state, training.models[name].state_dict())
+        for name, one in found.optimizers.items():
+            groups = [*training.optimizers[name].param_groups, *one.added]
+            ids = chain.from_iterable(group["params"] for group in one.state["param_groups"])
+            parameters = dict(zip(ids, chain.from_iterable(map(parameters_of, groups)), strict=True))
+            state = placed_state(one.state["state"], parameters, training.optimizers[name])
+            found.optimizers[name] = replace(one, state={**one.state, "state": state})
+        for name, state in found.stateful.items():
+            found.stateful[name] = placed(state, state_of(training.stateful[name]))
+    except ArchiveError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error})") from error
+
+
 def _load(training: Training, found: Fit, path: Path, undo: ExitStack) -> None:
     for name, state in found.stateful.items():
         undo.callback(_put, training.stateful[name], copy.deepcopy(state_of(training.stateful[name])))
         _attempt(name, path, _put, training.stateful[name], state)
     for name, one in found.optimizers.items():
         optimizer = training.optimizers[name]
-        before = {"param_groups": list(optimizer.param_groups), "state": optimizer.state}
-        undo.callback(vars(optimizer).update, before)  # torch puts new objects there, and leaves the old as they were
+        for each in {optimizer, keeper(optimizer)}:
+            before = {"param_groups": list(each.param_groups), "state": copy.copy(each.state)}
+            undo.callback(vars(each).update, before)  # torch puts new objects there, and leaves the old as they were
         _attempt(name, path, _load_optimizer, optimizer, one)
     for name, state in found.schedulers.items():
         scheduler = training.schedulers[name]
@@ -105,13 +128,16 @@ def _load_optimizer(optimizer: Optimizer, one: OptimizerFit) -> None:
     for group in one.added:
         optimizer.add_param_group(dict(group))
     optimizer.load_state_dict(one.state)
+    kept = keeper(optimizer).state
+    if kept is not optimizer.state:
+        optimizer.state.clear()  # a second copy, which nobody uses
     for group, saved in zip(optimizer.param_groups, one.state["param_groups"], strict=True):
         for parameter, key in zip(group["params"], saved["params"], strict=True):
             for name, value in one.state["state"].get(key, {}).items():
-                now = optimizer.state[parameter][name]
+                now = kept[parameter][name]
                 if isinstance(value, torch.Tensor) and now.dtype != value.dtype:
                     # torch casts moments to the parameter's dtype; an exact resume keeps the one they had
-                    optimizer.state[parameter][name] = value.to(now.device)
+                    kept[parameter][name] = value.to(now.device)
 
 
 def _require_saved_lr(training: Training, found: Fit, path: Path) -> None:

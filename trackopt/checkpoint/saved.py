@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from trackopt.checkpoint.capture import RESERVED
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from torch import Tensor
 
@@ -74,7 +74,7 @@ def of_run(tree: dict[str, Any], groups: Mapping[str, int] | None = None) -> Sav
     """The contents of a run's checkpoint.
 
     Args:
-        tree: As ``store.load`` returned it.
+        tree: As ``store.load`` returned it, or the parts of it that are wanted.
         groups: How many parameter groups of each optimizer to look at; by default all.
     """
     meta = tree["trackopt"]
@@ -82,14 +82,19 @@ def of_run(tree: dict[str, Any], groups: Mapping[str, int] | None = None) -> Sav
     def part(role: str, name: str) -> Any:
         return tree[role][name] if role in meta["named"] else tree[role]
 
-    optimizers = {name: _optimizer(part("optimizer", name), meta, name) for name in meta["optimizer_class"]}
+    def named(role: str, names: Iterable[str]) -> Iterable[str]:
+        return names if role in tree else ()
+
+    optimizers = {
+        name: _optimizer(part("optimizer", name), meta, name) for name in named("optimizer", meta["optimizer_class"])
+    }
     if groups is not None:
         optimizers = {name: one.first(groups.get(name, len(one.groups))) for name, one in optimizers.items()}
     schedulers = {
-        name: SavedScheduler(kind, part("scheduler", name), meta["settings"].get(name))
-        for name, kind in meta["scheduler_class"].items()
+        name: SavedScheduler(meta["scheduler_class"][name], part("scheduler", name), meta["settings"].get(name))
+        for name in named("scheduler", meta["scheduler_class"])
     }
-    models = {name: part("model", name) for name in meta["models"]}
+    models = {name: part("model", name) for name in named("model", meta["models"])}
     return Saved(models, optimizers, schedulers, {key: tree[key] for key in tree.keys() - RESERVED})
 
 

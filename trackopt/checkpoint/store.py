@@ -1,17 +1,20 @@
-"""The checkpoints of one run: ``checkpoints/step-00000100.pt`` and its siblings."""
+"""The checkpoints of one run: ``checkpoints/step-00000100.pt`` and its siblings, or directories of such names."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import pickle
+import shutil
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from trackopt import archive, integrity
+from trackopt.checkpoint import shards
 from trackopt.checkpoint.capture import FORMAT
 from trackopt.checkpoint.retention import Marks, Retention
+from trackopt.checkpoint.shards import ShardMemory, Shards
 from trackopt.checkpoint.staging import Staging
 from trackopt.checkpoint.write import PART, write
 from trackopt.durable import sync_directory
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from trackopt.checkpoint.shards import Ranks
     from trackopt.checkpoint.staging import Staged
 
 LATEST = "latest"
@@ -34,13 +38,23 @@ class Store:
     Args:
         folder: The run's ``checkpoints`` directory; it is made at the first commit.
         retention: Which of them stay.
+        ranks: The processes that share the training's state: its checkpoints are directories then, which all of them
+            write. By default this process has all of it.
     """
 
-    def __init__(self, folder: Path, retention: Retention) -> None:
+    def __init__(self, folder: Path, retention: Retention, ranks: Ranks | None = None) -> None:
         self.folder = folder
         self._retention = retention
+        self._ranks = ranks
+        self._leads = ranks is None or ranks.rank == 0
         self._staging = Staging()
+        self._shards = ShardMemory()
         self._marks: dict[int, Marks] = {}
+
+    @property
+    def together(self) -> bool:
+        """Whether all processes write each checkpoint."""
+        return self._ranks is not None
 
     def paths(self) -> list[Path]:
         """The committed checkpoints, by step."""
@@ -48,10 +62,11 @@ class Store:
 
     def prepare(self, size: int) -> None:
         """Have memory ready for a checkpoint of about ``size`` bytes; in a thread of its own the loop feels nothing."""
-        with contextlib.suppress(CheckpointError):  # the save that needs it tells
-            self._staging.prepare(size)
+        if self._ranks is None:
+            with contextlib.suppress(CheckpointError):  # the save that needs it tells
+                self._staging.prepare(size)
 
-    def stage(self, tree: dict[str, Any], marks: Marks) -> Staged:
+    def stage(self, tree: dict[str, Any], marks: Marks) -> Staged | Shards:
         """Copy a captured tree into memory, where it waits for ``commit``; the one before it must be committed.
 
         Raises:
@@ -64,23 +79,38 @@ class Store:
         marks = self._marks.get(step, landmark).joined(landmark).joined(marks)
         tree["trackopt"] |= {"keep": marks.keep, "metric": marks.metric}
         self._marks[step] = marks
-        return self._staging.stage(tree)
+        if self._ranks is None:
+            return self._staging.stage(tree)
+        parts, rest = shards.split(tree)
+        try:
+            return Shards(self._shards.copy(parts), self._staging.stage(rest) if self._leads else None)
+        except (CheckpointError, MemoryError, RuntimeError) as error:  # the last is torch's for memory
+            return Shards({}, None, error)
 
-    def commit(self, staged: Staged, step: int, before_commit: Callable[[], None]) -> Path:
+    def commit(self, staged: Staged | Shards, step: int, before_commit: Callable[[], None]) -> Path:
         """Write a staged checkpoint under the name of its step, then let go of those that are not kept.
 
         Raises:
             CheckpointError: It could not be written; the earlier ones are untouched.
         """
-        path = self.folder / f"step-{step:08d}.pt"
-        write(staged, path, before_commit=before_commit)
-        self._point_to_latest()
-        self._let_go()
+        path = self.folder / f"step-{step:08d}"
+        file = path.with_suffix(".pt")
+        if isinstance(staged, Shards):
+            assert self._ranks is not None  # noqa: S101 - for mypy: they were staged for these
+            shards.write_together(staged, path, self._ranks, before_commit=before_commit)
+        else:
+            path, file = file, path
+            write(staged, path, before_commit=before_commit)
+        if self._leads:
+            self._remove(file)  # of the same step, from an attempt on another number of processes
+            self._point_to_latest()
+            self._let_go()
         return path
 
     def close(self) -> None:
         """Let go of the memory; nothing is saved any more."""
         self._staging.release()
+        self._shards.clear()
 
     def newest(self) -> tuple[Path, dict[str, Any]] | None:
         """The newest checkpoint that is sound, read; ``None`` where there is none at all.
@@ -89,6 +119,8 @@ class Store:
             CheckpointError: There are some, but each is damaged; one cannot be read now; or (``MismatchError``) the
                 newest sound one is of a kind that this version cannot use.
         """
+        with contextlib.suppress(OSError):
+            shards.mend(self.folder)
         damaged: dict[Path, str] = {}
         for path in reversed(self.paths()):
             try:
@@ -110,14 +142,14 @@ class Store:
         """Rename the checkpoints behind ``step``: training went back, and they belong to the future that it left."""
         for path in self.paths():
             if int(path.stem.removeprefix("step-")) > step:
-                path.rename(path.with_name(f"{path.name}.abandoned"))
+                _rename(path, "abandoned")
         self._point_to_latest()
 
     def clean(self) -> None:
         """Remove what a killed writer left half-written; what cannot be removed is in nobody's way."""
         with contextlib.suppress(OSError):
             for part in self.folder.glob(f".*{PART}"):
-                part.unlink(missing_ok=True)
+                _delete(part)
 
     def _by_step(self) -> dict[int, Path]:
         try:
@@ -128,10 +160,16 @@ class Store:
     def _let_go(self) -> None:
         there = self._by_step()
         for step in self._retention.surplus({step: self._marks_of(step, path) for step, path in there.items()}):
-            try:
-                there[step].unlink(missing_ok=True)
-            except OSError as error:
-                logger.warning("trackopt: %s: cannot be removed (%s)", there[step], error.strerror)
+            self._remove(there[step])
+
+    def _remove(self, path: Path) -> None:
+        """Under another name first: what is half there must not be taken for a checkpoint."""
+        try:
+            if path.is_dir():
+                path = path.replace(path.with_name(f".{path.name}{PART}"))
+            _delete(path)
+        except OSError as error:
+            logger.warning("trackopt: %s: cannot be removed (%s)", path, error.strerror)
 
     def _marks_of(self, step: int, path: Path) -> Marks:
         """Those of an earlier attempt's are in the file; what cannot be read is not for us to delete."""
@@ -162,10 +200,25 @@ class Store:
 
     def _set_aside(self, damaged: dict[Path, str]) -> None:
         for path, reason in damaged.items():
-            path.rename(path.with_name(f"{path.name}.damaged"))
+            _rename(path, "damaged")
             logger.warning("trackopt: %s; it was set aside as %s.damaged", reason, path.name)
         if damaged:
             self._point_to_latest()
+
+
+def _rename(path: Path, why: str) -> None:
+    """Put a checkpoint out of the way; what stands there from another time gives way."""
+    aside = path.with_name(f"{path.name}.{why}")
+    if aside.is_dir():
+        shutil.rmtree(aside)
+    path.rename(aside)
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -189,7 +242,8 @@ def _problems(path: Path) -> list[str]:
             return integrity.problems(opened)
     except (ArchiveError, OSError) as error:
         trouble = error.__cause__ if isinstance(error, ArchiveError) else error
-        if not isinstance(trouble, OSError):
+        missing = isinstance(trouble, FileNotFoundError) and path.exists()  # one of its files
+        if missing or not isinstance(trouble, OSError):
             return [str(error).removeprefix(f"{path}: ")]
         raise CheckpointError(
             f"{path}: cannot be read ({trouble.strerror}); try again, or move it away to go on from the one before"
@@ -204,7 +258,7 @@ def load_checked(path: Path) -> dict[str, Any]:
         MismatchError: It is no checkpoint of a run.
     """
     try:
-        tree: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        tree = shards.load(path) if path.is_dir() else torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, pickle.UnpicklingError) as error:
         raise CheckpointError(f"{path}: cannot be loaded ({str(error).splitlines()[0]})") from error
     if not isinstance(tree, dict) or "trackopt" not in tree:

@@ -51,8 +51,8 @@ _CERTAIN = ("saved", "its keys")
 def command(path: str | None, pattern: str | None, stats: bool, tree: bool, as_json: bool) -> None:
     r"""What a checkpoint holds, and whether training can go on from it.
 
-    PATH is a file, a run's directory (its newest checkpoint) or DIRECTORY@STEP. Neither torch is needed nor
-    is anything in the file run, so a stranger's file can be looked at.
+    PATH is a file, a run's directory (its newest checkpoint), DIRECTORY@STEP, or runs:/RUN_ID/PATH, an artifact
+    of an MLflow run. Neither torch is needed nor is anything in the file run, so a stranger's file can be looked at.
 
     \b
     Example:

@@ -49,10 +49,10 @@ class Checkpoint:
     """One checkpoint, as a row.
 
     Attributes:
-        path: Its file.
+        path: Its file, or its directory.
         step: From its name.
         epoch: As it says itself.
-        bytes: The file's.
+        bytes: Of its files.
         time: Unix seconds of when its state was taken.
         metric: What ``run.save(metric=…)`` was told.
         keep: Whether it stays for good.
@@ -128,7 +128,7 @@ def _run(path: Path) -> Run:
         step=last["step"] if isinstance(last.get("step"), int) else (newest.step if newest else None),
         epoch=newest.epoch if newest else None,
         checkpoints=len(files),
-        bytes=sum(stat.st_size for stat in stats),
+        bytes=sum(map(_size, files.values())),
         time=max(times, default=None),
         status=_status(path, lines),
     )
@@ -136,7 +136,7 @@ def _run(path: Path) -> Run:
 
 def _checkpoint(step: int, path: Path, *, crc: bool) -> Checkpoint:
     stat = path.stat()
-    row = Checkpoint(str(path), step, None, stat.st_size, stat.st_mtime)
+    row = Checkpoint(str(path), step, None, _size(path), stat.st_mtime)
     try:
         with archive.open(path) as opened:
             found = state.read(opened)
@@ -153,6 +153,11 @@ def _checkpoint(step: int, path: Path, *, crc: bool) -> Checkpoint:
         sound=not problems,
         problem=next(iter(problems), None),
     )
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file, or of all files in a directory."""
+    return sum(each.stat().st_size for each in (path.iterdir() if path.is_dir() else [path]))
 
 
 def _number(value: Any) -> float | None:

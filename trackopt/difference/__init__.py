@@ -33,6 +33,8 @@ __all__ = ["Change", "Difference", "Module", "Numbers", "Reason", "Story", "Tall
 
 #: Entries of trackopt's own that say which run wrote a file, and when; they are told, but are no difference.
 IDENTITY = ("run_id", "name", "attempt", "time", "journal_offset", "versions", "keep")
+#: What there is of the other processes, where there were several; one process that goes on alone has nothing of it.
+OTHERS = ("world", "ranks")
 
 
 @dataclass(frozen=True)
@@ -163,4 +165,5 @@ def _collect(a: Archive, b: Archive, terms: Terms, comparison: Comparison) -> Di
 
 def _is_identity(path: str, states: tuple[TrainingState, TrainingState]) -> bool:
     top, _, rest = path.partition(".")
-    return top == training.META and rest.partition(".")[0] in IDENTITY and any(state.own for state in states)
+    told = IDENTITY if all("world" in (state.meta or {}) for state in states) else IDENTITY + OTHERS
+    return top == training.META and rest.partition(".")[0] in told and any(state.own for state in states)

@@ -17,7 +17,8 @@ except ImportError as error:
     ) from error
 
 from trackopt.checkpoint import Training
-from trackopt.integrations.recording import Options, Recording
+from trackopt.errors import UsageError
+from trackopt.integrations.recording import Options, Recording, record
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -53,7 +54,7 @@ class TrackoptTracker(GeneralTracker):
         super().__init__()
         self._options = Options(**options)
         self._recording: Recording | None = None
-        self._begun = False
+        self._watching = self._begun = False
         self._config: dict[str, Any] = {}
         self._stepped: set[str] = set()  # the optimizers that have, in this iteration
         self._folder = ""  # where the accelerator is about to save
@@ -83,13 +84,13 @@ class TrackoptTracker(GeneralTracker):
         Raises:
             RunError: The directory is taken, foreign, or cannot be written.
         """
+        self._watching = True
         accelerator.register_for_checkpointing(self)
-        if not accelerator.is_main_process:
+        scaler = {} if accelerator.scaler is None else {"scaler": accelerator.scaler}
+        training = Training(model, optimizer, scheduler, scaler)
+        self._recording = record(training, self._options, leads=accelerator.is_main_process)
+        if self._recording is None:
             return
-        training = Training(
-            model, optimizer, scheduler, {} if accelerator.scaler is None else {"scaler": accelerator.scaler}
-        )
-        self._recording = Recording(training, self._options)
         self._names = set(training.optimizers)
         self._handles = [
             accelerator.register_save_state_pre_hook(self._before_save),
@@ -104,7 +105,13 @@ class TrackoptTracker(GeneralTracker):
         self._config = values
 
     def log(self, values: dict[str, Any], step: int | None = None, **_: Any) -> None:
-        """Take what ``accelerator.log`` is given; numbers count."""
+        """Take what ``accelerator.log`` is given; numbers count.
+
+        Raises:
+            UsageError: Nothing is watched yet.
+        """
+        if not self._watching:
+            raise UsageError("accelerator.log() before tracker.watch(accelerator, optimizer); watch what was prepared")
         if self._recording is not None:
             self._recording.log({key: value for key, value in values.items() if not isinstance(value, str)})
 

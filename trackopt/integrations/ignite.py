@@ -19,7 +19,7 @@ from torch import Tensor
 
 from trackopt.checkpoint import Training
 from trackopt.errors import UsageError
-from trackopt.integrations.recording import Options, Recording
+from trackopt.integrations.recording import Options, Recording, record
 
 if TYPE_CHECKING:
     from ignite.engine import Engine
@@ -72,10 +72,9 @@ def attach(
         if not isinstance(checkpoint.to_save, MutableMapping):
             raise UsageError(f"checkpoint: its to_save is a {type(checkpoint.to_save).__name__}; make it a dict")
         checkpoint.to_save[_KEY] = attached
-    if distributed.get_rank() == 0:
-        trainer.add_event_handler(Events.STARTED, attached.start)
-        trainer.add_event_handler(Events.ITERATION_STARTED, attached.begin_iteration)
-        trainer.add_event_handler(Events.ITERATION_COMPLETED, attached.take_output)
+    trainer.add_event_handler(Events.STARTED, attached.start)
+    trainer.add_event_handler(Events.ITERATION_STARTED, attached.begin_iteration)
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, attached.take_output)
     return attached
 
 
@@ -121,7 +120,9 @@ class Attached:
         going_on = self._loaded or self._trainer.state.iteration > 0
         self._loaded = False
         self._saved = self._saves()
-        self._recording = Recording(self._training, self._options)
+        self._recording = record(self._training, self._options, leads=distributed.get_rank() == 0)
+        if self._recording is None:
+            return
         self._recording.begin(self._state if going_on else None, self._trainer.state.iteration)
         # Behind the handlers that are there by now, which may save and log.
         self._closing = self._trainer.add_event_handler(Events.COMPLETED, self._close)

@@ -13,7 +13,7 @@ except ImportError as error:
     ) from error
 
 from trackopt.checkpoint import Training
-from trackopt.integrations.recording import Options, Recording, by_name
+from trackopt.integrations.recording import Options, Recording, by_name, record
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -50,8 +50,6 @@ class TrackoptCallback(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin, or go on from where the checkpoint was taken."""
-        if not trainer.is_global_zero:
-            return
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         training = Training(
             pl_module,
@@ -60,9 +58,10 @@ class TrackoptCallback(Callback):
             {} if scaler is None else {"scaler": scaler},
         )
         self._trainer = trainer
-        self._recording = Recording(training, self._options)
-        self._recording.begin(self._saved if trainer.global_step else None, trainer.global_step)
-        trainer.strategy.checkpoint_io = _Told(trainer.strategy.checkpoint_io, self._recording)
+        self._recording = record(training, self._options, leads=trainer.is_global_zero)
+        if self._recording is not None:
+            self._recording.begin(self._saved if trainer.global_step else None, trainer.global_step)
+            trainer.strategy.checkpoint_io = _Told(trainer.strategy.checkpoint_io, self._recording)
 
     def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
         """End the last iteration, whose metrics are complete only now."""

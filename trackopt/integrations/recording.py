@@ -66,29 +66,29 @@ class Recording:
     Args:
         training: The objects that the framework trains.
         options: Where and what.
+        leads: Whether this rank writes; one that does not only measures.
 
     Raises:
-        UsageError: There is no optimizer.
         RunError: The directory is taken, foreign, or cannot be written.
 
     Attributes:
         in_iteration: Whether an iteration has begun that has not ended.
     """
 
-    def __init__(self, training: Training, options: Options) -> None:
-        if not training.optimizers:
-            raise UsageError("the training has no optimizer, so there is nothing to record")
-        check_objects(training)
+    def __init__(self, training: Training, options: Options, *, leads: bool = True) -> None:
         self._training = training
-        self._sinks = options.sinks if plan.current() is None else ()
-        self._directory = RunDirectory(options.dir)
+        self._sinks = options.sinks if leads and plan.current() is None else ()
+        self._directory = RunDirectory(options.dir) if leads else None
+        self._identity: dict[str, Any] = {"id": None, "attempt": 1}
         try:
-            if not self._directory.identity:
-                self._directory.found(options.name, mlflow_target(options.experiment))
-            self._journal = Journal(self._directory.journal)
-            self._attempt = self._directory.begin_attempt(self._sinks)
+            if self._directory is not None:
+                if not self._directory.identity:
+                    self._directory.found(options.name, mlflow_target(options.experiment))
+                self._directory.begin_attempt(self._sinks)
+                self._identity = self._directory.identity
+            self._journal = Journal(Path(os.devnull) if self._directory is None else self._directory.journal)
         except BaseException:
-            self._directory.release()
+            self._release()
             raise
         self._telemetry = Telemetry(training, self._journal, **options.measuring)
         self._recorder: RecorderProcess | None = None
@@ -97,11 +97,6 @@ class Recording:
         self._pid = os.getpid()
         self._open = True
         atexit.register(self._at_exit)
-
-    @property
-    def dir(self) -> Path:
-        """The run's directory."""
-        return self._directory.path
 
     @property
     def step(self) -> int:
@@ -121,25 +116,27 @@ class Recording:
         Raises:
             UsageError: It is of other optimizers.
         """
-        details: dict[str, Any] = {"attempt": self._attempt, "pid": os.getpid(), "versions": versions()}
+        self._telemetry.settle()
+        details: dict[str, Any] = {"attempt": self._identity["attempt"], "pid": os.getpid(), "versions": versions()}
         if state is not None:
             step = self._load(state)
-            if state["run_id"] == self._directory.identity["id"]:
+            if state["run_id"] == self._identity["id"]:
                 details["offset"], later = _end_of(self._journal.path, state["journal_offset"], step)
                 self._known = {*state["pending"]["recorded"], *later}
         elif step:
             self._telemetry.start_at(step)
         if step:
             self._journal.mark("resume", step, **details)
-            logger.warning("trackopt: resumed %s at step %d", self._directory.identity["name"], step)
-        elif self._attempt > 1:
+            if self._directory is not None:
+                logger.warning("trackopt: resumed %s at step %d", self._identity["name"], step)
+        elif self._identity["attempt"] > 1:
             self._journal.mark("resume", 0, offset=0, **details)
         else:
             described = hyperparameters(self._training.optimizers, self._training.schedulers)
             self._journal.mark("start", 0, params={**described, **(params or {})}, **details)
         self.in_iteration = False
         if self._sinks and self._recorder is None:
-            self._recorder = RecorderProcess(self.dir)
+            self._recorder = RecorderProcess(self._journal.path.parent)
 
     def begin_iteration(self) -> None:
         """The loop turns to a batch."""
@@ -173,7 +170,7 @@ class Recording:
             self._telemetry.settle()
             self._journal.sync()
         return {
-            "run_id": self._directory.identity["id"],
+            "run_id": self._identity["id"],
             "step": self.step,
             "journal_offset": self._journal.offset,
             **self._telemetry.state_dict(),
@@ -208,14 +205,37 @@ class Recording:
         if self._recorder is not None:
             _tell(self._recorder.finish(wait=status != "KILLED"))
         self._journal.close()
-        self._directory.release()
+        self._release()
         atexit.unregister(self._at_exit)
+
+    def _release(self) -> None:
+        if self._directory is not None:
+            self._directory.release()
 
     def _at_exit(self) -> None:
         """The script ended within the training; the framework did not tell why."""
         if os.getpid() == self._pid:
             error = getattr(sys, "last_exc", None) or getattr(sys, "last_value", None)
             self.close(error or SystemExit("the script ended within the training"))
+
+
+def record(training: Training, options: Options, *, leads: bool) -> Recording | None:
+    """Open the recording of a training on this rank.
+
+    Rank 0 writes. The others have a part in it only where parameters are spread over the ranks (DTensors): to measure
+    those takes them all.
+
+    Raises:
+        UsageError: There is no optimizer.
+        RunError: The directory is taken, foreign, or cannot be written.
+    """
+    if not training.optimizers:
+        raise UsageError("the training has no optimizer, so there is nothing to record")
+    check_objects(training)
+    groups = [group for optimizer in training.optimizers.values() for group in optimizer.param_groups]
+    if leads or any(hasattr(parameter, "device_mesh") for group in groups for parameter in group["params"]):
+        return Recording(training, options, leads=leads)
+    return None
 
 
 def by_name(role: str, things: Sequence[Any]) -> Any:

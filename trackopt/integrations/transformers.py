@@ -16,7 +16,7 @@ except ImportError as error:
     ) from error
 
 from trackopt.checkpoint import Training
-from trackopt.integrations.recording import Options, Recording
+from trackopt.integrations.recording import Options, Recording, record
 
 if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments
@@ -60,13 +60,12 @@ class TrackoptCallback(TrainerCallback, ExportableState):
     ) -> None:
         """Begin, or go on from where the checkpoint was taken."""
         self._close()
-        if not state.is_world_process_zero:
-            return
         optimizer, scheduler = objects["optimizer"], objects["lr_scheduler"]
         scaler = getattr(optimizer, "scaler", None)
         training = Training(objects["model"], optimizer, scheduler, {} if scaler is None else {"scaler": scaler})
-        self._recording = Recording(training, self._options)
-        self._recording.begin(_saved(state), state.global_step)
+        self._recording = record(training, self._options, leads=state.is_world_process_zero)
+        if self._recording is not None:
+            self._recording.begin(_saved(state), state.global_step)
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         """End the last iteration, which has been logged by now."""

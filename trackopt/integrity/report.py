@@ -91,7 +91,9 @@ def check_file(place: str | Path) -> Checked:
 
 
 def _unopened(path: Path, problem: str) -> Checked:
-    """A file that does not open: a damaged zip, of which something may be left, or no checkpoint at all."""
+    """What does not open: a damaged zip, of which something may be left, or no checkpoint at all."""
+    if _is_sharded(path):
+        return Checked(str(path), DAMAGED, "DCP", problems=(problem,))
     try:
         with path.open("rb") as file:
             size = path.stat().st_size
@@ -100,6 +102,17 @@ def _unopened(path: Path, problem: str) -> Checked:
             return Checked(str(path), UNREADABLE, "", size, (problem,))
     except (OSError, ValueError):
         return Checked(str(path), UNREADABLE, problems=(problem,))
+
+
+def _is_sharded(path: Path) -> bool:
+    """Whether it is a directory with one of the files that only a sharded checkpoint has."""
+    from trackopt.archive.directories import REST
+    from trackopt.archive.manifest import NAME
+
+    try:
+        return path.is_dir() and any((path / name).exists() for name in (".metadata", REST, NAME))
+    except (OSError, ValueError):
+        return False
 
 
 def _rescue(path: Path) -> str:

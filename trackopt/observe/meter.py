@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from trackopt.observe import shards
 from trackopt.observe.histogram import histogram
 from trackopt.observe.plan import Plan
 from trackopt.observe.reading import Reading
-from trackopt.observe.statistics import Statistics, begin, vector
+from trackopt.observe.statistics import Measured, Statistics, begin, nonfinite, vector
 from trackopt.observe.update import Update, cosine, cosine_terms
 
 if TYPE_CHECKING:
@@ -72,31 +73,29 @@ class Meter:
         plan = self._plan
         plan.refresh()
         histories, updates = plan.histories(), self._update.take(plan.units)
-        scalars, finish = begin(plan.buffers(), {**plan.vectors(), **histories, **updates})
-        terms = {unit: cosine_terms(self._moments(each)) for unit, each in plan.units.items()} if updates else {}
+        pairs = {unit: list(self._moments(each)) for unit, each in plan.units.items()} if updates else {}
+        read = shards.begin if plan.spread else _begin
+        scalars, finish = read(plan.buffers(), {**plan.vectors(), **histories, **updates}, pairs)
         counts = {f"{key}.count": float(len(tensors)) for key, tensors in histories.items() if tensors}
-        measured = len(scalars)
 
         @torch.no_grad()
         def metrics(numbers: list[float]) -> dict[str, float]:
-            statistics, norms = finish(numbers[:measured])
-            found = self._named(statistics, norms)
-            if terms:
-                found |= self._proportions(norms, terms, iter(numbers[measured:]))
-            return counts | found
+            found = finish(numbers)
+            named = self._named(found)
+            return counts | (named | self._proportions(found) if pairs else named)
 
-        return Reading(used, [*scalars, *chain.from_iterable(terms.values())], metrics)
+        return Reading(used, scalars, metrics)
 
-    def _named(self, statistics: Mapping[str, Statistics], norms: Mapping[str, float]) -> dict[str, float]:
+    def _named(self, found: Measured) -> dict[str, float]:
         metrics: dict[str, float] = {}
-        for key, norm in norms.items():
+        for key, norm in found.norms.items():
             metrics[self._label(key)[0]] = norm
-        for key, found in statistics.items():
-            metrics.update(zip(self._label(key), found, strict=True))
-        bad = [key for key, norm in norms.items() if not math.isfinite(norm) and not key.startswith("update/")]
-        bad += [key for key, found in statistics.items() if not math.isfinite(found[0])]
+        for key, each in found.statistics.items():
+            metrics.update(zip(self._label(key), each, strict=True))
+        bad = [key for key, norm in found.norms.items() if not math.isfinite(norm) and not key.startswith("update/")]
+        bad += [key for key, each in found.statistics.items() if not math.isfinite(each.norm)]
         if bad or self._ailing:
-            metrics |= self._examine(bad, metrics)
+            metrics |= self._examine(bad, metrics, found.missing)
         return metrics
 
     @torch.no_grad()
@@ -117,15 +116,13 @@ class Meter:
             labels = self._labels[key] = tuple(f"{key}.{each}" for each in Statistics._fields)
         return labels
 
-    def _proportions(
-        self, norms: Mapping[str, float], terms: Mapping[str, Sequence[Tensor]], numbers: Iterator[float]
-    ) -> dict[str, float]:
+    def _proportions(self, measured: Measured) -> dict[str, float]:
         """How large the update is against the parameters, and how far the gradient points along the first moment."""
         found = {}
-        for unit, each in terms.items():
-            if length := norms.get(f"param/{unit}"):
-                found[f"update/{unit}.ratio"] = norms[f"update/{unit}"] / length
-            if (angle := cosine(islice(numbers, len(each)))) is not None:
+        for unit, terms in measured.terms.items():
+            if length := measured.norms.get(f"param/{unit}"):
+                found[f"update/{unit}.ratio"] = measured.norms[f"update/{unit}"] / length
+            if (angle := cosine(terms)) is not None:
                 found[f"grad/{unit}.cosine"] = angle
         return found
 
@@ -137,7 +134,9 @@ class Meter:
             if gradient is not None and gradient.layout is torch.strided and moment is not None:
                 yield gradient, moment
 
-    def _examine(self, bad: Iterable[str], metrics: Mapping[str, float]) -> dict[str, float]:
+    def _examine(
+        self, bad: Iterable[str], metrics: Mapping[str, float], known: Mapping[str, tuple[float, float]]
+    ) -> dict[str, float]:
         """The share of elements that are not finite; what was finite at the last look is news.
 
         Numbers that come late from a device are looked into with what is there now.
@@ -146,9 +145,9 @@ class Meter:
         shares: dict[str, float] = {}
         ailing: set[str] = set()
         for key in bad:
-            counts = [_count(tensor) for tensor in tensors.get(key, ())]
-            if missing := sum(count for count, _ in counts):
-                shares[f"{key}.nonfinite"] = missing / sum(total for _, total in counts)
+            missing, total = known.get(key) or _count(tensors.get(key, ()))
+            if missing:
+                shares[f"{key}.nonfinite"] = missing / total
             elif not math.isnan(metrics[f"{key}.norm"]):
                 continue  # each number is finite, only the sum of their squares is not
             kind, unit = key.split("/", 1)
@@ -162,12 +161,31 @@ class Meter:
     def _culprit(self, kind: str, unit: str) -> str | None:
         for parameter in self._plan.units.get(unit, ()):
             tensor = self._plan.of(parameter, kind)
-            if tensor is not None and _count(tensor)[0]:
+            if tensor is not None and nonfinite([tensor]):
                 return self._plan.name_of(parameter)
         return None
 
 
-def _count(tensor: Tensor) -> tuple[int, int]:
+def _begin(
+    buffers: Mapping[str, Sequence[Tensor]],
+    vectors: Mapping[str, Sequence[Tensor]],
+    pairs: Mapping[str, Sequence[tuple[Tensor, Tensor]]],
+) -> tuple[list[Tensor], Callable[[Sequence[float]], Measured]]:
+    """What `shards.begin` does, where this process has all of it."""
+    scalars, finish = begin(buffers, vectors)
+    terms = {name: cosine_terms(each) for name, each in pairs.items()}
+
+    def measured(numbers: Sequence[float]) -> Measured:
+        following = iter(numbers[len(scalars) :])
+        return Measured(
+            *finish(numbers[: len(scalars)]),
+            terms={name: [*islice(following, len(each))] for name, each in terms.items()},
+            missing={},
+        )
+
+    return [*scalars, *chain.from_iterable(terms.values())], measured
+
+
+def _count(tensors: Sequence[Tensor]) -> tuple[int, int]:
     """How many elements are not finite, of how many."""
-    flat = vector(tensor)
-    return flat.numel() - int(torch.isfinite(flat).sum()), flat.numel()
+    return nonfinite(tensors), sum(vector(tensor).numel() for tensor in tensors)

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from trackopt.observe.hyperparameters import label
+from trackopt.observe.small import is_spread
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -30,12 +31,17 @@ class Plan:
         prefix: Put before the names of the groups.
         names: Returns the names of the parameters of each group, in order.
         each: Whether each parameter is a unit.
+
+    Attributes:
+        units: The parameters of each unit.
+        spread: Whether any parameter is a DTensor, of which each process has a part.
     """
 
     def __init__(
         self, optimizer: Optimizer, prefix: str, names: Callable[[], Sequence[Sequence[str]]], *, each: bool
     ) -> None:
         self.units: dict[str, list[Tensor]] = {}
+        self.spread = False
         self._optimizer = optimizer
         self._prefix = prefix
         self._holders = [optimizer, *(inner for inner in vars(optimizer).values() if isinstance(inner, Optimizer))]
@@ -119,6 +125,7 @@ class Plan:
         else:
             groups = enumerate(self._optimizer.param_groups)
             self.units = {label(index, group, self._prefix): group["params"] for index, group in groups}
+        self.spread = any(is_spread(parameter) for parameters in self.units.values() for parameter in parameters)
         self._buffers, self._histories, self._settled = {}, {}, True
         for unit, parameters in self.units.items():
             for parameter in parameters:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import accumulate
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeGuard
 
 import numpy as np
 import torch
@@ -12,6 +12,8 @@ from torch._utils import _flatten_dense_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from torch.distributed.tensor import DTensor
 
 _MOST = 1 << 14  # elements of one list
 _CLASSES = frozenset({Tensor, nn.Parameter})
@@ -58,6 +60,11 @@ def gather(tensors: Sequence[Tensor]) -> Tensor:
 def is_plain(tensor: Tensor) -> bool:
     """Whether it is a dense tensor of real numbers without behaviour of its own."""
     return type(tensor) in _CLASSES and tensor.dtype in _DTYPES and tensor.layout is torch.strided
+
+
+def is_spread(tensor: Tensor) -> TypeGuard[DTensor]:
+    """Whether it is a DTensor, of which each process has a part; torch's module for these is not imported for it."""
+    return hasattr(tensor, "to_local")
 
 
 def size_of(tensors: Sequence[Tensor]) -> int:

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from trackopt.observe.reading import Transfer
-from trackopt.observe.small import Totals, gather, is_plain, totals
+from trackopt.observe.small import Totals, gather, is_plain, is_spread, totals
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 _CANCELS = 0.9  # of the sum of squares: if the mean makes up more, float32 has lost the deviations
 _UNDERFLOWS = 1e-30  # sums of squares below this may have lost elements
@@ -56,7 +56,25 @@ class Statistics(NamedTuple):
     max: float
 
 
-class _Piece(NamedTuple):
+class Measured(NamedTuple):
+    """What is known of an optimizer at a step.
+
+    Attributes:
+        statistics: Of buffers, by name.
+        norms: Of vectors, such as gradients, by name.
+        terms: What ``cosine`` takes, by the names of pairs.
+        missing: How many elements are not finite, of how many, by name; only where this process cannot tell by itself.
+    """
+
+    statistics: dict[str, Statistics]
+    norms: dict[str, float]
+    terms: dict[str, list[float]]
+    missing: dict[str, tuple[float, float]]
+
+
+class Piece(NamedTuple):
+    """What is known of a part of the elements, in the form in which parts are combined."""
+
     size: int
     mean: float
     deviations: float  # sum of squares
@@ -105,14 +123,14 @@ def begin(
     if not (large or long):
         return [], lambda _: (statistics, norms)
     pieces, lengths = _read_near(*(_chosen(each, near=True) for each in (large, long)))
-    sizes, scalars, roots = _read_far(*(_chosen(each, near=False) for each in (large, long)))
+    sizes, scalars, roots = read_far(*(_chosen(each, near=False) for each in (large, long)))
 
     def finish(numbers: Sequence[float]) -> tuple[dict[str, Statistics], dict[str, float]]:
         following = iter(numbers)
         for name, here in pieces.items():
             there = [_far_piece(size, *islice(following, 4)) for size in sizes[name]]
             if here or there:
-                statistics[name] = _combine(here + there)
+                statistics[name] = combine(here + there)
         for name, norms_here in lengths.items():
             if whole := norms_here + list(islice(following, roots[name])):
                 norms[name] = math.hypot(*whole)
@@ -138,7 +156,7 @@ def _describe(found: Totals) -> Statistics:
 
 def _read_near(
     buffers: Mapping[str, Sequence[Tensor]], vectors: Mapping[str, Sequence[Tensor]]
-) -> tuple[dict[str, list[_Piece]], dict[str, list[float]]]:
+) -> tuple[dict[str, list[Piece]], dict[str, list[float]]]:
     """The pieces of buffers on the CPU, and the norms of the pieces of vectors."""
     parts = {name: list(_pieces(tensors)) for name, tensors in buffers.items()}
     long = {name: list(_pieces(tensors)) for name, tensors in vectors.items()}
@@ -150,7 +168,7 @@ def _read_near(
     return pieces, lengths
 
 
-def _read_far(
+def read_far(
     buffers: Mapping[str, Sequence[Tensor]], vectors: Mapping[str, Sequence[Tensor]]
 ) -> tuple[dict[str, list[int]], list[Tensor], dict[str, int]]:
     """The sizes of the pieces of buffers on devices, the numbers that describe all, and how many norms each has."""
@@ -172,7 +190,7 @@ def vector(tensor: Tensor) -> Tensor:
     Of a tensor that is spread over processes (DTensor) the part that is here.
     """
     tensor = tensor.detach()
-    if hasattr(tensor, "to_local"):
+    if is_spread(tensor):
         tensor = tensor.to_local()
     if tensor.layout is torch.sparse_coo:
         tensor = tensor.coalesce().values()
@@ -228,25 +246,26 @@ def _length(tensors: list[Tensor], squares: float) -> float:
     return math.sqrt(_squares([each.double() for each in map(vector, tensors)]).item())
 
 
-def _piece(tensors: list[Tensor], first: float, second: float, low: float, high: float) -> _Piece:
+def _piece(tensors: list[Tensor], first: float, second: float, low: float, high: float) -> Piece:
     count = sum(map(Tensor.numel, tensors))
     if not (math.isfinite(low) and math.isfinite(high)):
-        return _Piece(count, first / count, second, low, high)
+        return Piece(count, first / count, second, low, high)
     if low == high:
-        return _Piece(count, low, 0.0, low, high)
+        return Piece(count, low, 0.0, low, high)
     if _UNDERFLOWS < second < math.inf and first * first / count < _CANCELS * second:
-        return _Piece(count, first / count, second - first * first / count, low, high)
+        return Piece(count, first / count, second - first * first / count, low, high)
     wide = _read(tensors).double()
     mean = wide.mean()
     wide -= mean
-    return _Piece(count, mean.item(), torch.dot(wide, wide).item(), low, high)
+    return Piece(count, mean.item(), torch.dot(wide, wide).item(), low, high)
 
 
-def _far_piece(size: int, mean: float, variance: float, low: float, high: float) -> _Piece:
-    return _Piece(size, mean, variance * size, low, high)
+def _far_piece(size: int, mean: float, variance: float, low: float, high: float) -> Piece:
+    return Piece(size, mean, variance * size, low, high)
 
 
-def _combine(pieces: Sequence[_Piece]) -> Statistics:
+def combine(pieces: Sequence[Piece]) -> Statistics:
+    """The statistics of all elements from those of their parts."""
     count = sum(piece.size for piece in pieces)
     lows, highs = [piece.low for piece in pieces], [piece.high for piece in pieces]
     low, high = _nan_or(min(lows), lows), _nan_or(max(highs), highs)
@@ -256,6 +275,11 @@ def _combine(pieces: Sequence[_Piece]) -> Statistics:
     mean = math.fsum(piece.size * piece.mean for piece in pieces) / count
     squares = math.fsum(piece.deviations + piece.size * (piece.mean - mean) ** 2 for piece in pieces)
     return Statistics(math.sqrt(squares + count * mean * mean), mean, math.sqrt(squares / count), low, high)
+
+
+def nonfinite(tensors: Iterable[Tensor]) -> int:
+    """How many elements are not finite."""
+    return sum(each.numel() - int(torch.isfinite(each).sum()) for each in map(vector, tensors))
 
 
 def _nan_or(value: float, values: list[float]) -> float:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 CURSORS = "recorder.json"
 _PATIENCE = 1.0  # seconds until there is a bar
-_NAMES = {"tensorboard": "TensorBoard", "mlflow": "MLflow"}
+_NAMES = {"tensorboard": "TensorBoard", "mlflow": "MLflow", "artifacts": "its artifacts"}
 
 
 def share(directory: Path) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import threading
 import time
 import traceback
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from trackopt.recorder.sink import Sink
+    from trackopt.recorder.uploads import Uploads
 
 _LONGEST_PAUSE = 60.0  # seconds between two tries of a sink that fails
 
@@ -46,9 +48,10 @@ class Recorder:
         os.chdir(identity["working_directory"])
         self._names: list[str] = identity["sinks"]
         self._journal = directory / journal.NAME
-        self._deliveries: dict[str, Delivery] = {}
+        self._deliveries: dict[str, Delivery | Uploads] = {}
         self._pauses: dict[str, tuple[float, float]] = {}  # until when, and how long, a failing sink is left alone
         self._cursors = self._load()
+        self._saving = threading.Lock()
 
     def __enter__(self) -> Recorder:
         return self
@@ -95,8 +98,8 @@ class Recorder:
     def _complete(self, name: str, size: int, show: Callable[[], None]) -> bool:
         """Send a sink what is left of the journal's first ``size`` bytes, and the end; whether it has it all."""
 
-        def rest(delivery: Delivery) -> bool:
-            more = delivery.pump(size)
+        def rest(delivery: Delivery | Uploads) -> bool:
+            more = bool(delivery.pump(size))
             if not more:
                 delivery.finish()
             return more
@@ -107,9 +110,9 @@ class Recorder:
         self._save()
         return name not in self._pauses
 
-    def _attempt(self, name: str, action: Callable[[Delivery], bool | None]) -> bool:
+    def _attempt(self, name: str, action: Callable[[Delivery | Uploads], bool | None]) -> bool:
         try:
-            more = bool(action(self._delivery(name)))
+            more = action(self._delivery(name))
         except Exception as error:  # noqa: BLE001 - whatever one sink raises must not keep the others from theirs
             with contextlib.suppress(OSError):  # the disk may be what is full
                 self._log.write(traceback.format_exc().encode())
@@ -121,12 +124,18 @@ class Recorder:
             pause = min(2 * self._pauses.get(name, (0.0, 0.5))[1], _LONGEST_PAUSE)
             self._pauses[name] = (time.monotonic() + pause, pause)
             return False
-        if self._pauses.pop(name, None):
+        if more is not None and name in self._pauses:
+            del self._pauses[name]
             self._tell(f"the {name} sink works again")
-        return more
+        return bool(more)
 
-    def _delivery(self, name: str) -> Delivery:
-        if name not in self._deliveries:
+    def _delivery(self, name: str) -> Delivery | Uploads:
+        if name not in self._deliveries and name == "artifacts":
+            _limit_patience()
+            from trackopt.recorder.uploads import Uploads
+
+            self._deliveries[name] = Uploads(self._directory, self._cursors.get(name), self._tell, self._save)
+        elif name not in self._deliveries:
             connect = _connector(name, self._directory)
             self._deliveries[name] = Delivery(self._journal, connect, self._cursors.get(name), self._tell)
         return self._deliveries[name]
@@ -140,11 +149,12 @@ class Recorder:
 
     def _save(self) -> None:
         """Keep the cursors. Where that fails, what they stand for will be sent once more, which changes nothing."""
-        cursors = self._cursors | {name: delivery.cursor for name, delivery in self._deliveries.items()}
-        if cursors != self._cursors:
-            with contextlib.suppress(RunError):
-                replace(self._directory / CURSORS, orjson.dumps(cursors))
-                self._cursors = cursors
+        with self._saving:  # uploads save theirs at once
+            cursors = self._cursors | {name: delivery.cursor for name, delivery in self._deliveries.items()}
+            if cursors != self._cursors:
+                with contextlib.suppress(RunError):
+                    replace(self._directory / CURSORS, orjson.dumps(cursors))
+                    self._cursors = cursors
 
 
 def _connector(name: str, directory: Path) -> Callable[[int], Sink]:
@@ -154,15 +164,21 @@ def _connector(name: str, directory: Path) -> Callable[[int], Sink]:
 
         return lambda step: TensorBoardSink(directory, step)
     if name == "mlflow":
-        # The recorder has a back-off of its own: MLflow's would keep it for minutes at a server that is down. One retry
-        # is for a connection that the server had closed.
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-        os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"  # it belongs to the result of `trackopt sync`
+        _limit_patience()
         from trackopt.recorder.mlflow import MLflowSink
 
         return lambda _: MLflowSink(directory)
     raise TrackoptError(f"{name}: no such sink; choose tensorboard or mlflow")
+
+
+def _limit_patience() -> None:
+    """The recorder has a back-off of its own: MLflow's would keep it for minutes at a server that is down.
+
+    One retry is for a connection that the server had closed.
+    """
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"  # it belongs to the result of `trackopt sync`
 
 
 def _first_line(error: Exception) -> str:

@@ -45,7 +45,7 @@ def findings(archive: Archive, found: TrainingState, measured: dict[str, Statist
         found: What was found in it.
         measured: Its tensors' statistics, if they were taken.
     """
-    read_all = archive.source.packed <= READ_UP_TO
+    read_all = archive.source.packed <= READ_UP_TO and not archive.remote
     damage = integrity.problems(archive, crc=read_all)
     errors = [Finding("error", line) for line in _first(damage, "problems")]
     lines = [*_missing(found), *_odd(found), *_rates(found), *_heavy(archive), *_foreign(archive), *_hidden(archive)]
@@ -59,7 +59,7 @@ def _good_news(found: TrainingState, *, read_all: bool) -> str:
     sums = (
         "every checksum is right"
         if read_all
-        else "the structure is sound (checksums of a file this large are not read here)"
+        else "the structure is sound (checksums are not read here: `trackopt verify` does)"
     )
     if found.own:
         return f"resumes exactly: everything a run needs is here, and {sums}"

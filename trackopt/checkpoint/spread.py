@@ -1,0 +1,171 @@
+"""State that is spread over processes: parameters that are DTensors, and optimizers that each keep a part.
+
+FSDP2 and tensor parallelism make DTensors of parameters, and an optimizer's buffers follow them. A
+``ZeroRedundancyOptimizer`` keeps the state of some parameters in each process. All processes save such a training
+together (`trackopt.checkpoint.shards`). What was saved, spread or whole, finds its place on any number of them: each
+takes its own part, and none waits for another.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import chain
+from typing import TYPE_CHECKING, Any, TypeGuard
+
+import torch
+from torch import Tensor, nn
+
+from trackopt.archive import nodes, tensors
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from torch.distributed.tensor import DTensor
+    from torch.optim import Optimizer
+
+    from trackopt import archive
+    from trackopt.checkpoint.capture import Training
+
+_ZERO = "ZeroRedundancyOptimizer"
+
+
+class Stored:
+    """A tensor that is still in its checkpoint: it is read where it is known how much of it is wanted.
+
+    Attributes:
+        shape: Of the whole.
+        dtype: As torch has it.
+    """
+
+    def __init__(self, opened: archive.Archive, tensor: archive.Tensor) -> None:
+        self.shape = torch.Size(tensor.shape)
+        self.dtype: torch.dtype = getattr(torch, tensor.dtype)
+        self._opened = opened
+        self._tensor = tensor
+
+    def read(self, offsets: Sequence[int] = (), sizes: Sequence[int] | None = None) -> Tensor:
+        """The elements of a box; by default all of them."""
+        sizes = self.shape if sizes is None else sizes
+        start = sum(offset * step for offset, step in zip(offsets, self._tensor.stride, strict=False))
+        part = replace(self._tensor, offset=self._tensor.offset + start, shape=tuple(sizes))
+        if not part.elements:
+            return torch.empty(sizes, dtype=self.dtype)
+        data = bytearray()
+        for piece in tensors.raw(self._opened.source, part):
+            data += piece
+        return torch.frombuffer(data, dtype=self.dtype).reshape(sizes)
+
+
+def is_spread(training: Training) -> bool:
+    """Whether no single process has all of a training's state."""
+    groups = chain.from_iterable(optimizer.param_groups for optimizer in training.optimizers.values())
+    parameters = [*training.named_parameters().values(), *chain.from_iterable(group["params"] for group in groups)]
+    return any(map(is_distributed, parameters)) or any(map(_is_zero, training.optimizers.values()))
+
+
+def is_distributed(tensor: object) -> TypeGuard[DTensor]:
+    """Whether a tensor is a DTensor; torch's module for these is not imported for it."""
+    return isinstance(tensor, Tensor) and hasattr(tensor, "to_local")
+
+
+def has_distributed(state: Any) -> bool:
+    """Whether a state has a DTensor in it."""
+    inside = state.values() if isinstance(state, dict) else state if isinstance(state, (list, tuple)) else ()
+    return is_distributed(state) or any(map(has_distributed, inside))
+
+
+def here(tensor: Tensor) -> Tensor:
+    """The part of a tensor that this process holds."""
+    return tensor.to_local() if is_distributed(tensor) else tensor
+
+
+def keeper(optimizer: Optimizer) -> Optimizer:
+    """The optimizer that keeps the state: in a ``ZeroRedundancyOptimizer`` the one inside, for some parameters."""
+    inner: Optimizer = optimizer.optim if _is_zero(optimizer) else optimizer  # type: ignore[attr-defined]
+    return inner
+
+
+def state_by_name(optimizer: Optimizer, names: Sequence[Sequence[str]]) -> dict[str, Any]:
+    """An optimizer's ``state_dict`` with names for numbers; of one that keeps a part of its state here, that part.
+
+    Args:
+        optimizer: Any.
+        names: For each group those of its parameters.
+    """
+    every = list(chain.from_iterable(names))
+    if _is_zero(optimizer):  # its own would have to be gathered first
+        of = dict(zip(chain.from_iterable(group["params"] for group in optimizer.param_groups), every, strict=True))
+        whole: dict[str, Any] = {"state": keeper(optimizer).state, "param_groups": optimizer.param_groups}
+    else:
+        whole = optimizer.state_dict()
+        of = dict(zip(chain.from_iterable(group["params"] for group in whole["param_groups"]), every, strict=True))
+    groups = [{**group, "params": list(own)} for group, own in zip(whole["param_groups"], names, strict=True)]
+    return {
+        **whole,
+        "state": {of.get(key, key): entry for key, entry in whole["state"].items()},
+        "param_groups": groups,
+    }
+
+
+def placed(value: Any, live: Any) -> Any:
+    """What was saved, as it goes into a live object: read, and of what is spread there the part of this process.
+
+    Args:
+        value: A state, with tensors or what is `Stored` in it.
+        live: The state of the same object as it is now; where it has nothing, a tensor is whole.
+    """
+    if isinstance(value, (Tensor, Stored)):
+        return _part(value, live)
+    if isinstance(value, dict):
+        inside = live if isinstance(live, dict) else {}
+        found: Any = type(value)({key: placed(each, inside.get(key)) for key, each in value.items()})
+        if hasattr(value, "_metadata"):
+            found._metadata = value._metadata
+        return found
+    if isinstance(value, (list, tuple)):
+        others = live if isinstance(live, (list, tuple)) and len(live) == len(value) else [None] * len(value)
+        return type(value)(placed(each, other) for each, other in zip(value, others, strict=True))
+    return value
+
+
+def placed_state(
+    state: Mapping[Any, Any], parameters: Mapping[Any, nn.Parameter], optimizer: Optimizer
+) -> dict[Any, Any]:
+    """The same of an optimizer's state; what belongs to parameters whose state other processes keep is left out.
+
+    Args:
+        state: By the numbers of a ``state_dict``.
+        parameters: By the same numbers.
+        optimizer: Where it goes.
+    """
+    elsewhere: set[Any] = set()
+    if _is_zero(optimizer):
+        kept = {id(parameter) for group in keeper(optimizer).param_groups for parameter in group["params"]}
+        elsewhere = {key for key, parameter in parameters.items() if id(parameter) not in kept}
+    return {
+        key: placed(entry, dict.fromkeys(entry, parameters.get(key)))
+        for key, entry in state.items()
+        if key not in elsewhere
+    }
+
+
+def _is_zero(optimizer: object) -> bool:
+    return any(base.__name__ == _ZERO for base in type(optimizer).__mro__)
+
+
+def _part(value: Tensor | Stored, live: Any) -> Tensor:
+    if not is_distributed(live) or not value.shape:
+        return value.read() if isinstance(value, Stored) else value
+    from torch.distributed.tensor import DTensor, Replicate
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    mesh = live.device_mesh
+    # A buffer of another shape than its parameter (Adafactor's) is small: each process has all of it.
+    placements = live.placements if live.shape == value.shape else [Replicate()] * mesh.ndim
+    sizes, offsets = compute_local_shape_and_global_offset(value.shape, mesh, placements)
+    if isinstance(value, Stored):
+        part = value.read(offsets, sizes)
+    else:
+        part = value[tuple(slice(start, start + size) for start, size in zip(offsets, sizes, strict=True))].clone()
+    stride = nodes.contiguous(tuple(value.shape))
+    return DTensor.from_local(part, mesh, placements, run_check=False, shape=value.shape, stride=stride)

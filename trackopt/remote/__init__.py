@@ -1,0 +1,62 @@
+"""Checkpoints among the artifacts of MLflow's runs, by address: ``runs:/<run id>/checkpoints/step-00000100.pt``.
+
+A file of a store that is a directory here is read in place. Of one behind a server that grants HTTP ranges only what
+is asked for is fetched; any other is fetched as a whole. MLflow is imported for such addresses only.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import os
+    from pathlib import Path
+
+SCHEME = "runs:/"
+
+
+def is_address(place: str | os.PathLike[str]) -> bool:
+    """Whether a place is an artifact of an MLflow run, and no path here.
+
+    Example:
+        >>> is_address("runs:/5a3c/checkpoints/step-00000100.pt"), is_address("runs/digits")
+        (True, False)
+    """
+    return str(place).startswith(SCHEME)
+
+
+def locate(address: str | os.PathLike[str]) -> Path:
+    """The file that is meant, as a path here or as the full address of what `open` reads.
+
+    Args:
+        address: Of a file or a directory; ``runs:/<run id>`` is the newest checkpoint, ``runs:/<run id>@400`` that of
+            step 400.
+
+    Raises:
+        ArchiveError: There is no such thing, or the server does not give it.
+    """
+    from trackopt.remote.artifacts import Artifact
+
+    return Artifact(address).locate()
+
+
+def open(address: Path) -> int:  # noqa: A001 - it returns what `os.open` does
+    """A descriptor of a copy that is filled where `copy.pread` reads; it takes room as far as that goes.
+
+    Raises:
+        ArchiveError: There is no such file, or the server does not give it.
+    """
+    from trackopt.remote.artifacts import Artifact
+
+    return Artifact(address).open()
+
+
+def fetch(address: str | os.PathLike[str]) -> Path:
+    """A whole copy of what is meant, which stays as long as this process; a path here is returned as it is.
+
+    Raises:
+        ArchiveError: There is no such file, or the server does not give it.
+    """
+    from trackopt.remote.artifacts import Artifact
+
+    return Artifact(address).fetch()

@@ -1,0 +1,218 @@
+"""Artifacts of MLflow's runs, through MLflow's own client and stores: its servers, credentials and addresses."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import re
+import shutil
+import sys
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+import requests
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+from mlflow.store.artifact.http_artifact_repo import HttpArtifactRepository
+from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
+from mlflow.utils.credentials import get_default_host_creds
+from mlflow.utils.rest_utils import http_request
+
+from trackopt.errors import ArchiveError
+from trackopt.recorder.target import tracking_uri
+from trackopt.remote import SCHEME
+from trackopt.remote.copy import Copy, temporary
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from mlflow.store.artifact.artifact_repo import ArtifactRepository
+
+FOLDER = "checkpoints"
+_RUN = re.compile(r"([\w-]+)(?:@(\d{1,18}))?")
+_STEP = re.compile(r"step-(\d+)(?:\.pt)?")
+_HEAD = 64 << 10  # bytes of the first request, whose answer tells whether the server grants ranges
+_CHUNK = 1 << 20
+#: MLflow's own let a server that is down be waited for for minutes, and a bar into a log; who wants that sets these.
+_SETTINGS = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": str(sys.stderr.isatty()),
+}
+_OK, _PARTIAL, _UNSATISFIABLE, _MISSING = 200, 206, 416, 404
+
+
+class Artifact:
+    """A file or a directory among a run's artifacts.
+
+    Args:
+        address: ``runs:/<run id>/<path>``, ``runs:/<run id>`` or ``runs:/<run id>@<step>``.
+
+    Raises:
+        ArchiveError: Here and everywhere below: there is no such thing, or the server does not give it.
+    """
+
+    def __init__(self, address: str | os.PathLike[str]) -> None:
+        self._address = str(address)
+        run, _, path = self._address.removeprefix(SCHEME).strip("/").partition("/")
+        match = _RUN.fullmatch(run)
+        if match is None or ".." in path.split("/"):
+            raise ArchiveError(
+                f"{self._address}: is no address; write it as {SCHEME}<run id>/checkpoints/step-00000100.pt"
+            )
+        self._run, step = match[1], match[2]
+        self._uri = tracking_uri()
+        with self._told():
+            self._store = _store(self._uri, self._run)
+            self._path = path if path not in {"", FOLDER} else self._checkpoint(step)
+
+    def locate(self) -> Path:
+        """Where it is here; else its full address if it is a file on a server, or a copy of it."""
+        with self._told():
+            if isinstance(self._store, LocalArtifactRepository):
+                return Path(self._store.get_local_path(self._path))
+            if isinstance(self._store, HttpArtifactRepository) and not self._store.list_artifacts(self._path):
+                return Path(f"{SCHEME}{self._run}/{self._path}")
+            return self._copy()
+
+    def open(self) -> int:
+        """A descriptor of a file on a server: of a `Copy` if the server grants ranges, else of all of it."""
+        with self._told():
+            answer = self._get(Range=f"bytes=0-{_HEAD - 1}")
+            if answer.status_code != _PARTIAL:
+                return self._received(answer, temporary())
+            size = int(answer.headers["Content-Range"].rpartition("/")[2])
+            version = {"If-Range": answer.headers["ETag"]} if "ETag" in answer.headers else {}
+            return Copy(size, lambda start, stop: self._range(start, stop, version))
+
+    def fetch(self) -> Path:
+        """A path here, at which all of it is."""
+        located = self.locate()
+        if not str(located).startswith(SCHEME):
+            return located
+        with self._told():
+            place = _folder() / self._run / self._path
+            place.parent.mkdir(parents=True, exist_ok=True)
+            os.close(self._received(self._get(), os.open(place, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)))
+            return place
+
+    def _checkpoint(self, step: str | None) -> str:
+        """The path of the newest one, or of that of a step."""
+        found = {int(match[1]): one.path for one in self._store.list_artifacts(FOLDER)
+                 if (match := _STEP.fullmatch(one.path.rpartition("/")[2]))}  # fmt: skip
+        wanted = int(step) if step else max(found, default=None)
+        if wanted not in found:
+            there = f"there are {', '.join(map(str, sorted(found)[-8:]))}" if found else "there is none"
+            raise ArchiveError(f"{self._address}: no such checkpoint is among the run's artifacts; {there}")
+        return str(found[wanted])
+
+    def _copy(self) -> Path:
+        """All of it, by the store's own means."""
+        place = _folder() / self._run
+        place.mkdir(exist_ok=True)
+        return Path(self._store.download_artifacts(self._path, str(place)))
+
+    def _get(self, **headers: str) -> Any:
+        headers["Accept-Encoding"] = "identity"  # or the ranges are those of something else
+        creds = get_default_host_creds(self._store.artifact_uri)
+        answer = http_request(creds, f"/{quote(self._path)}", "GET", extra_headers=headers, stream=True)
+        if answer.status_code == _UNSATISFIABLE:  # nothing is in it
+            return self._get()
+        if answer.status_code == _MISSING:
+            raise self._missing()
+        if answer.status_code not in {_OK, _PARTIAL}:
+            raise self._refused(f"{answer.status_code} {answer.reason}")
+        return answer
+
+    def _range(self, start: int, stop: int, version: dict[str, str]) -> bytes:
+        with self._told():
+            answer = self._get(Range=f"bytes={start}-{stop - 1}", **version)
+            data = b"" if answer.status_code != _PARTIAL else bytes(answer.content)
+            answer.close()
+            if len(data) != stop - start:
+                raise ArchiveError(f"{self._address}: was replaced while it was read; try again")
+            return data
+
+    def _received(self, answer: Any, file: int) -> int:
+        """The descriptor of a file with the whole body in it."""
+        with answer, os.fdopen(file, "wb", closefd=False) as stream, _bar(answer.headers.get("Content-Length")) as add:
+            for chunk in answer.iter_content(_CHUNK):
+                stream.write(chunk)
+                add(len(chunk))
+        return file
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        """Whatever MLflow, its stores and their networks raise, in one line; a server that is down is told soon."""
+        ours = {name: value for name, value in _SETTINGS.items() if name not in os.environ}
+        os.environ.update(ours)
+        try:
+            yield
+        except ArchiveError:
+            raise
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                raise self._missing() from error
+            if isinstance(error.__context__, OSError):
+                raise self._silent() from error
+            raise self._refused(error) from error
+        except requests.RequestException as error:
+            raise self._silent() from error
+        except Exception as error:  # each store has exceptions of its own
+            raise self._refused(error) from error
+        finally:
+            for name in ours:
+                os.environ.pop(name, None)
+
+    def _missing(self) -> ArchiveError:
+        return ArchiveError(f"{self._address}: {self._server} has no such run or file; check the address")
+
+    def _silent(self) -> ArchiveError:
+        return ArchiveError(f"{self._address}: {self._server} does not answer; is MLFLOW_TRACKING_URI right?")
+
+    def _refused(self, reason: object) -> ArchiveError:
+        text = " ".join(str(reason).split())
+        return ArchiveError(f"{self._address}: {self._server} refuses it ({text:.200}); ask who runs that server")
+
+    @property
+    def _server(self) -> str:
+        return re.sub(r"//[^/@]*@", "//", self._uri)  # without a password
+
+
+@cache
+def _store(uri: str, run: str) -> ArtifactRepository:
+    """Where a run's artifacts are."""
+    if (database := uri.removeprefix("sqlite:///")) != uri and not Path(database).exists():
+        raise ArchiveError(
+            f"{SCHEME}{run}: there is no MLflow store here; set MLFLOW_TRACKING_URI to the server's address"
+        )
+    artifacts = MlflowClient(tracking_uri=uri).get_run(run).info.artifact_uri
+    return get_artifact_repository(artifacts, tracking_uri=uri)
+
+
+@cache
+def _folder() -> Path:
+    """Of copies that stay as long as this process."""
+    folder = tempfile.mkdtemp(prefix="trackopt-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
+
+
+@contextlib.contextmanager
+def _bar(size: str | None) -> Iterator[Callable[[int], None]]:
+    """What is told how many more bytes are there, and shows it where there is a terminal."""
+    if not sys.stderr.isatty():
+        yield lambda _: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("fetching", total=int(size) if size else None)
+        yield lambda count: bar.advance(task, count)

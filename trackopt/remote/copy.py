@@ -1,0 +1,71 @@
+"""A file elsewhere as the descriptor of an empty copy, which is filled where it is read."""
+
+from __future__ import annotations
+
+import os
+import threading
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from typing_extensions import Self
+
+_BLOCK = 16 << 10
+_MOST = 8 << 20  # in one request
+
+
+class Copy(int):
+    """A descriptor of a temporary file without a name, as long as the original; blocks of it are fetched once.
+
+    Who reads on where the last fetch ended is given more and more at once.
+
+    Args:
+        size: Bytes of the original.
+        fetch: Its bytes from a start to a stop.
+    """
+
+    def __new__(cls, size: int, fetch: Callable[[int, int], bytes]) -> Self:  # noqa: ARG004, D102 - as below
+        return super().__new__(cls, temporary())
+
+    def __init__(self, size: int, fetch: Callable[[int, int], bytes]) -> None:
+        os.truncate(self, size)
+        self._size, self._fetch = size, fetch
+        self._there = bytearray(-(-size // _BLOCK))
+        self._next, self._ahead = 0, 1
+        self._lock = threading.Lock()
+
+    def fill(self, start: int, stop: int) -> None:
+        """Have the bytes ``start`` to ``stop``, as far as there are some."""
+        with self._lock:
+            block, last = start // _BLOCK, min(-(-stop // _BLOCK), len(self._there))
+            while (block := self._there.find(0, block, last)) >= 0:
+                block = self._take(block, last)
+
+    def _take(self, block: int, last: int) -> int:
+        """Fetch from a block on to the last one that is wanted, or to one that is there; where that ended."""
+        self._ahead = min(2 * self._ahead, _MOST // _BLOCK) if block == self._next else 1
+        end = min(max(last, block + self._ahead), block + _MOST // _BLOCK, len(self._there))
+        if (known := self._there.find(1, block, end)) >= 0:
+            end = known
+        start = block * _BLOCK
+        os.pwrite(self, self._fetch(start, min(end * _BLOCK, self._size)), start)
+        self._there[block:end] = b"\1" * (end - block)
+        self._next = end
+        return end
+
+
+def pread(file: int, length: int, offset: int) -> bytes:
+    """As ``os.pread``, also of a `Copy`."""
+    if isinstance(file, Copy):
+        file.fill(offset, offset + length)
+    return os.pread(file, length, offset)
+
+
+def temporary() -> int:
+    """A file that is gone when it is closed."""
+    import tempfile
+
+    file, name = tempfile.mkstemp(prefix="trackopt-")
+    os.unlink(name)  # noqa: PTH108 - there is no path any more
+    return file
