@@ -1,8 +1,13 @@
 """ignite's engine records what a plain loop would, over its own checkpoints and resumes."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
-from tests.integrations.histories import events, is_as_plain, is_one_history, opens, trained
+from tests.integrations.histories import ROOT, events, is_as_plain, is_one_history, opens, trained
 from trackopt import journal
 
 
@@ -33,3 +38,19 @@ def test_killed_and_resumed_it_has_one_history(home):
 
 def test_its_checkpoints_are_tagged_and_open(home, typed):
     assert opens(typed, home / "whole" / "run") == [6, 12, 18]
+
+
+def test_ranks_that_share_the_parameters_make_one_record(tmp_path):
+    """Rank 0 writes; what is measured takes both, and is what one process measures, to rounding."""
+    torchrun = [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc-per-node=2"]
+    script = ["-m", "tests.integrations.with_ranks", str(tmp_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run(
+        [*torchrun, *script], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    found, expected = journal.series(tmp_path / "run"), journal.series(tmp_path / "plain")
+    assert found.keys() == expected.keys()
+    for key, points in expected.items():
+        assert [step for step, _ in found[key]] == [step for step, _ in points]
+        assert [value for _, value in found[key]] == pytest.approx([value for _, value in points], rel=1e-5)

@@ -18,7 +18,7 @@ except ImportError as error:
 
 from trackopt.checkpoint import Training
 from trackopt.errors import UsageError
-from trackopt.integrations.recording import Options, Recording, record
+from trackopt.integrations.recording import Options, Recording, numbers, record
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -113,7 +113,7 @@ class TrackoptTracker(GeneralTracker):
         if not self._watching:
             raise UsageError("accelerator.log() before tracker.watch(accelerator, optimizer); watch what was prepared")
         if self._recording is not None:
-            self._recording.log({key: value for key, value in values.items() if not isinstance(value, str)})
+            self._recording.log(numbers(values))
 
     def finish(self) -> None:
         """Close the run."""

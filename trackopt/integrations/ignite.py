@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, MutableMapping
-from numbers import Number
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,11 +14,9 @@ except ImportError as error:
         f"trackopt.integrations.ignite needs pytorch-ignite 0.5 or later ({error}); pip install 'trackopt[ignite]'"
     ) from error
 
-from torch import Tensor
-
 from trackopt.checkpoint import Training
 from trackopt.errors import UsageError
-from trackopt.integrations.recording import Options, Recording, record
+from trackopt.integrations.recording import Options, Recording, numbers, record
 
 if TYPE_CHECKING:
     from ignite.engine import Engine
@@ -89,6 +86,7 @@ class Attached:
         self._recording: Recording | None = None
         self._state: dict[str, Any] | None = None
         self._loaded = False
+        self._closing: Any = None  # its handle
         self._awaited = False  # an output that is not logged yet
         self._saved: list[Any] = []  # by the handler, as far as the journal knows
         self._saved_at = 0  # the step of what it saved last
@@ -116,7 +114,9 @@ class Attached:
 
     def start(self) -> None:
         """The engine starts: begin, or go on from where the checkpoint was taken."""
-        self._close()
+        if self._recording is not None:
+            self._closing.remove()
+            self._recording.leave()
         going_on = self._loaded or self._trainer.state.iteration > 0
         self._loaded = False
         self._saved = self._saves()
@@ -138,7 +138,8 @@ class Attached:
         """Log what the process function returned; a handler that saves may come before this one."""
         if self._recording is not None and self._awaited:
             self._awaited = False
-            self._recording.log(_numbers(self._trainer.state.output))
+            output = self._trainer.state.output
+            self._recording.log(numbers(output if isinstance(output, Mapping) else {"loss": output}))
 
     def _end_iteration(self) -> None:
         if self._recording is None:
@@ -164,13 +165,3 @@ class Attached:
             self._recording.close()
             self._recording = None
             self._closing.remove()
-
-
-def _numbers(output: Any) -> dict[str, Any]:
-    """What an engine's process function returned, as far as it can be logged."""
-    named = output if isinstance(output, Mapping) else {"loss": output}
-    return {str(key): value for key, value in named.items() if _is_number(value)}
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, Number) or (isinstance(value, Tensor) and value.numel() == 1)

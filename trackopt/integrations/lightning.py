@@ -13,7 +13,7 @@ except ImportError as error:
     ) from error
 
 from trackopt.checkpoint import Training
-from trackopt.integrations.recording import Options, Recording, by_name, record
+from trackopt.integrations.recording import Options, Recording, by_name, numbers, record
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class TrackoptCallback(Callback):
-    """Records each optimizer step of ``trainer.fit``, and whatever the module logs.
+    """Records each optimizer step of ``trainer.fit``, its loss, and whatever the module logs.
 
     Lightning saves and resumes as ever. Its checkpoints carry what this callback must know, so that a run that goes on
     from ``ckpt_path`` in the same ``dir`` has one history. With several optimizers they are called ``optimizer0``,
@@ -72,14 +72,14 @@ class TrackoptCallback(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
         """Take the loss, unless the module logs one by that name."""
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
-        if self._recording is not None and loss is not None and "loss" not in trainer.logged_metrics:
+        if self._recording is not None and "loss" not in trainer.logged_metrics:
             parts = trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1
-            self._recording.log({"loss": loss * parts})
+            self._recording.log({key: value * parts for key, value in numbers({"loss": loss}).items()})
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint of Lightning's holds for ``load_state_dict``."""
         if self._recording is None:
-            return {}
+            return self._saved or {}
         self._end_iteration()
         return self._recording.state_dict()
 

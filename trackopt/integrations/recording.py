@@ -11,13 +11,17 @@ import logging
 import os
 import sys
 from dataclasses import dataclass
+from numbers import Number
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
 
 from trackopt import journal
 from trackopt.arguments import SINKS, check_objects, check_options
 from trackopt.checkpoint.capture import versions
 from trackopt.checkpoint.retention import Retention
+from trackopt.checkpoint.spread import is_spread
 from trackopt.directory import RunDirectory
 from trackopt.errors import UsageError
 from trackopt.journal import Journal
@@ -176,6 +180,10 @@ class Recording:
             **self._telemetry.state_dict(),
         }
 
+    def leave(self) -> None:
+        """Close it where the framework did not come to the end of the training, and did not say why."""
+        self.close(RuntimeError("the training was left before its end"))
+
     def close(self, error: BaseException | None = None) -> None:
         """Deliver everything, and let go of the optimizers and the directory."""
         if error is None:
@@ -232,15 +240,27 @@ def record(training: Training, options: Options, *, leads: bool) -> Recording | 
     if not training.optimizers:
         raise UsageError("the training has no optimizer, so there is nothing to record")
     check_objects(training)
-    groups = [group for optimizer in training.optimizers.values() for group in optimizer.param_groups]
-    if leads or any(hasattr(parameter, "device_mesh") for group in groups for parameter in group["params"]):
-        return Recording(training, options, leads=leads)
-    return None
+    return Recording(training, options, leads=leads) if leads or is_spread(training) else None
 
 
 def by_name(role: str, things: Sequence[Any]) -> Any:
     """Objects that a framework keeps in a list, as ``Training`` takes them."""
     return things[0] if len(things) == 1 else {f"{role}{index}": thing for index, thing in enumerate(things)}
+
+
+def numbers(values: Mapping[Any, Any]) -> dict[str, Any]:
+    """What among the things that a framework hands over can be logged.
+
+    Example:
+        >>> import torch
+        >>> numbers({"loss": 0.5, "note": "warm-up", "logits": torch.ones(4)})
+        {'loss': 0.5}
+    """
+    return {str(key): value for key, value in values.items() if _is_number(value)}
+
+
+def _is_number(value: object) -> bool:
+    return value.numel() == 1 if isinstance(value, Tensor) else isinstance(value, Number)
 
 
 def _end_of(path: Path, offset: int, step: int) -> tuple[int, set[str]]:

@@ -16,7 +16,7 @@ except ImportError as error:
     ) from error
 
 from trackopt.checkpoint import Training
-from trackopt.integrations.recording import Options, Recording, record
+from trackopt.integrations.recording import Options, Recording, numbers, record
 
 if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments
@@ -59,7 +59,8 @@ class TrackoptCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
     ) -> None:
         """Begin, or go on from where the checkpoint was taken."""
-        self._close()
+        if self._recording is not None:
+            self._recording.leave()
         optimizer, scheduler = objects["optimizer"], objects["lr_scheduler"]
         scaler = getattr(optimizer, "scaler", None)
         training = Training(objects["model"], optimizer, scheduler, {} if scaler is None else {"scaler": scaler})
@@ -80,9 +81,8 @@ class TrackoptCallback(TrainerCallback, ExportableState):
     ) -> None:
         """Take the losses and metrics."""
         if self._recording is not None:
-            numbers = {key: value for key, value in logs.items() if isinstance(value, (int, float))}
-            kept = {key: value for key, value in numbers.items() if key not in _LEFT_OUT and not key.endswith(_TIMES)}
-            self._recording.log(kept)
+            kept = {key: value for key, value in logs.items() if key not in _LEFT_OUT and not key.endswith(_TIMES)}
+            self._recording.log(numbers(kept))
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Tell the journal of the checkpoint."""
@@ -91,17 +91,14 @@ class TrackoptCallback(TrainerCallback, ExportableState):
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
         """Close the run."""
-        self._close()
+        if self._recording is not None:
+            self._recording.close()
+            self._recording = None
 
     def _turn(self) -> None:
         if self._recording is not None:
             self._recording.end_iteration()
             self._recording.begin_iteration()
-
-    def _close(self) -> None:
-        if self._recording is not None:
-            self._recording.close()
-            self._recording = None
 
 
 def _saved(state: TrainerState) -> dict[str, Any] | None:
