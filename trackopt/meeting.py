@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 import threading
-from datetime import timedelta
+import time
 from typing import TYPE_CHECKING
 
 from trackopt.errors import RunError
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from trackopt.ranks import Ranks
 
 _GLANCE = 0.2  # seconds between two looks at the store
+_SHORT = 0.01  # the same while a meeting is being fixed
+_LONG = 10.0  # seconds in which a look must be over; python may abort if it ends while a thread is in one
 
 
 class Meeting:
@@ -68,7 +70,7 @@ class Meeting:
         """No more meetings."""
         self._closed.set()
         self._met.set()
-        self._thread.join(_GLANCE)
+        self._thread.join(_LONG)
 
     def _watch(self) -> None:
         for number in itertools.count():
@@ -97,8 +99,11 @@ class Meeting:
         return False
 
     def _latest(self, number: int) -> int:
-        """The latest of the iterations that the ranks are in, once all have told theirs."""
+        """The latest of the iterations that the ranks are in, once all have told theirs; 0 if one does not."""
         keys = [f"{number}/{rank}" for rank in range(self._ranks.world)]
         self._store.set(keys[self._ranks.rank], str(self._limit))
-        self._store.wait(keys, timedelta(seconds=self._ranks.patience))
+        end = time.monotonic() + self._ranks.patience
+        while not self._store.check(keys):
+            if time.monotonic() > end or self._closed.wait(_SHORT):
+                return 0
         return max(int(each) for each in self._store.multi_get(keys))

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from datetime import timedelta
 
 T = TypeVar("T")
-_SAME_CALLS = "every rank must make the same calls to trackopt"
+_SAME_CALLS = "must make the same calls to trackopt"
 _numbers = itertools.count()
 logger = logging.getLogger("trackopt")
 
@@ -122,7 +122,7 @@ class _Several(Ranks):
         told = [pickle.loads(each) for each in found]  # noqa: S301 - by the other processes of this very training
         for rank, (elsewhere, _) in enumerate(told):
             if elsewhere != told[0][0]:
-                message = f"rank {rank} is in {elsewhere}() and rank 0 in {told[0][0]}(); {_SAME_CALLS}"
+                message = f"rank {rank} is in {elsewhere}() and rank 0 in {told[0][0]}(); all {_SAME_CALLS}"
                 raise self._ending("RunError", message, tells=self.leads)
         return [each for _, each in told]
 
@@ -181,7 +181,7 @@ class _Several(Ranks):
         if not dist.is_initialized():
             return "the process group is gone; call run.close() before torch.distributed.destroy_process_group()"
         if late:
-            return f"rank {listed(late)} of {self.world} did not come to {_place()}(); {_SAME_CALLS}"
+            return f"rank {listed(late)} of {self.world} did not come to {_place()}(): it ended, or {_SAME_CALLS}"
         return f"a rank is gone ({str(error).splitlines()[0]}); start all of them again"
 
     def _ending(self, kind: str, message: str, *, tells: bool) -> TrackoptError:
@@ -218,8 +218,9 @@ def here() -> Ranks:
 def _place() -> str:
     """The function that the user called: the outermost one of trackopt."""
     frame, name = inspect.currentframe(), ""
-    while frame is not None and frame.f_globals.get("__name__", "").startswith("trackopt."):
-        name = frame.f_code.co_name
+    while frame is not None:
+        if frame.f_globals.get("__name__", "").startswith("trackopt."):
+            name = frame.f_code.co_name
         frame = frame.f_back
     return name
 

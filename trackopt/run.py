@@ -395,18 +395,18 @@ class Run:
         self._open = False
         if status != "FINISHED":
             self._ranks.leave()
-        elif self._ranks.apart:  # its error ended the process without a word to `_at_exit`
-            status = "FAILED"
         try:
             if self.global_step > self._telemetry.recorded:
                 self._end_iteration()
             self._telemetry.record_rest()
             self._saving.settle()
-            if status == "FINISHED" and self._ranks.told(self._has_moved()):
+            if status == "FINISHED" and not self._ranks.apart and self._ranks.told(self._has_moved()):
                 progress = self._progress()
                 self._ranks.agree(lambda: self._saving.take_last(progress))
         finally:
             self._saving.close()
+            if status == "FINISHED" and self._ranks.apart:  # an error that ends the ranks leaves `_at_exit` no trace
+                status = "FAILED"
             why = {} if error is None else {"error": f"{type(error).__name__}: {error}"}
             if self._signals.received is not None:
                 self._journal.mark("stop", self.global_step, signal=self._signals.received.name)
