@@ -1,6 +1,6 @@
 # make demo       set up, then run the main job on real data
 # make test       set up, then run the tests
-# make pictures   run the examples, and keep what they draw
+# make pictures   run the examples, and keep what they draw and what commands show
 # make fuzz       100,000 mutated files, each of which must be answered or refused
 # make faults     a training killed, hindered and cut off at every place, each time resumed
 VENV := .venv
@@ -35,6 +35,7 @@ pictures: $(VENV)/ready
 	for name in $(PICTURES); do \
 	  rm -rf runs/$$name && $(BIN)/python examples/$$name.py && cp runs/$$name/$$name.png examples/pictures/ || exit 1; \
 	done
+	$(BIN)/python examples/screens.py
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -268,4 +268,4 @@ def test_a_rank_that_never_comes_is_named(tmp_path):
         second.kill()
         second.communicate()
     assert first.returncode == 2, told
-    assert "trackopt: rank 1 of 2 did not come" in told
+    assert "trackopt: rank 1 of 2 did not come to wrap(); every rank must make the same calls to trackopt\n" in told

@@ -56,7 +56,16 @@ def test_an_example_runs_small(name, size, says):
 
 def test_every_example_has_its_lesson_and_its_picture():
     text = (EXAMPLES / "README.md").read_text()
-    scripts = {path.name for path in EXAMPLES.glob("*.py")} - {"draw.py"}
+    scripts = {path.name for path in EXAMPLES.glob("*.py")} - {"draw.py", "screens.py"}
     assert set(re.findall(r"\]\((\w+\.py)\)", text)) == scripts
-    pictures = {f"pictures/{path.name}" for path in (EXAMPLES / "pictures").iterdir()}
+    pictures = {f"pictures/{path.name}" for path in (EXAMPLES / "pictures").glob("*.png")}
     assert set(re.findall(r"\]\((pictures/\w+\.png)\)", text)) == pictures
+
+
+def test_every_screen_is_shown_and_small():
+    """They are in the README, and hold nothing from elsewhere: no font, no path of the machine."""
+    screens = {path.name: path.read_text() for path in (EXAMPLES / "pictures").glob("*.svg")}
+    assert set(re.findall(r"pictures/(\w+\.svg)\)", (EXAMPLES.parent / "README.md").read_text())) == screens.keys()
+    for screen in screens.values():
+        assert len(screen) < 60_000
+        assert not re.search(r"font-face|url\(http|/tmp/|/home/", screen)

@@ -1,8 +1,10 @@
 """A team's server: PostgreSQL, ``mlflow server`` with the artifacts behind it, a recorder that uploads, and readers."""
 
+import collections
 import contextlib
 import hashlib
 import http.server
+import io
 import itertools
 import os
 import random
@@ -17,6 +19,7 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import orjson
 import pytest
 import torch
@@ -26,6 +29,7 @@ from tests.conftest import build, drain, mlflow_run, quietly, train_step
 from tests.test_recorder import mlflow_server
 from tests.test_recorder_faults import assert_everything_once, free_port, wait_for
 from trackopt import archive, journal
+from trackopt.checkpoint.part import load_part
 from trackopt.recorder.recorder import Recorder
 from trackopt.remote import copy
 
@@ -412,6 +416,30 @@ def test_artifacts_need_the_mlflow_sink():
     model, optimizer, _ = build()
     with pytest.raises(trackopt.UsageError, match="'mlflow' must be among the sinks"):
         trackopt.wrap(optimizer, model=model, dir="run", sinks=("tensorboard",), artifacts=True)
+
+
+def test_a_part_is_what_torch_finds_there(tmp_path):
+    """With the types that a `state_dict` had; what was not asked for has no bytes, and is left out."""
+    model, optimizer, _ = build()
+    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [2, 3])
+    noise = np.random.default_rng(0)
+    with trackopt.wrap(optimizer, scheduler, model=model, dir="run", sinks=(), noise=noise) as run:
+        run.step(loss=train_step(model, optimizer, scheduler))
+    path = archive.locate(run.dir)
+    whole = torch.load(path)
+    with archive.open(path) as opened:
+        for keys in ({"model", "noise"}, {"optimizer", "scheduler", "trackopt"}):
+            part = load_part(opened, opened.source, keys)
+            assert part.keys() == keys
+            for key in keys:
+                assert pickled(part[key]) == pickled(whole[key])
+    assert type(part["scheduler"]["milestones"]) is collections.Counter
+
+
+def pickled(value):
+    file = io.BytesIO()
+    torch.save(value, file)
+    return file.getvalue()
 
 
 def test_a_copy_is_filled_where_it_is_read():

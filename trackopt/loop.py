@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data.distributed import DistributedSampler
 
 from trackopt.checkpoint import rng
 from trackopt.errors import UsageError
@@ -53,6 +54,7 @@ class Position:
         self._own: dict[int, Any] = {}  # restored states of loaders that are not known yet
         self._arrive: Callable[[], None] = lambda: None
         self._divided = False  # whether the data was divided otherwise when it was saved
+        self._orders: dict[object, tuple[int, int]] = {}  # the first epoch of each shuffling sampler, and its own
 
     @property
     def settled(self) -> bool:
@@ -82,6 +84,14 @@ class Position:
             raise
         finally:
             self.in_epoch = False
+
+    def repeats_order(self, loader: object) -> bool:
+        """Whether the loader's sampler shuffles as it did in an earlier epoch: nobody told it that this is another."""
+        sampler = getattr(loader, "sampler", None)
+        if not isinstance(sampler, DistributedSampler) or not sampler.shuffle:
+            return False
+        first, order = self._orders.setdefault(sampler, (self.epoch, sampler.epoch))
+        return self.epoch > first and sampler.epoch == order
 
     def batches(self, loader: Iterable[T]) -> Iterator[T]:
         """The batches of one pass over ``loader``; after a restore, those that are still to come."""

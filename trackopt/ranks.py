@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import inspect
 import itertools
+import logging
+import os
 import pickle
 import sys
 import uuid
@@ -28,7 +31,9 @@ if TYPE_CHECKING:
     from datetime import timedelta
 
 T = TypeVar("T")
+_SAME_CALLS = "every rank must make the same calls to trackopt"
 _numbers = itertools.count()
+logger = logging.getLogger("trackopt")
 
 
 class Ranks:
@@ -107,13 +112,19 @@ class _Several(Ranks):
         if self.apart:
             return [value]
         self._come()
-        sent = pickle.dumps(value)
+        place = _place()
+        sent = pickle.dumps((place, value))
         with self._waiting():
             found = self._exchange(sent)
             if (largest := max(map(len, found))) > self._room:  # all see that, and none has all of it
                 self._room = largest
                 found = self._exchange(sent)
-        return [pickle.loads(each) for each in found]  # noqa: S301 - the other processes of this very training
+        told = [pickle.loads(each) for each in found]  # noqa: S301 - by the other processes of this very training
+        for rank, (elsewhere, _) in enumerate(told):
+            if elsewhere != told[0][0]:
+                message = f"rank {rank} is in {elsewhere}() and rank 0 in {told[0][0]}(); {_SAME_CALLS}"
+                raise self._ending("RunError", message, tells=self.leads)
+        return [each for _, each in told]
 
     def agree(self, action: Callable[[], T]) -> T:
         result, caught = None, None
@@ -170,7 +181,7 @@ class _Several(Ranks):
         if not dist.is_initialized():
             return "the process group is gone; call run.close() before torch.distributed.destroy_process_group()"
         if late:
-            return f"rank {listed(late)} of {self.world} did not come; each must make the same calls to trackopt"
+            return f"rank {listed(late)} of {self.world} did not come to {_place()}(); {_SAME_CALLS}"
         return f"a rank is gone ({str(error).splitlines()[0]}); start all of them again"
 
     def _ending(self, kind: str, message: str, *, tells: bool) -> TrackoptError:
@@ -194,9 +205,23 @@ def here() -> Ranks:
     Raises:
         RunError: Another rank did not come.
     """
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+    if dist.is_initialized() and dist.get_world_size() > 1:
         return _Several()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        logger.warning(
+            "trackopt: torch.distributed is not initialized, so that each of the processes is a training of its own; "
+            "call torch.distributed.init_process_group() before wrap()"
+        )
     return Ranks()
+
+
+def _place() -> str:
+    """The function that the user called: the outermost one of trackopt."""
+    frame, name = inspect.currentframe(), ""
+    while frame is not None and frame.f_globals.get("__name__", "").startswith("trackopt."):
+        name = frame.f_code.co_name
+        frame = frame.f_back
+    return name
 
 
 def _part() -> None:

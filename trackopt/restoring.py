@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from trackopt import archive, integrity, remote
 from trackopt import state as training_state
-from trackopt.archive import nodes
 from trackopt.archive.torch_zip import ZipSource
 from trackopt.arguments import check_objects
 from trackopt.checkpoint import Training
 from trackopt.checkpoint import restore as put
-from trackopt.checkpoint.foreign import read, values
+from trackopt.checkpoint.foreign import read
+from trackopt.checkpoint.part import load_part
 from trackopt.checkpoint.saved import of_run
 from trackopt.checkpoint.store import load_checked
 from trackopt.errors import CheckpointError, UsageError
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.optim import Optimizer
 
-    from trackopt.archive import Archive
     from trackopt.checkpoint.capture import Generator, Stateful
     from trackopt.checkpoint.saved import Saved
     from trackopt.state import TrainingState
@@ -107,22 +106,15 @@ def _read(place: Path, training: Training) -> tuple[TrainingState, Saved]:
 
 
 def _fetched(place: Path, training: Training) -> tuple[TrainingState, Saved]:
-    """A checkpoint elsewhere: of a run's only what is asked for is fetched, and checked."""
+    """A checkpoint elsewhere; of a run's only what is asked for is fetched, and checked."""
+    roles = {"model": training.models, "optimizer": training.optimizers, "scheduler": training.schedulers}
+    wanted = {"trackopt", *training.stateful, *(role for role, live in roles.items() if live)}
     with archive.open(place) as opened:
         found = training_state.read(opened)
         if found.own and isinstance(opened.source, ZipSource):
-            return found, _part(opened, opened.source, training)
+            return found, of_run(load_part(opened, opened.source, wanted))
         _refuse(place, integrity.problems(opened))
         return found, read(opened, training)
-
-
-def _part(opened: Archive, source: ZipSource, training: Training) -> Saved:
-    roles = {"model": training.models, "optimizer": training.optimizers, "scheduler": training.schedulers}
-    wanted = {"trackopt", *training.stateful, *(role for role, live in roles.items() if live)}
-    tree = {key: value for key, value in opened.tree.items() if key in wanted}
-    storages = [tensor.storage for _, tensor in nodes.tensors(tree)]
-    _refuse(opened.path, [*integrity.problems(opened, crc=False), *source.damaged(storages)])
-    return of_run(values(opened, tree))
 
 
 def _refuse(place: Path, problems: list[str]) -> None:

@@ -7,6 +7,7 @@ objects and the loop's position → a committed file, and back. The loop itself 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import logging
 import os
 import signal
@@ -92,6 +93,7 @@ class Run:
         self._recorder: RecorderProcess | None = None
         self._meeting: Meeting | None = None
         self._probe: Probe | None = None
+        self._reminded = False  # of `set_epoch`
         self._parted = False  # the last checkpoint is taken, though the script still finishes its epoch
         self._pid = os.getpid()
         self._open = True
@@ -171,6 +173,11 @@ class Run:
         """
         self._telemetry.record_rest()
         self._length = length(loader)
+        if not self._reminded and self._position.repeats_order(loader):
+            self._reminded = True
+            logger.warning(
+                "trackopt: the sampler shuffles each epoch alike; call its set_epoch(epoch) at the beginning of each"
+            )
         batches = self._position.batches(loader)
         if self._probe is not None:
             batches = self._probe.watch(batches, loader)
@@ -430,7 +437,8 @@ class Run:
         if os.getpid() == self._pid:
             error = getattr(sys, "last_exc", None) or getattr(sys, "last_value", None)
             unfinished = self._position.in_batch and error is None
-            self._close("KILLED" if unfinished else _status(error), error)
+            with contextlib.suppress(SystemExit):  # the ranks told their error
+                self._close("KILLED" if unfinished else _status(error), error)
 
 
 def _status(error: BaseException | None) -> str:

@@ -122,6 +122,10 @@ class ZipSource:
         record = self.find(name)
         return self._zip.read(record).decode("latin1").strip() if record is not None and record.size <= 16 else None
 
+    def read_pickle(self) -> bytes:
+        """The pickle that names the storages; nothing where there is none."""
+        return b"" if self.pickle is None else self._zip.read(self.pickle)
+
     def size(self, storage: Storage) -> int:
         """Bytes of a storage's record."""
         return self.record(storage).size

@@ -48,11 +48,11 @@ def read(archive: Archive, training: Training) -> Saved:
         for name, one in _chosen("optimizer", training.optimizers, found.optimizers, archive).items()
     }
     schedulers = {
-        name: SavedScheduler(one.cls if " or " not in one.cls else "", values(archive, _at(archive, one.path)))
+        name: SavedScheduler(one.cls if " or " not in one.cls else "", _values(archive, _at(archive, one.path)))
         for name, one in _chosen("scheduler", training.schedulers, found.schedulers, archive).items()
     }
     top = archive.tree if isinstance(archive.tree, dict) else {}
-    stateful = {name: values(archive, top[name]) for name in training.stateful if name in top}
+    stateful = {name: _values(archive, top[name]) for name in training.stateful if name in top}
     return Saved(models, optimizers, schedulers, stateful)
 
 
@@ -84,10 +84,10 @@ def _optimizer(archive: Archive, one: state.Optimizer) -> SavedOptimizer:
     for index, group in enumerate(node["param_groups"]):
         here = {key: one.names[key] if known else f"group{index}.{i}" for i, key in enumerate(group["params"])}
         rest = {key: value for key, value in group.items() if key not in ("params", "param_names")}
-        groups.append(SavedGroup(list(here.values()), values(archive, rest)))
+        groups.append(SavedGroup(list(here.values()), _values(archive, rest)))
         names |= here
     by_text = {str(key): name for key, name in names.items()}  # safetensors and DCP keep ids as text
-    state = {by_text.get(str(key), key): values(archive, entry) for key, entry in node["state"].items()}
+    state = {by_text.get(str(key), key): _values(archive, entry) for key, entry in node["state"].items()}
     return SavedOptimizer(one.cls, groups, state)
 
 
@@ -98,18 +98,14 @@ def _at(archive: Archive, path: Sequence[str]) -> Any:
     return node
 
 
-def values(archive: Archive, node: Any) -> Any:
-    """A part of an archive's tree with torch's tensors in it.
-
-    Raises:
-        ArchiveError: They cannot be read, or something in it cannot be made without running the file's code.
-    """
+def _values(archive: Archive, node: Any) -> Any:
+    """A part of the tree with torch's tensors in it."""
     if isinstance(node, Tensor):
         return _tensor(archive, node)
     if isinstance(node, dict):
-        return {key: values(archive, child) for key, child in node.items()}
+        return {key: _values(archive, child) for key, child in node.items()}
     if isinstance(node, (list, tuple)):
-        return type(node)(values(archive, child) for child in node)
+        return type(node)(_values(archive, child) for child in node)
     if isinstance(node, _PLAIN):
         return node
     raise ArchiveError(f"{archive.path}: holds {node!r}, which cannot be restored without running the file's code")

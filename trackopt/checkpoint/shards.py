@@ -133,7 +133,7 @@ def write_together(shards: Shards, path: Path, ranks: Ranks, *, before_commit: C
 
     try:
         _all(ranks, path, begin)
-        _all(ranks, path, lambda: _write_parts(shards.parts, part, ranks.group))
+        _all(ranks, path, lambda: _write_parts(shards.parts, part, ranks))
         sums = _all(ranks, path, lambda: {file.name: manifest.checksum(file) for file in _own(part, ranks.rank)})
 
         def commit() -> None:
@@ -207,15 +207,16 @@ def _make(part: Path) -> None:
     sync_directory(part.parent)
 
 
-def _write_parts(parts: dict[str, Any], part: Path, group: ProcessGroup | None) -> None:
+def _write_parts(parts: dict[str, Any], part: Path, ranks: Ranks) -> None:
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.filesystem import FileSystemWriter
     from torch.distributed.checkpoint.state_dict_saver import save
 
     try:
-        save(parts, storage_writer=FileSystemWriter(part), process_group=group)
-    except CheckpointException as error:  # it is none of python's, and tells of all processes with their traces
-        raise next(failed for failed, _ in error.failures.values()) from None
+        save(parts, storage_writer=FileSystemWriter(part), process_group=ranks.group)
+    except CheckpointException as error:  # it is none of python's, and in each process that of all
+        if ranks.rank in error.failures:
+            raise error.failures[ranks.rank][0] from None
 
 
 def _own(part: Path, rank: int) -> list[Path]:

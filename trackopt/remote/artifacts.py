@@ -38,7 +38,7 @@ _RUN = re.compile(r"([\w-]+)(?:@(\d{1,18}))?")
 _STEP = re.compile(r"step-(\d+)(?:\.pt)?")
 _HEAD = 64 << 10  # bytes of the first request, whose answer tells whether the server grants ranges
 _CHUNK = 1 << 20
-#: MLflow's own let a server that is down be waited for for minutes, and a bar into a log; who wants that sets these.
+#: By MLflow's own one waits minutes for a server that is down, and a bar goes into a log. Who wants that sets them.
 _SETTINGS = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
@@ -140,10 +140,14 @@ class Artifact:
 
     def _received(self, answer: Any, file: int) -> int:
         """The descriptor of a file with the whole body in it."""
-        with answer, os.fdopen(file, "wb", closefd=False) as stream, _bar(answer.headers.get("Content-Length")) as add:
-            for chunk in answer.iter_content(_CHUNK):
-                stream.write(chunk)
-                add(len(chunk))
+        try:
+            with answer, _bar(answer.headers.get("Content-Length")) as add, os.fdopen(file, "wb", closefd=False) as to:
+                for chunk in answer.iter_content(_CHUNK):
+                    to.write(chunk)
+                    add(len(chunk))
+        except BaseException:
+            os.close(file)
+            raise
         return file
 
     @contextlib.contextmanager
@@ -163,6 +167,11 @@ class Artifact:
             raise self._refused(error) from error
         except requests.RequestException as error:
             raise self._silent() from error
+        except OSError as error:
+            reason = error.strerror or error
+            raise ArchiveError(
+                f"{self._address}: no copy can be made ({reason}); set TMPDIR to where there is room"
+            ) from error
         except Exception as error:  # each store has exceptions of its own
             raise self._refused(error) from error
         finally:

@@ -56,11 +56,7 @@ def findings(archive: Archive, found: TrainingState, measured: dict[str, Statist
 
 
 def _good_news(found: TrainingState, *, read_all: bool) -> str:
-    sums = (
-        "every checksum is right"
-        if read_all
-        else "the structure is sound (checksums are not read here: `trackopt verify` does)"
-    )
+    sums = "every checksum is right" if read_all else "the structure is sound (`trackopt verify` reads the checksums)"
     if found.own:
         return f"resumes exactly: everything a run needs is here, and {sums}"
     return f"weights, optimizer, scheduler and random states are here, and {sums}"

@@ -1,0 +1,89 @@
+"""What trackopt adds to a step of DDP: two processes over gloo, with everything on, against the same without it."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+import trackopt
+from tests.benchmarks.measure import Row, table
+from tests.benchmarks.telemetry import build
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_TIMES = 5
+_STEPS = {"mlp": 500, "cnn": 150}
+_FIRST = 20  # steps that do not count
+
+
+def main() -> bool:
+    """Print the table; whether every limit is kept."""
+    torchrun = [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc-per-node=2"]
+    with tempfile.TemporaryDirectory(prefix="trackopt-benchmark-") as folder:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db"}
+        done = subprocess.run(
+            [*torchrun, "--module", "tests.benchmarks.several", folder],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            check=True,
+        )
+    rows = [_row(*line.split()) for line in done.stdout.splitlines()]
+    return table(f"DDP: medians of {_TIMES} alternations, milliseconds for each step, two processes", rows)
+
+
+def _row(kind: str, bare: str, ours: str, ratio: str) -> Row:
+    figures = f"bare {float(bare):.2f}, ours {float(ours):.2f}"
+    return Row(f"{kind}: against DDP alone", figures, float(ratio), 2.0 if kind == "mlp" else 1.1)
+
+
+def rank(folder: str) -> None:
+    """One of the processes; the first prints a line for each model."""
+    torch.distributed.init_process_group("gloo")
+    for kind in _STEPS:
+        pairs = [(_train(kind, None), _train(kind, f"{folder}/{kind}{number}")) for number in range(_TIMES)]
+        bare, ours = (statistics.median(side) for side in zip(*pairs, strict=True))
+        if torch.distributed.get_rank() == 0:
+            print(kind, bare, ours, statistics.median(b / a for a, b in pairs), flush=True)
+    torch.distributed.destroy_process_group()
+
+
+def _train(kind: str, directory: str | None) -> float:
+    """Milliseconds for each step; with a directory, as a run there."""
+    model, x, y = build(kind)
+    model = nn.parallel.DistributedDataParallel(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    criterion = nn.CrossEntropyLoss()
+    run = directory and trackopt.wrap(optimizer, model=model, dir=directory, progress=False)
+
+    def loop(steps: int, log: Callable[..., object]) -> None:
+        for _ in range(steps):
+            optimizer.zero_grad()
+            loss = criterion(model(x), y)
+            loss.backward()
+            optimizer.step()
+            log(loss=loss)
+
+    log = run.step if run else lambda loss: None
+    loop(_FIRST, log)
+    begin = time.perf_counter()
+    loop(_STEPS[kind], log)
+    taken = (time.perf_counter() - begin) / _STEPS[kind] * 1000
+    if run:
+        run.close(wait=False)
+    return taken
+
+
+if __name__ == "__main__":
+    rank(sys.argv[1])
