@@ -68,7 +68,7 @@ def wrap(
     run, the state of its newest checkpoint is put into them here, before the loop begins.
 
     Args:
-        optimizer: Any torch optimizer, or a dict of them by name.
+        optimizer: Any torch optimizer, or a dict of them by name; also as Accelerate prepared them.
         scheduler: Its LR scheduler, or a dict by name.
         model: The module, or a dict by name; without it checkpoints hold no weights.
         dir: The run's directory. Default: a fresh ``runs/<date-time>``, which can be resumed only by naming it.
