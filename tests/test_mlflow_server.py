@@ -196,6 +196,8 @@ def _read_back(directory, run_id):
     for _ in range(5):
         run.step(loss=train_step(model, optimizer, scheduler))
     run.close()
+    (begun,) = [line for line in journal.read(run.dir / journal.NAME) if line.event == "resume"]
+    assert begun.details["checkpoint"] == f"runs:/{run_id}/checkpoints/step-00000010.pt"
     with trackopt.open("on/checkpoints/step-00000015.pt") as a, trackopt.open("kept/step-00000015.pt") as b:
         pairs = [
             (one, two) for (name, one), (_, two) in zip(a.tensors(), b.tensors(), strict=True) if "rng" not in name
