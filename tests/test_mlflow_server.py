@@ -256,7 +256,7 @@ def wide():
 
 
 def test_only_what_is_asked_for_is_fetched_and_checked(team, tmp_path, monkeypatch, typed):
-    """Of 24 MB the structure is a few kilobytes, the model a third; damage elsewhere in it does not matter."""
+    """Of 24 MB the structure is a small part, the model a third; damage elsewhere in it does not matter."""
     from mlflow import MlflowClient
 
     model, optimizer = wide()
