@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch.nn.parallel import DistributedDataParallel
 
+from trackopt import remote
 from trackopt.alike import require_alike
 from trackopt.arguments import SINKS, check_objects, check_options
 from trackopt.checkpoint import Store, Training
@@ -191,10 +192,14 @@ def _found(
 ) -> tuple[Path, dict[str, Any]] | None:
     """The checkpoint that rank 0 found, read by each rank; ``None`` where the run begins anew."""
     found = _agreed(ranks, lambda: find(directory, store, resume) if ranks.leads else None)
-    path = ranks.told(None if found is None else str(found[0].absolute()))
+    path = ranks.told(None if found is None else str(_absolute(found[0])))
     if path is None:
         return None
     return _agreed(ranks, lambda: found or (Path(path), load_checked(Path(path))))
+
+
+def _absolute(path: Path) -> Path:
+    return path if remote.is_address(path) else path.absolute()
 
 
 def _agreed(ranks: Ranks, action: Callable[[], T]) -> T:
