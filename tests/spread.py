@@ -8,7 +8,6 @@ import json
 import os
 import random
 import resource
-import runpy
 import shutil
 import signal
 import socket
@@ -65,7 +64,7 @@ def gathered(model, optimizer):
     return found | {"lr": [group["lr"] for group in optimizer.param_groups]}
 
 
-def train(*, directory, kind="fsdp", world=1, epochs=2, dropout=0.0, kill=None, state=None, limit=None, **options):
+def train(*, directory, kind="fsdp", epochs=2, dropout=0.0, kill=None, state=None, limit=None, **options):
     """Train on the same batches in every process, so that all numbers of processes do the same but for rounding.
 
     Args:
@@ -110,7 +109,7 @@ def train(*, directory, kind="fsdp", world=1, epochs=2, dropout=0.0, kill=None, 
         dist.destroy_process_group()
 
 
-def stage(world, script=None, copy=None, **options):
+def stage(world, copy=None, **options):
     """The exit codes of so many processes; ``copy`` is a run's directory to begin with."""
     if copy:
         shutil.copytree(copy, options["directory"], symlinks=True)
@@ -122,7 +121,7 @@ def stage(world, script=None, copy=None, **options):
     for rank in range(world):
         if not (process := os.fork()):
             os.environ.update(address, RANK=str(rank))
-            os._exit(code_of(lambda: runpy.run_path(script) if script else train(world=world, **options)))
+            os._exit(code_of(lambda: train(**options)))
         processes.append(process)
     return [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes]
 

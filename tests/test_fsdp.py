@@ -181,3 +181,15 @@ def test_what_is_bad_is_told_in_a_line_and_all_end_with_2(saved, tmp_path):
     assert told[2].startswith("trackopt: rank 0: no sound checkpoint is left: ")
     assert "step-00000003: not written (rank 1: File too large)" in told[3]
     assert checkpoints(tmp_path / "full") == []
+
+
+def test_a_directory_that_had_stepped_aside_comes_back(saved, tmp_path):
+    """Its writer was killed between the two renames of a step that is saved once more."""
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    old = shutil.copytree(saved[0] / "two" / "checkpoints" / "step-00000003", folder / ".step-00000003.before")
+    store = Store(folder, Retention())
+    assert store.newest()[0] == folder / "step-00000003"
+    shutil.copytree(folder / "step-00000003", old)  # it is there under both names: the new one counts
+    assert store.newest()[0] == folder / "step-00000003"
+    assert [path.name for path in folder.iterdir()] == ["step-00000003"]

@@ -10,9 +10,10 @@ from torch import nn
 import trackopt
 from tests.conftest import build, train_step
 from trackopt import journal
-from trackopt.observe import Observer, params
+from trackopt.observe import Observer, params, shards
 from trackopt.observe.hyperparameters import numeric
 from trackopt.observe.statistics import measure
+from trackopt.observe.update import cosine_terms
 
 OPTIMIZERS = sorted(
     name
@@ -322,3 +323,16 @@ def test_hyperparameters_have_the_names_of_the_field():
     assert described["optimizer"] == "SGD"
     assert (described["group0.lr"], described["group0.momentum"]) == (0.01, 0.9)
     assert (described["scheduler"], described["scheduler.step_size"]) == ("StepLR", 3)
+
+
+def test_what_a_process_says_of_its_part_is_the_same_from_a_device():
+    """Pieces, empty parts, half precision and sums: the table that is gathered is one, however it was read."""
+    torch.manual_seed(0)
+    buffers = {"a": [torch.randn(3, 4), torch.randn(2_000_000) + 3, torch.randn(99, dtype=torch.bfloat16)], "b": []}
+    vectors = {"g": [torch.randn(5), torch.randn(100_000)], "h": [torch.empty(0)]}
+    terms = [cosine_terms([(torch.ones(3), torch.arange(3.0)), (torch.randn(5), torch.randn(5))]), []]
+    near, far = shards._near(buffers, vectors, terms), shards._far(buffers, vectors, terms)
+    torch.testing.assert_close(near, far, rtol=1e-5, atol=1e-6)
+    halves = [shards._near({"a": [half]}, {}, []) for half in buffers["a"][1].chunk(2)]
+    whole = shards._near({"a": [buffers["a"][1]]}, {}, [])
+    torch.testing.assert_close(shards._merged(torch.stack(halves)), whole, rtol=1e-6, atol=0.0)

@@ -8,6 +8,7 @@ from tests import spread
 from tests.test_fsdp import checkpoints, stages
 from tests.test_resume import assert_same
 from trackopt import journal
+from trackopt.checkpoint.spread import placed
 from trackopt.checkpoint.store import load
 
 STEPS = 12
@@ -56,8 +57,8 @@ def test_what_is_taken_over_is_the_same(trained):
     model, optimizer, scheduler = spread.build("plain")
     trackopt.restore(path, model=model, optimizer=optimizer, scheduler=scheduler)
     tree = load(path)
-    assert_same({key: value.read() for key, value in tree["model"].items()}, dict(model.state_dict()))
+    assert_same(placed(tree["model"], {}), dict(model.state_dict()))
     for name, parameter in model.named_parameters():
-        saved = {key: value.read() for key, value in tree["optimizer"]["state"][name].items()}
+        saved = placed(tree["optimizer"]["state"][name], {})
         assert_same(saved, optimizer.state[parameter])
         assert not torch.equal(saved["exp_avg"], torch.zeros_like(parameter))

@@ -1,4 +1,4 @@
-"""What trackopt adds to a step of DDP: two processes over gloo, with everything on, against the same without it."""
+"""What trackopt adds to a step of DDP and of FSDP2: two processes over gloo, with everything on, and without it."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 import trackopt
 from tests.benchmarks.measure import Row, table
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 _TIMES = 5
 _STEPS = {"mlp": 500, "cnn": 150}
 _FIRST = 20  # steps that do not count
+_LIMITS = {("DDP", "mlp"): 2.0, ("DDP", "cnn"): 1.1, ("FSDP2", "mlp"): 2.0, ("FSDP2", "cnn"): 1.1}
 
 
 def main() -> bool:
@@ -40,29 +43,32 @@ def main() -> bool:
             check=True,
         )
     rows = [_row(*line.split()) for line in done.stdout.splitlines()]
-    return table(f"DDP: medians of {_TIMES} alternations, milliseconds for each step, two processes", rows)
+    return table(f"DDP and FSDP2: medians of {_TIMES} alternations, milliseconds for each step, two processes", rows)
 
 
-def _row(kind: str, bare: str, ours: str, ratio: str) -> Row:
+def _row(way: str, kind: str, bare: str, ours: str, ratio: str) -> Row:
     figures = f"bare {float(bare):.2f}, ours {float(ours):.2f}"
-    return Row(f"{kind}: against DDP alone", figures, float(ratio), 2.0 if kind == "mlp" else 1.1)
+    return Row(f"{kind}: against {way} alone", figures, float(ratio), _LIMITS[way, kind])
 
 
 def rank(folder: str) -> None:
     """One of the processes; the first prints a line for each model."""
     torch.distributed.init_process_group("gloo")
-    for kind in _STEPS:
-        pairs = [(_train(kind, None), _train(kind, f"{folder}/{kind}{number}")) for number in range(_TIMES)]
+    for way, kind in _LIMITS:
+        pairs = [(_train(way, kind, None), _train(way, kind, f"{folder}/{way}{kind}{n}")) for n in range(_TIMES)]
         bare, ours = (statistics.median(side) for side in zip(*pairs, strict=True))
         if torch.distributed.get_rank() == 0:
-            print(kind, bare, ours, statistics.median(b / a for a, b in pairs), flush=True)
+            print(way, kind, bare, ours, statistics.median(b / a for a, b in pairs), flush=True)
     torch.distributed.destroy_process_group()
 
 
-def _train(kind: str, directory: str | None) -> float:
+def _train(way: str, kind: str, directory: str | None) -> float:
     """Milliseconds for each step; with a directory, as a run there."""
     model, x, y = build(kind)
-    model = nn.parallel.DistributedDataParallel(model)
+    if way == "DDP":
+        model = nn.parallel.DistributedDataParallel(model)
+    else:
+        fully_shard(model, mesh=init_device_mesh("cpu", (torch.distributed.get_world_size(),)))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     criterion = nn.CrossEntropyLoss()
     run = directory and trackopt.wrap(optimizer, model=model, dir=directory, progress=False)

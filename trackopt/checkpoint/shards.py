@@ -46,7 +46,7 @@ T = TypeVar("T")
 
 
 class Ranks(Protocol):
-    """The processes that write together; their messages are this module's own."""
+    """The processes that write together, and nobody else's messages between theirs."""
 
     rank: int
     group: ProcessGroup | None
@@ -74,23 +74,23 @@ class ShardMemory:
     """Copies of live tensors, in memory that every save uses again."""
 
     def __init__(self) -> None:
-        self._held: dict[str, Tensor] = {}
+        self._held: dict[tuple[Any, ...], Tensor] = {}
 
-    def copy(self, value: Any, path: str = "") -> Any:
+    def copy(self, value: Any, path: tuple[Any, ...] = ()) -> Any:
         """The same tree with copies of its tensors on the CPU; the copy from a GPU is waited for."""
         if isinstance(value, Tensor):
             return self._tensor(value.detach(), path)
         if isinstance(value, dict):
-            return {key: self.copy(each, f"{path}.{key}") for key, each in value.items()}
+            return {key: self.copy(each, (*path, key)) for key, each in value.items()}
         if isinstance(value, (list, tuple)):
-            return type(value)(self.copy(each, f"{path}.{index}") for index, each in enumerate(value))
+            return type(value)(self.copy(each, (*path, index)) for index, each in enumerate(value))
         return value
 
     def clear(self) -> None:
         """Let go of the memory."""
         self._held.clear()
 
-    def _tensor(self, tensor: Tensor, path: str) -> Tensor:
+    def _tensor(self, tensor: Tensor, path: tuple[Any, ...]) -> Tensor:
         part = here(tensor)
         held = self._held.get(path)
         if held is None or (held.shape, held.dtype) != (part.shape, part.dtype):
@@ -190,7 +190,8 @@ def load(path: Path) -> dict[str, Any]:
 
 def _stored(opened: archive.Archive, node: Any) -> Any:
     if isinstance(node, archive.Tensor):
-        return Stored(opened, node)
+        stored = Stored(opened, node)
+        return stored if stored.shape else stored.read()  # a single number is nowhere in parts
     if isinstance(node, dict):
         return {key: _stored(opened, each) for key, each in node.items()}
     if isinstance(node, (list, tuple)):

@@ -92,19 +92,15 @@ def state_by_name(optimizer: Optimizer, names: Sequence[Sequence[str]]) -> dict[
         optimizer: Any.
         names: For each group those of its parameters.
     """
-    every = list(chain.from_iterable(names))
     if _is_zero(optimizer):  # its own would have to be gathered first
-        of = dict(zip(chain.from_iterable(group["params"] for group in optimizer.param_groups), every, strict=True))
         whole: dict[str, Any] = {"state": keeper(optimizer).state, "param_groups": optimizer.param_groups}
     else:
         whole = optimizer.state_dict()
-        of = dict(zip(chain.from_iterable(group["params"] for group in whole["param_groups"]), every, strict=True))
+    keys = chain.from_iterable(group["params"] for group in whole["param_groups"])
+    of = dict(zip(keys, chain.from_iterable(names), strict=True))
+    state = {of.get(key, key): entry for key, entry in whole["state"].items()}
     groups = [{**group, "params": list(own)} for group, own in zip(whole["param_groups"], names, strict=True)]
-    return {
-        **whole,
-        "state": {of.get(key, key): entry for key, entry in whole["state"].items()},
-        "param_groups": groups,
-    }
+    return {**whole, "state": state, "param_groups": groups}
 
 
 def placed(value: Any, live: Any) -> Any:

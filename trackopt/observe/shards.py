@@ -125,7 +125,8 @@ def _table(voice: _Voice, buffers: Lists, vectors: Lists, pairs: Pairs) -> Tenso
         some, long = ({name: [t for t in each if t.is_cpu == near] for name, each in lists.items()} for lists in here)
         couples = [[pair for pair in each if pair[0].is_cpu == near] for each in both.values()]
         if any((*some.values(), *long.values())) or (near and not tables):
-            tables.append(read(some, long, [cosine_terms(each) for each in couples]).to(voice.device))
+            table = read(some, long, [cosine_terms(each) for each in couples])
+            tables.append(table if table.device.type == voice.device else table.to(voice.device))
     return _merged(torch.stack(tables))
 
 
