@@ -49,6 +49,22 @@ def test_every_byte_is_as_the_package_writes_it():
     assert events.summary(3.5, 10**9, scalars, {"grad/group0": HISTOGRAM}) == theirs(written)
 
 
+@pytest.mark.parametrize(("content", "text"), [(b"abc", None), (b"", b"xyz")])
+def test_every_byte_for_a_plugin_is_as_the_package_writes_it(content, text):
+    """What stands in the metadata, with the tensor that says nothing; and a text."""
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.compat.proto.summary_pb2 import DATA_CLASS_TENSOR, Summary, SummaryMetadata
+    from tensorboard.compat.proto.tensor_pb2 import TensorProto
+    from tensorboard.plugins.hparams.metadata import NULL_TENSOR
+
+    tensor = NULL_TENSOR if text is None else TensorProto(dtype=7, tensor_shape={}, string_val=[text])
+    data = SummaryMetadata.PluginData(plugin_name="some", content=content)
+    metadata = SummaryMetadata(plugin_data=data, data_class=DATA_CLASS_TENSOR)
+    value = Summary.Value(tag="a", metadata=metadata, tensor=tensor)
+    event = Event(wall_time=1.5, summary=Summary(value=[value]))
+    assert events.of_plugin(1.5, "some", "a", content=content, text=text) == theirs(event)
+
+
 @pytest.fixture
 def reader(tmp_path):
     """TensorBoard's reader of the directory that a sink wrote into."""

@@ -196,6 +196,8 @@ def _read_back(directory, run_id):
     for _ in range(5):
         run.step(loss=train_step(model, optimizer, scheduler))
     run.close()
+    (begun,) = [line for line in journal.read(run.dir / journal.NAME) if line.event == "resume"]
+    assert begun.details["checkpoint"] == f"runs:/{run_id}/checkpoints/step-00000010.pt"
     with trackopt.open("on/checkpoints/step-00000015.pt") as a, trackopt.open("kept/step-00000015.pt") as b:
         pairs = [
             (one, two) for (name, one), (_, two) in zip(a.tensors(), b.tensors(), strict=True) if "rng" not in name
@@ -254,7 +256,7 @@ def wide():
 
 
 def test_only_what_is_asked_for_is_fetched_and_checked(team, tmp_path, monkeypatch, typed):
-    """Of 24 MB the structure is a few kilobytes, the model a third; damage elsewhere in it does not matter."""
+    """Of 24 MB the structure is a small part, the model a third; damage elsewhere in it does not matter."""
     from mlflow import MlflowClient
 
     model, optimizer = wide()
@@ -365,8 +367,8 @@ def test_a_server_that_refuses_is_told_in_one_line(team, forbidding, monkeypatch
     assert not Path("mlruns").exists()
 
 
-def test_what_retention_let_go_is_passed_by_and_told(tmp_path):
-    """Uploads that come late bring what is left, also a directory, and not what belongs to an abandoned future."""
+def test_uploads_that_come_late(tmp_path):
+    """They bring what is left, a directory too, tell what retention let go, and leave out an abandoned future."""
     model, optimizer, scheduler = build()
     with trackopt.wrap(optimizer, scheduler, model=model, dir="run", sinks=(), save_every=2, keep=1) as run:
         for _ in range(6):
@@ -391,25 +393,17 @@ def test_what_retention_let_go_is_passed_by_and_told(tmp_path):
     ]
     with quietly(), trackopt.open(f"runs:/{mlflow.info.run_id}/checkpoints/step-00000006.pt") as opened:
         assert opened.path == stored / "step-00000006.pt"  # a store that is a directory here is read in place
-
-
-def test_what_is_committed_while_an_upload_is_on_its_way_is_not_left(tmp_path):
-    """The recorder ends when the last one has arrived."""
-    model, optimizer, scheduler = build()
-    with trackopt.wrap(optimizer, scheduler, model=model, dir="run", sinks=("mlflow",), artifacts=True) as run:
-        run.step(loss=train_step(model, optimizer, scheduler))
-    (run.dir / "checkpoints/step-00000002.pt").write_bytes(bytes(50_000_000))
-    (run.dir / "checkpoints/step-00000003.pt").write_bytes(b"the last")
-    writer = journal.Journal(run.dir / journal.NAME)
-    with quietly(), Recorder(run.dir, tell=pytest.fail) as recorder:
-        writer.mark("checkpoint", 2, path="checkpoints/step-00000002.pt")
+    (directory / "checkpoints/step-00000010.pt").write_bytes(bytes(50_000_000))
+    (directory / "checkpoints/step-00000011.pt").write_bytes(b"the last")
+    writer = journal.Journal(directory / journal.NAME)
+    with quietly(), Recorder(directory, tell=pytest.fail) as recorder:
+        writer.mark("checkpoint", 10, path="checkpoints/step-00000010.pt")
         recorder.pump()
-        writer.mark("checkpoint", 3, path="checkpoints/step-00000003.pt")
+        writer.mark("checkpoint", 11, path="checkpoints/step-00000011.pt")  # while an upload is on its way
         assert recorder.drain() == []
     writer.close()
-    stored = Path(mlflow_run(run.dir)[1].info.artifact_uri) / "checkpoints"
-    assert sorted(one.name for one in stored.iterdir()) == [f"step-{step:08d}.pt" for step in (1, 2, 3)]
-    assert (stored / "step-00000003.pt").read_bytes() == b"the last"
+    assert (stored / "step-00000010.pt").stat().st_size == 50_000_000
+    assert (stored / "step-00000011.pt").read_bytes() == b"the last"
 
 
 def test_artifacts_need_the_mlflow_sink():

@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "directory": {"durable", "journal", "rehearsal"},
     "rehearsal": {"archive", "checkpoint", "difference", "journal", "state"},
     "observe": set(),
-    "checkpoint": {"archive", "durable", "integrity", "state"},
+    "checkpoint": {"archive", "durable", "integrity", "remote", "state"},
     "pending": set(),
     "ranks": {"checkpoint"},
     "display": {"observe"},
@@ -48,7 +48,18 @@ MAY_IMPORT = {
         *("rehearsal", "resuming", "saving", "signals", "telemetry"),
     },
     "wrapping": {
-        *("alike", "arguments", "checkpoint", "directory", "ranks", "recorder", "rehearsal", "resuming", "run"),
+        *(
+            "alike",
+            "arguments",
+            "checkpoint",
+            "directory",
+            "ranks",
+            "recorder",
+            "rehearsal",
+            "remote",
+            "resuming",
+            "run",
+        ),
     },
     "integrations": {
         *("arguments", "checkpoint", "directory", "journal", "observe", "recorder", "rehearsal", "telemetry"),

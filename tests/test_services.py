@@ -115,7 +115,7 @@ def test_ui_tells_why_a_server_does_not_start():
     identity["mlflow"]["tracking_uri"] = "nowhere://"
     write_identity(run.dir, {**identity, "sinks": ["mlflow"]})
     done = trackopt_command("ui", "runs")
-    assert (done.returncode, done.stdout) == (2, "")
+    assert (done.returncode, done.stdout) == (2, "1 run below runs, none still going\n")
     assert done.stderr.startswith("trackopt: the MLflow UI did not start: ")
     assert len(done.stderr.splitlines()) == 1
 

@@ -8,6 +8,7 @@ import trackopt
 from tests.conftest import build, quietly, tensorboard_points, tensorboard_reader, train_step
 from trackopt import journal
 from trackopt.journal import Journal, Line
+from trackopt.recorder.delivery import Delivery
 from trackopt.recorder.tensorboard import TensorBoardSink
 
 LAYOUT, START, END = "custom_scalars__config__", "_hparams_/session_start_info", "_hparams_/session_end_info"
@@ -94,6 +95,25 @@ def test_a_run_that_goes_on_has_its_new_results_alone(until, tmp_path):
     assert {len(points) for points in tensorboard_points(directory, derived=True).values()} == {1, until}
     assert hparams(directory, END).session_end_info.status == 1
     assert len(margins(directory)) == 2
+
+
+def test_results_that_did_not_reach_the_disk_are_written_once_more_and_once(tmp_path, monkeypatch):
+    """The disk fails at the very end: the results come again in a file of their own, and displace the others."""
+    run = train(tmp_path / "run")
+    before = tensorboard_points(run.dir, derived=True)
+    delivery = Delivery(run.dir / journal.NAME, lambda step: TensorBoardSink(run.dir, step), None, print)
+    while delivery.pump((run.dir / journal.NAME).stat().st_size):
+        pass
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", full)
+        with pytest.raises(OSError, match="full"):
+            delivery.finish()
+    delivery.finish()
+    assert tensorboard_points(run.dir, derived=True) == before
+
+
+def full(_):
+    raise OSError("the disk is full")
 
 
 def test_buffers_that_come_later_get_their_chart(tmp_path):

@@ -137,7 +137,7 @@ def find(directory: RunDirectory, store: Store, resume: str | os.PathLike[str]) 
         if found is None and resume == "must":
             raise CheckpointError(f"{directory.path}: no checkpoint to resume from; start with resume='auto'")
     else:
-        path = remote.fetch(resume) if remote.is_address(resume) else Path(resume)
+        path = remote.completed(resume) if remote.is_address(resume) else Path(resume)
         found = (path, load(path))
     if found is not None and directory.identity and found[1]["trackopt"]["run_id"] != directory.identity["id"]:
         raise RunError(f"{found[0]}: belongs to another run than {directory.path}; choose another dir")

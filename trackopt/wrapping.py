@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch.nn.parallel import DistributedDataParallel
 
+from trackopt import remote
 from trackopt.alike import require_alike
 from trackopt.arguments import SINKS, check_objects, check_options
 from trackopt.checkpoint import Store, Training
@@ -68,7 +69,7 @@ def wrap(
     run, the state of its newest checkpoint is put into them here, before the loop begins.
 
     Args:
-        optimizer: Any torch optimizer, or a dict of them by name.
+        optimizer: Any torch optimizer, or a dict of them by name; also as Accelerate prepared them.
         scheduler: Its LR scheduler, or a dict by name.
         model: The module, or a dict by name; without it checkpoints hold no weights.
         dir: The run's directory. Default: a fresh ``runs/<date-time>``, which can be resumed only by naming it.
@@ -191,10 +192,14 @@ def _found(
 ) -> tuple[Path, dict[str, Any]] | None:
     """The checkpoint that rank 0 found, read by each rank; ``None`` where the run begins anew."""
     found = _agreed(ranks, lambda: find(directory, store, resume) if ranks.leads else None)
-    path = ranks.told(None if found is None else str(found[0].absolute()))
+    path = ranks.told(None if found is None else str(_absolute(found[0])))
     if path is None:
         return None
     return _agreed(ranks, lambda: found or (Path(path), load_checked(Path(path))))
+
+
+def _absolute(path: Path) -> Path:
+    return path if remote.is_address(path) else path.absolute()
 
 
 def _agreed(ranks: Ranks, action: Callable[[], T]) -> T:

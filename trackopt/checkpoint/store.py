@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from trackopt import archive, integrity
+from trackopt import archive, integrity, remote
 from trackopt.checkpoint import shards
 from trackopt.checkpoint.capture import FORMAT
 from trackopt.checkpoint.retention import Marks, Retention
@@ -222,17 +222,22 @@ def _delete(path: Path) -> None:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Read a checkpoint of a run after checking every byte of it.
+    """Read a checkpoint of a run, which may be an artifact elsewhere, after checking every byte of it.
 
     Raises:
         CheckpointError: It is missing or damaged.
         MismatchError: It is sound, but no checkpoint of a run.
     """
+    path = _here(path)
     if problems := _problems(path):
         raise CheckpointError(f"{path}: cannot be used ({problems[0]})")
     with contextlib.suppress(CheckpointError):  # the bytes are sound, so a disk that failed may not fail again
         return load_checked(path)
     return load_checked(path)
+
+
+def _here(path: Path) -> Path:
+    return remote.fetch(path) if remote.is_address(path) else path
 
 
 def _problems(path: Path) -> list[str]:
@@ -257,6 +262,7 @@ def load_checked(path: Path) -> dict[str, Any]:
         CheckpointError: It is missing.
         MismatchError: It is no checkpoint of a run.
     """
+    path = _here(path)
     try:
         tree = shards.load(path) if path.is_dir() else torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, pickle.UnpicklingError) as error:

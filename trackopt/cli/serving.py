@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from threading import Event
 
 HOST = "127.0.0.1"
-_PATIENCE = 120.0  # seconds for a server to answer; MLflow's first start migrates its store
+_PATIENCE = 180.0  # seconds for a server to answer; MLflow's first start migrates its store
 _GLANCE = 0.2  # seconds between two looks at the servers
 _LAST = 5.0  # seconds that a server has to end
 

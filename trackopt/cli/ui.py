@@ -49,6 +49,8 @@ def command(directory: Path, as_json: bool) -> None:
     """
     runs = _find(directory)
     going = [str(run.path) for run in runs if is_held(run.path)]
+    if not as_json:  # the servers take a while
+        screen.show([_summary(directory, len(runs), going)])
     stop = Event()
     for ending in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # a shell starts background jobs with SIGINT ignored
         signal.signal(ending, lambda *_: stop.set())
@@ -73,7 +75,7 @@ def command(directory: Path, as_json: bool) -> None:
             sys.stdout.write(orjson.dumps({**addresses, "runs": len(runs), "going": going}).decode() + "\n")
             sys.stdout.flush()
         else:
-            screen.show(_lines(directory, len(runs), going, addresses))
+            screen.show(_lines(addresses))
         serving.watch(servers, stop)
 
 
@@ -111,12 +113,15 @@ def _store(runs: Sequence[_Run]) -> tuple[str, Path] | None:
     return uri, home if home.is_dir() else Path.cwd()
 
 
-def _lines(directory: Path, count: int, going: Sequence[str], addresses: dict[str, str | None]) -> Iterator[Text]:
-    from rich.text import Text
-
+def _summary(directory: Path, count: int, going: Sequence[str]) -> str:
     names = [Path(path).name for path in going[:_NAMED]] + ["…"] * (len(going) > _NAMED)
     state = f"{len(going)} still going: {', '.join(names)}" if going else "none still going"
-    yield Text(screen.clean(f"{count} run{'s' * (count > 1)} below {directory}, {state}"))
+    return screen.clean(f"{count} run{'s' * (count > 1)} below {directory}, {state}")
+
+
+def _lines(addresses: dict[str, str | None]) -> Iterator[Text]:
+    from rich.text import Text
+
     for name, key in (("TensorBoard", "tensorboard"), ("MLflow", "mlflow")):
         shown = Text(screen.clean(addresses[key] or "none of them is there"), style="cyan")
         yield Text(f"{name:13}", style="bold").append_text(shown)

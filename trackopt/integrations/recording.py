@@ -91,10 +91,10 @@ class Recording:
                 self._directory.begin_attempt(self._sinks)
                 self._identity = self._directory.identity
             self._journal = Journal(Path(os.devnull) if self._directory is None else self._directory.journal)
+            self._telemetry = Telemetry(training, self._journal, **options.measuring)
         except BaseException:
             self._release()
             raise
-        self._telemetry = Telemetry(training, self._journal, **options.measuring)
         self._recorder: RecorderProcess | None = None
         self._known: set[str] = set()  # what the step that a resumed run begins with has already
         self.in_iteration = False

@@ -66,7 +66,7 @@ class TrackoptCallback(TrainerCallback, ExportableState):
         training = Training(objects["model"], optimizer, scheduler, {} if scaler is None else {"scaler": scaler})
         self._recording = record(training, self._options, leads=state.is_world_process_zero)
         if self._recording is not None:
-            self._recording.begin(_saved(state), state.global_step)
+            self._recording.begin(self._saved(state), state.global_step)
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         """End the last iteration, which has been logged by now."""
@@ -100,9 +100,10 @@ class TrackoptCallback(TrainerCallback, ExportableState):
             self._recording.end_iteration()
             self._recording.begin_iteration()
 
-
-def _saved(state: TrainerState) -> dict[str, Any] | None:
-    """What the checkpoint that is resumed from holds of this callback; nothing where training begins."""
-    ours = (state.stateful_callbacks or {}).get(TrackoptCallback.__name__, {})
-    saved: dict[str, Any] | None = ours.get("attributes", {}).get("saved")
-    return saved if state.global_step else None
+    def _saved(self, state: TrainerState) -> dict[str, Any] | None:
+        """What the checkpoint that is resumed from holds of this callback; nothing where training begins."""
+        if not state.global_step or state.stateful_callbacks is None:
+            return None
+        ours = state.stateful_callbacks.get(type(self).__name__, {})  # as the Trainer files it
+        saved: dict[str, Any] | None = ours.get("attributes", {}).get("saved")
+        return saved

@@ -79,8 +79,10 @@ class Delivery:
             return
         sink = self._sink or self._open()
         status = "KILLED" if self._status == "RUNNING" else self._status
-        sink.finish(status)
-        self.close()
+        try:
+            sink.finish(status)
+        finally:
+            self.close()
         self.cursor = {**self.cursor, "status": status, "finished": True}
 
     def close(self) -> None:

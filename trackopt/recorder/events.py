@@ -49,7 +49,8 @@ def of_plugin(when: float, plugin: str, tag: str, *, content: bytes = b"", text:
     Readers keep the first ``content`` of a tag for good, and the latest ``text``.
     """
     tensor = _NO_TENSOR if text is None else _TEXT + field(0x42, text)
-    metadata = field(0x0A, field(0x0A, plugin.encode()) + field(0x12, content)) + _IS_TENSOR
+    data = field(0x0A, plugin.encode()) + (field(0x12, content) if content else b"")
+    metadata = field(0x0A, data) + _IS_TENSOR
     value = field(0x0A, tag.encode()) + field(0x42, tensor) + field(0x4A, metadata)
     return _record(_event(when, 0, field(0x2A, field(0x0A, value))))
 

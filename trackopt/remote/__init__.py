@@ -51,12 +51,24 @@ def open(address: Path) -> int:  # noqa: A001 - it returns what `os.open` does
     return Artifact(address).open()
 
 
+def completed(address: str | os.PathLike[str]) -> Path:
+    """The address with the path of the checkpoint that is meant, where it says none.
+
+    Raises:
+        ArchiveError: There is no such checkpoint, or the server does not tell.
+    """
+    from trackopt.remote.artifacts import Artifact
+
+    return Artifact(address).address
+
+
 def fetch(address: str | os.PathLike[str]) -> Path:
-    """A whole copy of what is meant, which stays as long as this process; a path here is returned as it is.
+    """A path here at which all of it is: in the store, or a copy that stays as long as this process.
 
     Raises:
         ArchiveError: There is no such file, or the server does not give it.
     """
-    from trackopt.remote.artifacts import Artifact
+    from trackopt.recorder.target import tracking_uri
+    from trackopt.remote.artifacts import fetched
 
-    return Artifact(address).fetch()
+    return fetched(str(address), tracking_uri())

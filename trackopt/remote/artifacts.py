@@ -53,23 +53,27 @@ class Artifact:
     Args:
         address: ``runs:/<run id>/<path>``, ``runs:/<run id>`` or ``runs:/<run id>@<step>``.
 
+    Attributes:
+        address: The first of these.
+
     Raises:
         ArchiveError: Here and everywhere below: there is no such thing, or the server does not give it.
     """
 
     def __init__(self, address: str | os.PathLike[str]) -> None:
-        self._address = str(address)
-        run, _, path = self._address.removeprefix(SCHEME).strip("/").partition("/")
+        self._given = str(address)
+        run, _, path = self._given.removeprefix(SCHEME).strip("/").partition("/")
         match = _RUN.fullmatch(run)
         if match is None or ".." in path.split("/"):
             raise ArchiveError(
-                f"{self._address}: is no address; write it as {SCHEME}<run id>/checkpoints/step-00000100.pt"
+                f"{self._given}: is no address; write it as {SCHEME}<run id>/checkpoints/step-00000100.pt"
             )
         self._run, step = match[1], match[2]
         self._uri = tracking_uri()
         with self._told():
             self._store = _store(self._uri, self._run)
             self._path = path if path not in {"", FOLDER} else self._checkpoint(step)
+        self.address = Path(f"{SCHEME}{self._run}/{self._path}")
 
     def locate(self) -> Path:
         """Where it is here; else its full address if it is a file on a server, or a copy of it."""
@@ -77,7 +81,7 @@ class Artifact:
             if isinstance(self._store, LocalArtifactRepository):
                 return Path(self._store.get_local_path(self._path))
             if isinstance(self._store, HttpArtifactRepository) and not self._store.list_artifacts(self._path):
-                return Path(f"{SCHEME}{self._run}/{self._path}")
+                return self.address
             return self._copy()
 
     def open(self) -> int:
@@ -93,7 +97,7 @@ class Artifact:
     def fetch(self) -> Path:
         """A path here, at which all of it is."""
         located = self.locate()
-        if not str(located).startswith(SCHEME):
+        if located != self.address:
             return located
         with self._told():
             place = _folder() / self._run / self._path
@@ -108,7 +112,7 @@ class Artifact:
         wanted = int(step) if step else max(found, default=None)
         if wanted not in found:
             there = f"there are {', '.join(map(str, sorted(found)[-8:]))}" if found else "there is none"
-            raise ArchiveError(f"{self._address}: no such checkpoint is among the run's artifacts; {there}")
+            raise ArchiveError(f"{self._given}: no such checkpoint is among the run's artifacts; {there}")
         return str(found[wanted])
 
     def _copy(self) -> Path:
@@ -135,7 +139,7 @@ class Artifact:
             data = b"" if answer.status_code != _PARTIAL else bytes(answer.content)
             answer.close()
             if len(data) != stop - start:
-                raise ArchiveError(f"{self._address}: was replaced while it was read; try again")
+                raise ArchiveError(f"{self._given}: was replaced while it was read; try again")
             return data
 
     def _received(self, answer: Any, file: int) -> int:
@@ -170,7 +174,7 @@ class Artifact:
         except OSError as error:
             reason = error.strerror or error
             raise ArchiveError(
-                f"{self._address}: no copy can be made ({reason}); set TMPDIR to where there is room"
+                f"{self._given}: no copy can be made ({reason}); set TMPDIR to where there is room"
             ) from error
         except Exception as error:  # each store has exceptions of its own
             raise self._refused(error) from error
@@ -179,18 +183,24 @@ class Artifact:
                 os.environ.pop(name, None)
 
     def _missing(self) -> ArchiveError:
-        return ArchiveError(f"{self._address}: {self._server} has no such run or file; check the address")
+        return ArchiveError(f"{self._given}: {self._server} has no such run or file; check the address")
 
     def _silent(self) -> ArchiveError:
-        return ArchiveError(f"{self._address}: {self._server} does not answer; is MLFLOW_TRACKING_URI right?")
+        return ArchiveError(f"{self._given}: {self._server} does not answer; is MLFLOW_TRACKING_URI right?")
 
     def _refused(self, reason: object) -> ArchiveError:
         text = " ".join(str(reason).split())
-        return ArchiveError(f"{self._address}: {self._server} refuses it ({text:.200}); ask who runs that server")
+        return ArchiveError(f"{self._given}: {self._server} refuses it ({text:.200}); ask who runs that server")
 
     @property
     def _server(self) -> str:
         return re.sub(r"//[^/@]*@", "//", self._uri)  # without a password
+
+
+@cache
+def fetched(address: str, uri: str) -> Path:  # noqa: ARG001 - the same address on another server is another thing
+    """As `Artifact.fetch`, once for each."""
+    return Artifact(address).fetch()
 
 
 @cache
