@@ -4,6 +4,7 @@ A stage is ``{"world": 2, "kind": "fsdp", "directory": …}``: so many processes
 of it. Torch is imported once for all of them. The exit codes are printed, a list for each stage.
 """
 
+import faulthandler
 import json
 import os
 import random
@@ -29,7 +30,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import trackopt
 
-PATIENCE = timedelta(seconds=30)
+PATIENCE = timedelta(seconds=20)
 OPTIONS = {"sinks": (), "save_every": 3, "keep": 9, "progress": False}
 
 
@@ -121,6 +122,7 @@ def stage(world, copy=None, **options):
     for rank in range(world):
         if not (process := os.fork()):
             os.environ.update(address, RANK=str(rank))
+            faulthandler.dump_traceback_later(80, exit=True)  # seconds
             os._exit(code_of(lambda: train(**options)))
         processes.append(process)
     return [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes]
@@ -143,5 +145,4 @@ def code_of(action):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    signal.alarm(100)
     print(json.dumps([stage(**each) for each in json.loads(Path(sys.argv[1]).read_text())]))

@@ -35,7 +35,7 @@ def stages(folder, *each):
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        timeout=280,
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout), [line for line in done.stderr.splitlines() if line.startswith("trackopt: ")]
