@@ -3,10 +3,12 @@
 import contextlib
 
 import pytest
+import torch
 
 import trackopt
-from tests.conftest import build, quietly, tensorboard_points, tensorboard_reader, train_step
+from tests.conftest import build, drain, quietly, tensorboard_points, tensorboard_reader, train_step
 from trackopt import journal
+from trackopt.directory import read_identity, write_identity
 from trackopt.journal import Journal, Line
 from trackopt.recorder.delivery import Delivery
 from trackopt.recorder.tensorboard import TensorBoardSink
@@ -81,6 +83,23 @@ def test_hyperparameters_and_results_stand_in_the_table(tmp_path):
     results = tensorboard_points(run.dir, derived=True)
     assert results["Result/best loss"] == [(7, pytest.approx(min(losses)))]
     assert results["Result/final loss"] == [(7, pytest.approx(losses[-1]))]
+
+
+def test_what_is_no_number_stands_in_the_table_as_text(tmp_path):
+    """A scheduler's infinity; and the null that an earlier version wrote for it."""
+    model, optimizer, _ = build()
+    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+    with trackopt.wrap(optimizer, plateau, model=model, dir=tmp_path / "new", sinks=["tensorboard"]) as run:
+        run.step(loss=train_step(model, optimizer))
+    with trackopt.wrap(optimizer, plateau, model=model, dir=tmp_path / "old", sinks=()):
+        pass
+    told = tmp_path / "old" / journal.NAME
+    told.write_text(told.read_text().replace('"inf"', "null"))
+    identity = read_identity(tmp_path / "old")
+    write_identity(tmp_path / "old", {**identity, "sinks": ["tensorboard"]})
+    assert drain(tmp_path / "old") == []
+    for folder, said in ((run.dir, "inf"), (tmp_path / "old", "None")):
+        assert hparams(folder, START).session_start_info.hparams["scheduler.mode_worse"].string_value == said
 
 
 @pytest.mark.parametrize("until", [6, 8])

@@ -136,8 +136,8 @@ class Recording:
         elif self._identity["attempt"] > 1:
             self._journal.mark("resume", 0, offset=0, **details)
         else:
-            described = hyperparameters(self._training.optimizers, self._training.schedulers)
-            self._journal.mark("start", 0, params={**described, **(params or {})}, **details)
+            described = hyperparameters(self._training.optimizers, self._training.schedulers, params)
+            self._journal.mark("start", 0, params=described, **details)
         self.in_iteration = False
         if self._sinks and self._recorder is None:
             self._recorder = RecorderProcess(self._journal.path.parent)

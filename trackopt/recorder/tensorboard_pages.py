@@ -108,4 +108,4 @@ def _category(title: str, charts: Iterable[bytes]) -> bytes:
 
 
 def _value(value: Any) -> bytes:
-    return field(0x1A, value.encode()) if isinstance(value, str) else b"\x11" + struct.pack("<d", value)
+    return b"\x11" + struct.pack("<d", value) if isinstance(value, (int, float)) else field(0x1A, str(value).encode())
