@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 _NOT_HYPERPARAMETERS = {"params", "param_names", "lr", "initial_lr"}
-_PROGRESS = {"last_epoch", "best", "num_bad_epochs", "cooldown_counter", "total_steps_done", "T_cur"}
+_PROGRESS = {"last_epoch", "best", "num_bad_epochs", "cooldown_counter", "total_steps_done", "T_cur", "mode_worse"}
 
 
 #: Anything else (a tensor) may change without becoming another object, so it is read at every step.
@@ -90,13 +91,18 @@ def params(optimizers: Mapping[str, Optimizer], schedulers: Mapping[str, Any]) -
         prefix = "" if len(optimizers) == 1 else f"{name}."
         for index, group in enumerate(optimizer.param_groups):
             values = {"lr": float(group["lr"]), **numeric(group)}
-            found |= {f"{label(index, group, prefix)}.{key}": value for key, value in values.items()}
+            found |= {f"{label(index, group, prefix)}.{key}": _shown(value) for key, value in values.items()}
     for name, scheduler in schedulers.items():
         found[name] = type(scheduler).__name__
         for key, value in scheduler.state_dict().items():
             if not key.startswith("_") and key not in _PROGRESS and isinstance(value, (int, float, str)):
-                found[f"{name}.{key}"] = value
+                found[f"{name}.{key}"] = _shown(value)
     return found
+
+
+def _shown(value: str | float) -> str | float:
+    """JSON, which tables of runs are kept in, has no word for what is not finite."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _parts(key: str, value: Any) -> Iterator[tuple[str, Any]]:
