@@ -7,6 +7,7 @@ import http.server
 import io
 import itertools
 import os
+import pwd
 import random
 import re
 import shutil
@@ -60,6 +61,8 @@ def postgres():
     initdb, server = (shutil.which(name, path=":".join(programs)) for name in ("initdb", "postgres"))
     if initdb is None or server is None:
         pytest.skip("PostgreSQL is not installed")
+    if os.geteuid() == 0 and "postgres" not in {user.pw_name for user in pwd.getpwall()}:
+        pytest.skip("PostgreSQL does not run as root, and has no user of its own here")
     folder = tempfile.mkdtemp(prefix="pg-")  # under the directory of the tests only root may look
     who = []
     if os.geteuid() == 0:

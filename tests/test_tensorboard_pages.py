@@ -1,15 +1,16 @@
 """What TensorBoard is told beside the series, read by its own classes."""
 
 import contextlib
+import math
 
 import pytest
 import torch
 
 import trackopt
-from tests.conftest import build, drain, quietly, tensorboard_points, tensorboard_reader, train_step
+from tests.conftest import build, quietly, tensorboard_points, tensorboard_reader, train_step
 from trackopt import journal
-from trackopt.directory import read_identity, write_identity
 from trackopt.journal import Journal, Line
+from trackopt.recorder import tensorboard_pages
 from trackopt.recorder.delivery import Delivery
 from trackopt.recorder.tensorboard import TensorBoardSink
 
@@ -85,23 +86,6 @@ def test_hyperparameters_and_results_stand_in_the_table(tmp_path):
     assert results["Result/final loss"] == [(7, pytest.approx(losses[-1]))]
 
 
-def test_what_is_no_number_stands_in_the_table_as_text(tmp_path):
-    """A scheduler's infinity; and the null that an earlier version wrote for it."""
-    model, optimizer, _ = build()
-    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
-    with trackopt.wrap(optimizer, plateau, model=model, dir=tmp_path / "new", sinks=["tensorboard"]) as run:
-        run.step(loss=train_step(model, optimizer))
-    with trackopt.wrap(optimizer, plateau, model=model, dir=tmp_path / "old", sinks=()):
-        pass
-    told = tmp_path / "old" / journal.NAME
-    told.write_text(told.read_text().replace('"inf"', "null"))
-    identity = read_identity(tmp_path / "old")
-    write_identity(tmp_path / "old", {**identity, "sinks": ["tensorboard"]})
-    assert drain(tmp_path / "old") == []
-    for folder, said in ((run.dir, "inf"), (tmp_path / "old", "None")):
-        assert hparams(folder, START).session_start_info.hparams["scheduler.mode_worse"].string_value == said
-
-
 @pytest.mark.parametrize("until", [6, 8])
 def test_a_run_that_goes_on_has_its_new_results_alone(until, tmp_path):
     """Failed, then resumed from its last step or an earlier one: nothing is there twice, and it has come to its end."""
@@ -155,3 +139,26 @@ def test_thousands_of_buffers_do_not_get_thousands_of_charts(tmp_path):
         sink.write([Line(1, 1.0, metrics)])
     assert len(margins(tmp_path)) == 60
     assert len(tensorboard_points(tmp_path, derived=True)) == 120
+
+
+def test_hyperparameters_that_have_no_number_in_json(tmp_path):
+    """A scheduler's infinite threshold is a word in the table, what was given nothing is left out, the rest arrives."""
+    model, optimizer, _ = build()
+    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, threshold=math.inf)
+    with trackopt.wrap(optimizer, scheduler, model=model, dir="run", sinks=["tensorboard"]) as run:
+        run.step(loss=train_step(model, optimizer))
+    told = hparams(run.dir, START).session_start_info.hparams
+    assert told["scheduler.threshold"].string_value == "inf"
+    assert "scheduler.mode_worse" not in told
+    assert tensorboard_points(run.dir)["lr/group0"]
+    journal_of_before = {"scheduler.mode_worse": None, "betas": [0.9, 0.99], "lr": 0.1}
+    assert b"lr" in tensorboard_pages.session_start(1.0, "run", journal_of_before)
+
+
+def test_a_run_that_goes_on_from_another_has_a_row_of_its_own(tmp_path):
+    """Its first attempt begins with a resume, and says with what."""
+    first = train(tmp_path / "first")
+    checkpoint = first.dir / "checkpoints" / "step-00000006.pt"
+    second = train(tmp_path / "second", until=8, resume=checkpoint)
+    assert second.resumed_from == 6
+    assert hparams(second.dir, START).session_start_info.hparams["optimizer"].string_value == "AdamW"

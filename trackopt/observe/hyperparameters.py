@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 _NOT_HYPERPARAMETERS = {"params", "param_names", "lr", "initial_lr"}
-_PROGRESS = {"last_epoch", "best", "num_bad_epochs", "cooldown_counter", "total_steps_done", "T_cur"}
+_PROGRESS = {"last_epoch", "best", "num_bad_epochs", "cooldown_counter", "total_steps_done", "T_cur", "mode_worse"}
 _BITS = 64  # what the journal takes
 
 #: Anything else (a tensor) may change without becoming another object, so it is read at every step.
