@@ -1,10 +1,13 @@
 """`trackopt ui` and `trackopt sync` as a user starts them."""
 
 import contextlib
+import http.server
 import os
 import signal
+import socketserver
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from pathlib import Path
@@ -14,6 +17,7 @@ import pytest
 
 import trackopt
 from tests.conftest import build, train_step
+from trackopt.cli import serving
 from trackopt.directory import read_identity, write_identity
 
 
@@ -118,6 +122,37 @@ def test_ui_tells_why_a_server_does_not_start():
     assert (done.returncode, done.stdout) == (2, "1 run below runs, none still going\n")
     assert done.stderr.startswith("trackopt: the MLflow UI did not start: ")
     assert len(done.stderr.splitlines()) == 1
+
+
+class Locked(http.server.BaseHTTPRequestHandler):
+    """Asks for a password."""
+
+    def do_GET(self):
+        self.send_error(401)
+
+    def log_message(self, *_):
+        pass
+
+
+class Stranger(socketserver.BaseRequestHandler):
+    """Speaks another language than HTTP."""
+
+    def handle(self):
+        self.request.recv(4096)
+        self.request.sendall(b"220 ready\r\n")
+
+
+@pytest.mark.parametrize(("handler", "there"), [(Locked, True), (Stranger, False)])
+def test_a_server_answers_where_it_speaks_http(handler, there):
+    """Also one whose address holds a password; whatever else is there, the command goes on."""
+    with socketserver.TCPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        assert serving.answers(f"http://someone:se@cret@127.0.0.1:{server.server_address[1]}") == there
+        server.shutdown()
+        thread.join()
+    assert not serving.answers("http://someone:secret@nowhere.invalid")
+    assert not serving.answers("http://[")
 
 
 def test_sync_has_nothing_to_do_behind_a_finished_run(run):
