@@ -36,10 +36,11 @@ def trackopt_command(*words):
 
 
 @contextlib.contextmanager
-def served(*words):
+def served(*words, under=()):
     """`trackopt ui`, once it has printed its addresses; it must not outlive the test."""
-    command = [sys.executable, "-m", "trackopt", "ui", *words]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = [*under, sys.executable, "-m", "trackopt", "ui", *words]
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, text=True)
     try:
         yield process
     finally:
@@ -90,19 +91,20 @@ def test_ui_starts_both_and_stops_both(run):
 
 
 def test_ui_finds_runs_at_any_depth_and_tells_when_a_server_dies():
-    """A run that is in no MLflow needs no MLflow; the command ends with its servers."""
+    """A run that is in no MLflow needs no MLflow; the command ends with its servers, under nohup not with a SIGHUP."""
     model, optimizer, _ = build()
     with trackopt.wrap(optimizer, model=model, dir="runs/a/deep/one", sinks=["tensorboard"]) as run:
         run.step(loss=train_step(model, optimizer))
         trackopt.wrap(build()[1], dir="runs/b", sinks=["tensorboard"]).close()
         (Path("runs/broken")).mkdir()
         Path("runs/broken/run.json").write_text("{}")
-        with served("runs") as process:
+        with served("runs", under=["nohup"]) as process:
             head, tensorboard, mlflow, _ = (process.stdout.readline() for _ in range(4))
             assert head == "2 runs below runs, 1 still going: one\n"
             assert tensorboard.startswith("TensorBoard  http://127.0.0.1:")
             assert mlflow == "MLflow       none of them is there\n"
             (leader,) = sessions_of(process)
+            process.send_signal(signal.SIGHUP)
             os.kill(leader, signal.SIGKILL)
             assert process.wait(timeout=60) == 2
             wait_until_empty({leader})
