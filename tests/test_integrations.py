@@ -34,9 +34,9 @@ def events(folder):
 
 @pytest.mark.parametrize("framework", ["accelerate", "ignite", "lightning", "transformers"])
 def test_a_missing_framework_is_told_with_what_to_install(framework, monkeypatch):
-    for name in (framework, f"trackopt.integrations.{framework}"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    monkeypatch.setitem(sys.modules, framework, None)
+    monkeypatch.delitem(sys.modules, f"trackopt.integrations.{framework}", raising=False)
+    for name in {framework, *(each for each in sys.modules if each.startswith(f"{framework}."))}:
+        monkeypatch.setitem(sys.modules, name, None)  # another test may have loaded it
     with pytest.raises(ImportError, match=rf"needs \S+ [0-9.]+ or later .*pip install 'trackopt\[{framework}\]'"):
         importlib.import_module(f"trackopt.integrations.{framework}")
 
