@@ -86,6 +86,23 @@ def test_going_back_at_any_time_leaves_one_point_for_each_step(tmp_path, trainin
     assert events(tmp_path)[1] == ("resume", 3)
 
 
+def test_going_back_to_the_first_step_leaves_one_point_for_each_step(tmp_path, training):
+    """A state of step 0 is loaded for each fold, and once more by another process."""
+    recording, objects = opened(tmp_path, training)
+    recording.begin()
+    state = recording.state_dict()
+    for _ in range(2):
+        recording.begin(state)
+        steps(recording, objects, 3)
+    recording.close()
+    recording, objects = opened(tmp_path, training)
+    recording.begin(state)
+    steps(recording, objects, 2)
+    recording.close()
+    assert [step for step, _ in journal.series(tmp_path)["loss"]] == [1, 2]
+    assert [event for event, _ in events(tmp_path)] == ["start", "resume", "resume", "close", "resume", "close"]
+
+
 def test_a_checkpoint_from_before_trackopt_is_gone_on_from(tmp_path, training):
     """The framework knows the step, and nothing else is known."""
     recording, objects = opened(tmp_path, training)
