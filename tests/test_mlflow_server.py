@@ -340,7 +340,7 @@ def forbidding():
     with http.server.HTTPServer(("127.0.0.1", 0), Refusal) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
-        yield f"http://someone:secret@127.0.0.1:{server.server_port}"
+        yield f"http://someone:se@cret@127.0.0.1:{server.server_port}"
         server.shutdown()
         thread.join()
 
@@ -360,7 +360,7 @@ def test_a_server_that_refuses_is_told_in_one_line(team, forbidding, monkeypatch
         with quietly(), pytest.raises(trackopt.ArchiveError, match=said) as refused:
             trackopt.restore(address, model=torch.nn.Linear(1, 1))
         assert str(refused.value).startswith(f"{address}: ")
-        assert "secret" not in str(refused.value)
+        assert "cret" not in str(refused.value)
     done = command("inspect", address)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == f"trackopt: {refused.value}\n"

@@ -24,7 +24,7 @@ from mlflow.utils.credentials import get_default_host_creds
 from mlflow.utils.rest_utils import http_request
 
 from trackopt.errors import ArchiveError
-from trackopt.recorder.target import tracking_uri
+from trackopt.recorder.target import tracking_uri, without_password
 from trackopt.remote import SCHEME
 from trackopt.remote.copy import Copy, temporary
 
@@ -189,12 +189,12 @@ class Artifact:
         return ArchiveError(f"{self._given}: {self._server} does not answer; is MLFLOW_TRACKING_URI right?")
 
     def _refused(self, reason: object) -> ArchiveError:
-        text = " ".join(str(reason).split())
+        text = without_password(" ".join(str(reason).split()))
         return ArchiveError(f"{self._given}: {self._server} refuses it ({text:.200}); ask who runs that server")
 
     @property
     def _server(self) -> str:
-        return re.sub(r"//[^/@]*@", "//", self._uri)  # without a password
+        return without_password(self._uri)
 
 
 @cache
