@@ -28,7 +28,7 @@ import trackopt
 from tests.conftest import build, drain, mlflow_run, quietly, train_step
 from tests.test_recorder import mlflow_server
 from tests.test_recorder_faults import assert_everything_once, free_port, wait_for
-from trackopt import archive, journal
+from trackopt import archive, journal, remote
 from trackopt.checkpoint.part import load_part
 from trackopt.recorder.recorder import Recorder
 from trackopt.remote import copy
@@ -325,11 +325,43 @@ def test_a_directory_is_fetched_as_a_whole(team, tmp_path):
             assert opened.read(tensor).tolist() == weight.tolist()
 
 
+def test_the_newest_is_one_that_is_complete(team, tmp_path):
+    """A directory whose upload goes on, or broke off, is passed by; of two of the same step the file is taken."""
+    from mlflow import MlflowClient
+
+    with quietly():
+        client = MlflowClient(team.address)
+        run_id = client.create_run("0").info.run_id
+
+        def newest_behind(name):
+            file = tmp_path / Path(name).name
+            file.write_bytes(b"x")
+            client.log_artifact(run_id, str(file), str(Path("checkpoints", name).parent))
+            return remote.completed(f"runs:/{run_id}").name
+
+        assert newest_behind("step-00000001.pt") == "step-00000001.pt"
+        for name in ("__0_0.distcp", "training.pt", ".metadata"):
+            assert newest_behind(f"step-00000002/{name}") == "step-00000001.pt"
+        with pytest.raises(trackopt.ArchiveError, match=r"no such checkpoint is among .*; there are 1$"):
+            trackopt.open(f"runs:/{run_id}@2")
+        assert newest_behind("step-00000002/manifest.json") == "step-00000002"
+        assert newest_behind("step-00000002.pt") == "step-00000002.pt"
+
+
 class Refusal(http.server.BaseHTTPRequestHandler):
-    """Answers whatever it is asked with 403."""
+    """Knows runs whose numbers are three digits; answers what is asked for their artifacts with that, else 403."""
 
     def do_GET(self):
-        self.send_error(403)
+        run = re.search(r"(?:run_id|path)=(\d{3})\b", self.path)
+        if not (run and "runs/get" in self.path):
+            self.send_error(int(run[1]) if run else 403)
+            return
+        info = {"run_id": run[1], "experiment_id": "0", "artifact_uri": f"mlflow-artifacts:/{run[1]}"}
+        body = orjson.dumps({"run": {"info": info}})
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
 
     def log_message(self, *_):
         pass
@@ -351,7 +383,11 @@ def test_a_server_that_refuses_is_told_in_one_line(team, forbidding, monkeypatch
     cases = [
         (team.address, f"runs:/{run}/checkpoints/step-00000001.pt", "has no such run or file"),
         (team.address, f"runs:/{run}/../x", "is no address"),
+        (team.address, f"runs:/{run}@7/x", "is no address"),
         (forbidding, f"runs:/{run}", "refuses it"),
+        (forbidding, "runs:/401", r"refuses it \(401 Unauthorized\)"),
+        (forbidding, "runs:/404", "has no such run or file"),
+        (forbidding, "runs:/501", r"refuses it \(501 Not Implemented\)"),
         (f"http://127.0.0.1:{free_port()}", f"runs:/{run}@7", "does not answer"),
         ("", f"runs:/{run}", "there is no MLflow store here"),
     ]
