@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import errno
 import hashlib
 import http.server
 import io
@@ -9,6 +10,7 @@ import itertools
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -482,11 +484,38 @@ def test_a_copy_is_filled_where_it_is_read():
         fetched.append((start, stop))
         return data[start:stop]
 
-    file = copy.Copy(len(data), fetch)
+    file = copy.Copy(len(data), fetch, contextlib.nullcontext)
     for _ in range(200):
         start, length = drawn.randrange(len(data) + 10), drawn.choice([1, 100, 20_000, 300_000])
         assert copy.pread(file, length, start) == data[start : start + length]
     fetched.sort()
     assert all(one[1] <= two[0] for one, two in itertools.pairwise(fetched))
     assert all(stop - start <= 8 << 20 for start, stop in fetched)
+    os.close(file)
+
+
+def test_a_copy_has_no_holes_where_the_disk_is_full():
+    """A write that comes short is gone on with, and one that fails is told, as often as it is tried."""
+    data = random.Random(0).randbytes(1_000_000)
+    told = []
+
+    @contextlib.contextmanager
+    def telling():
+        try:
+            yield
+        except OSError as error:
+            told.append(error.strerror)
+            raise trackopt.ArchiveError("no room") from error
+
+    file = copy.Copy(len(data), lambda start, stop: data[start:stop], telling)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (600_000, limits[1]))
+    try:
+        for _ in range(2):
+            with pytest.raises(trackopt.ArchiveError, match="no room"):
+                copy.pread(file, 900_000, 0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert told == [os.strerror(errno.EFBIG)] * 2
+    assert copy.pread(file, len(data), 0) == data
     os.close(file)

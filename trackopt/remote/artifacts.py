@@ -94,7 +94,7 @@ class Artifact:
             size = int(answer.headers["Content-Range"].rpartition("/")[2])
             tag = answer.headers.get("ETag", "W/")
             version = {} if tag.startswith("W/") else {"If-Range": tag}  # a weak one never matches
-            return Copy(size, lambda start, stop: self._range(start, stop, version))
+            return Copy(size, lambda start, stop: self._range(start, stop, version), self._told)
 
     def fetch(self) -> Path:
         """A path here, at which all of it is."""
@@ -143,17 +143,16 @@ class Artifact:
         return answer
 
     def _range(self, start: int, stop: int, version: dict[str, str]) -> bytes:
-        with self._told():
-            data = bytearray()
-            with self._get(Range=f"bytes={start}-{stop - 1}", **version) as answer:
-                if answer.headers.get("Content-Range", "").startswith(f"bytes {start}-{stop - 1}/"):
-                    for chunk in answer.iter_content(_CHUNK):
-                        data += chunk
-                        if len(data) > stop - start:  # and there may be no end of it
-                            break
-            if len(data) != stop - start:
-                raise ArchiveError(f"{self._given}: was replaced while it was read; try again")
-            return bytes(data)
+        data = bytearray()
+        with self._get(Range=f"bytes={start}-{stop - 1}", **version) as answer:
+            if answer.headers.get("Content-Range", "").startswith(f"bytes {start}-{stop - 1}/"):
+                for chunk in answer.iter_content(_CHUNK):
+                    data += chunk
+                    if len(data) > stop - start:  # and there may be no end of it
+                        break
+        if len(data) != stop - start:
+            raise ArchiveError(f"{self._given}: was replaced while it was read; try again")
+        return bytes(data)
 
     def _received(self, answer: Any, file: int) -> int:
         """The descriptor of a file with the whole body in it."""
