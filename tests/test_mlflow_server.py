@@ -453,6 +453,7 @@ def test_artifacts_need_the_mlflow_sink():
 def test_a_part_is_what_torch_finds_there(tmp_path):
     """With the types that a `state_dict` had; what was not asked for has no bytes, and is left out."""
     model, optimizer, _ = build()
+    model.register_buffer("counts", torch.arange(5).to(torch.uint16))  # torch has no storage of that type
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [2, 3])
     noise = np.random.default_rng(0)
     with trackopt.wrap(optimizer, scheduler, model=model, dir="run", sinks=(), noise=noise) as run:
