@@ -91,12 +91,13 @@ def test_parameters_on_two_devices_are_measured_together():
 
 
 @pytest.mark.parametrize("options", [{}, {"fused": True}, {"capturable": True, "lr": torch.tensor(1e-3)}])
-def test_no_step_waits_for_the_gpu(options):
+def test_no_step_waits_for_the_gpu(options, request):
     """Everything that is measured of a step and logged in it comes later, and is what a float64 reference says."""
     model = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 10)).cuda()
     if "lr" in options:
         options = {**options, "lr": options["lr"].cuda()}
     optimizer = torch.optim.AdamW(model.parameters(), **options)
+    request.addfinalizer(lambda: torch.cuda.set_sync_debug_mode("default"))
     x, y = torch.randn(32, 64, device="cuda"), torch.randint(10, (32,), device="cuda")
     with trackopt.wrap(optimizer, model=model, dir="run", sinks=()) as run:
         for step in range(30):

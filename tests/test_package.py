@@ -48,18 +48,8 @@ MAY_IMPORT = {
         *("rehearsal", "resuming", "saving", "signals", "telemetry"),
     },
     "wrapping": {
-        *(
-            "alike",
-            "arguments",
-            "checkpoint",
-            "directory",
-            "ranks",
-            "recorder",
-            "rehearsal",
-            "remote",
-            "resuming",
-            "run",
-        ),
+        *("alike", "arguments", "checkpoint", "directory", "ranks", "recorder", "rehearsal"),
+        *("remote", "resuming", "run"),
     },
     "integrations": {
         *("arguments", "checkpoint", "directory", "journal", "observe", "recorder", "rehearsal", "telemetry"),
@@ -75,18 +65,7 @@ MAY_IMPORT = {
     "__main__": {"cli"},
 }
 TORCH = {
-    *(
-        "alike",
-        "arguments",
-        "checkpoint",
-        "integrations",
-        "loop",
-        "observe",
-        "pending",
-        "ranks",
-        "restoring",
-        "resuming",
-    ),
+    *("alike", "arguments", "checkpoint", "integrations", "loop", "observe", "pending", "ranks", "restoring"),
     *("resuming", "schedule", "wrapping"),
 }
 BACKENDS = {

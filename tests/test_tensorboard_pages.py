@@ -1,13 +1,16 @@
 """What TensorBoard is told beside the series, read by its own classes."""
 
 import contextlib
+import math
 
 import pytest
+import torch
 
 import trackopt
 from tests.conftest import build, quietly, tensorboard_points, tensorboard_reader, train_step
 from trackopt import journal
 from trackopt.journal import Journal, Line
+from trackopt.recorder import tensorboard_pages
 from trackopt.recorder.delivery import Delivery
 from trackopt.recorder.tensorboard import TensorBoardSink
 
@@ -136,3 +139,26 @@ def test_thousands_of_buffers_do_not_get_thousands_of_charts(tmp_path):
         sink.write([Line(1, 1.0, metrics)])
     assert len(margins(tmp_path)) == 60
     assert len(tensorboard_points(tmp_path, derived=True)) == 120
+
+
+def test_hyperparameters_that_have_no_number_in_json(tmp_path):
+    """A scheduler's infinite threshold is a word in the table, what was given nothing is left out, the rest arrives."""
+    model, optimizer, _ = build()
+    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, threshold=math.inf)
+    with trackopt.wrap(optimizer, scheduler, model=model, dir="run", sinks=["tensorboard"]) as run:
+        run.step(loss=train_step(model, optimizer))
+    told = hparams(run.dir, START).session_start_info.hparams
+    assert told["scheduler.threshold"].string_value == "inf"
+    assert "scheduler.mode_worse" not in told
+    assert tensorboard_points(run.dir)["lr/group0"]
+    journal_of_before = {"scheduler.mode_worse": None, "betas": [0.9, 0.99], "lr": 0.1}
+    assert b"lr" in tensorboard_pages.session_start(1.0, "run", journal_of_before)
+
+
+def test_a_run_that_goes_on_from_another_has_a_row_of_its_own(tmp_path):
+    """Its first attempt begins with a resume, and says with what."""
+    first = train(tmp_path / "first")
+    checkpoint = first.dir / "checkpoints" / "step-00000006.pt"
+    second = train(tmp_path / "second", until=8, resume=checkpoint)
+    assert second.resumed_from == 6
+    assert hparams(second.dir, START).session_start_info.hparams["optimizer"].string_value == "AdamW"

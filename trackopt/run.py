@@ -245,7 +245,7 @@ class Run:
         if self._ranks.leads:
             self._store.clean()
         if resumption is not None:
-            self._resume(resumption, details)
+            self._resume(resumption, details, described)
         elif self._attempt > 1:
             self._journal.mark("resume", 0, offset=0, **details)
         else:
@@ -258,7 +258,7 @@ class Run:
             self._probe = Probe(rehearsal, self._training, self.dir, self.global_step)
         atexit.register(self._at_exit)
 
-    def _resume(self, resumption: Resumption, details: dict[str, Any]) -> None:
+    def _resume(self, resumption: Resumption, details: dict[str, Any], described: dict[str, Any]) -> None:
         meta = resumption.meta
         self._resumption = resumption
         self.resumed_from = meta["step"]
@@ -269,6 +269,8 @@ class Run:
             if self._ranks.leads:
                 self._store.abandon_after(meta["step"])
             details = {**details, "offset": meta["journal_offset"]}
+        else:  # the first attempt of this run
+            details = {**details, "params": described}
         self._journal.mark("resume", meta["step"], checkpoint=str(resumption.path), **details)
         logger.warning(
             "trackopt: resumed %s at step %d (epoch %d, batch %d)",

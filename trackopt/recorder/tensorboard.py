@@ -42,12 +42,12 @@ class TensorBoardSink(Sink):
         self._buffers: dict[str, None] = {}  # those that have a margin chart, in their order
 
     def begin(self, marker: Line) -> None:
-        """Start a new file whose steps displace those of the attempts before; of the first, tell what it was given."""
+        """Start a new file whose steps displace those of the attempts before; tell what the first one was given."""
         if marker.event == "resume":
             self.close()
             self._step = marker.step + 1
             self._open().flush()
-        elif params := marker.details.get("params"):
+        if params := marker.details.get("params"):
             identity = read_identity(self._directory)
             group = f"{identity['name']} {identity['id'][:8]}"
             (self._file or self._open()).write(tensorboard_pages.session_start(marker.time, group, params))

@@ -51,7 +51,8 @@ def layout(when: float, names: Iterable[str]) -> bytes:
 
 def session_start(when: float, group: str, params: Mapping[str, Any]) -> bytes:
     """The record with a run's hyperparameters."""
-    entries = (field(0x0A, field(0x0A, key.encode()) + field(0x12, _value(params[key]))) for key in sorted(params))
+    known = {key: value for key, value in sorted(params.items()) if isinstance(value, (str, int, float))}
+    entries = (field(0x0A, field(0x0A, key.encode()) + field(0x12, _value(value))) for key, value in known.items())
     info = b"".join(entries) + field(0x22, group.encode()) + b"\x29" + struct.pack("<d", when)
     return events.of_plugin(when, "hparams", "_hparams_/session_start_info", content=field(0x1A, info))
 
@@ -107,5 +108,5 @@ def _category(title: str, charts: Iterable[bytes]) -> bytes:
     return field(0x12, field(0x0A, title.encode()) + b"".join(charts))
 
 
-def _value(value: Any) -> bytes:
+def _value(value: str | float) -> bytes:
     return field(0x1A, value.encode()) if isinstance(value, str) else b"\x11" + struct.pack("<d", value)
