@@ -17,6 +17,7 @@ import trackopt
 from tests.checkpoints import saved, trained
 from trackopt import state
 from trackopt.errors import ArchiveError
+from trackopt.integrity.report import verify
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -135,6 +136,26 @@ def test_an_unreadable_file_beside_the_weights_is_a_problem(tmp_path: Path) -> N
     with trackopt.open(tmp_path) as archive:
         assert [line.partition(":")[0] for line in archive.problems] == ["scheduler.bin"]
         assert state.read(archive).optimizers[0].matching == "order against the model"
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "training.pt", ".metadata"])
+def test_a_stranger_s_file_of_a_name_of_ours_changes_nothing(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"{}")
+    with pytest.raises(ArchiveError, match="no checkpoint in this directory"):
+        trackopt.open(tmp_path)
+    assert [one.status for one in verify(tmp_path)] == ["unreadable"]
+    saved({"w": torch.ones(2)}, tmp_path / "pytorch_model.bin")
+    with trackopt.open(tmp_path) as archive:
+        assert (archive.format, list(archive.tree)) == ("Hugging Face model", ["w"])
+
+
+@pytest.mark.parametrize("name", ["training.pt", "manifest.json"])
+def test_of_a_sharded_checkpoint_what_is_missing_is_told(distributed: Path, name: str) -> None:
+    (distributed / ".metadata").unlink()
+    (distributed / name).write_bytes(b"{}")
+    (checked,) = verify(distributed)
+    assert (checked.status, checked.format) == ("damaged", "DCP")
+    assert "'.metadata' is missing" in checked.problems[0]
 
 
 def test_deepspeed_by_its_layout(tmp_path: Path) -> None:

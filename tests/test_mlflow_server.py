@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import errno
 import hashlib
 import http.server
 import io
@@ -10,6 +11,7 @@ import os
 import pwd
 import random
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -29,7 +31,7 @@ import trackopt
 from tests.conftest import build, drain, mlflow_run, quietly, train_step
 from tests.test_recorder import mlflow_server
 from tests.test_recorder_faults import assert_everything_once, free_port, wait_for
-from trackopt import archive, journal
+from trackopt import archive, journal, remote
 from trackopt.checkpoint.part import load_part
 from trackopt.directory import read_identity, write_identity
 from trackopt.recorder.recorder import Recorder
@@ -329,11 +331,43 @@ def test_a_directory_is_fetched_as_a_whole(team, tmp_path):
             assert opened.read(tensor).tolist() == weight.tolist()
 
 
+def test_the_newest_is_one_that_is_complete(team, tmp_path):
+    """A directory whose upload goes on, or broke off, is passed by; of two of the same step the file is taken."""
+    from mlflow import MlflowClient
+
+    with quietly():
+        client = MlflowClient(team.address)
+        run_id = client.create_run("0").info.run_id
+
+        def newest_behind(name):
+            file = tmp_path / Path(name).name
+            file.write_bytes(b"x")
+            client.log_artifact(run_id, str(file), str(Path("checkpoints", name).parent))
+            return remote.completed(f"runs:/{run_id}").name
+
+        assert newest_behind("step-00000001.pt") == "step-00000001.pt"
+        for name in ("__0_0.distcp", "training.pt", ".metadata"):
+            assert newest_behind(f"step-00000002/{name}") == "step-00000001.pt"
+        with pytest.raises(trackopt.ArchiveError, match=r"no such checkpoint is among .*; there are 1$"):
+            trackopt.open(f"runs:/{run_id}@2")
+        assert newest_behind("step-00000002/manifest.json") == "step-00000002"
+        assert newest_behind("step-00000002.pt") == "step-00000002.pt"
+
+
 class Refusal(http.server.BaseHTTPRequestHandler):
-    """Answers whatever it is asked with 403."""
+    """Knows runs whose numbers are three digits; answers what is asked for their artifacts with that, else 403."""
 
     def do_GET(self):
-        self.send_error(403)
+        run = re.search(r"(?:run_id|path)=(\d{3})\b", self.path)
+        if not (run and "runs/get" in self.path):
+            self.send_error(int(run[1]) if run else 403)
+            return
+        info = {"run_id": run[1], "experiment_id": "0", "artifact_uri": f"mlflow-artifacts:/{run[1]}"}
+        body = orjson.dumps({"run": {"info": info}})
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
 
     def log_message(self, *_):
         pass
@@ -344,7 +378,7 @@ def forbidding():
     with http.server.HTTPServer(("127.0.0.1", 0), Refusal) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
-        yield f"http://someone:secret@127.0.0.1:{server.server_port}"
+        yield f"http://someone:se@cret@127.0.0.1:{server.server_port}"
         server.shutdown()
         thread.join()
 
@@ -355,7 +389,11 @@ def test_a_server_that_refuses_is_told_in_one_line(team, forbidding, monkeypatch
     cases = [
         (team.address, f"runs:/{run}/checkpoints/step-00000001.pt", "has no such run or file"),
         (team.address, f"runs:/{run}/../x", "is no address"),
+        (team.address, f"runs:/{run}@7/x", "is no address"),
         (forbidding, f"runs:/{run}", "refuses it"),
+        (forbidding, "runs:/401", r"refuses it \(401 Unauthorized\)"),
+        (forbidding, "runs:/404", "has no such run or file"),
+        (forbidding, "runs:/501", r"refuses it \(501 Not Implemented\)"),
         (f"http://127.0.0.1:{free_port()}", f"runs:/{run}@7", "does not answer"),
         ("", f"runs:/{run}", "there is no MLflow store here"),
     ]
@@ -364,7 +402,7 @@ def test_a_server_that_refuses_is_told_in_one_line(team, forbidding, monkeypatch
         with quietly(), pytest.raises(trackopt.ArchiveError, match=said) as refused:
             trackopt.restore(address, model=torch.nn.Linear(1, 1))
         assert str(refused.value).startswith(f"{address}: ")
-        assert "secret" not in str(refused.value)
+        assert "cret" not in str(refused.value)
     done = command("inspect", address)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == f"trackopt: {refused.value}\n"
@@ -451,6 +489,7 @@ def test_artifacts_need_the_mlflow_sink():
 def test_a_part_is_what_torch_finds_there(tmp_path):
     """With the types that a `state_dict` had; what was not asked for has no bytes, and is left out."""
     model, optimizer, _ = build()
+    model.register_buffer("counts", torch.arange(5).to(torch.uint16))  # torch has no storage of that type
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [2, 3])
     noise = np.random.default_rng(0)
     with trackopt.wrap(optimizer, scheduler, model=model, dir="run", sinks=(), noise=noise) as run:
@@ -482,11 +521,38 @@ def test_a_copy_is_filled_where_it_is_read():
         fetched.append((start, stop))
         return data[start:stop]
 
-    file = copy.Copy(len(data), fetch)
+    file = copy.Copy(len(data), fetch, contextlib.nullcontext)
     for _ in range(200):
         start, length = drawn.randrange(len(data) + 10), drawn.choice([1, 100, 20_000, 300_000])
         assert copy.pread(file, length, start) == data[start : start + length]
     fetched.sort()
     assert all(one[1] <= two[0] for one, two in itertools.pairwise(fetched))
     assert all(stop - start <= 8 << 20 for start, stop in fetched)
+    os.close(file)
+
+
+def test_a_copy_has_no_holes_where_the_disk_is_full():
+    """A write that comes short is gone on with, and one that fails is told, as often as it is tried."""
+    data = random.Random(0).randbytes(1_000_000)
+    told = []
+
+    @contextlib.contextmanager
+    def telling():
+        try:
+            yield
+        except OSError as error:
+            told.append(error.strerror)
+            raise trackopt.ArchiveError("no room") from error
+
+    file = copy.Copy(len(data), lambda start, stop: data[start:stop], telling)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (600_000, limits[1]))
+    try:
+        for _ in range(2):
+            with pytest.raises(trackopt.ArchiveError, match="no room"):
+                copy.pread(file, 900_000, 0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert told == [os.strerror(errno.EFBIG)] * 2
+    assert copy.pread(file, len(data), 0) == data
     os.close(file)

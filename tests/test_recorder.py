@@ -295,11 +295,14 @@ def mlflow_server(port, folder, store=None):
 
 
 def test_a_server_that_is_down_harms_nobody_and_sync_delivers_later(script, tmp_path, monkeypatch):
-    """Training ends well and TensorBoard is complete; it is told once; with the server up, sync brings every point."""
+    """Training ends well and TensorBoard is complete; it is told once; with the server up, sync brings every point.
+
+    Nobody is told the password that is in its address.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://someone:se@cret@127.0.0.1:{port}")
     directory = tmp_path / "run"
     done = run_script(script, directory)
     assert done.returncode == 0, done.stderr
@@ -311,6 +314,9 @@ def test_a_server_that_is_down_harms_nobody_and_sync_delivers_later(script, tmp_
     assert refused.returncode == 2
     assert "not everything arrived in mlflow" in refused.stderr
     assert "Traceback" not in refused.stderr
+    log = (directory / "recorder.log").read_text()
+    assert f"//127.0.0.1:{port}" in log
+    assert "cret" not in log + done.stderr + refused.stderr
     with mlflow_server(port, tmp_path / "server"):
         delivered = subprocess.run(sync, capture_output=True, text=True, check=False)
         assert delivered.returncode == 0, delivered.stderr

@@ -126,6 +126,19 @@ def test_ui_tells_why_a_server_does_not_start():
     assert len(done.stderr.splitlines()) == 1
 
 
+def test_ui_tells_the_address_of_a_server_without_its_password():
+    with trackopt.wrap(build()[1], dir="runs/small", sinks=["tensorboard"]) as run:
+        pass
+    identity = read_identity(run.dir)
+    identity["mlflow"]["tracking_uri"] = "http://someone:se@cret@127.0.0.1:1"
+    write_identity(run.dir, {**identity, "sinks": ["mlflow"]})
+    with served("runs", "--json") as process:
+        assert orjson.loads(process.stdout.readline())["mlflow"] == "http://127.0.0.1:1"
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=60) == 0
+        assert process.stderr.read() == "trackopt: http://127.0.0.1:1 does not answer; is that server up?\n"
+
+
 class Locked(http.server.BaseHTTPRequestHandler):
     """Asks for a password."""
 

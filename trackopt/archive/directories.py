@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from trackopt.archive.members import Load
     from trackopt.archive.source import Source
 
-INDEX = ".index.json"
 #: In a run's own sharded checkpoint: everything that is not spread over processes.
 REST = "training.pt"
+_SHARDED = {".metadata", REST, manifest.NAME}
 _STEP = re.compile(r"(?:checkpoint|checkpoint_|checkpoint-|global_step|step_|step-)(\d+)")
 _MODEL = re.compile(
     r"(?P<key>model|pytorch_model|adapter_model|diffusion_pytorch_model)(?P<number>_\d+)?"
@@ -63,6 +63,16 @@ def newest(directory: Path) -> Path | None:
     numbered = {int(match[1]): path for path in directory.iterdir() if (match := _STEP.fullmatch(path.name))}
     found = [path for _, path in sorted(numbered.items()) if path.is_dir() and _layout(path) is not None]
     return found[-1] if found else None
+
+
+def is_sharded(directory: Path) -> bool:
+    """Whether `torch.distributed.checkpoint` wrote what is there, perhaps not all of it.
+
+    Others have a ``manifest.json`` or a ``training.pt`` too, so one such name alone tells nothing.
+    """
+    names = {path.name for path in directory.iterdir()}
+    marks = len(names & _SHARDED)
+    return marks > 1 or (marks == 1 and any(name.endswith(".distcp") for name in names))
 
 
 def load(directory: Path, one: Load) -> Contents:
@@ -189,12 +199,12 @@ def _names(directory: Path) -> list[str]:
 def _layout(directory: Path) -> Callable[[Files, Load], Contents] | None:
     """How to read a directory; None if it is no checkpoint of a known layout."""
     try:
-        names = _names(directory)
+        names, sharded = _names(directory), is_sharded(directory)
     except OSError as error:
         raise ArchiveError(f"{directory}: cannot be looked at ({error.strerror}); check its permissions") from error
-    if REST in names or manifest.NAME in names:
+    if sharded and (REST in names or manifest.NAME in names):
         return _sharded
-    if ".metadata" in names:
+    if sharded:
         from trackopt.archive import dcp
 
         return dcp.load

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from trackopt.archive import Archive, Storage
     from trackopt.archive.torch_zip import ZipSource
 
+#: What the unpickler raises of a pickle that makes no sense.
+_NONSENSE = (AttributeError, EOFError, LookupError, RuntimeError, TypeError, ValueError, pickle.UnpicklingError)
+
 
 def load_part(opened: Archive, source: ZipSource, keys: Collection[str]) -> dict[str, Any]:
     """What stands under some keys of a checkpoint, the same that ``store.load`` finds there.
@@ -34,7 +37,7 @@ def load_part(opened: Archive, source: ZipSource, keys: Collection[str]) -> dict
     unpickler.persistent_load = _Storages(source, wanted).find
     try:
         tree: dict[str, Any] = unpickler.load()
-    except (RuntimeError, TypeError, ValueError, pickle.UnpicklingError) as error:
+    except _NONSENSE as error:
         reason = str(error).partition("\n")[0]
         raise CheckpointError(f"{opened.path}: cannot be loaded ({reason})") from error
     return {key: value for key, value in tree.items() if key in part}
@@ -51,10 +54,11 @@ class _Storages:
     def find(self, name: tuple[Any, ...]) -> Any:
         """A storage by ``("storage", type, key, location, elements)``."""
         _, kind, key, _, elements = name
+        dtype = torch.uint8 if kind is torch.UntypedStorage else kind.dtype
         if key not in self._found:
-            self._found[key] = self._untyped(key, elements * kind.dtype.itemsize)
+            self._found[key] = self._untyped(key, elements * dtype.itemsize)
         typed: Any = torch.TypedStorage
-        return typed(wrap_storage=self._found[key], dtype=kind.dtype, _internal=True)
+        return typed(wrap_storage=self._found[key], dtype=dtype, _internal=True)
 
     def _untyped(self, key: str, size: int) -> Any:
         untyped: Any = torch.UntypedStorage

@@ -19,6 +19,7 @@ from trackopt.cli import screen, serving
 from trackopt.cli.ls import is_held
 from trackopt.directory import IDENTITY, read_identity
 from trackopt.errors import RunError
+from trackopt.recorder.target import without_password
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -62,9 +63,9 @@ def command(directory: Path, as_json: bool) -> None:
         if store := _store(runs):
             uri, home = store
             if uri.startswith(("http://", "https://")):
-                addresses["mlflow"] = uri
+                addresses["mlflow"] = shown = without_password(uri)
                 if not serving.answers(uri):
-                    click.echo(f"trackopt: {screen.clean(uri)} does not answer; is that server up?", err=True)
+                    click.echo(f"trackopt: {screen.clean(shown)} does not answer; is that server up?", err=True)
             else:
                 mlflow = serving.serve("the MLflow UI", _mlflow(uri), health="/health", directory=home)
                 servers.append(stack.enter_context(mlflow))
@@ -109,7 +110,8 @@ def _store(runs: Sequence[_Run]) -> tuple[str, Path] | None:
         return None
     (uri, count), *_ = Counter(uri for uri, _ in stores).most_common()
     if count < len(stores):
-        click.echo(f"trackopt: the runs are in several MLflow stores; showing {screen.clean(uri)}", err=True)
+        shown = screen.clean(without_password(uri))
+        click.echo(f"trackopt: the runs are in several MLflow stores; showing {shown}", err=True)
     home = next(home for each, home in stores if each == uri)
     return uri, home if home.is_dir() else Path.cwd()
 

@@ -105,12 +105,10 @@ def _unopened(path: Path, problem: str) -> Checked:
 
 
 def _is_sharded(path: Path) -> bool:
-    """Whether it is a directory with one of the files that only a sharded checkpoint has."""
-    from trackopt.archive.directories import REST
-    from trackopt.archive.manifest import NAME
+    from trackopt.archive.directories import is_sharded
 
     try:
-        return path.is_dir() and any((path / name).exists() for name in (".metadata", REST, NAME))
+        return is_sharded(path)
     except (OSError, ValueError):
         return False
 

@@ -12,6 +12,7 @@ from mlflow.exceptions import MlflowException
 
 from trackopt.directory import read_identity
 from trackopt.errors import RunError
+from trackopt.recorder.target import without_password
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -37,7 +38,7 @@ def attach(directory: Path, file: Path) -> None:
         with _inside(identity["working_directory"]):
             MlflowClient(tracking_uri=target["tracking_uri"]).log_artifact(target["run_id"], str(file), FOLDER)
     except (MlflowException, OSError) as error:
-        reason = " ".join(str(error).split())
+        reason = without_password(" ".join(str(error).split()))
         raise RunError(f"{directory}: MLflow does not take the figure ({reason}); is its server up?") from error
 
 

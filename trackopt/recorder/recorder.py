@@ -18,6 +18,7 @@ from trackopt.errors import RunError, TrackoptError
 from trackopt.recorder.delivery import Delivery
 from trackopt.recorder.process import LOG
 from trackopt.recorder.progress import CURSORS
+from trackopt.recorder.target import without_password
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -115,7 +116,7 @@ class Recorder:
             more = action(self._delivery(name))
         except Exception as error:  # noqa: BLE001 - whatever one sink raises must not keep the others from theirs
             with contextlib.suppress(OSError):  # the disk may be what is full
-                self._log.write(traceback.format_exc().encode())
+                self._log.write(without_password(traceback.format_exc()).encode())
             if name not in self._pauses:
                 self._tell(
                     f"the {name} sink fails ({_first_line(error)}); training goes on, the journal keeps everything, "
@@ -182,4 +183,4 @@ def _limit_patience() -> None:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return without_password((str(error).strip() or type(error).__name__).splitlines()[0])

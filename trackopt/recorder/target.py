@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -22,3 +23,13 @@ def mlflow_target(experiment: str | None) -> dict[str, str]:
     """The tracking URI and the experiment of a new run."""
     name = experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME") or "Default"
     return {"tracking_uri": tracking_uri(), "experiment": name}
+
+
+def without_password(text: str) -> str:
+    """A text whose URLs have no user and no password any more; a password may have an ``@`` in it.
+
+    Example:
+        >>> without_password("GET http://someone:se@cret@host/api failed")
+        'GET http://host/api failed'
+    """
+    return re.sub(r"//[^/\s]*@", "//", text)

@@ -24,13 +24,14 @@ from mlflow.utils.credentials import get_default_host_creds
 from mlflow.utils.rest_utils import http_request
 
 from trackopt.errors import ArchiveError
-from trackopt.recorder.target import tracking_uri
+from trackopt.recorder.target import tracking_uri, without_password
 from trackopt.remote import SCHEME
 from trackopt.remote.copy import Copy, temporary
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from mlflow.entities import FileInfo
     from mlflow.store.artifact.artifact_repo import ArtifactRepository
 
 FOLDER = "checkpoints"
@@ -64,7 +65,7 @@ class Artifact:
         self._given = str(address)
         run, _, path = self._given.removeprefix(SCHEME).strip("/").partition("/")
         match = _RUN.fullmatch(run)
-        if match is None or ".." in path.split("/"):
+        if match is None or ".." in path.split("/") or (match[2] and path):
             raise ArchiveError(
                 f"{self._given}: is no address; write it as {SCHEME}<run id>/checkpoints/step-00000100.pt"
             )
@@ -91,8 +92,9 @@ class Artifact:
             if answer.status_code != _PARTIAL:
                 return self._received(answer, temporary())
             size = int(answer.headers["Content-Range"].rpartition("/")[2])
-            version = {"If-Range": answer.headers["ETag"]} if "ETag" in answer.headers else {}
-            return Copy(size, lambda start, stop: self._range(start, stop, version))
+            tag = answer.headers.get("ETag", "W/")
+            version = {} if tag.startswith("W/") else {"If-Range": tag}  # a weak one never matches
+            return Copy(size, lambda start, stop: self._range(start, stop, version), self._told)
 
     def fetch(self) -> Path:
         """A path here, at which all of it is."""
@@ -106,14 +108,23 @@ class Artifact:
             return place
 
     def _checkpoint(self, step: str | None) -> str:
-        """The path of the newest one, or of that of a step."""
-        found = {int(match[1]): one.path for one in self._store.list_artifacts(FOLDER)
-                 if (match := _STEP.fullmatch(one.path.rpartition("/")[2]))}  # fmt: skip
-        wanted = int(step) if step else max(found, default=None)
-        if wanted not in found:
-            there = f"there are {', '.join(map(str, sorted(found)[-8:]))}" if found else "there is none"
-            raise ArchiveError(f"{self._given}: no such checkpoint is among the run's artifacts; {there}")
-        return str(found[wanted])
+        """The path of the newest complete one, or of that of a step; of two of the same step it is the file."""
+        found = [(int(match[1]), not one.is_dir, one) for one in self._store.list_artifacts(FOLDER)
+                 if (match := _STEP.fullmatch(one.path.rpartition("/")[2]))]  # fmt: skip
+        found.sort(key=lambda each: each[:2])
+        for number, _, one in reversed(found):
+            if number == int(step or number) and self._is_complete(one):
+                return str(one.path)
+        there = [str(number) for number, _, one in found[-8:] if self._is_complete(one)]
+        told = f"there are {', '.join(there)}" if there else "there is none"
+        raise ArchiveError(f"{self._given}: no such checkpoint is among the run's artifacts; {told}")
+
+    def _is_complete(self, one: FileInfo) -> bool:
+        """Whether a directory has the file that is uploaded last, or is DCP's own; a file is there as a whole."""
+        if not one.is_dir:
+            return True
+        names = {each.path.rpartition("/")[2] for each in self._store.list_artifacts(one.path)}
+        return "manifest.json" in names or (".metadata" in names and "training.pt" not in names)
 
     def _copy(self) -> Path:
         """All of it, by the store's own means."""
@@ -125,22 +136,23 @@ class Artifact:
         headers["Accept-Encoding"] = "identity"  # or the ranges are those of something else
         creds = get_default_host_creds(self._store.artifact_uri)
         answer = http_request(creds, f"/{quote(self._path)}", "GET", extra_headers=headers, stream=True)
-        if answer.status_code == _UNSATISFIABLE:  # nothing is in it
+        if answer.status_code == _UNSATISFIABLE and "Range" in headers:  # nothing is in it
             return self._get()
-        if answer.status_code == _MISSING:
-            raise self._missing()
         if answer.status_code not in {_OK, _PARTIAL}:
-            raise self._refused(f"{answer.status_code} {answer.reason}")
+            raise self._denied(answer)
         return answer
 
     def _range(self, start: int, stop: int, version: dict[str, str]) -> bytes:
-        with self._told():
-            answer = self._get(Range=f"bytes={start}-{stop - 1}", **version)
-            data = b"" if answer.status_code != _PARTIAL else bytes(answer.content)
-            answer.close()
-            if len(data) != stop - start:
-                raise ArchiveError(f"{self._given}: was replaced while it was read; try again")
-            return data
+        data = bytearray()
+        with self._get(Range=f"bytes={start}-{stop - 1}", **version) as answer:
+            if answer.headers.get("Content-Range", "").startswith(f"bytes {start}-{stop - 1}/"):
+                for chunk in answer.iter_content(_CHUNK):
+                    data += chunk
+                    if len(data) > stop - start:  # and there may be no end of it
+                        break
+        if len(data) != stop - start:
+            raise ArchiveError(f"{self._given}: was replaced while it was read; try again")
+        return bytes(data)
 
     def _received(self, answer: Any, file: int) -> int:
         """The descriptor of a file with the whole body in it."""
@@ -170,7 +182,7 @@ class Artifact:
                 raise self._silent() from error
             raise self._refused(error) from error
         except requests.RequestException as error:
-            raise self._silent() from error
+            raise (self._silent() if error.response is None else self._denied(error.response)) from error
         except OSError as error:
             reason = error.strerror or error
             raise ArchiveError(
@@ -182,6 +194,10 @@ class Artifact:
             for name in ours:
                 os.environ.pop(name, None)
 
+    def _denied(self, answer: requests.Response) -> ArchiveError:
+        missing = answer.status_code == _MISSING
+        return self._missing() if missing else self._refused(f"{answer.status_code} {answer.reason}")
+
     def _missing(self) -> ArchiveError:
         return ArchiveError(f"{self._given}: {self._server} has no such run or file; check the address")
 
@@ -189,12 +205,12 @@ class Artifact:
         return ArchiveError(f"{self._given}: {self._server} does not answer; is MLFLOW_TRACKING_URI right?")
 
     def _refused(self, reason: object) -> ArchiveError:
-        text = " ".join(str(reason).split())
+        text = without_password(" ".join(str(reason).split()))
         return ArchiveError(f"{self._given}: {self._server} refuses it ({text:.200}); ask who runs that server")
 
     @property
     def _server(self) -> str:
-        return re.sub(r"//[^/@]*@", "//", self._uri)  # without a password
+        return without_password(self._uri)
 
 
 @cache

@@ -8,8 +8,12 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from contextlib import AbstractContextManager
 
     from typing_extensions import Self
+
+    Fetch = Callable[[int, int], bytes]
+    Told = Callable[[], AbstractContextManager[None]]
 
 _BLOCK = 16 << 10
 _MOST = 8 << 20  # in one request
@@ -23,14 +27,15 @@ class Copy(int):
     Args:
         size: Bytes of the original.
         fetch: Its bytes from a start to a stop.
+        told: Entered around each fetch and what is written of it; turns what they raise into what the reader is told.
     """
 
-    def __new__(cls, size: int, fetch: Callable[[int, int], bytes]) -> Self:  # noqa: ARG004, D102 - as below
+    def __new__(cls, size: int, fetch: Fetch, told: Told) -> Self:  # noqa: ARG004, D102 - as below
         return super().__new__(cls, temporary())
 
-    def __init__(self, size: int, fetch: Callable[[int, int], bytes]) -> None:
+    def __init__(self, size: int, fetch: Fetch, told: Told) -> None:
         os.truncate(self, size)
-        self._size, self._fetch = size, fetch
+        self._size, self._fetch, self._told = size, fetch, told
         self._there = bytearray(-(-size // _BLOCK))
         self._next, self._ahead = 0, 1
         self._lock = threading.Lock()
@@ -49,7 +54,11 @@ class Copy(int):
         if (known := self._there.find(1, block, end)) >= 0:
             end = known
         start = block * _BLOCK
-        os.pwrite(self, self._fetch(start, min(end * _BLOCK, self._size)), start)
+        with self._told():
+            data = self._fetch(start, min(end * _BLOCK, self._size))
+            while data:  # a disk that is nearly full takes less
+                written = os.pwrite(self, data, start)
+                data, start = data[written:], start + written
         self._there[block:end] = b"\1" * (end - block)
         self._next = end
         return end
