@@ -85,9 +85,9 @@ class Meeting:
                 self._at = 0
             self._met.clear()
             self._known.set()
-            self._met.wait()
             if self._closed.is_set() or not self._at:
                 return
+            self._met.wait()
 
     def _is_called(self, key: str) -> bool:
         """Wait until a rank asks for a meeting; whether one did before this rank closed."""
