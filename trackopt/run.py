@@ -25,7 +25,7 @@ from trackopt.meeting import Meeting
 from trackopt.observe import params
 from trackopt.recorder.process import RecorderProcess
 from trackopt.rehearsal import plan
-from trackopt.resuming import of_this_rank
+from trackopt.resuming import of_other_ranks
 from trackopt.saving import Request, Saving
 from trackopt.signals import StopSignals
 from trackopt.telemetry import Telemetry
@@ -374,8 +374,8 @@ class Run:
         telemetry = self._telemetry.state_dict()
         several: dict[str, Any] = {}
         if self._ranks.world > 1:
-            ranks = self._ranks.gather(of_this_rank(self._training, position, telemetry))
-            several = {"world": self._ranks.world, "ranks": ranks[1:]}
+            others = of_other_ranks(self._ranks, self._training, position, telemetry)
+            several = {"world": self._ranks.world, "ranks": others}
         return {
             "run_id": self._directory.identity["id"],
             "name": self._directory.identity["name"],
