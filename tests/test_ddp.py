@@ -210,6 +210,41 @@ def test_ranks_tell_each_other_no_more_than_they_must(tmp_path):
     assert [value for _, value in journal.series(tmp_path / "run")["val"]] == [0.5, 7.0, 0.5] * 2
 
 
+ALONE = """
+import os, signal, sys, time
+import torch, torch.distributed as dist
+import trackopt
+from tests import several
+
+dist.init_process_group("gloo", timeout=several.PATIENCE)
+model = several.network()
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+run = trackopt.wrap(optimizer, model=model, dir=sys.argv[1], sinks=())
+for epoch in run.epochs(50):
+    for _ in run.batches(range(8)):
+        dist.all_reduce(torch.zeros(1))
+        optimizer.step()
+        if (dist.get_rank(), run.global_step) == (1, 20):
+            os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.02)
+    if run.should_stop:
+        break
+    if dist.get_rank() == 0:
+        for _ in run.batches(range(5)):
+            time.sleep(0.02)
+run.close()
+"""
+
+
+def test_a_signal_stops_ranks_of_which_one_validates_alone(tmp_path):
+    """They count steps, not batches: those that only one of them takes bring no rank to wait for another."""
+    (tmp_path / "alone.py").write_text(ALONE)
+    told = together(tmp_path / "alone.py", tmp_path / "run")
+    assert [code for code, _ in told] == [128 + signal.SIGTERM] * 2, told
+    stop = next(line for line in journal.read(tmp_path / "run" / journal.NAME) if line.event == "stop")
+    assert final_state(tmp_path / "run")["trackopt"]["step"] == stop.step >= 20
+
+
 TIMED = """
 import sys, time
 from datetime import timedelta
