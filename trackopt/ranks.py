@@ -226,7 +226,7 @@ def _place() -> str:
 
 def _part() -> None:
     """A process that ends with a group of gloo still open may abort, and then its exit code is lost."""
-    if dist.is_initialized() and dist.get_backend() == "gloo":
+    if dist.is_initialized() and dist.get_backend() in {"gloo", "cpu:gloo"}:
         dist.destroy_process_group()
 
 
