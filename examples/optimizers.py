@@ -60,18 +60,24 @@ def smooth(points, share=0.9):
     return [(step, mean := share * mean + (1 - share) * value) for step, value in points]
 
 
+def norms(found, buffers):
+    """The norm of a buffer, where the optimizer has it."""
+    return {name: found[name][f"{buffer}/group0.norm"] for name, buffer in buffers.items() if name in found}
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("dir", nargs="?", type=Path, default=Path("runs/optimizers"))
     parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--only", nargs="+", choices=OPTIMIZERS, default=list(OPTIMIZERS))
     arguments = parser.parse_args()
-    found = {name: train(arguments.dir, name, arguments.epochs) for name in OPTIMIZERS}
+    found = {name: train(arguments.dir, name, arguments.epochs) for name in arguments.only}
     for name, series in found.items():
         print(f"{name:9} loss {smooth(series['loss'])[-1][1]:.3f}   accuracy {series['accuracy'][-1][1]:.1%}")
     panels = {
         "loss": {name: smooth(series["loss"]) for name, series in found.items()},
-        "norm of the momentum": {name: found[name][f"{buffer}/group0.norm"] for name, buffer in FIRST.items()},
-        "norm of the squares": {name: found[name][f"{buffer}/group0.norm"] for name, buffer in SECOND.items()},
+        "norm of the momentum": norms(found, FIRST),
+        "norm of the squares": norms(found, SECOND),
     }
     curves(arguments.dir / "optimizers.png", panels, log={"loss", "norm of the momentum", "norm of the squares"})
 

@@ -339,3 +339,17 @@ def test_a_newer_format_is_refused():
     torch.save(tree, "run/checkpoints/step-00000006.pt")
     with pytest.raises(MismatchError, match="newer trackopt"):
         Store(Path("run/checkpoints"), Retention()).newest()
+
+
+def test_what_an_optimizer_keeps_beside_its_parameters_is_put_back(training):
+    """An entry of its state that belongs to no parameter, and is no dict."""
+    model, optimizer, _ = training()
+    with trackopt.wrap(optimizer, model=model, dir="run", sinks=()) as run:
+        optimizer.state["rounds"] = 5
+        run.step(loss=train_step(model, optimizer))
+    model, optimizer, _ = training()
+    with trackopt.wrap(optimizer, model=model, dir="run", resume="must", sinks=()):
+        assert optimizer.state["rounds"] == 5
+    model, optimizer, _ = training()
+    trackopt.restore("run", model=model, optimizer=optimizer)
+    assert optimizer.state["rounds"] == 5

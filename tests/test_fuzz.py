@@ -10,7 +10,7 @@ from tests.fuzz.look import made, run
 if TYPE_CHECKING:
     from tests.fuzz.mutate import Content
 
-COUNT = 3000
+COUNT = 1500
 SEED = 7
 
 

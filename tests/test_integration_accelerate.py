@@ -21,7 +21,8 @@ def test_the_series_are_those_of_the_plain_loop(home, variant):
 
 def test_what_the_trackers_are_told_is_there(home):
     run = home / "whole" / "run"
-    assert events(run, "start")[0].details["params"]["width"] == 8
+    told = events(run, "start")[0].details["params"]
+    assert (told["width"], told["data"], told["decay"]) == (8, "rows", "None")
     assert [step for step, _ in journal.series(run)["val_loss"]] == [6, 12, 18]
 
 

@@ -34,9 +34,9 @@ def events(folder):
 
 @pytest.mark.parametrize("framework", ["accelerate", "ignite", "lightning", "transformers"])
 def test_a_missing_framework_is_told_with_what_to_install(framework, monkeypatch):
-    for name in (framework, f"trackopt.integrations.{framework}"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    monkeypatch.setitem(sys.modules, framework, None)
+    monkeypatch.delitem(sys.modules, f"trackopt.integrations.{framework}", raising=False)
+    for name in {framework, *(each for each in sys.modules if each.startswith(f"{framework}."))}:
+        monkeypatch.setitem(sys.modules, name, None)  # another test may have loaded it
     with pytest.raises(ImportError, match=rf"needs \S+ [0-9.]+ or later .*pip install 'trackopt\[{framework}\]'"):
         importlib.import_module(f"trackopt.integrations.{framework}")
 
@@ -84,6 +84,23 @@ def test_going_back_at_any_time_leaves_one_point_for_each_step(tmp_path, trainin
     assert [step for step, _ in found["loss"]] == [1, 2, 3, 4, 5]
     assert found["val_loss"] == [(3, 0.5)]
     assert events(tmp_path)[1] == ("resume", 3)
+
+
+def test_going_back_to_the_first_step_leaves_one_point_for_each_step(tmp_path, training):
+    """A state of step 0 is loaded for each fold, and once more by another process."""
+    recording, objects = opened(tmp_path, training)
+    recording.begin()
+    state = recording.state_dict()
+    for _ in range(2):
+        recording.begin(state)
+        steps(recording, objects, 3)
+    recording.close()
+    recording, objects = opened(tmp_path, training)
+    recording.begin(state)
+    steps(recording, objects, 2)
+    recording.close()
+    assert [step for step, _ in journal.series(tmp_path)["loss"]] == [1, 2]
+    assert [event for event, _ in events(tmp_path)] == ["start", "resume", "resume", "close", "resume", "close"]
 
 
 def test_a_checkpoint_from_before_trackopt_is_gone_on_from(tmp_path, training):

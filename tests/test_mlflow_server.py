@@ -31,6 +31,7 @@ from tests.test_recorder import mlflow_server
 from tests.test_recorder_faults import assert_everything_once, free_port, wait_for
 from trackopt import archive, journal
 from trackopt.checkpoint.part import load_part
+from trackopt.directory import read_identity, write_identity
 from trackopt.recorder.recorder import Recorder
 from trackopt.remote import copy
 
@@ -407,6 +408,38 @@ def test_uploads_that_come_late(tmp_path):
     writer.close()
     assert (stored / "step-00000010.pt").stat().st_size == 50_000_000
     assert (stored / "step-00000011.pt").read_bytes() == b"the last"
+
+
+def test_each_outage_of_the_artifacts_is_told_and_its_end(tmp_path):
+    """While steps are logged, so that there is always more for the next upload."""
+    model, optimizer, _ = build()
+    with trackopt.wrap(optimizer, model=model, dir="run", sinks=(), save_every=1) as run:
+        run.step(loss=train_step(model, optimizer))
+    directory = run.dir
+    write_identity(directory, {**read_identity(directory), "sinks": ["mlflow", "artifacts"]})
+    assert drain(directory) == []
+    _, mlflow = mlflow_run(directory)
+    stored = Path(mlflow.info.artifact_uri) / "checkpoints"
+    writer = journal.Journal(directory / journal.NAME)
+    told = []
+
+    def told_of(words):
+        writer.record(2, {"loss": 1.0})
+        recorder.pump()
+        return told and words in told[-1]
+
+    with quietly(), Recorder(directory, tell=told.append) as recorder:
+        for name in ("step-00000002.pt", "step-00000003.pt"):
+            shutil.rmtree(stored)
+            stored.touch()  # no directory can be made there
+            (directory / "checkpoints" / name).write_bytes(b"a checkpoint")
+            writer.mark("checkpoint", 2, path=f"checkpoints/{name}")
+            wait_for(lambda: told_of("the artifacts sink fails"))
+            stored.unlink()
+            wait_for(lambda: told_of("the artifacts sink works again"))
+            assert (stored / name).read_bytes() == b"a checkpoint"
+    writer.close()
+    assert len(told) == 4
 
 
 def test_artifacts_need_the_mlflow_sink():

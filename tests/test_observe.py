@@ -1,6 +1,9 @@
+import json
 import math
+from pathlib import Path
 
 import numpy as np
+import orjson
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -323,6 +326,29 @@ def test_hyperparameters_have_the_names_of_the_field():
     assert described["optimizer"] == "SGD"
     assert (described["group0.lr"], described["group0.momentum"]) == (0.01, 0.9)
     assert (described["scheduler"], described["scheduler.step_size"]) == ("StepLR", 3)
+
+
+def test_what_a_run_was_started_with_is_text_and_finite_numbers():
+    """Whatever a config holds, the journal takes it."""
+    rows = [
+        ("width", 8, 8),
+        ("amp", True, True),
+        ("eps", np.float64(0.5), 0.5),
+        ("patience", math.inf, "inf"),
+        ("seed", -(2**64), str(-(2**64))),
+        ("decay", None, "None"),
+        ("sizes", [8, 4], "[8, 4]"),
+        ("dtype", torch.bfloat16, "torch.bfloat16"),
+        ("data", Path("data"), "data"),
+        ("odd", "\udc80", "?"),
+        (1, "one", "one"),
+    ]
+    _, optimizer, _ = build()
+    described = params({"optimizer": optimizer}, {}, {key: given for key, given, _ in rows})
+    assert json.loads(orjson.dumps(described)) == described
+    assert described["group0.lr"] == 0.01
+    for key, _, told in rows:
+        assert described[str(key)] == told
 
 
 def test_what_a_process_says_of_its_part_is_the_same_from_a_device():

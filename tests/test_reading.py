@@ -6,6 +6,7 @@ These tests send the CPU's tensors the way of a device's and hold the copies bac
 import contextlib
 import itertools
 import math
+import weakref
 from pathlib import Path
 
 import pytest
@@ -53,9 +54,9 @@ def test_a_devices_statistics_equal_a_float64_reference(seed, sizes, dtype, mean
     if bad is not None:
         tensors.append(torch.tensor([1.0, bad], dtype=dtype))
     reference = torch.cat([t.double() for t in tensors])
-    sizes, scalars, roots = statistics._read_far({"b": tensors}, {"v": tensors})
+    sizes, scalars, roots = statistics.read_far({"b": tensors}, {"v": tensors})
     numbers = Transfer(scalars).numbers()
-    found = statistics._combine(
+    found = statistics.combine(
         [statistics._far_piece(size, *numbers[4 * i : 4 * i + 4]) for i, size in enumerate(sizes["b"])]
     )
     norms = numbers[4 * len(sizes["b"]) :]
@@ -128,3 +129,31 @@ def test_numbers_of_several_kinds_come_in_their_order():
     assert Transfer(scalars).numbers() == [2**40, 0.5, 1e300]
     reading = Reading({"a": torch.tensor(3.0), "b": 4.0}, scalars, lambda numbers: {"c": numbers[1]})
     assert reading.metrics() == {"a": 3.0, "b": 4.0, "c": 0.5}
+
+
+def test_tensors_are_let_go_before_their_numbers_arrive(device):
+    """A gradient that is given up is freed, though what was measured of it is still on its way."""
+    model, optimizer, _ = build(torch.optim.AdamW)
+    with device(), trackopt.wrap(optimizer, model=model, dir="run", sinks=()) as run:
+        loss = train_step(model, optimizer)
+        gradients = [weakref.ref(p.grad) for p in model.parameters()]
+        run.step(loss=loss)
+        optimizer.zero_grad()
+        assert "loss" not in journal.series("run")
+        assert not any(gradient() is not None for gradient in gradients)
+
+
+def test_an_infinity_that_is_gone_when_its_number_arrives_is_told(device):
+    """The norm alone says so then."""
+    model = nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with device(), trackopt.wrap(optimizer, model=model, dir="run", sinks=()) as run:
+        model(torch.ones(1, 2)).sum().backward()
+        model.bias.grad[0] = math.inf
+        optimizer.step()
+        run.step()
+        optimizer.zero_grad()
+    events = {
+        line.details["what"]: line.step for line in journal.read(Path("run/metrics.jsonl")) if line.event == "nonfinite"
+    }
+    assert events["gradient"] == 1

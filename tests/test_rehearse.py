@@ -34,6 +34,7 @@ SIZES = {
     "ewma": ["--steps", "50"],
     "line": ["--epochs", "6"],
     "moons": ["--epochs", "12"],
+    "optimizers": ["--epochs", "2", "--only", "NAdam"],
     "schedules": ["--steps", "50"],
 }
 

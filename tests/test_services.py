@@ -1,10 +1,13 @@
 """`trackopt ui` and `trackopt sync` as a user starts them."""
 
 import contextlib
+import http.server
 import os
 import signal
+import socketserver
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from pathlib import Path
@@ -14,6 +17,7 @@ import pytest
 
 import trackopt
 from tests.conftest import build, train_step
+from trackopt.cli import serving
 from trackopt.directory import read_identity, write_identity
 
 
@@ -32,10 +36,11 @@ def trackopt_command(*words):
 
 
 @contextlib.contextmanager
-def served(*words):
+def served(*words, under=()):
     """`trackopt ui`, once it has printed its addresses; it must not outlive the test."""
-    command = [sys.executable, "-m", "trackopt", "ui", *words]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = [*under, sys.executable, "-m", "trackopt", "ui", *words]
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, text=True)
     try:
         yield process
     finally:
@@ -86,19 +91,20 @@ def test_ui_starts_both_and_stops_both(run):
 
 
 def test_ui_finds_runs_at_any_depth_and_tells_when_a_server_dies():
-    """A run that is in no MLflow needs no MLflow; the command ends with its servers."""
+    """A run that is in no MLflow needs no MLflow; the command ends with its servers, under nohup not with a SIGHUP."""
     model, optimizer, _ = build()
     with trackopt.wrap(optimizer, model=model, dir="runs/a/deep/one", sinks=["tensorboard"]) as run:
         run.step(loss=train_step(model, optimizer))
         trackopt.wrap(build()[1], dir="runs/b", sinks=["tensorboard"]).close()
         (Path("runs/broken")).mkdir()
         Path("runs/broken/run.json").write_text("{}")
-        with served("runs") as process:
+        with served("runs", under=["nohup"]) as process:
             head, tensorboard, mlflow, _ = (process.stdout.readline() for _ in range(4))
             assert head == "2 runs below runs, 1 still going: one\n"
             assert tensorboard.startswith("TensorBoard  http://127.0.0.1:")
             assert mlflow == "MLflow       none of them is there\n"
             (leader,) = sessions_of(process)
+            process.send_signal(signal.SIGHUP)
             os.kill(leader, signal.SIGKILL)
             assert process.wait(timeout=60) == 2
             wait_until_empty({leader})
@@ -118,6 +124,37 @@ def test_ui_tells_why_a_server_does_not_start():
     assert (done.returncode, done.stdout) == (2, "1 run below runs, none still going\n")
     assert done.stderr.startswith("trackopt: the MLflow UI did not start: ")
     assert len(done.stderr.splitlines()) == 1
+
+
+class Locked(http.server.BaseHTTPRequestHandler):
+    """Asks for a password."""
+
+    def do_GET(self):
+        self.send_error(401)
+
+    def log_message(self, *_):
+        pass
+
+
+class Stranger(socketserver.BaseRequestHandler):
+    """Speaks another language than HTTP."""
+
+    def handle(self):
+        self.request.recv(4096)
+        self.request.sendall(b"220 ready\r\n")
+
+
+@pytest.mark.parametrize(("handler", "there"), [(Locked, True), (Stranger, False)])
+def test_a_server_answers_where_it_speaks_http(handler, there):
+    """Also one whose address holds a password; whatever else is there, the command goes on."""
+    with socketserver.TCPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        assert serving.answers(f"http://someone:se@cret@127.0.0.1:{server.server_address[1]}") == there
+        server.shutdown()
+        thread.join()
+    assert not serving.answers("http://someone:secret@nowhere.invalid")
+    assert not serving.answers("http://[")
 
 
 def test_sync_has_nothing_to_do_behind_a_finished_run(run):

@@ -23,7 +23,7 @@ def train(folder, kill=None, accumulate=1, precision="no"):
     model = net()
     loader = DataLoader(ROWS, batch_size=4)
     model, optimizer, scheduler, loader = accelerator.prepare(model, *optimizers(model), loader)
-    accelerator.init_trackers("digits", {"width": 8})
+    accelerator.init_trackers("digits", {"width": 8, "data": Path("rows"), "decay": None})
     tracker.watch(accelerator, optimizer, scheduler, model=model)
     saved = sorted((folder / "states").glob("*"))
     if saved:

@@ -139,7 +139,7 @@ def placed_state(
         kept = {id(parameter) for group in keeper(optimizer).param_groups for parameter in group["params"]}
         elsewhere = {key for key, parameter in parameters.items() if id(parameter) not in kept}
     return {
-        key: placed(entry, dict.fromkeys(entry, parameters.get(key)))
+        key: placed(entry, dict.fromkeys(entry, parameters.get(key)) if isinstance(entry, dict) else None)
         for key, entry in state.items()
         if key not in elsewhere
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import http
+import http.client
 import os
 import signal
 import socket
@@ -11,6 +11,7 @@ import subprocess
 import tempfile
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING
@@ -113,11 +114,13 @@ def watch(servers: Sequence[Server], stop: Event) -> None:
 def answers(address: str) -> bool:
     """Whether there is somebody who answers."""
     try:
-        with urllib.request.urlopen(address, timeout=5):  # noqa: S310 - http, of our own making or from run.json
+        parts = urllib.parse.urlsplit(address)
+        bare = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()  # urllib takes a password for a port
+        with urllib.request.urlopen(bare, timeout=5):  # noqa: S310 - http, of our own making or from run.json
             return True
     except urllib.error.HTTPError as error:
         return error.code < http.HTTPStatus.INTERNAL_SERVER_ERROR  # it asks for a password
-    except (OSError, ValueError):
+    except (OSError, ValueError, http.client.HTTPException):
         return False
 
 

@@ -53,7 +53,8 @@ def command(directory: Path, as_json: bool) -> None:
         screen.show([_summary(directory, len(runs), going)])
     stop = Event()
     for ending in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # a shell starts background jobs with SIGINT ignored
-        signal.signal(ending, lambda *_: stop.set())
+        if ending != signal.SIGHUP or signal.getsignal(ending) is not signal.SIG_IGN:  # by nohup
+            signal.signal(ending, lambda *_: stop.set())
     with contextlib.ExitStack() as stack:
         logs = directory.absolute()
         servers = [stack.enter_context(serving.serve("TensorBoard", _tensorboard(logs), health="/", directory=logs))]

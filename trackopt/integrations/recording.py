@@ -98,6 +98,7 @@ class Recording:
         self._recorder: RecorderProcess | None = None
         self._known: set[str] = set()  # what the step that a resumed run begins with has already
         self.in_iteration = False
+        self._begun = self._identity["attempt"] > 1  # whether there may be records that a return to step 0 supersedes
         self._pid = os.getpid()
         self._open = True
         atexit.register(self._at_exit)
@@ -133,11 +134,12 @@ class Recording:
             self._journal.mark("resume", step, **details)
             if self._directory is not None:
                 logger.warning("trackopt: resumed %s at step %d", self._identity["name"], step)
-        elif self._identity["attempt"] > 1:
-            self._journal.mark("resume", 0, offset=0, **details)
+        elif self._begun:
+            self._journal.mark("resume", 0, **{"offset": 0, **details})
         else:
-            described = hyperparameters(self._training.optimizers, self._training.schedulers)
-            self._journal.mark("start", 0, params={**described, **(params or {})}, **details)
+            described = hyperparameters(self._training.optimizers, self._training.schedulers, params)
+            self._journal.mark("start", 0, params=described, **details)
+        self._begun = True
         self.in_iteration = False
         if self._sinks and self._recorder is None:
             self._recorder = RecorderProcess(self._journal.path.parent)

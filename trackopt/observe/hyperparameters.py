@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 _NOT_HYPERPARAMETERS = {"params", "param_names", "lr", "initial_lr"}
 _PROGRESS = {"last_epoch", "best", "num_bad_epochs", "cooldown_counter", "total_steps_done", "T_cur", "mode_worse"}
-
+_BITS = 64  # what the journal takes
 
 #: Anything else (a tensor) may change without becoming another object, so it is read at every step.
 _UNCHANGING = (int, float, str, type(None))
@@ -83,26 +83,39 @@ class Hyperparameters:
         return {f"hyper/{name}.{key}": v for key, v in values.items() if v != before.get(key)}
 
 
-def params(optimizers: Mapping[str, Optimizer], schedulers: Mapping[str, Any]) -> dict[str, str | float]:
-    """What a run was started with, as flat names and values for a table of runs."""
-    found: dict[str, str | float] = {}
+def params(
+    optimizers: Mapping[str, Optimizer], schedulers: Mapping[str, Any], config: Mapping[Any, Any] | None = None
+) -> dict[str, str | float]:
+    """What a run was started with, as flat names and values for a table of runs: text and finite numbers.
+
+    Args:
+        optimizers: By their names.
+        schedulers: By their names.
+        config: What else to tell, of any kind.
+    """
+    found: dict[str, Any] = {}
     for name, optimizer in optimizers.items():
         found[name] = type(optimizer).__name__
         prefix = "" if len(optimizers) == 1 else f"{name}."
         for index, group in enumerate(optimizer.param_groups):
             values = {"lr": float(group["lr"]), **numeric(group)}
-            found |= {f"{label(index, group, prefix)}.{key}": _shown(value) for key, value in values.items()}
+            found |= {f"{label(index, group, prefix)}.{key}": value for key, value in values.items()}
     for name, scheduler in schedulers.items():
         found[name] = type(scheduler).__name__
         for key, value in scheduler.state_dict().items():
             if not key.startswith("_") and key not in _PROGRESS and isinstance(value, (int, float, str)):
-                found[f"{name}.{key}"] = _shown(value)
-    return found
+                found[f"{name}.{key}"] = value
+    return {_text(key): _plain(value) for key, value in {**found, **(config or {})}.items()}
 
 
-def _shown(value: str | float) -> str | float:
-    """JSON, which tables of runs are kept in, has no word for what is not finite."""
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+def _plain(value: object) -> str | float:
+    if isinstance(value, int) and value.bit_length() < _BITS:
+        return value
+    return float(value) if isinstance(value, float) and math.isfinite(value) else _text(value)
+
+
+def _text(value: object) -> str:
+    return str(value).encode(errors="replace").decode()  # a path may hold what is no text
 
 
 def _parts(key: str, value: Any) -> Iterator[tuple[str, Any]]:

@@ -77,12 +77,13 @@ class Meter:
         read = shards.begin if plan.spread else _begin
         scalars, finish = read(plan.buffers(), {**plan.vectors(), **histories, **updates}, pairs)
         counts = {f"{key}.count": float(len(tensors)) for key, tensors in histories.items() if tensors}
+        compared = bool(pairs)  # the tensors themselves must not live until their numbers arrive
 
         @torch.no_grad()
         def metrics(numbers: list[float]) -> dict[str, float]:
             found = finish(numbers)
             named = self._named(found)
-            return counts | (named | self._proportions(found) if pairs else named)
+            return counts | (named | self._proportions(found) if compared else named)
 
         return Reading(used, scalars, metrics)
 
@@ -139,7 +140,7 @@ class Meter:
     ) -> dict[str, float]:
         """The share of elements that are not finite; what was finite at the last look is news.
 
-        Numbers that come late from a device are looked into with what is there now.
+        Numbers that come late from a device are looked into with what is there now, which may be finite again.
         """
         tensors = {**self._plan.vectors(), **self._plan.histories(), **self._plan.buffers()}
         shares: dict[str, float] = {}
@@ -148,7 +149,7 @@ class Meter:
             missing, total = known.get(key) or _count(tensors.get(key, ()))
             if missing:
                 shares[f"{key}.nonfinite"] = missing / total
-            elif not math.isnan(metrics[f"{key}.norm"]):
+            elif not math.isnan(metrics[f"{key}.norm"]) and tensors.get(key) and all(t.is_cpu for t in tensors[key]):
                 continue  # each number is finite, only the sum of their squares is not
             kind, unit = key.split("/", 1)
             what = _CALLED.get(kind, kind)

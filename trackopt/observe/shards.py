@@ -47,12 +47,13 @@ def begin(buffers: Lists, vectors: Lists, pairs: Pairs) -> tuple[list[Tensor], C
     meshes = dict.fromkeys(tensor.device_mesh for each in lists for tensor in each if is_spread(tensor))
     voices = [_Voice(mesh, lists, first=not index) for index, mesh in enumerate(meshes)]
     tables = [voice.gathered(_table(voice, buffers, vectors, pairs)) for voice in voices]
+    names = [*buffers, *vectors, *(name for name in pairs for _ in range(3))]
+    ends = len(buffers), len(lists)  # `finish` must not keep the tensors until their numbers arrive
 
     def finish(numbers: Sequence[float]) -> Measured:
         rows = [numbers[start : start + _WIDTH] for start in range(0, len(numbers), _WIDTH)]
-        names = [*buffers, *vectors, *(name for name in pairs for _ in range(3))]
         each = [(name, rows[index :: len(names)]) for index, name in enumerate(names)]
-        return _measured(each[: len(buffers)], each[len(buffers) : len(lists)], each[len(lists) :])
+        return _measured(each[: ends[0]], each[ends[0] : ends[1]], each[ends[1] :])
 
     return [number for table in tables for number in table.flatten().unbind()], finish
 

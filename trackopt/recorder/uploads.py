@@ -51,20 +51,22 @@ class Uploads:
         self._error: Exception | None = None
 
     def pump(self, limit: int) -> bool | None:
-        """Upload what is committed in the first ``limit`` bytes of the journal; ``None`` while that goes on.
+        """Upload what is committed in the first ``limit`` bytes of the journal; ``False`` once an upload went well.
 
-        What an upload raised comes from the next call.
+        ``None`` says that one goes on. What it raised comes from the next call.
         """
         self._limit = limit
+        result = None
         if self._thread is not None:
             if self._thread.is_alive():
                 return None
             self._join()
+            result = False
         if self.cursor["offset"] >= limit:
             return False
         self._thread = threading.Thread(target=self._run, args=(limit,), name="trackopt-upload", daemon=True)
         self._thread.start()
-        return None
+        return result
 
     def finish(self) -> None:
         """Wait for what is on its way, and upload what has come to it meanwhile."""
