@@ -155,6 +155,96 @@ def test_another_number_of_processes_goes_on(whole, tmp_path):
     assert final_state(tmp_path / "run")["trackopt"]["step"] == 16 + 4 + 12
 
 
+SMALL = """
+import sys
+import torch, torch.distributed as dist
+import trackopt
+from tests import several
+
+class Averaged:  # no module
+    def __init__(self, value):
+        self.value = torch.full((100_000,), value)
+
+    def state_dict(self):
+        return {"value": self.value}
+
+    def load_state_dict(self, state):
+        self.value = state["value"]
+
+dist.init_process_group("gloo", timeout=several.PATIENCE)
+rank = dist.get_rank()
+model = several.network()
+for turn in range(2):  # the second one resumes
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    same, own = Averaged(1.0 - turn), Averaged(float(rank - turn))
+    run = trackopt.wrap(optimizer, model=model, dir=sys.argv[1], sinks=(), same=same, own=own)
+    assert (same.value[0], own.value[0]) == (1, rank)
+    run.log(val=rank, reduce="mean")
+    optimizer.step()
+    run.step()
+    sizes, whole = [], dist.all_gather
+    dist.all_gather = lambda found, mine, **group: (sizes.append(mine.numel()), whole(found, mine, **group))
+    if rank == 0:
+        run.log(val=7)
+    optimizer.step()
+    run.step()
+    run.save()  # the large state that differs
+    assert max(sizes) > 400_000, sizes
+    run.log(val=rank, reduce="mean")
+    optimizer.step()
+    run.step()
+    assert sizes[-1] < 2000, sizes
+    dist.all_gather = whole
+    run.close()
+dist.destroy_process_group()
+"""
+
+
+def test_ranks_tell_each_other_no_more_than_they_must(tmp_path):
+    """A state that all have alike is saved once, a large message leaves later ones small, a mean binds no later log."""
+    (tmp_path / "small.py").write_text(SMALL)
+    told = together(tmp_path / "small.py", tmp_path / "run")
+    assert [code for code, _ in told] == [0, 0], told
+    (other,) = final_state(tmp_path / "run")["trackopt"]["ranks"]
+    assert list(other["stateful"]) == ["own"]
+    assert [value for _, value in journal.series(tmp_path / "run")["val"]] == [0.5, 7.0, 0.5] * 2
+
+
+ALONE = """
+import os, signal, sys, time
+import torch, torch.distributed as dist
+import trackopt
+from tests import several
+
+dist.init_process_group("gloo", timeout=several.PATIENCE)
+model = several.network()
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+run = trackopt.wrap(optimizer, model=model, dir=sys.argv[1], sinks=())
+for epoch in run.epochs(50):
+    for _ in run.batches(range(8)):
+        dist.all_reduce(torch.zeros(1))
+        optimizer.step()
+        if (dist.get_rank(), run.global_step) == (1, 20):
+            os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.02)
+    if run.should_stop:
+        break
+    if dist.get_rank() == 0:
+        for _ in run.batches(range(5)):
+            time.sleep(0.02)
+run.close()
+"""
+
+
+def test_a_signal_stops_ranks_of_which_one_validates_alone(tmp_path):
+    """They count steps, not batches: those that only one of them takes bring no rank to wait for another."""
+    (tmp_path / "alone.py").write_text(ALONE)
+    told = together(tmp_path / "alone.py", tmp_path / "run")
+    assert [code for code, _ in told] == [128 + signal.SIGTERM] * 2, told
+    stop = next(line for line in journal.read(tmp_path / "run" / journal.NAME) if line.event == "stop")
+    assert final_state(tmp_path / "run")["trackopt"]["step"] == stop.step >= 20
+
+
 TIMED = """
 import sys, time
 from datetime import timedelta

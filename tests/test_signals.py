@@ -13,6 +13,7 @@ from tests import dimensions
 from tests.conftest import drain, mlflow_run, run_script
 from tests.test_resume import assert_same, final_state
 from trackopt import journal
+from trackopt.signals import StopSignals
 
 SCRIPT = Path(dimensions.__file__)
 LOOP = """
@@ -121,6 +122,23 @@ def test_a_second_signal_stops_at_once(tmp_path):
     _, told = stop(process, signal.SIGINT)
     assert process.returncode == -signal.SIGINT
     assert "KeyboardInterrupt" in told
+
+
+def test_what_torchrun_passes_on_is_no_second_signal(monkeypatch):
+    """Slurm signals torchrun and its workers, and torchrun signals them again; another signal is one."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    calls = []
+    before = signal.signal(signal.SIGUSR1, lambda *_: calls.append(1))
+    signals = StopSignals(tells=False)
+    try:
+        signal.raise_signal(signal.SIGUSR1)
+        signal.raise_signal(signal.SIGUSR1)
+        assert (signals.received, calls) == (signal.SIGUSR1, [1])
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        signals.close()
+        signal.signal(signal.SIGUSR1, before)
 
 
 def test_a_handler_of_the_users_is_called_too(tmp_path):

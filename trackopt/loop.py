@@ -10,6 +10,7 @@ yielded.
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, TypeVar
+from weakref import WeakKeyDictionary
 
 from torch.utils.data import DataLoader, IterableDataset
 from torch.utils.data.distributed import DistributedSampler
@@ -54,7 +55,8 @@ class Position:
         self._own: dict[int, Any] = {}  # restored states of loaders that are not known yet
         self._arrive: Callable[[], None] = lambda: None
         self._divided = False  # whether the data was divided otherwise when it was saved
-        self._orders: dict[object, tuple[int, int]] = {}  # the first epoch of each shuffling sampler, and its own
+        # the first epoch of each shuffling sampler, and its own
+        self._orders: WeakKeyDictionary[object, tuple[int, int]] = WeakKeyDictionary()
 
     @property
     def settled(self) -> bool:

@@ -60,6 +60,7 @@ class Pending:
         self._share(self._shared)
         taken = {key: total / count for key, (total, count) in self._sums.items()}
         self._sums.clear()
+        self._shared.clear()
         return taken
 
     def take_rest(self) -> dict[str, float | Tensor]:
@@ -69,6 +70,7 @@ class Pending:
         taken = {key: total / count for key, (total, count) in self._sums.items() if key in keys}
         for key in keys:
             del self._sums[key]
+        self._shared -= keys
         self.recorded |= keys
         return taken
 

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from datetime import timedelta
 
 T = TypeVar("T")
+_ROOM = 1000  # bytes that a value is expected to have; one collective is enough for these
 _SAME_CALLS = "must make the same calls to trackopt"
 _numbers = itertools.count()
 logger = logging.getLogger("trackopt")
@@ -99,7 +100,6 @@ class _Several(Ranks):
         patience: timedelta = store.timeout  # type: ignore[attr-defined]  # torch's stubs lack it
         self.patience = patience.total_seconds()
         self._calls = 0
-        self._room = 1000  # bytes that a value is expected to have; one collective is enough for these
         self._come()
         with self._waiting():
             self.group = dist.new_group(backend="gloo", timeout=patience, group_desc="trackopt")
@@ -115,10 +115,9 @@ class _Several(Ranks):
         place = _place()
         sent = pickle.dumps((place, value))
         with self._waiting():
-            found = self._exchange(sent)
-            if (largest := max(map(len, found))) > self._room:  # all see that, and none has all of it
-                self._room = largest
-                found = self._exchange(sent)
+            found = self._exchange(sent, _ROOM)
+            if (largest := max(map(len, found))) > _ROOM:  # all see that, and none has all of it
+                found = self._exchange(sent, largest)
         told = [pickle.loads(each) for each in found]  # noqa: S301 - by the other processes of this very training
         for rank, (elsewhere, _) in enumerate(told):
             if elsewhere != told[0][0]:
@@ -144,11 +143,11 @@ class _Several(Ranks):
     def leave(self) -> None:
         self.apart = True
 
-    def _exchange(self, sent: bytes) -> list[bytes]:
+    def _exchange(self, sent: bytes, room: int) -> list[bytes]:
         """What every rank sent; of one that sent more than there is room for, its length in bytes that say nothing."""
-        mine = torch.zeros(8 + self._room, dtype=torch.uint8)
+        mine = torch.zeros(8 + room, dtype=torch.uint8)
         mine[:8].view(torch.int64)[0] = len(sent)
-        if 0 < len(sent) <= self._room:
+        if 0 < len(sent) <= room:
             mine[8 : 8 + len(sent)] = torch.frombuffer(bytearray(sent), dtype=torch.uint8)
         all_of_them = [torch.empty_like(mine) for _ in range(self.world)]
         dist.all_gather(all_of_them, mine, group=self.group)
@@ -227,7 +226,7 @@ def _place() -> str:
 
 def _part() -> None:
     """A process that ends with a group of gloo still open may abort, and then its exit code is lost."""
-    if dist.is_initialized() and dist.get_backend() == "gloo":
+    if dist.is_initialized() and dist.get_backend() in {"gloo", "cpu:gloo"}:
         dist.destroy_process_group()
 
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from trackopt import remote
 from trackopt.checkpoint import restore, rng
 from trackopt.checkpoint.capture import plain, state_of
+from trackopt.checkpoint.pickling import pickled
 from trackopt.checkpoint.saved import of_run
 from trackopt.checkpoint.spread import has_distributed
 from trackopt.checkpoint.store import load, load_checked
@@ -90,18 +93,25 @@ class Resumption:
             parameter.requires_grad_(name not in frozen)
 
 
-def of_this_rank(training: Training, position: Mapping[str, Any], telemetry: Mapping[str, Any]) -> dict[str, Any]:
-    """What a checkpoint holds of each process, as the rest of it is the same for all.
+def of_other_ranks(
+    ranks: Ranks, training: Training, position: Mapping[str, Any], telemetry: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """What a checkpoint holds of each process but the first, as the rest of it is the same for all.
 
     Models are not among it: their weights are the same, and what DDP leaves to each process (a BatchNorm's averages, if
-    it is told to) counts as rank 0 has it. What is spread over the processes is saved by all of them together.
+    it is told to) counts as rank 0 has it. Nor is an object whose state is rank 0's, such as averaged weights. What is
+    spread over the processes is saved by all of them together.
     """
-    own = {name: state_of(each) for name, each in training.stateful.items() if not isinstance(each, nn.Module)}
-    return {
+    found = {name: state_of(each) for name, each in training.stateful.items() if not isinstance(each, nn.Module)}
+    own = {name: _on_cpu(plain(each, name)) for name, each in found.items() if not has_distributed(each)}
+    sums = {name: _checksum(each) for name, each in own.items()}
+    first = ranks.told(sums)
+    here = {
         "rng": rng.capture(),
-        "stateful": {name: _on_cpu(plain(each, name)) for name, each in own.items() if not has_distributed(each)},
+        "stateful": {name: each for name, each in own.items() if sums[name] != first.get(name)},
         "meta": {"position": position, "pending": telemetry["pending"]},
     }
+    return ranks.gather(here)[1:]
 
 
 def part_of_rank(tree: dict[str, Any], training: Training, ranks: Ranks) -> dict[str, Any]:
@@ -153,3 +163,12 @@ def _hyperparameters(optimizer: Any) -> list[dict[str, Any]]:
 
 def _on_cpu(state: Any) -> Any:
     return tree_map_only(Tensor, Tensor.cpu, state)
+
+
+def _checksum(state: Any) -> bytes:
+    pickle, storages = pickled({"": state})
+    found = blake2b(pickle)
+    for storage in storages:
+        content: Any = torch.empty(0, dtype=torch.uint8).set_(storage).numpy()
+        found.update(content)
+    return found.digest()

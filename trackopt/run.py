@@ -25,7 +25,7 @@ from trackopt.meeting import Meeting
 from trackopt.observe import params
 from trackopt.recorder.process import RecorderProcess
 from trackopt.rehearsal import plan
-from trackopt.resuming import of_this_rank
+from trackopt.resuming import of_other_ranks
 from trackopt.saving import Request, Saving
 from trackopt.signals import StopSignals
 from trackopt.telemetry import Telemetry
@@ -119,7 +119,7 @@ class Run:
 
         ``batches``, ``epochs`` and ``step`` act on it by themselves, at the end of the iteration. A loop that uses
         none of them, or has something long before it, looks here, leaves, and closes the run. Of several processes
-        each must look, and all see it in the same iteration.
+        each must look, and all see it behind the same step: the next one, so that a validation is not left for it.
         """
         if not self._position.in_pass:
             self._meet()
@@ -240,8 +240,6 @@ class Run:
         details |= {"world": self._ranks.world, "restarts": restarts()} if self._ranks.world > 1 else {}
         described = params(self._training.optimizers, self._training.schedulers)
         self._signals = StopSignals(alone=self._ranks.world == 1, tells=self._ranks.leads)
-        if self._ranks.world > 1:
-            self._meeting = Meeting(self._ranks, self._wish)
         if self._ranks.leads:
             self._store.clean()
         if resumption is not None:
@@ -250,6 +248,8 @@ class Run:
             self._journal.mark("resume", 0, offset=0, **details)
         else:
             self._journal.mark("start", 0, params=described, **details)
+        if self._ranks.world > 1:
+            self._meeting = Meeting(self._ranks, self._wish, self.global_step)
         if self._sinks:
             self._recorder = RecorderProcess(self.dir)
         if (rehearsal := plan.current()) is not None and self._ranks.leads:
@@ -324,7 +324,7 @@ class Run:
 
     def _meet(self) -> None:
         """An iteration is done; perhaps all ranks agreed to stop or to save behind it."""
-        what = self._meeting.arrive() if self._meeting is not None else None
+        what = self._meeting.arrive(self.global_step) if self._meeting is not None else None
         if what == _SAVE:
             self._saving.request(Request())
         elif what is not None:
@@ -374,8 +374,8 @@ class Run:
         telemetry = self._telemetry.state_dict()
         several: dict[str, Any] = {}
         if self._ranks.world > 1:
-            ranks = self._ranks.gather(of_this_rank(self._training, position, telemetry))
-            several = {"world": self._ranks.world, "ranks": ranks[1:]}
+            others = of_other_ranks(self._ranks, self._training, position, telemetry)
+            several = {"world": self._ranks.world, "ranks": others}
         return {
             "run_id": self._directory.identity["id"],
             "name": self._directory.identity["name"],

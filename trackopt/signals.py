@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -18,11 +19,13 @@ if TYPE_CHECKING:
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _STDERR = 2
+_PASSED_ON = 2.0  # seconds within which a signal that torchrun and its workers were sent comes to these again, from it
 
 
 class StopSignals:
     """Takes note of the first stop signal; a second one does what it did before.
 
+    Under torchrun the same one right behind it is no second one: torchrun passes on what it was sent with its workers.
     A handler of the user's own is called as well. Nothing is installed outside the main thread, for a signal that is
     ignored (as SIGINT is under ``nohup``), and for Ctrl-C at a prompt, where it means the current line.
 
@@ -39,6 +42,7 @@ class StopSignals:
         self.noted: signal.Signals | None = None
         self.received: signal.Signals | None = None
         self._alone, self._tells = alone, tells
+        self._at = 0.0  # when it came
         self._pid = os.getpid()
         self._before: dict[signal.Signals, Any] = {}
         if threading.current_thread() is threading.main_thread():
@@ -61,10 +65,11 @@ class StopSignals:
     def _note(self, number: int, frame: FrameType | None) -> None:
         before = self._before.get(signal.Signals(number), signal.SIG_DFL)
         if self.noted is not None:
-            self.close()
-            signal.raise_signal(number)
+            if not self._is_passed_on(number):
+                self.close()
+                signal.raise_signal(number)
             return
-        self.noted = signal.Signals(number)
+        self.noted, self._at = signal.Signals(number), time.monotonic()
         if self._alone:
             self.received = self.noted
         if os.getpid() != self._pid:
@@ -75,6 +80,10 @@ class StopSignals:
         if callable(before) and before is not signal.default_int_handler:
             chained: Callable[[int, FrameType | None], Any] = before
             chained(number, frame)
+
+    def _is_passed_on(self, number: int) -> bool:
+        behind = time.monotonic() - self._at
+        return number == self.noted and behind < _PASSED_ON and "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def _at_a_prompt(number: signal.Signals) -> bool:

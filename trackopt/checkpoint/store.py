@@ -73,16 +73,13 @@ class Store:
             UsageError: A state cannot be written.
             CheckpointError: There is not enough memory.
         """
-        step = tree["trackopt"]["step"]
-        previous = max((each for each in self._by_step() if each < step), default=0)
-        landmark = Marks(self._retention.is_landmark(step, previous))
-        marks = self._marks.get(step, landmark).joined(landmark).joined(marks)
-        tree["trackopt"] |= {"keep": marks.keep, "metric": marks.metric}
-        self._marks[step] = marks
         if self._ranks is None:
+            self._mark(tree["trackopt"], marks)
             return self._staging.stage(tree)
-        parts, rest = shards.split(tree)
         try:
+            if self._leads:
+                self._mark(tree["trackopt"], marks)
+            parts, rest = shards.split(tree)
             return Shards(self._shards.copy(parts), self._staging.stage(rest) if self._leads else None)
         except (CheckpointError, MemoryError, RuntimeError) as error:  # the last is torch's for memory
             return Shards({}, None, error)
@@ -150,6 +147,15 @@ class Store:
         with contextlib.suppress(OSError):
             for part in self.folder.glob(f".*{PART}"):
                 _delete(part)
+
+    def _mark(self, meta: dict[str, Any], marks: Marks) -> None:
+        """Let a checkpoint say what it is worth."""
+        step = meta["step"]
+        previous = max((each for each in self._by_step() if each < step), default=0)
+        landmark = Marks(self._retention.is_landmark(step, previous))
+        marks = self._marks.get(step, landmark).joined(landmark).joined(marks)
+        meta |= {"keep": marks.keep, "metric": marks.metric}
+        self._marks[step] = marks
 
     def _by_step(self) -> dict[int, Path]:
         try:
