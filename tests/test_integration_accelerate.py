@@ -40,7 +40,8 @@ def test_wrap_takes_prepared_objects(home, loaders, typed):
     """Killed in the middle of a shuffled epoch with accumulated gradients, it goes on bit for bit."""
     whole, again = home / loaders / "whole", home / loaders / "again"
     assert journal.series(again) == journal.series(whole)
-    assert [line.step for line in events(again, "resume")] == [12]
+    (resumed,) = events(again, "resume")
+    assert resumed.step in {12, 15}  # the last one may have been on its way to the disk
     told = json.loads(typed("diff", whole, again, "--only", "optimizer*", "--json").out)
     assert told["equal"]
     said = json.loads(typed("inspect", again, "--json").out)

@@ -129,6 +129,7 @@ def test_what_torchrun_passes_on_is_no_second_signal(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     calls = []
     before = signal.signal(signal.SIGUSR1, lambda *_: calls.append(1))
+    ignored = signal.signal(signal.SIGINT, signal.default_int_handler)  # by the processes that run tests side by side
     signals = StopSignals(tells=False)
     try:
         signal.raise_signal(signal.SIGUSR1)
@@ -139,6 +140,7 @@ def test_what_torchrun_passes_on_is_no_second_signal(monkeypatch):
     finally:
         signals.close()
         signal.signal(signal.SIGUSR1, before)
+        signal.signal(signal.SIGINT, ignored)
 
 
 def test_a_handler_of_the_users_is_called_too(tmp_path):
