@@ -297,7 +297,7 @@ class Run:
                 self._telemetry.settle()
                 self._probe.record(self.global_step)
         if self._recorder is not None:
-            _tell(self._recorder.messages())
+            tell(self._recorder.messages())
         if self._position.in_pass and self._display.is_due():
             self._display.show(self._state())
 
@@ -419,7 +419,7 @@ class Run:
             self._telemetry.close()
             self._display.close(self._state())
             if self._recorder is not None:
-                _tell(self._recorder.finish(wait=wait and self._signals.received is None))
+                tell(self._recorder.finish(wait=wait and self._signals.received is None))
             self._journal.close()
             self._directory.release()
             atexit.unregister(self._at_exit)
@@ -449,6 +449,7 @@ def _status(error: BaseException | None) -> str:
     return "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
 
 
-def _tell(messages: Iterable[str]) -> None:
+def tell(messages: Iterable[str]) -> None:
+    """Tell the user, a line each."""
     for message in messages:
         logger.warning("trackopt: %s", message)

@@ -24,11 +24,11 @@ from trackopt.ranks import Ranks, here
 from trackopt.recorder.target import mlflow_target
 from trackopt.rehearsal import plan
 from trackopt.resuming import Resumption, find, part_of_rank
-from trackopt.run import Run
+from trackopt.run import Run, tell
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Sequence
     from datetime import timedelta
 
     from torch import nn
@@ -164,7 +164,7 @@ def wrap(
     except BaseException:
         directory.release()
         raise
-    _tell(f"left as it is here: {problem}" for problem in left_out)
+    tell(f"left as it is here: {problem}" for problem in left_out)
     try:
         _agreed(ranks, lambda: run._start(resumption))
     except BaseException as error:
@@ -220,8 +220,3 @@ def _without_ddp(model: Any) -> Any:
     if isinstance(model, Mapping):
         return {name: _without_ddp(each) for name, each in model.items()}
     return model.module if isinstance(model, DistributedDataParallel) else model
-
-
-def _tell(messages: Iterable[str]) -> None:
-    for message in messages:
-        logger.warning("trackopt: %s", message)
