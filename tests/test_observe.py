@@ -132,8 +132,12 @@ LAYOUTS = {
 )
 @example(0, [40_000], torch.bfloat16, "a parameter", -300.0, 100.0, None)  # sums of 16-bit squares round alike
 @example(0, [300_000], torch.float32, "a parameter", 0.3, 0.0, None)
+@example(0, [40_000], torch.float64, "contiguous", -300.0, 1.0, None)  # the second look must not write
 def test_statistics_of_any_size_layout_and_scale(seed, sizes, dtype, layout, mean, scale, bad):
-    """Small and large tensors, of any layout, huge and tiny numbers, and what is not finite: as float64 has it."""
+    """Small and large tensors, of any layout, huge and tiny numbers, and what is not finite: as float64 has it.
+
+    Nothing is written to what is read.
+    """
     generator = torch.Generator().manual_seed(seed)
     tensors = []
     for size in sizes:
@@ -144,7 +148,9 @@ def test_statistics_of_any_size_layout_and_scale(seed, sizes, dtype, layout, mea
     reference = torch.cat([t.detach().double().flatten() for t in tensors])
     if bad is None and not reference.isfinite().all():
         return  # float16 overflowed by itself
+    before = [t.detach().clone() for t in tensors]
     statistics, norms = measure({"b": tensors}, {"v": tensors})
+    torch.testing.assert_close(tensors, before, rtol=0, atol=0, equal_nan=True)
     found = [*statistics["b"], norms["v"]]
     norm = reference.norm()
     expected = (norm, reference.mean(), reference.std(correction=0), reference.min(), reference.max(), norm)

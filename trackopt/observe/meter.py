@@ -79,7 +79,6 @@ class Meter:
         counts = {f"{key}.count": float(len(tensors)) for key, tensors in histories.items() if tensors}
         compared = bool(pairs)  # the tensors themselves must not live until their numbers arrive
 
-        @torch.no_grad()
         def metrics(numbers: list[float]) -> dict[str, float]:
             found = finish(numbers)
             named = self._named(found)

@@ -1,10 +1,10 @@
 """Statistics of many tensors at once, each read from memory once, with one transfer to the host.
 
-Small tensors of the CPU are gathered (``small``). Others are read piece by piece, small enough to stay in the
-processor's cache between the few passes over it; the pieces are combined in float64 on the host by the pairwise
-formula of Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances" (1979).
-On the CPU a piece yields its sum and its sum of squares, and is read again where these do not tell its deviations.
-What is on a device is not cut, and not waited for (`Reading`): there the number of kernels counts.
+Small tensors of the CPU are gathered (``small``), others are read piece by piece (``near``). They yield their sum and
+their sum of squares, and are read again where these do not tell their deviations. What is on a device is hardly cut,
+and not waited for (`Reading`): there the number of kernels counts. Parts are combined in float64 on the host by the
+pairwise formula of Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample
+variances" (1979).
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from trackopt.observe import near
 from trackopt.observe.reading import Transfer
-from trackopt.observe.small import Totals, gather, is_plain, is_spread, totals
+from trackopt.observe.small import Totals, gather, totals
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -26,16 +27,8 @@ _CANCELS = 0.9  # of the sum of squares: if the mean makes up more, float32 has 
 _UNDERFLOWS = 1e-30  # sums of squares below this may have lost elements
 
 
-class _Sizes(NamedTuple):
-    """How tensors are cut into pieces, in elements."""
-
-    small: int  # smaller tensors are copied together
-    gathered: int  # up to this size
-    piece: int  # a larger tensor is cut into pieces of this size
-
-
-_NEAR = _Sizes(1 << 15, 1 << 17, 1 << 18)  # 1 MB of float32 stays in the cache
-_FAR = _Sizes(1 << 20, 1 << 22, 1 << 62)  # what counts on a device is how many kernels are launched
+# In elements, on a device: smaller tensors are copied together, up to this size.
+_SMALL, _GATHERED = 1 << 20, 1 << 22
 
 
 class Statistics(NamedTuple):
@@ -122,17 +115,20 @@ def begin(
     long = {name: tensors for name, tensors in vectors.items() if name not in norms}
     if not (large or long):
         return [], lambda _: (statistics, norms)
-    pieces, lengths = _read_near(*(_chosen(each, near=True) for each in (large, long)))
-    sizes, scalars, roots = read_far(*(_chosen(each, near=False) for each in (large, long)))
+    scattered = not all(_is_near(tensor) for each in (*large.values(), *long.values()) for tensor in each)
+    here = [_chosen(each, near=True) if scattered else each for each in (large, long)]
+    there = [_chosen(each, near=False) if scattered else {} for each in (large, long)]
+    pieces, lengths = _read_near(*here)
+    sizes, scalars, roots = read_far(*there)
 
     def finish(numbers: Sequence[float]) -> tuple[dict[str, Statistics], dict[str, float]]:
         following = iter(numbers)
-        for name, here in pieces.items():
-            there = [_far_piece(size, *islice(following, 4)) for size in sizes[name]]
-            if here or there:
-                statistics[name] = combine(here + there)
+        for name, parts in pieces.items():
+            rest = [_far_piece(size, *islice(following, 4)) for size in sizes.get(name, ())]
+            if parts or rest:
+                statistics[name] = combine(parts + rest)
         for name, norms_here in lengths.items():
-            if whole := norms_here + list(islice(following, roots[name])):
+            if whole := norms_here + list(islice(following, roots.get(name, 0))):
                 norms[name] = math.hypot(*whole)
         return statistics, norms
 
@@ -157,26 +153,28 @@ def _describe(found: Totals) -> Statistics:
 def _read_near(
     buffers: Mapping[str, Sequence[Tensor]], vectors: Mapping[str, Sequence[Tensor]]
 ) -> tuple[dict[str, list[Piece]], dict[str, list[float]]]:
-    """The pieces of buffers on the CPU, and the norms of the pieces of vectors."""
-    parts = {name: list(_pieces(tensors)) for name, tensors in buffers.items()}
-    long = {name: list(_pieces(tensors)) for name, tensors in vectors.items()}
-    scalars = [scalar for each in parts.values() for part in each for scalar in _moments(part)]
-    scalars += [_squares(part) for each in long.values() for part in each]
-    values = iter(Transfer(scalars).numbers())
-    pieces = {name: [_piece(part, *islice(values, 4)) for part in each] for name, each in parts.items()}
-    lengths = {name: [_length(part, next(values)) for part in each] for name, each in long.items()}
-    return pieces, lengths
+    """What is known of the parts of buffers on the CPU, and the norms of vectors there."""
+    found, squares = near.totals(buffers.values(), vectors.values())
+    parts = {
+        name: [] if each is None else _parts_of(tensors, each)
+        for (name, tensors), each in zip(buffers.items(), found, strict=True)
+    }
+    lengths = {
+        name: [] if each is None else [_length(tensors, each)]
+        for (name, tensors), each in zip(vectors.items(), squares, strict=True)
+    }
+    return parts, lengths
 
 
 def read_far(
     buffers: Mapping[str, Sequence[Tensor]], vectors: Mapping[str, Sequence[Tensor]]
 ) -> tuple[dict[str, list[int]], list[Tensor], dict[str, int]]:
     """The sizes of the pieces of buffers on devices, the numbers that describe all, and how many norms each has."""
-    parts = {name: list(_pieces(tensors, _FAR)) for name, tensors in buffers.items()}
+    parts = {name: list(_parts(tensors)) for name, tensors in buffers.items()}
     flat = {name: [v for v in map(vector, tensors) if v.numel()] for name, tensors in vectors.items()}
     scalars = []
     for part in (part for each in parts.values() for part in each):
-        whole = _read(part)
+        whole = vector(gather(part) if len(part) > 1 else part[0])
         variance, mean = torch.var_mean(whole, correction=0)
         scalars += [mean, variance, *torch.aminmax(whole)]
     scalars += [norm for each in flat.values() if each for norm in torch._foreach_norm(each)]
@@ -184,37 +182,16 @@ def read_far(
     return sizes, scalars, {name: len(each) for name, each in flat.items()}
 
 
-def vector(tensor: Tensor) -> Tensor:
-    """All stored elements as one real vector of float32 or better, without a copy where that is possible.
-
-    Of a tensor that is spread over processes (DTensor) the part that is here.
-    """
-    tensor = tensor.detach()
-    if is_spread(tensor):
-        tensor = tensor.to_local()
-    if tensor.layout is torch.sparse_coo:
-        tensor = tensor.coalesce().values()
-    if tensor.is_complex():
-        tensor = torch.view_as_real(tensor)
-    flat = tensor.flatten()
-    return flat if flat.dtype in {torch.float32, torch.float64} else flat.float()
-
-
-def _pieces(tensors: Sequence[Tensor], sizes: _Sizes = _NEAR) -> Iterator[list[Tensor]]:
-    """What is read as one: a part of a tensor, or several small ones.
-
-    These are copied only while they are read, so that the copies take turns in the same memory.
-    """
+def _parts(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """What is read as one on a device: a tensor, or several small ones."""
     waiting: list[Tensor] = []
     size = 0
-    for tensor in tensors:
-        if not is_plain(tensor):
-            tensor = vector(tensor)
+    for tensor in map(near.flat, tensors):
         elements = tensor.numel()
-        if elements >= sizes.small:
-            yield from ([part] for part in torch.split(vector(tensor), sizes.piece))
+        if elements >= _SMALL:
+            yield [tensor]
         elif elements:
-            if waiting and (size + elements > sizes.gathered or tensor.device != waiting[0].device):
+            if waiting and (size + elements > _GATHERED or tensor.device != waiting[0].device):
                 yield waiting
                 waiting, size = [], 0
             waiting.append(tensor)
@@ -223,41 +200,38 @@ def _pieces(tensors: Sequence[Tensor], sizes: _Sizes = _NEAR) -> Iterator[list[T
         yield waiting
 
 
-def _read(piece: list[Tensor]) -> Tensor:
-    """One vector without gaps, since it is read several times."""
-    return vector(gather(piece) if len(piece) > 1 else piece[0]).contiguous()
+def vector(tensor: Tensor) -> Tensor:
+    """All stored elements as one real vector of float32 or better, without a copy where that is possible.
+
+    Of a tensor that is spread over processes (DTensor) the part that is here.
+    """
+    return near.real(near.flat(tensor))
 
 
-def _moments(tensors: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The sum, the sum of squares, the lowest and the highest of a piece on the CPU."""
-    piece = _read(tensors)
-    return piece.sum(), piece.square().sum(), *torch.aminmax(piece)
-
-
-def _squares(tensors: list[Tensor]) -> Tensor:
-    """The sum of squares of a piece on the CPU, added pairwise: `dot` and `norm` lose digits of like numbers."""
-    return _read(tensors).square().sum()
-
-
-def _length(tensors: list[Tensor], squares: float) -> float:
-    """The norm of a piece, from its sum of squares where float32 held that."""
+def _length(tensors: Sequence[Tensor], squares: float) -> float:
+    """The norm of vectors on the CPU, from the sum of squares where float32 held that."""
     if _UNDERFLOWS < squares < math.inf:
         return math.sqrt(squares)
-    return math.sqrt(_squares([each.double() for each in map(vector, tensors)]).item())
+    wide = map(Tensor.double, near.pieces(tensors))
+    return math.sqrt(sum(torch.dot(each, each).item() for each in wide))
 
 
-def _piece(tensors: list[Tensor], first: float, second: float, low: float, high: float) -> Piece:
-    count = sum(map(Tensor.numel, tensors))
+def _parts_of(tensors: Sequence[Tensor], found: Totals) -> list[Piece]:
+    """What is known of buffers on the CPU: from their totals, or by a second look where these do not tell."""
+    size, first, second, low, high = found
     if not (math.isfinite(low) and math.isfinite(high)):
-        return Piece(count, first / count, second, low, high)
+        return [Piece(size, first / size, second, low, high)]
     if low == high:
-        return Piece(count, low, 0.0, low, high)
-    if _UNDERFLOWS < second < math.inf and first * first / count < _CANCELS * second:
-        return Piece(count, first / count, second - first * first / count, low, high)
-    wide = _read(tensors).double()
-    mean = wide.mean()
-    wide -= mean
-    return Piece(count, mean.item(), torch.dot(wide, wide).item(), low, high)
+        return [Piece(size, low, 0.0, low, high)]
+    if _UNDERFLOWS < second < math.inf and first * first / size < _CANCELS * second:
+        return [Piece(size, first / size, second - first * first / size, low, high)]
+    return [_looked_at(piece.double(), low, high) for piece in near.pieces(tensors)]
+
+
+def _looked_at(piece: Tensor, low: float, high: float) -> Piece:
+    mean = piece.mean()
+    apart = piece - mean
+    return Piece(piece.numel(), mean.item(), torch.dot(apart, apart).item(), low, high)
 
 
 def _far_piece(size: int, mean: float, variance: float, low: float, high: float) -> Piece:
