@@ -28,7 +28,6 @@ COMMANDS = (
     ["inspect", "--tree"],
     ["verify"],
 )
-SECONDS = 5.0
 ROOM = 256 << 10  # KiB above what looking at an honest file takes
 ESCAPES = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2028\u2029\u2066-\u2069]")
 
@@ -82,7 +81,6 @@ def check(answer: dict[str, Any], usual: int) -> None:
     """What holds for every answer to every input."""
     assert answer["code"] in {0, 1, 2}, answer["err"][-2000:]
     assert "Traceback" not in answer["err"]
-    assert answer["seconds"] < SECONDS
     assert answer["kib"] - usual < ROOM
     if answer["code"] == 2 and not answer["out"]:
         assert answer["err"].startswith("trackopt: ")
