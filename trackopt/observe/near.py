@@ -85,10 +85,10 @@ def pieces(tensors: Iterable[Tensor], longest: int = _PIECE) -> Iterator[Tensor]
         vector = tensor if is_plain(tensor) else flat(tensor)
         elements = vector.numel()
         if elements > longest:
-            vector = vector.detach().flatten()
+            vector = _line(vector)
             yield from (real(vector[start : start + longest]) for start in range(0, elements, longest))
         elif elements >= _SMALL:
-            yield real(vector.detach().flatten())
+            yield real(_line(vector))
         elif elements:
             if waiting and size + elements > _GATHERED:
                 yield real(gather(waiting))
@@ -97,6 +97,14 @@ def pieces(tensors: Iterable[Tensor], longest: int = _PIECE) -> Iterator[Tensor]
             size += elements
     if waiting:
         yield real(gather(waiting))
+
+
+def _line(tensor: Tensor) -> Tensor:
+    """All elements in the order of memory, so that channels-last and transposed tensors need no copy either."""
+    tensor = tensor.detach()
+    if not tensor.is_contiguous():
+        tensor = tensor.permute(sorted(range(tensor.ndim), key=tensor.stride, reverse=True))
+    return tensor.flatten()
 
 
 def _rows(piece: Tensor) -> list[Tensor]:
