@@ -316,9 +316,9 @@ def test_colour_is_for_terminals_and_no_color_is_honoured(run_directory: Path) -
 
 
 def test_a_reader_that_leaves_is_no_error(run_directory: Path) -> None:
-    program = f"{sys.executable} -m trackopt inspect {run_directory} --json --tensors | true"
+    program = f"{sys.executable} -m trackopt inspect {run_directory} --json --tensors | true; echo ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", program], capture_output=True, text=True, check=False)
-    assert done.stderr == ""
+    assert (done.stdout, done.stderr) == ("141\n", "")
 
 
 @pytest.mark.parametrize(

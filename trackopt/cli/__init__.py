@@ -98,7 +98,7 @@ def main() -> None:
         code = 130
     except TrackoptError as error:
         code = _report(str(error))
-    except BrokenPipeError:
+    except (BrokenPipeError, SystemExit):  # click makes of the one the other, with a code that means something else
         _forget_stdout()
         code = _BROKEN_PIPE
     except OSError as error:  # a full disk, a name that is too long, a place that is not ours
