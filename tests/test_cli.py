@@ -197,8 +197,26 @@ def test_trouble_is_one_line_and_2(tmp_path: Path, run_directory: Path) -> None:
     for name in ("missing.pt", "empty.pt", "page.pt", "no", "runs/digits@5"):
         for command in (["inspect"], ["diff", run_directory]):
             fails(*command, tmp_path / name)
+    assert f"did you mean {run_directory}?" in fails("inspect", run_directory.with_name("digit"))
     fails("ls", tmp_path / "missing")
     fails("inspect", "evil\x1b[31m\nname")
+
+
+def test_what_the_system_refuses_is_one_line_and_2(run_directory: Path) -> None:
+    """A name that no file can have, and a disk that is full."""
+    for command in ("plot", "compare", "ls", "sync", "ui", "inspect"):
+        assert "File name too long" in fails(command, "x" * 300)
+    with open("/dev/full", "w") as full:  # noqa: PTH123
+        command = [sys.executable, "-m", "trackopt", "ls", str(run_directory)]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "No space left" in done.stderr
+
+
+def test_a_terminal_that_knows_ascii_only_is_no_error(run_directory: Path) -> None:
+    done = trackopt("inspect", run_directory, PYTHONIOENCODING="ascii", PYTHONUTF8="0")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "step 6" in done.stdout
 
 
 def test_a_wrong_usage_is_2() -> None:
@@ -206,6 +224,7 @@ def test_a_wrong_usage_is_2() -> None:
         done = trackopt(*arguments)
         assert done.returncode == 2
         assert "Traceback" not in done.stderr
+    assert "did you mean schedule?" in fails("schedul")
 
 
 def test_ls_shows_runs_and_checkpoints(run_directory: Path) -> None:
@@ -236,7 +255,12 @@ def test_ls_survives_what_is_broken(run_directory: Path) -> None:
     (run_directory / "checkpoints" / "step-00000009.pt").write_bytes(b"torn")
     (run_directory / "run.json").write_text("{")
     assert "damaged" in trackopt("ls", run_directory).stdout
-    assert trackopt("ls", run_directory.parent).returncode == 0
+    other = run_directory.with_name("other")
+    (other / "checkpoints").mkdir(parents=True)
+    (other / "metrics.jsonl").mkdir()
+    done = trackopt("ls", run_directory.parent)
+    assert (done.returncode, "digits" in done.stdout) == (0, True)
+    assert done.stderr == f"trackopt: {other}: cannot be read (Is a directory)\n"
 
 
 def test_an_empty_directory_is_said_to_be_empty(tmp_path: Path) -> None:
@@ -292,9 +316,9 @@ def test_colour_is_for_terminals_and_no_color_is_honoured(run_directory: Path) -
 
 
 def test_a_reader_that_leaves_is_no_error(run_directory: Path) -> None:
-    program = f"{sys.executable} -m trackopt inspect {run_directory} --json --tensors | true"
+    program = f"{sys.executable} -m trackopt inspect {run_directory} --json --tensors | true; echo ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", program], capture_output=True, text=True, check=False)
-    assert done.stderr == ""
+    assert (done.stdout, done.stderr) == ("141\n", "")
 
 
 @pytest.mark.parametrize(
@@ -331,6 +355,8 @@ def test_each_command_has_help_with_an_example(name: str) -> None:
     assert (
         f"\b\n    Example:\n      trackopt {name}" in command.help or f"\b\nExample:\n  trackopt {name}" in command.help
     )
+    examples = [line.strip() for line in command.help.splitlines() if line.strip().startswith("trackopt ")]
+    assert max(map(len, examples)) <= 76  # they are not wrapped, and stand 4 to the right
 
 
 def test_the_version_is_printed() -> None:

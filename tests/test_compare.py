@@ -3,11 +3,13 @@
 import json
 import math
 import random
+import re
 import xml.etree.ElementTree as ET
 
 import pytest
 import torch
 from PIL import Image
+from rich.cells import cell_len
 
 from tests.test_cli import ESCAPE, fails
 from tests.test_plot import STEPS, train
@@ -78,6 +80,22 @@ def test_the_table_is_not_torn(runs, typed):
         assert {row[1] for row in rows} == {"adamw", "adamw-hot", "sgd"}
 
 
+def test_long_and_wide_names_stay_apart_and_within_the_screen(tmp_path, typed):
+    """Runs of one name are told apart by the ends of their paths; Chinese takes two columns a letter."""
+    places = [*(tmp_path / f"experiment-{number}" / "seed-0" for number in (1, 2)), tmp_path / ("手写数字" * 8)]
+    for number, place in enumerate(places, 1):
+        place.mkdir(parents=True)
+        writer = journal.Journal(place / journal.NAME)
+        writer.record(1, {"loss": number})
+        writer.close()
+    text = typed("compare", *places, "--target", 0.5).out
+    assert "no run has a step at 0.5 or below" in text
+    assert text.count("killed") == 3  # nobody holds them, and they were never closed
+    assert re.findall(r"ment-\d/seed-0", text)[:2] == ["ment-1/seed-0", "ment-2/seed-0"]
+    for command in ("compare", "plot"):
+        assert max(map(cell_len, typed(command, *places).out.splitlines())) <= 80
+
+
 def test_pictures_can_be_opened(runs, typed, tmp_path):
     """By Pillow and by an XML parser."""
     typed("compare", runs / "adamw", runs / "sgd", "--png", tmp_path / "a.png", "--svg", tmp_path / "a.svg")
@@ -89,8 +107,8 @@ def test_pictures_can_be_opened(runs, typed, tmp_path):
 def test_a_target_may_be_given_or_is_one_that_all_reach(runs, typed):
     """Which of both is said."""
     assert "which all reach" in typed("compare", *runs.iterdir()).out
-    text = typed("compare", runs / "adamw", "--target", -1).out
-    assert "the first step at -1 or below\n" in text
+    text = typed("compare", runs / "adamw", "--target", 1000).out
+    assert "the first step at 1000 or below\n" in text
 
 
 def test_more_may_be_better():

@@ -135,7 +135,14 @@ def test_patterns_and_names_reach_the_comparison(changed: Any) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [["--map", "x"], ["--map", "nowhere=x"], ["--resume", "--only", "x"], ["--stat", "--tensors"], ["--atol", "-1"]],
+    [
+        ["--map", "x"],
+        ["--map", "nowhere=x"],
+        ["--only", "nowhere"],
+        ["--resume", "--only", "x"],
+        ["--stat", "--tensors"],
+        ["--atol", "-1"],
+    ],
 )
 def test_options_that_make_no_sense_are_trouble(options: list[str], changed: Any) -> None:
     done = trackopt("diff", *changed(nothing), *options)

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trackopt.figure import Curve, Panel, calm, thin, ticks
-from trackopt.figure.paper import save
+from trackopt.figure.paper import _families, save
 from trackopt.figure.terminal import draw
 
 VALUES = st.lists(st.floats(), min_size=0, max_size=60)
@@ -124,3 +124,12 @@ def test_the_same_panels_are_the_same_svg(tmp_path):
     for name in ("a.svg", "b.svg"):
         save([panel.lean()], tmp_path / name, "svg", title="$")
     assert b"dc:date" not in (tmp_path / "a.svg").read_bytes()
+
+
+def test_chinese_is_written_where_a_font_for_it_is_installed(tmp_path):
+    """The glyphs of the SVG come from it; before, they were boxes."""
+    chinese = _families()[1:]
+    if not chinese:
+        pytest.skip("no font with Chinese is installed")
+    save([Panel("准确率", (Curve("", [(1, 0.5), (2, 0.7)]),))], tmp_path / "a.svg", "svg", title="手写数字")
+    assert chinese[0].replace(" ", "")[:11] in (tmp_path / "a.svg").read_text()

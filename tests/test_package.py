@@ -17,7 +17,7 @@ HEAVY = {"torch", "mlflow", "tensorboard"}
 
 # Which rooms may import which; a room is a module or a folder of the package. `errors` is open to all.
 MAY_IMPORT = {
-    "archive": {"remote"},
+    "archive": {"nearest", "remote"},
     "remote": {"recorder"},
     "state": {"archive"},
     "integrity": {"archive", "journal"},
@@ -60,7 +60,7 @@ MAY_IMPORT = {
     "figure": set(),
     "cli": {
         *("archive", "state", "summary", "difference", "integrity", "salvage", "journal", "directory", "recorder"),
-        *("curves", "figure", "rehearsal", "schedule"),
+        *("curves", "figure", "nearest", "rehearsal", "schedule"),
     },
     "__main__": {"cli"},
 }

@@ -18,7 +18,8 @@ from tests.conftest import build, mlflow_run, quietly, train_step
 from tests.test_cli import ESCAPE, fails
 from tests.test_cli import trackopt as run
 from trackopt import journal
-from trackopt.curves.series import Reader
+from trackopt.curves.panels import panels
+from trackopt.curves.series import Reader, Tracked
 from trackopt.directory import RunDirectory
 from trackopt.errors import RunError, UsageError
 
@@ -78,6 +79,13 @@ def test_several_runs_have_a_mean_with_a_band(runs, typed):
         typed("plot", seeds[0], "--mean")
 
 
+def test_a_lone_curve_of_several_runs_says_whose_it_is():
+    """As of a buffer that only one of two optimizers has."""
+    curves = {"loss": [(1, 0.5)]}, {"loss": [(1, 0.4)], "exp_avg/group0.mean": [(1, 0.0)]}
+    runs = [Tracked(name, name, None, {}, found, [], frozenset()) for name, found in zip("ab", curves, strict=True)]
+    assert [panel.title for panel in panels(runs, ["loss"])] == ["loss", "exp_avg: mean ± std (b)"]
+
+
 def test_pictures_can_be_opened(runs, typed, tmp_path):
     """By Pillow and by an XML parser."""
     told = typed("plot", runs / "seed-0", runs / "seed-1", "--png", tmp_path / "a.png", "--svg", tmp_path / "a.svg").err
@@ -92,6 +100,7 @@ def test_pictures_can_be_opened(runs, typed, tmp_path):
     [
         (["seed-9"], "did you mean"),
         (["."], "directory with 4"),
+        (["quite-another"], "there is"),
         (["seed-0/checkpoints"], r"has no journal \(metrics.jsonl\)"),
         (["seed-0/run.json"], "has no journal"),
         (["seed-0", "other"], "has no series loss"),

@@ -99,6 +99,10 @@ def test_more_than_a_call_is_refused(text):
         ("StepLR(5 * 2)", "more than a call"),
         ("ReduceLROnPlateau()", "--metric FILE"),
         ("StepLR(5, last_epoch=10000000)", "too far"),
+        ("StepLR(5, last_epoch=-2)", "whole number"),
+        ("StepLR(5, last_epoch=2.5)", "whole number"),
+        ("SequentialLR([StepLR(5, last_epoch=3), StepLR(5)], [3])", "give it to SequentialLR"),
+        ("OneCycleLR(0.1, total_steps=50)", r"(--steps)"),
     ],
 )
 def test_bad_input_is_told_in_one_line(text, words, typed):
@@ -124,6 +128,8 @@ def test_the_screen_reads_at_80_and_120_columns(typed):
         assert re.search(r"a   CosineAnnealingLR\(T_max=40,", text)
         assert re.search(r"b   StepLR\(50, gamma=0.99\)\s+0.5\s+0.495\s+0.5\s+0.495\n", text)
         assert all(re.search(f"[⠀-⣿]{letter}[⠀-⣿]", text) for letter in "ab")
+    narrow = typed("schedule", *schedules, "--lr", "0.5", columns=40).out
+    assert re.search(r"schedule +first +lowest +highest +last\n", narrow)  # no row is torn
 
 
 def test_json_and_csv_are_the_numbers_of_preview(typed):
@@ -166,7 +172,13 @@ def test_a_plateau_goes_by_a_file(tmp_path, typed):
         assert found["lr"]["group0"] == [1.0, 1.0, 1.0, pytest.approx(0.1), pytest.approx(0.1)]
     (tmp_path / "bad.txt").write_text("1 two 3")
     (tmp_path / "empty.txt").write_text("\n")
-    for name, words in (("bad.txt", "two"), ("empty.txt", "no numbers"), ("none.txt", "cannot be read")):
+    (tmp_path / "large.json").write_text(f"[{10**400}]")
+    for name, words in (
+        ("bad.txt", "two"),
+        ("large.json", "too large"),
+        ("empty.txt", "no numbers"),
+        ("none.txt", "cannot be read"),
+    ):
         with pytest.raises(UsageError, match=words):
             typed("schedule", "ReduceLROnPlateau()", "--metric", tmp_path / name)
     with pytest.raises(UsageError, match="5 values"):
@@ -176,6 +188,9 @@ def test_a_plateau_goes_by_a_file(tmp_path, typed):
 def test_a_function_is_imported_from_the_working_directory(tmp_path, typed):
     """Because the user named it."""
     (tmp_path / "my_schedules.py").write_text("def halve(step):\n    return 0.5**step\n\ndef fail(step):\n    1 / 0\n")
+    (tmp_path / "my_script.py").write_text("raise SystemExit(3)")
+    with pytest.raises(UsageError, match="cannot be imported"):
+        typed("schedule", "LambdaLR(my_script:warm_up)")
     done = typed("schedule", "LambdaLR(my_schedules:halve)", "--steps", 3, "--lr", 1, "--json")
     (found,) = json.loads(done.out)["schedules"]
     assert found["lr"]["group0"] == [1.0, 0.5, 0.25]

@@ -176,6 +176,20 @@ def test_sync_has_nothing_to_do_behind_a_finished_run(run):
     assert orjson.loads(done.stdout) == {"path": str(run.dir), "delivered": True, "failed": []}
 
 
+@pytest.mark.parametrize("change", [{"working_directory": "/nowhere"}, {"sinks": ()}])
+def test_sync_delivers_a_run_from_elsewhere_and_one_killed_at_its_start(change):
+    """The directory that it was trained in is not there; or it had no sinks yet, as behind `found`."""
+    model, optimizer, _ = build()
+    with trackopt.wrap(optimizer, model=model, dir="runs/moved", sinks=()) as run:
+        train_step(model, optimizer)
+        run.step(loss=1.0)
+    identity = read_identity(run.dir) | {"sinks": ["tensorboard"]} | change
+    write_identity(run.dir, {key: value for key, value in identity.items() if value != ()})
+    done = trackopt_command("sync", "runs/moved")
+    assert (done.returncode, done.stdout) == (0, "moved: everything is delivered\n"), done.stderr
+    assert bool(list(run.dir.glob("events.out.*"))) == ("sinks" not in change)
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from trackopt import remote
 from trackopt.errors import ArchiveError
+from trackopt.nearest import misspelt
 
 _STEP = re.compile(r"step-(\d+)\.pt|step-(\d{8,})")  # a file, or the directory of a sharded one
 _FOLDER = re.compile(r"\D*(\d{1,18})")
@@ -56,7 +57,7 @@ def locate(place: str | Path) -> Path:
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "a name cannot contain a null byte"
         raise ArchiveError(f"{place}: cannot be looked at ({reason}); check the path and its permissions") from error
-    raise ArchiveError(f"{place}: there is no such file or directory")
+    raise ArchiveError(f"{place}: there is no such file or directory{misspelt(path)}")
 
 
 def _newest(directory: Path) -> Path:

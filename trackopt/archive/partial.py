@@ -78,7 +78,7 @@ class Partial:
         try:
             self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as error:
-            raise ArchiveError(f"{path}: cannot be opened ({error.strerror}); check its permissions") from error
+            raise ArchiveError(f"{path}: cannot be opened ({error.strerror}); check path and permissions") from error
         self._scanned = 0
         try:
             self._read()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from importlib import import_module
+from io import TextIOWrapper
 
 import click
 
@@ -29,6 +30,7 @@ _COMMANDS = {
     "sync": "Deliver a journal that was left behind to TensorBoard and MLflow.",
     "ui": "TensorBoard and the MLflow UI for the runs in a directory.",
 }
+_LONGEST = 2000  # characters of a message: behind a long path it still says what is wrong
 _BROKEN_PIPE = 141  # what a shell reports for a program that SIGPIPE ended
 
 
@@ -38,9 +40,11 @@ class _Commands(click.Group):
     def list_commands(self, _: click.Context) -> list[str]:
         return list(_COMMANDS)
 
-    def get_command(self, _: click.Context, name: str) -> click.Command | None:
+    def get_command(self, context: click.Context, name: str) -> click.Command:
         if name not in _COMMANDS:
-            return None
+            from trackopt.nearest import closest
+
+            raise click.UsageError(f"there is no command {name}; {closest(name, _COMMANDS)}", context)
         command: click.Command = import_module(f"trackopt.cli.{name}").command
         return _with_verbatim_examples(command)
 
@@ -77,8 +81,11 @@ _with_verbatim_examples(group)
 def main() -> None:
     """Run the command line and exit: 0 done, 1 a negative finding, 2 trouble.
 
-    Whatever trackopt raises on purpose becomes one line on stderr.
+    Whatever trackopt raises on purpose becomes one line on stderr, and so does what the system refuses.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that knows ASCII only gets question marks
     try:
         code = group.main(prog_name="trackopt", standalone_mode=False)
         sys.stdout.flush()
@@ -91,15 +98,24 @@ def main() -> None:
         code = 130
     except TrackoptError as error:
         code = _report(str(error))
-    except BrokenPipeError:
-        # Or the interpreter's last flush fails again, with a message.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (BrokenPipeError, SystemExit):  # click makes of the one the other, with a code that means something else
+        _forget_stdout()
         code = _BROKEN_PIPE
+    except OSError as error:  # a full disk, a name that is too long, a place that is not ours
+        _forget_stdout()
+        code = _report(
+            f"{error.filename or 'output'}: {error.strerror or error}; check the path, its disk and permissions"
+        )
     sys.exit(code)
+
+
+def _forget_stdout() -> None:
+    """Or the interpreter's last flush fails again, with a message."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _report(message: str) -> int:
     from trackopt.cli.screen import clean
 
-    click.echo(f"trackopt: {clean(message)}", err=True)
+    click.echo(f"trackopt: {clean(message, _LONGEST)}", err=True)
     return 2

@@ -32,7 +32,9 @@ _NOTES = 6  # rows, about
 @click.argument("runs", nargs=-1, required=True, metavar="RUN...")
 @click.option("--metric", default=_LOSS, metavar="KEY", help=f"The series to compare by.  [{_LOSS}]")
 @click.option("--max", "highest", is_flag=True, help="The higher the metric, the better.")
-@click.option("--target", type=float, help="A value to reach.  [the worst of the runs' best, which all reach]")
+@click.option(
+    "--target", type=float, metavar="X", help="A value to reach.  [the worst of the runs' best, which all reach]"
+)
 @click.option("--follow", is_flag=True, help="Draw again as the runs go on, until they end or Ctrl-C.")
 @click.option("--attach", is_flag=True, help="Attach the curves to the MLflow run of each run, as a PNG.")
 @drawing.picture_options
@@ -58,7 +60,7 @@ def command(
     if follow:
         rows = shutil.get_terminal_size().lines - 2
         following.follow(readers, lambda tracked: _screen(facts(tracked), tracked, given=target is not None, rows=rows))
-    tracked = [reader.run() for reader in readers]
+    tracked = following.tracked(readers)
     require(tracked, metric)
     found = facts(tracked)
     if outputs["as_json"]:
@@ -95,12 +97,14 @@ def _panel(found: Comparison, runs: Sequence[Tracked]) -> Panel:
 
 def _tables(found: Comparison) -> Iterator[Text]:
     """As many tables as it takes; each begins with the names of the runs."""
+    from rich.cells import cell_len
+
     from trackopt.figure.terminal import letter
 
     marks = [letter(index) for index in range(len(found.rows))]
-    names = [screen.clean(row.name, _LONGEST_NAME) for row in found.rows]
+    names = [_short(screen.clean(row.name)) for row in found.rows]
     columns = [(screen.clean(head), [screen.clean(show(row)) for row in found.rows]) for head, show in _columns(found)]
-    room = screen.width() - 2 - 1 - 3 - max(map(len, [*names, "run"]))
+    room = screen.width() - 2 - 1 - 3 - max(map(cell_len, [*names, "run"]))
     chosen: list[tuple[str, list[str]]] = []
     for head, cells in columns:
         if chosen and sum(_wide(*column) for column in chosen) + _wide(head, cells) > room:
@@ -118,8 +122,18 @@ def _table(marks: Sequence[str], names: Sequence[str], columns: Sequence[tuple[s
     return screen.table(["", "run", *heads], zip(marks, names, *cells, strict=True), left=2)
 
 
+def _short(name: str) -> str:
+    """A long name without its middle: runs of one experiment, or with one name, differ at the end."""
+    if len(name) <= _LONGEST_NAME:
+        return name
+    end = _LONGEST_NAME * 2 // 3
+    return f"{name[: _LONGEST_NAME - end - 1]}…{name[-end:]}"
+
+
 def _wide(head: str, cells: Sequence[str]) -> int:
-    return max(map(len, [head, *cells])) + 3
+    from rich.cells import cell_len
+
+    return max(map(cell_len, [head, *cells])) + 3
 
 
 def _columns(found: Comparison) -> Iterator[tuple[str, Callable[[Row], str]]]:
@@ -141,7 +155,9 @@ def _notes(found: Comparison, *, given: bool) -> Iterator[str]:
     if found.target is not None:
         reason = "" if given else ", the worst of the runs' best, which all reach"
         better = "above" if found.highest else "below"
-        yield f"to target, time: the first step at {found.target:.4g} or {better}{reason}"
+        reached = any(row.steps_to_target is not None for row in found.rows)
+        first = "to target, time: the first step" if reached else "to target: no run has a step"
+        yield f"{first} at {found.target:.4g} or {better}{reason}"
     side = "below" if found.highest else "above"
     yield (
         f"spikes: steps whose {screen.clean(found.metric)} is NaN or infinite, or {side} the median of the {WINDOW} "

@@ -6,6 +6,7 @@ import contextlib
 import signal
 import sys
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from trackopt.cli import screen
@@ -32,6 +33,16 @@ def read(places: Sequence[str], wanted: Callable[[str], bool]) -> list[Reader]:
     return readers
 
 
+def tracked(readers: Iterable[Reader]) -> list[Tracked]:
+    """The runs as far as they were read; one that nobody holds and that was never closed was killed."""
+    found = []
+    for reader in readers:
+        run = reader.run()
+        killed = run.steps and not reader.closed and not is_held(reader.directory)
+        found.append(replace(run, status="killed") if killed else run)
+    return found
+
+
 def follow(readers: Sequence[Reader], render: Callable[[list[Tracked]], Iterable[RenderableType]]) -> None:
     """Draw again whenever something is new, until all runs are over, or Ctrl-C.
 
@@ -44,7 +55,7 @@ def follow(readers: Sequence[Reader], render: Callable[[list[Tracked]], Iterable
             over = _over(readers)  # asked first: what was written until then is read below
             for reader in readers:
                 reader.update()
-            show(lambda: render([reader.run() for reader in readers]))
+            show(lambda: render(tracked(readers)))
             if over:
                 return
             time.sleep(max(_PAUSE, _REST * (time.monotonic() - start)))

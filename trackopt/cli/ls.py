@@ -14,6 +14,8 @@ from trackopt.cli import screen
 from trackopt.errors import ArchiveError, RunError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from rich.text import Text
 
 _TAIL = 256 << 10
@@ -98,7 +100,7 @@ def _list(path: Path, *, as_json: bool) -> None:
         rows: list[Any] = checkpoints
         layout = _checkpoints(checkpoints)
     else:
-        runs = [_run(child) for child in sorted(path.iterdir()) if child.is_dir() and _is_run(child)]
+        runs = list(_found(path))
         rows = runs
         layout = _runs(runs)
     if as_json:
@@ -107,6 +109,16 @@ def _list(path: Path, *, as_json: bool) -> None:
         screen.show([layout])
     else:
         screen.show([f"{screen.clean(path)}: nothing here yet"])
+
+
+def _found(path: Path) -> Iterator[Run]:
+    """The runs in a directory; one that cannot be read is told, and left out."""
+    for child in sorted(path.iterdir()):
+        try:
+            if child.is_dir() and _is_run(child):
+                yield _run(child)
+        except OSError as error:
+            click.echo(f"trackopt: {screen.clean(child)}: cannot be read ({error.strerror})", err=True)
 
 
 def _is_run(path: Path) -> bool:

@@ -42,7 +42,7 @@ def command(
     Example:
       trackopt plot runs/digits
       trackopt plot runs/digits --follow
-      trackopt plot runs/seed-* --mean --metric loss --metric accuracy --png seeds.png
+      trackopt plot runs/seed-* --mean --metric loss --metric accuracy
     """
     metrics = tuple(dict.fromkeys(metrics)) or (_LOSS,)
     if mean and len(set(runs)) < 2:
@@ -55,7 +55,7 @@ def command(
     if follow:
         rows = shutil.get_terminal_size().lines - 2
         following.follow(readers, lambda tracked: _screen(tracked, panels(tracked), rows))
-    tracked = [reader.run() for reader in readers]
+    tracked = following.tracked(readers)
     for metric in metrics:
         require(tracked, metric)
     if outputs["as_json"]:
@@ -71,7 +71,10 @@ def command(
 def _screen(runs: Sequence[Tracked], panels: Sequence[Panel], rows: int | None = None) -> Iterator[RenderableType]:
     from rich.text import Text
 
-    facts = [f"{run.name} · {run.steps:,} steps{f' · {run.status}' if run.status else ''}" for run in runs]
+    facts = [
+        f"{run.name} · {run.steps:,} step{'s' * (run.steps != 1)}{f' · {run.status}' if run.status else ''}"
+        for run in runs
+    ]
     yield Text(screen.flow(facts, indent=2, first=0), style="dim")
     for text in drawing.drawn(drawing.fitting(panels, rows)):
         yield ""

@@ -29,11 +29,16 @@ _NOT_EXACT = 1
 
 
 @click.command(context_settings={"allow_interspersed_args": False})
-@click.option("--kills", type=click.IntRange(min=1), help=f"How often to kill it, at random steps.  [default: {KILLS}]")
+@click.option(
+    "--kills",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help=f"How often to kill it, at random steps.  [default: {KILLS}]",
+)
 @click.option(
     "--at", type=click.IntRange(min=1), multiple=True, metavar="STEP", help="Kill it after this step instead."
 )
-@click.option("--seed", type=int, default=0, help="Of the random steps.  [default: 0]")
+@click.option("--seed", type=int, default=0, metavar="N", help="Of the random steps.  [default: 0]")
 @click.option("--json", "as_json", is_flag=True, help="Print the outcome as JSON.")
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
 def command(kills: int | None, at: tuple[int, ...], seed: int, as_json: bool, command: tuple[str, ...]) -> int:

@@ -47,9 +47,15 @@ class _Schedule:
 @click.command()
 @click.argument("schedules", nargs=-1, required=True, metavar="SCHEDULE...")
 @click.option(
-    "--lr", type=click.FloatRange(min=0), multiple=True, help="Of the optimizer; once for each parameter group.  [0.1]"
+    "--lr",
+    type=click.FloatRange(min=0),
+    multiple=True,
+    metavar="X",
+    help="Of the optimizer; once for each parameter group.  [0.1]",
 )
-@click.option("--steps", type=click.IntRange(1, _MOST), help="How many steps.  [100, or as many as --metric has]")
+@click.option(
+    "--steps", type=click.IntRange(1, _MOST), metavar="N", help="How many steps.  [100, or as many as --metric has]"
+)
 @click.option(
     "--metric",
     type=click.Path(path_type=Path, dir_okay=False),
@@ -70,11 +76,12 @@ def command(
 
     \b
     Example:
-      trackopt schedule "CosineAnnealingLR(T_max=40, eta_min=0.2)" "StepLR(50, gamma=0.99)" --lr 0.5
-      trackopt schedule "SequentialLR([LinearLR(0.1, total_iters=10), ExponentialLR(0.98)], [10])" --png lr.png
+      trackopt schedule "CosineAnnealingLR(T_max=40)" "StepLR(50, gamma=0.99)"
+      trackopt schedule "SequentialLR([LinearLR(0.1), ExponentialLR(0.9)], [5])"
+      trackopt schedule "OneCycleLR(0.1, total_steps=50)" --steps 50 --png lr.png
       trackopt schedule "ReduceLROnPlateau(patience=3)" --metric val_loss.txt
-      trackopt schedule "LambdaLR(my_schedules:warmup)" --csv
-      trackopt schedule "StepLR(30, last_epoch=59)"     # what resuming by last_epoch does
+      trackopt schedule "LambdaLR(my_schedules:warmup)" --lr 0.5 --csv
+      trackopt schedule "StepLR(30, last_epoch=59)"   # resumed by last_epoch
     """
     calls = {text: parse(text) for text in schedules}
     values = None if metric is None else _numbers(metric)
@@ -111,7 +118,7 @@ def _previews(
         except UsageError:
             raise
         except REFUSALS as error:
-            raise refused(call.name, error) from error
+            raise UsageError(f"{refused(call.name, error)}; it was to give {steps:,} (--steps)") from error
         resumed.append(found)
         shown.append(_Schedule(f"{text}: from the start", found.whole))
         shown.append(_Schedule(f"{text}: resumed, optimizer restored", found.restored))
@@ -128,7 +135,7 @@ def _numbers(file: Path) -> list[float]:
         raise UsageError(
             f"{file}: cannot be read ({error.strerror}); name a file with a number for each step"
         ) from error
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OverflowError, RecursionError) as error:
         raise UsageError(f"{file}: not a series of numbers ({error}); write one to a line, or a JSON list") from error
     if not numbers:
         raise UsageError(f"{file}: holds no numbers; write one for each step")
@@ -182,9 +189,10 @@ def _told(found: Resumption) -> Iterator[RenderableType]:
     """What ``last_epoch`` means, and what comes of it."""
     yield screen.finding(
         "info",
-        f"last_epoch={found.done - 1} resumes after {found.done} steps: it counts them from 0, so write one less than "
-        "were done. Each parameter group must have an initial_lr: here that is --lr, in a script it comes with the "
-        "optimizer's state_dict. The scheduler's own state_dict does all of this, and more surely.",
+        f"last_epoch={found.done - 1} resumes after {found.done} step{'s' * (found.done != 1)}: it counts them from 0, "
+        "so write one less than were done. Each parameter group must have an initial_lr: here that is --lr, in a "
+        "script it comes with the optimizer's state_dict. The scheduler's own state_dict does all of this, and more "
+        "surely.",
     )
     for how, preview in (
         ("with the optimizer's state_dict loaded first", found.restored),

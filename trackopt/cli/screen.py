@@ -29,7 +29,7 @@ LABEL = 12  # columns in which "optimizer" and its like stand
 _LONGEST = 200
 _LONGEST_FINDING = 2000
 _NARROWEST = 40
-_GAP = "   "  # between the columns of a table
+_GAPS = 3, 2, 1  # blanks between the columns of a table; fewer where it is wider than the screen
 _THINNEST = 8  # columns that a folding column of a table keeps
 
 
@@ -146,16 +146,18 @@ def flow(facts: Iterable[str], *, indent: int, first: int | None = None, gap: st
         first: Columns of the first line that are taken already; as many as ``indent`` by default.
         gap: What stands between two of them.
     """
+    from rich.cells import cell_len
+
     mark = gap.rstrip()
     rooms = [width() - len(mark) - (indent if first is None else first), width() - len(mark) - indent]
     lines: list[str] = []
     for fact in filter(None, map(clean, facts)):
-        if lines and len(lines[-1]) + len(gap) + len(fact) <= rooms[len(lines) > 1]:
+        if lines and cell_len(lines[-1]) + len(gap) + cell_len(fact) <= rooms[len(lines) > 1]:
             lines[-1] += gap + fact
         else:
             if lines:
                 lines[-1] += mark
-            lines += textwrap.wrap(fact, rooms[bool(lines)], break_on_hyphens=False)
+            lines += _fold(fact, rooms[bool(lines)])
     return ("\n" + " " * indent).join(lines)
 
 
@@ -164,7 +166,7 @@ def finding(level: str, text: str) -> Text:
     from rich.text import Text
 
     sign, style = LEVELS[level]
-    lines = textwrap.wrap(clean(text, _LONGEST_FINDING), width() - 4, break_on_hyphens=False)
+    lines = _fold(clean(text, _LONGEST_FINDING), width() - 4)
     return Text("  ").append(sign, style=style).append(" " + "\n    ".join(lines))
 
 
@@ -172,7 +174,7 @@ def detail(text: str) -> Text:
     """A line below a finding, wrapped under itself."""
     from rich.text import Text
 
-    lines = textwrap.wrap(clean(text, _LONGEST_FINDING), width() - 6, break_on_hyphens=False)
+    lines = _fold(clean(text, _LONGEST_FINDING), width() - 6)
     return Text("    " + "\n      ".join(lines))
 
 
@@ -190,19 +192,21 @@ def table(heads: Iterable[str], rows: Iterable[Iterable[str]], *, indent: int = 
 
     cells = [[clean(cell) for cell in row] for row in (heads, *rows)]
     widths = [max(map(cell_len, column)) for column in zip(*cells, strict=True)]
-    room = width() - indent - sum(widths[left:]) - len(_GAP) * (len(widths) - 1)
+    least = indent + sum(min(each, _THINNEST) for each in widths[:left]) + sum(widths[left:])
+    gap = next((gap for gap in _GAPS if least + gap * (len(widths) - 1) <= width()), _GAPS[-1])
+    room = width() - indent - sum(widths[left:]) - gap * (len(widths) - 1)
     for wider, index in enumerate(sorted(range(left), key=widths.__getitem__)):
         widths[index] = min(widths[index], max(_THINNEST, room // (left - wider)))
         room -= widths[index]
     text = Text()
     for index, row in enumerate(cells):
-        for line in _table_lines(row, widths, left):
+        for line in _table_lines(row, widths, left, " " * gap):
             text.append(f"{' ' * indent}{line}\n", style="" if index else "dim")
     text.right_crop(1)
     return text
 
 
-def _table_lines(row: list[str], widths: list[int], left: int) -> Iterator[str]:
+def _table_lines(row: list[str], widths: list[int], left: int, gap: str) -> Iterator[str]:
     from rich.cells import cell_len
 
     folded = [_fold(cell, room) if cell_len(cell) > room else [cell] for cell, room in zip(row, widths, strict=True)]
@@ -210,7 +214,7 @@ def _table_lines(row: list[str], widths: list[int], left: int) -> Iterator[str]:
         parts = [pieces[number] if number < len(pieces) else "" for pieces in folded]
         blanks = [" " * (room - cell_len(part)) for room, part in zip(widths, parts, strict=True)]
         padded = [p + b if i < left else b + p for i, (p, b) in enumerate(zip(parts, blanks, strict=True))]
-        yield _GAP.join(padded).rstrip()
+        yield gap.join(padded).rstrip()
 
 
 def _fold(cell: str, room: int) -> list[str]:

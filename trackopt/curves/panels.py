@@ -92,6 +92,8 @@ def _panel(title: str, runs: Sequence[Tracked], keys: dict[str, str]) -> Panel:
             groups = "" if len(same) == len(there) else ", ".join(keys[key] for key in same)
             label = " ".join(filter(None, [name if len(runs) > 1 else "", groups]))
             curves.append(Curve(label, run.series[same[0]], list(_band(run, same[0]))))
+    if len(curves) == 1 < len(runs):
+        title = f"{title} ({curves[0].name})"  # a lone curve has no legend, and could be of any of them
     if len(curves) > _MOST:
         title, curves = f"{title} ({_MOST} of {len(curves)})", curves[:_MOST]
     return Panel(title, tuple(curves))

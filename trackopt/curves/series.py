@@ -152,7 +152,7 @@ def require(runs: Sequence[Tracked], key: str) -> None:
         if key not in run.series:
             own = [other for other in run.keys if "/" not in other] or run.keys
             there = closest(key, own) if own else "nothing is recorded yet"
-            raise UsageError(f"{run.path}: has no series {key}, as --metric says or by default; {there}")
+            raise UsageError(f"{run.path}: has no series {key} (--metric names one); {there}")
 
 
 def names(runs: Sequence[Tracked]) -> list[str]:
@@ -169,8 +169,9 @@ def _journal(place: Path) -> Path:
     if inside:
         raise RunError(f"{place}: no run, but a directory with {len(inside)}; name runs, as {place / inside[0]}")
     problem = f"has no journal ({journal.NAME})" if place.exists() else "there is no such run"
-    others = [str(place.parent / name) for name in _runs_in(place.parent)]
-    raise RunError(f"{place}: {problem}; {closest(str(place), others) if others else 'name a directory of wrap()'}")
+    others = _runs_in(place.parent)
+    there = closest(place.name, others, within=place.parent) if others else "name a directory of wrap()"
+    raise RunError(f"{place}: {problem}; {there}")
 
 
 def _runs_in(directory: Path) -> list[str]:

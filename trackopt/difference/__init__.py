@@ -22,6 +22,7 @@ from trackopt.difference.numbers import Numbers, Tolerance
 from trackopt.difference.resume import Reason, Verdict, judge
 from trackopt.difference.story import Story, tell
 from trackopt.difference.tally import Module, Tally, count
+from trackopt.errors import UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -121,7 +122,7 @@ def diff(
 
     Raises:
         ArchiveError: One of them cannot be read.
-        UsageError: A name in ``renamed`` is not in the first one.
+        UsageError: A name in ``renamed`` is not in the first one, or nothing fits ``only``.
 
     Example:
         >>> import tempfile, torch
@@ -159,6 +160,9 @@ def _collect(a: Archive, b: Archive, terms: Terms, comparison: Comparison) -> Di
     tally = count(sorted_out(), a, comparison)
     verdict = None if terms.only or terms.ignore else judge(states, trees, alignment, tally)
     same = sum(kinds["same"] for kinds in tally.parts.values())
+    if terms.only and not (found or same or ignored):
+        raise UsageError(f"{' '.join(terms.only)}: no path or parameter of either checkpoint is like that; look at "
+                         "their names with trackopt inspect --tensors")  # fmt: skip
     story = tell(states, alignment, tally)
     return Difference(str(a.path), str(b.path), tuple(found), same, tuple(ignored), tally, story, verdict)
 

@@ -6,7 +6,9 @@ import math
 import warnings
 from typing import TYPE_CHECKING, Literal
 
+from matplotlib import rc_context, rcParams
 from matplotlib.figure import Figure
+from matplotlib.font_manager import fontManager
 
 from trackopt.errors import UsageError
 from trackopt.figure import Curve, Panel, calm, pieces
@@ -25,6 +27,10 @@ _LARGEST = 1e300  # beyond it matplotlib's own arithmetic overflows
 _CALM = 100  # columns of the medians that noisy curves are shown by, if there are several
 _FAINT = 0.3  # opacity of the noise itself
 _LINE = 130  # letters of a line of the legend
+_CHINESE = (
+    *("Noto Sans CJK SC", "Source Han Sans SC", "Source Han Sans CN", "WenQuanYi Micro Hei", "WenQuanYi Zen Hei"),
+    *("Microsoft YaHei", "SimHei", "PingFang SC", "Droid Sans Fallback"),
+)
 
 
 def save(panels: Sequence[Panel], file: Path, kind: Literal["png", "svg"], *, title: str) -> None:
@@ -39,6 +45,17 @@ def save(panels: Sequence[Panel], file: Path, kind: Literal["png", "svg"], *, ti
     Raises:
         UsageError: The file cannot be written.
     """
+    with rc_context({"font.family": _families()}):
+        _save(panels, file, kind, title)
+
+
+def _families() -> list[str]:
+    """The usual font; for the letters that it lacks one with Chinese, where one is installed."""
+    there = {font.name for font in fontManager.ttflist}
+    return [*rcParams["font.family"], *[name for name in _CHINESE if name in there][:1]]
+
+
+def _save(panels: Sequence[Panel], file: Path, kind: Literal["png", "svg"], title: str) -> None:
     heights = [_HEIGHTS[min(number, 1)] for number in range(len(panels))]
     figure = Figure(figsize=(_WIDTH, sum(heights) + 0.6), layout="constrained")
     figure.suptitle(title, fontsize="medium", parse_math=False)
@@ -48,7 +65,7 @@ def save(panels: Sequence[Panel], file: Path, kind: Literal["png", "svg"], *, ti
     grid[-1, 0].set_xlabel("step")
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Glyph")  # a name in letters that the font lacks becomes boxes
+            warnings.filterwarnings("ignore", "Glyph")  # a name in letters that no font has becomes boxes
             # Without a date the same panels are the same bytes.
             figure.savefig(file, format=kind, dpi=_RESOLUTION, metadata={"Date": None} if kind == "svg" else {})
     except OSError as error:

@@ -192,7 +192,7 @@ class _Canvas:
         free = 0
         for value in self._steps():
             column = self._dot((value, self._low))[0] // 2
-            text = f"{value:,.6g}" if value < 1e6 else f"{value:.3g}"
+            text = f"{value:,.0f}" if value < 1e7 else f"{value:.3g}"
             start = max(0, min(column - len(text) // 2, len(numbers) - len(text)))
             if start >= free:
                 line[column] = "┬"

@@ -44,9 +44,10 @@ def attach(directory: Path, file: Path) -> None:
 
 @contextlib.contextmanager
 def _inside(directory: str) -> Iterator[None]:
-    """A relative address of an SQLite file is meant from where the training ran."""
+    """A relative address of an SQLite file is meant from where the training ran, if that is there."""
     here = Path.cwd()
-    os.chdir(directory)
+    with contextlib.suppress(OSError):
+        os.chdir(directory)
     try:
         yield
     finally:

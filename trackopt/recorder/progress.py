@@ -45,7 +45,7 @@ def bar(directory: Path) -> Iterator[Callable[[], None]]:
 
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     progress = Progress(*columns, console=Console(stderr=True), transient=True)
-    names = " and ".join(_NAMES.get(name, name) for name in read_identity(directory)["sinks"])
+    names = " and ".join(_NAMES.get(name, name) for name in read_identity(directory).get("sinks", ()))
     task = progress.add_task(f"delivering to {names}", total=1.0)
     begin = time.monotonic()
 

@@ -46,8 +46,9 @@ class Recorder:
         fcntl.flock(self._log, fcntl.LOCK_EX)
         identity = read_identity(directory)
         # Relative addresses (of an SQLite file, of artifacts) are meant from where the training ran.
-        os.chdir(identity["working_directory"])
-        self._names: list[str] = identity["sinks"]
+        with contextlib.suppress(OSError):  # of a run that was brought here from elsewhere: from here
+            os.chdir(identity["working_directory"])
+        self._names: list[str] = identity.get("sinks", [])  # it was killed before it had any
         self._journal = directory / journal.NAME
         self._deliveries: dict[str, Delivery | Uploads] = {}
         self._pauses: dict[str, tuple[float, float]] = {}  # until when, and how long, a failing sink is left alone

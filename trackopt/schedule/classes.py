@@ -72,14 +72,26 @@ def factory(call: Call) -> Callable[[Optimizer], Any]:
 
 def refused(name: str, error: Exception) -> UsageError:
     """What torch, or a function that was named, says against a schedule, in one line."""
-    reason = " ".join(str(error).split()) or type(error).__name__
+    told = error.args[0] if isinstance(error, KeyError) and error.args else error  # whose text is a repr
+    reason = " ".join(str(told).split()) or type(error).__name__
     return UsageError(f"{name}: {reason if isinstance(error, ValueError) else f'{type(error).__name__}: {reason}'}")
 
 
 def last_epoch(call: Call) -> int:
-    """What a call gives as ``last_epoch``; -1 is from the start."""
-    value = _by_name(call).get(_LAST_EPOCH, -1)
-    return value if isinstance(value, int) else -1
+    """What a call gives as ``last_epoch``; -1 is from the start.
+
+    Raises:
+        UsageError: It is no whole number from -1 on, or a schedule within this one has one of its own.
+    """
+    given = _by_name(call)
+    value = given.get(_LAST_EPOCH, -1)
+    if isinstance(value, bool) or not isinstance(value, int) or value < -1:
+        raise UsageError(f"{call.name}: last_epoch must be a whole number from -1 on, not {value!r}")
+    inner = [part for each in given.values() for part in (each if isinstance(each, list) else [each])]
+    for part in inner:
+        if isinstance(part, Call) and last_epoch(part) >= 0:
+            raise UsageError(f"{part.name}: cannot have a last_epoch within {call.name}; give it to {call.name} alone")
+    return value
 
 
 def from_the_start(call: Call) -> Call:
@@ -145,7 +157,7 @@ def _imported(reference: Reference) -> Any:
     sys.path.insert(0, str(Path.cwd()))
     try:
         module = importlib.import_module(reference.module)
-    except Exception as error:  # whatever a user's module may raise
+    except (Exception, SystemExit) as error:  # whatever a user's module may raise; a script may want arguments
         reason = " ".join(str(error).split())
         raise UsageError(f"{where}: cannot be imported ({type(error).__name__}: {reason})") from error
     finally:
