@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 import warnings
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -66,8 +69,8 @@ def preview(
         metric: What ReduceLROnPlateau goes by: the value after each step, or a function of the step.
 
     Raises:
-        UsageError: ``steps`` is less than 1, a metric is missing or too short, or the scheduler cannot be copied or
-            has no ``step()``.
+        UsageError: ``steps`` is less than 1, ``lr`` is no such number, a metric is missing or too short, or the
+            scheduler cannot be copied or has no ``step()``.
 
     Example:
         >>> import torch, trackopt
@@ -89,9 +92,9 @@ def preview(
 
 def stand_in(lr: float | Sequence[float]) -> Optimizer:
     """An optimizer with nothing to optimize: one group for each LR."""
-    rates = [lr] if isinstance(lr, int | float) else list(lr)
-    if not rates:
-        raise UsageError("preview(): lr is empty; give a number, or one for each parameter group")
+    rates: list[Any] = list(lr) if isinstance(lr, Iterable) else [lr]
+    if not rates or not all(isinstance(rate, Real) and 0.0 <= float(rate) < math.inf for rate in rates):
+        raise UsageError(f"preview(): lr must be a number from 0 on, or one for each parameter group, not {lr!r}")
     groups = [{"params": [torch.nn.Parameter(torch.zeros(0))], "lr": rate} for rate in rates]
     return torch.optim.SGD(groups, lr=rates[0], momentum=MOMENTUM)
 
@@ -168,6 +171,8 @@ def _metric(
         raise UsageError(f"{name}: goes by a metric; pass metric, the values after each step or a function of the step")
     if callable(metric):
         return ((float(metric(step)),) for step in steps)
+    if not hasattr(metric, "__len__"):
+        raise UsageError(f"{name}: metric must be the values after each step or a function of the step, not {metric!r}")
     if len(metric) < len(steps) - 1:
         raise UsageError(f"{name}: the metric has {len(metric)} values, which are enough for {len(metric) + 1} steps")
     return ((float(value),) for value in metric)
