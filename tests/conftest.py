@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import pty
+import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import warnings
@@ -42,6 +44,25 @@ def _home(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "TRACKOPT_DIR"):
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(scope="session")
+def _new_store(tmp_path_factory):
+    """MLflow's store as it is before its first run: making it takes MLflow seconds, and a busy recorder longer."""
+    path = tmp_path_factory.mktemp("store") / "mlflow.db"
+    code = "import sys, mlflow; mlflow.MlflowClient(sys.argv[1]).search_experiments()"
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code, f"sqlite:///{path}"], check=True, capture_output=True)
+    return path
+
+
+@pytest.fixture
+def mlflow_store(_new_store, tmp_path):
+    """The store that a run of this test finds in its mlruns."""
+    path = tmp_path / "mlruns" / "mlflow.db"
+    path.parent.mkdir()
+    shutil.copy(_new_store, path)
+    with contextlib.closing(sqlite3.connect(path)) as database, database:
+        database.execute("UPDATE experiments SET artifact_location = ?", [str(path.parent / "0")])
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from tests.conftest import mlflow_points, mlflow_run, on_a_terminal, run_script
 from tests.test_recorder import wait_until_idle
 from trackopt import journal
 
+pytestmark = pytest.mark.usefixtures("mlflow_store")
 SCRIPT = """
 import sys
 import trackopt

@@ -29,6 +29,7 @@ def test_the_demo_shows_what_it_promises(tmp_path):
     assert "step 400 → 450" in done.stdout
 
 
+@pytest.mark.usefixtures("mlflow_store")
 @pytest.mark.parametrize(
     ("name", "size", "says"),
     [

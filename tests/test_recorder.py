@@ -31,6 +31,7 @@ from trackopt.recorder.delivery import Delivery
 from trackopt.recorder.recorder import Recorder
 from trackopt.recorder.sink import Sink
 
+pytestmark = pytest.mark.usefixtures("mlflow_store")
 STEPS = 12
 SCRIPT = """
 import os, signal, sys

@@ -21,7 +21,10 @@ from tests.test_recorder import mlflow_server
 from trackopt import journal
 from trackopt.recorder.process import RecorderProcess
 
-pytestmark = pytest.mark.timeout(900)  # servers and recorders start often, and a busy machine takes its time
+pytestmark = [
+    pytest.mark.timeout(900),  # servers and recorders start often, and a busy machine takes its time
+    pytest.mark.usefixtures("mlflow_store"),
+]
 HOME = Path(__file__).parents[1]
 PARTS = """
 import hashlib, sys

@@ -15,6 +15,7 @@ from tests.test_resume import assert_same, final_state
 from trackopt import journal
 from trackopt.signals import StopSignals
 
+pytestmark = pytest.mark.usefixtures("mlflow_store")
 SCRIPT = Path(dimensions.__file__)
 LOOP = """
 import signal, sys, time, torch, trackopt
