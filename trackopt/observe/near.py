@@ -65,7 +65,7 @@ def flat(tensor: Tensor) -> Tensor:
         if tensor.layout is torch.sparse_coo:
             tensor = tensor.coalesce().values()
         if tensor.is_complex():
-            tensor = torch.view_as_real(tensor)
+            tensor = torch.view_as_real(tensor.resolve_conj())
     return tensor.flatten()
 
 
@@ -82,7 +82,7 @@ def pieces(tensors: Iterable[Tensor], longest: int = _PIECE) -> Iterator[Tensor]
     waiting: list[Tensor] = []
     size = 0
     for tensor in tensors:
-        vector = tensor if is_plain(tensor) else flat(tensor)
+        vector = tensor if is_plain(tensor) else real(flat(tensor))
         elements = vector.numel()
         if elements > longest:
             vector = vector.detach().flatten()
@@ -110,7 +110,7 @@ def _rows(piece: Tensor) -> list[Tensor]:
 
 
 def _squares(rows: list[Tensor]) -> Tensor:
-    wide = torch.cat(rows or [torch.zeros(1)]).double()
+    wide = torch.cat(rows or [torch.zeros(1, device="cpu")]).double()
     return torch.dot(wide, wide)
 
 
