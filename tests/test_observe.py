@@ -409,3 +409,15 @@ def test_norms_of_half_precision_are_taken_from_a_device_without_a_copy(monkeypa
     _, scalars, counts = read_far({}, {"grad": mixed, "none": []})
     assert counts == {"grad": 4, "none": 0}
     assert math.hypot(*(scalar.item() for scalar in scalars)) == pytest.approx(math.sqrt(5400 + 8 + 2))
+
+
+@pytest.mark.parametrize("size", [1000, 40_000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_small_deviations_from_a_large_mean_are_seen(dtype, size):
+    """Those of equal numbers are none."""
+    values = 1000 * (1 + 1e-6 * torch.randn(size, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
+    for scale in (1.0, 1e-3):
+        some = (1000 + (values - 1000) * (scale if dtype is torch.float64 else 1.0)).to(dtype)
+        found = measure({"a": [some], "b": [torch.full((size,), 0.1, dtype=dtype)]}, {})[0]
+        assert found["a"].std == pytest.approx(some.double().std(correction=0).item(), rel=1e-3)
+        assert found["b"].std == 0.0

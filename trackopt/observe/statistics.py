@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 _CANCELS = 0.9  # of the sum of squares: if the mean makes up more, float32 has lost the deviations
+_HIDES = 1 - 1e-6  # the same of sums in float64
 _NARROW = frozenset({torch.float16, torch.bfloat16})
 _UNDERFLOWS = 1e-30  # sums of squares below this may have lost elements
 
@@ -110,7 +111,7 @@ def begin(
     """
     found = iter(totals([*buffers.values(), *vectors.values()]))
     small = [{name: each for name in lists if (each := next(found)) is not None} for lists in (buffers, vectors)]
-    statistics = {name: _describe(each) for name, each in small[0].items()}
+    statistics = {name: _describe(each) for name, each in small[0].items() if not _hides(each)}
     norms = {name: math.sqrt(each.squares) for name, each in small[1].items()}
     large = {name: tensors for name, tensors in buffers.items() if name not in statistics}
     long = {name: tensors for name, tensors in vectors.items() if name not in norms}
@@ -145,9 +146,15 @@ def _is_near(tensor: Tensor) -> bool:
     return tensor.is_cpu
 
 
+def _hides(found: Totals) -> bool:
+    """Whether the mean makes up so much that even float64 has lost the deviations."""
+    return found.low < found.high and found.sum * found.sum / found.size > _HIDES * found.squares
+
+
 def _describe(found: Totals) -> Statistics:
     mean = found.sum / found.size
     variance = max(found.squares / found.size - mean * mean, 0.0) if found.squares < math.inf else math.nan
+    variance = 0.0 if found.low == found.high else variance
     return Statistics(math.sqrt(found.squares), mean, math.sqrt(variance), found.low, found.high)
 
 
