@@ -82,7 +82,7 @@ def pieces(tensors: Iterable[Tensor], longest: int = _PIECE) -> Iterator[Tensor]
     waiting: list[Tensor] = []
     size = 0
     for tensor in tensors:
-        vector = tensor if is_plain(tensor) else real(flat(tensor))
+        vector = tensor if is_plain(tensor) else flat(tensor)
         elements = vector.numel()
         if elements > longest:
             vector = vector.detach().flatten()
@@ -93,7 +93,7 @@ def pieces(tensors: Iterable[Tensor], longest: int = _PIECE) -> Iterator[Tensor]
             if waiting and size + elements > _GATHERED:
                 yield real(gather(waiting))
                 waiting, size = [], 0
-            waiting.append(vector)
+            waiting.append(vector if is_plain(vector) else real(vector))  # float8 is not gathered with others
             size += elements
     if waiting:
         yield real(gather(waiting))
