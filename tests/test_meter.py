@@ -11,6 +11,8 @@ from tests.conftest import build, train_step
 from trackopt import journal
 from trackopt.observe import Observer
 from trackopt.observe.histogram import histogram
+from trackopt.observe.statistics import measure
+from trackopt.observe.update import cosine
 
 
 def observed(optimizer, **options):
@@ -204,3 +206,59 @@ def test_histograms_are_lines_of_the_journal_and_no_records():
     assert lines[0].histograms.keys() == {"exp_avg/group0", "exp_avg_sq/group0", "grad/group0"}
     assert not any(line.metrics or line.event for line in lines)
     assert len(journal.series("run")["loss"]) == 7
+
+
+class Projected(torch.optim.SGD):
+    """Keeps its moment in fewer dimensions, as GaLore does, and an old gradient in each kind of eight bits."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for index, p in enumerate(group["params"]):
+                kind = (torch.float8_e4m3fn, torch.float8_e5m2)[index % 2]
+                self.state[p] |= {"exp_avg": p.grad[:1].clone(), "old": p.grad.to(kind)}
+
+
+@pytest.mark.parametrize("default", ["meta", "cpu"])
+def test_whatever_an_optimizer_keeps_stops_no_training(default):
+    """Projected moments, eight-bit floats, sparse gradients and lazily conjugated ones, beside any default device."""
+    parameters = [nn.Parameter(torch.ones(2, 3)), nn.Parameter(torch.ones(3, 2))]
+    projected = Projected(parameters)
+    complexes = nn.Parameter(torch.full((3,), 1 + 2j))
+    ordinary = torch.optim.SGD([complexes], momentum=0.9)
+    observers = [observed(projected, histograms_every=1), observed(ordinary, histograms_every=1)]
+    for p in parameters:
+        p.grad = torch.ones_like(p)
+    complexes.grad = torch.full((3,), 1 + 2j).conj()
+    torch.set_default_device(default)
+    try:
+        projected.step()
+        ordinary.step()
+    finally:
+        torch.set_default_device(None)
+    first, second = (observer.take().metrics() for observer in observers)
+    assert first["old/group0.norm"] == pytest.approx(math.sqrt(12))
+    assert "grad/group0.cosine" not in first
+    assert second["grad/group0.norm"] == second["momentum_buffer/group0.norm"] == pytest.approx(math.sqrt(15))
+    assert complexes.grad.is_conj()
+    assert observers[0].take_histograms()["grad/group0"]["num"] == 12
+
+
+def test_numbers_beyond_all_bounds_stop_no_training():
+    """What a diverging training computes has no statistics any more, and is told like other infinities."""
+    apart = [torch.linspace(0, sign * 1e200, 150_000, dtype=torch.float64) for sign in (1, -1)]
+    found = measure({"exp_avg": apart}, {})[0]["exp_avg"]
+    assert (found.norm, found.std, found.max) == (math.inf, math.inf, 1e200)
+    assert math.isnan(cosine([math.inf, math.inf, math.inf, -math.inf, math.inf, math.inf]))
+
+
+def test_a_step_that_was_none_leaves_no_copy_of_the_parameters():
+    model = nn.Linear(4, 2)
+    optimizer = torch.optim.Adam(model.parameters(), fused=True)
+    observer = observed(optimizer)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.grad_scale, optimizer.found_inf = torch.ones(()), torch.ones(())
+    optimizer.step()
+    assert observer.take_overflow()
+    assert not observer._meter._update._before

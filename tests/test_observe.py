@@ -13,9 +13,9 @@ from torch import nn
 import trackopt
 from tests.conftest import build, train_step
 from trackopt import journal
-from trackopt.observe import Observer, params, shards
+from trackopt.observe import Observer, near, params, shards
 from trackopt.observe.hyperparameters import numeric
-from trackopt.observe.statistics import measure
+from trackopt.observe.statistics import measure, read_far
 from trackopt.observe.update import cosine_terms
 
 OPTIMIZERS = sorted(
@@ -368,3 +368,56 @@ def test_what_a_process_says_of_its_part_is_the_same_from_a_device():
     halves = [shards._near({"a": [half]}, {}, []) for half in buffers["a"][1].chunk(2)]
     whole = shards._near({"a": [buffers["a"][1]]}, {}, [])
     torch.testing.assert_close(shards._merged(torch.stack(halves)), whole, rtol=1e-6, atol=0.0)
+
+
+class Odd(torch.optim.Optimizer):
+    """No LR, and a step that takes something else than a closure, or one with arguments."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {"eta": 0.1})
+
+    def step(self, what):
+        return what * 2 if isinstance(what, int) else what(backward=False)
+
+
+def test_a_step_is_given_what_it_was_called_with():
+    """A number stays one, and a closure takes its arguments; there need be no LR."""
+    optimizer = Odd([nn.Parameter(torch.ones(2))])
+    with trackopt.wrap(optimizer, dir="run", sinks=()) as run:
+        assert optimizer.step(3) == 6
+        assert optimizer.step(what=lambda *, backward: backward) is False
+        assert optimizer.step(lambda *, backward: backward) is False
+        run.step()
+        assert (run.global_step, run.ledger.evaluations) == (3, 1)
+    assert "hyper/group0.eta" not in journal.series("run")
+
+
+@pytest.mark.filterwarnings("error")
+def test_an_lr_that_requires_grad_is_read_without_a_warning():
+    rate = torch.tensor(0.5, requires_grad=True)
+    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=rate)
+    observer = Observer(optimizer, names=lambda: [["a"]])
+    optimizer.step()
+    assert observer.take().metrics()["lr/group0"] == 0.5
+
+
+def test_norms_of_half_precision_are_taken_from_a_device_without_a_copy(monkeypatch):
+    """Gradients and parameters in float32 would take twice the memory of a model that just fits."""
+    halves = [torch.full((300,), 3.0, dtype=dtype) for dtype in (torch.bfloat16, torch.float16)]
+    mixed = [*halves, torch.full((2,), 2.0), torch.full((1,), 1 + 1j), torch.empty(0)]
+    monkeypatch.setattr(near, "real", lambda vector: vector if vector.dtype is torch.float32 else pytest.fail("copied"))
+    _, scalars, counts = read_far({}, {"grad": mixed, "none": []})
+    assert counts == {"grad": 4, "none": 0}
+    assert math.hypot(*(scalar.item() for scalar in scalars)) == pytest.approx(math.sqrt(5400 + 8 + 2))
+
+
+@pytest.mark.parametrize("size", [1000, 40_000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_small_deviations_from_a_large_mean_are_seen(dtype, size):
+    """Those of equal numbers are none."""
+    values = 1000 * (1 + 1e-6 * torch.randn(size, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
+    for scale in (1.0, 1e-3):
+        some = (1000 + (values - 1000) * (scale if dtype is torch.float64 else 1.0)).to(dtype)
+        found = measure({"a": [some], "b": [torch.full((size,), 0.1, dtype=dtype)]}, {})[0]
+        assert found["a"].std == pytest.approx(some.double().std(correction=0).item(), rel=1e-3)
+        assert found["b"].std == 0.0

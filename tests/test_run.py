@@ -1,9 +1,11 @@
 import contextlib
 import os
+import random
 import subprocess
 import sys
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,8 +13,10 @@ import torch
 
 import trackopt
 from tests.conftest import build, train_step
-from trackopt import CheckpointError, RunError, UsageError, journal
+from trackopt import CheckpointError, RunError, UsageError, journal, resuming
+from trackopt.checkpoint import rng
 from trackopt.checkpoint import store as stores
+from trackopt.checkpoint.shards import ShardMemory
 
 
 def wrapped(directory="run", **options):
@@ -405,3 +409,56 @@ def test_a_save_before_the_loop_is_back_in_its_epoch_waits_until_it_is(tmp_path,
     stopped, whole = attempt("stopped", lambda run: None), attempt("whole", lambda run: None)
     for name, tensor in whole.state_dict().items():
         assert torch.equal(tensor, stopped.state_dict()[name])
+
+
+class Sparing:
+    """Has the attributes that it was given and raises anything for others, as config objects do."""
+
+    def __init__(self, **values):
+        self.__dict__["values"] = values
+
+    def __getattr__(self, name):
+        return self.__dict__["values"][name]
+
+
+def test_generators_are_looked_for_without_asking_the_users_objects():
+    own, bound = torch.Generator(), random.Random(0)
+    loader = SimpleNamespace(config=Sparing(generator=own), transforms=[bound.random])
+    assert rng.generators_of(loader) == [own, bound]
+
+
+def test_a_default_device_is_not_for_what_is_copied():
+    """`torch.set_default_device` speaks of the user's tensors."""
+    values = {"a": torch.arange(6.0)}
+    whole = resuming._checksum(values)
+    torch.set_default_device("meta")
+    try:
+        assert resuming._checksum(values) == whole
+        held = ShardMemory().copy(values)["a"]
+    finally:
+        torch.set_default_device(None)
+    assert torch.equal(held, values["a"])
+
+
+def test_a_forked_child_leaves_the_run_to_its_parent():
+    """What it leaves by an exception of its own is the parent's: no last checkpoint, no end in the journal."""
+    model, optimizer, _ = build()
+    with trackopt.wrap(optimizer, model=model, dir="run", sinks=()) as run:
+        run.step(loss=train_step(model, optimizer))
+        if not (pid := os.fork()):
+            try:
+                run.__exit__(None, None, None)
+            finally:
+                os._exit(0 if run._open else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        run.step(loss=train_step(model, optimizer))
+    events = [line.event for line in journal.read(run.dir / "metrics.jsonl") if line.event]
+    assert events == ["start", "checkpoint", "close"]
+
+
+def test_what_cannot_be_begun_is_told_as_it_is(monkeypatch):
+    """The error that ends the beginning is not covered by another one."""
+    model, optimizer, _ = build()
+    monkeypatch.setattr("trackopt.run.params", lambda *_: {}["missing"])
+    with pytest.raises(KeyError, match="missing"):
+        trackopt.wrap(optimizer, model=model, dir="run", sinks=())

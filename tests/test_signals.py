@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -197,3 +198,46 @@ def test_the_mlflow_run_is_killed_and_everything_arrives(tmp_path):
     drain(tmp_path / "run")
     _, run = mlflow_run(tmp_path / "run")
     assert run.info.status == "KILLED"
+
+
+def test_runs_that_are_closed_in_any_order_leave_no_handler():
+    """Nor does one that is closed in a thread: the next signal does what it did before."""
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)]
+    calls = []
+    mine = signal.signal(signal.SIGUSR1, lambda *_: calls.append(1))
+    try:
+        first, second, third = (StopSignals(tells=False) for _ in range(3))
+        second.close()
+        thread = threading.Thread(target=third.close)
+        thread.start()
+        thread.join()
+        signal.raise_signal(signal.SIGUSR1)
+        assert (first.received, second.noted, third.noted, calls) == (signal.SIGUSR1, None, None, [1])
+        first.close()
+        third.close()
+    finally:
+        signal.signal(signal.SIGUSR1, mine)
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)] == before
+
+
+def test_a_forked_process_can_be_ended():
+    """As `multiprocessing` ends the workers of a pool; Ctrl-C, which reaches all of them, is for the training."""
+    signals = StopSignals(tells=False)
+    try:
+        if not (pid := os.fork()):
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGTERM)
+            os._exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGTERM
+    finally:
+        signals.close()
+
+
+def test_ctrl_c_that_ends_the_reader_of_stderr_as_well_saves_and_stops(tmp_path):
+    """``python train.py 2>&1 | tee log``: nobody reads what is told then."""
+    process = start(tmp_path, BATCHES, before="from trackopt import display; display._FIRST = display._EVERY = 0.01")
+    process.stderr.close()
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert final_state(tmp_path / "run")["trackopt"]["step"] > 0

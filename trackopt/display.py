@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import sys
@@ -68,8 +69,8 @@ class Display:
 
     def __init__(self, name: str, *, wanted: bool) -> None:
         self._name = name
-        self._wanted = wanted and os.environ.get("RANK", "0") == "0"
-        self._terminal = sys.stderr.isatty()
+        self._wanted = wanted and os.environ.get("RANK", "0") == "0" and sys.stderr is not None
+        self._terminal = self._wanted and sys.stderr.isatty()
         self._next = time.monotonic() + (_REDRAWN if self._terminal else _FIRST)
         self._times: deque[tuple[float, int, int]] = deque(maxlen=_WINDOW)
         self._live: Live | None = None
@@ -79,7 +80,13 @@ class Display:
         return self._wanted and time.monotonic() >= self._next
 
     def show(self, state: State) -> None:
-        """Draw the training as it is now."""
+        """Draw the training as it is now; where nobody can see it any more, it goes on unseen."""
+        try:
+            self._show(state)
+        except (OSError, ValueError):  # a pipe or a terminal that is gone, a stream that is closed
+            self._wanted, self._live = False, None
+
+    def _show(self, state: State) -> None:
         now = time.monotonic()
         self._next = now + (_REDRAWN if self._terminal else _EVERY)
         if _tqdm_draws():
@@ -96,10 +103,11 @@ class Display:
 
     def close(self, state: State) -> None:
         """Leave the training's last picture on the terminal."""
-        if self._live is not None:
-            self._live.update(self._picture(state))
-            self._live.stop()
-            self._live = None
+        live, self._live = self._live, None
+        if live is not None:
+            with contextlib.suppress(OSError, ValueError):
+                live.update(self._picture(state))
+                live.stop()
 
     def _draw(self, state: State) -> None:
         from rich.console import Console

@@ -145,7 +145,7 @@ class _Several(Ranks):
 
     def _exchange(self, sent: bytes, room: int) -> list[bytes]:
         """What every rank sent; of one that sent more than there is room for, its length in bytes that say nothing."""
-        mine = torch.zeros(8 + room, dtype=torch.uint8)
+        mine = torch.zeros(8 + room, dtype=torch.uint8, device="cpu")
         mine[:8].view(torch.int64)[0] = len(sent)
         if 0 < len(sent) <= room:
             mine[8 : 8 + len(sent)] = torch.frombuffer(bytearray(sent), dtype=torch.uint8)

@@ -169,6 +169,6 @@ def _checksum(state: Any) -> bytes:
     pickle, storages = pickled({"": state})
     found = blake2b(pickle)
     for storage in storages:
-        content: Any = torch.empty(0, dtype=torch.uint8).set_(storage).numpy()
+        content: Any = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage).numpy()
         found.update(content)
     return found.digest()

@@ -236,10 +236,10 @@ class Run:
 
     def _start(self, resumption: Resumption | None) -> None:
         """Begin the attempt in the journal, then let the recorder tell it on."""
+        self._signals = StopSignals(alone=self._ranks.world == 1, tells=self._ranks.leads)
         details = {"attempt": self._attempt, "pid": os.getpid(), "versions": versions()}
         details |= {"world": self._ranks.world, "restarts": restarts()} if self._ranks.world > 1 else {}
         described = params(self._training.optimizers, self._training.schedulers)
-        self._signals = StopSignals(alone=self._ranks.world == 1, tells=self._ranks.leads)
         if self._ranks.leads:
             self._store.clean()
         if resumption is not None:
@@ -352,7 +352,7 @@ class Run:
 
     def _leave(self, error: BaseException | None, *, wait: bool = True) -> None:
         """The loop is done, or left by an error."""
-        if not self._open:
+        if not self._open or os.getpid() != self._pid:  # a forked child leaves its parent's run open
             return
         if error is None and self._last_word():
             if self._position.settled and not self._parted:

@@ -123,7 +123,8 @@ class Saving:
     def prepare(self) -> None:
         """Get the memory ready in the background; after the first step the size of the state is known."""
         if self._preparing is None and self._ranks.leads:
-            self._preparing = threading.Thread(target=self._prepare, name="trackopt-prepare")
+            size = nbytes(self._training)  # here, where nobody changes the state meanwhile
+            self._preparing = threading.Thread(target=self._prepare, args=(size,), name="trackopt-prepare")
             self._preparing.start()
 
     def take(self, progress: Mapping[str, Any]) -> None:
@@ -168,9 +169,9 @@ class Saving:
             self._preparing.join()
         self._store.close()
 
-    def _prepare(self) -> None:
+    def _prepare(self, size: int) -> None:
         step_aside()
-        self._store.prepare(nbytes(self._training))
+        self._store.prepare(size)
 
     def _staged(self, progress: Mapping[str, Any]) -> _Writing:
         """The state, copied; the memory is free once the one before it is written."""

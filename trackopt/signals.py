@@ -6,6 +6,7 @@ before the time is up. Python would raise ``KeyboardInterrupt`` or die in the mi
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -43,6 +44,7 @@ class StopSignals:
         self.received: signal.Signals | None = None
         self._alone, self._tells = alone, tells
         self._at = 0.0  # when it came
+        self._closed = False
         self._pid = os.getpid()
         self._before: dict[signal.Signals, Any] = {}
         if threading.current_thread() is threading.main_thread():
@@ -57,26 +59,45 @@ class StopSignals:
 
     def close(self) -> None:
         """Put the earlier handlers back, where nobody has put others since."""
-        for number, before in self._before.items():
-            if signal.getsignal(number) == self._note:
-                signal.signal(number, before)
-        self._before = {}
+        self._closed = True
+        if threading.current_thread() is threading.main_thread():  # elsewhere the next signal does it
+            for number in self._before:
+                self._put_back(number)
+
+    def _put_back(self, number: int) -> bool:
+        found = signal.getsignal(number) == self._note
+        if found:
+            signal.signal(number, self._earlier(number))
+        return found
+
+    def _earlier(self, number: int) -> Any:
+        """The handler that was there before; one of a run that is closed by now is none."""
+        before = self._before[signal.Signals(number)]
+        other = getattr(before, "__self__", None)
+        return other._earlier(number) if isinstance(other, StopSignals) and other._closed else before
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        before = self._before.get(signal.Signals(number), signal.SIG_DFL)
-        if self.noted is not None:
+        before = self._earlier(number)
+        forked = os.getpid() != self._pid
+        if self._closed or (forked and number == signal.SIGTERM):  # a pool ends its workers so, and waits for that
+            if self._put_back(number):
+                signal.raise_signal(number)
+                return
+        elif self.noted is not None:
             if not self._is_passed_on(number):
                 self.close()
                 signal.raise_signal(number)
             return
-        self.noted, self._at = signal.Signals(number), time.monotonic()
-        if self._alone:
-            self.received = self.noted
-        if os.getpid() != self._pid:
-            return  # a forked data worker: Ctrl-C reaches it too, and the training still needs it
-        text = f"trackopt: {self.noted.name}: stopping after this iteration; once more stops at once\n"
-        if self._tells:
-            os.write(_STDERR, text.encode())  # a handler may run in the middle of a write to sys.stderr
+        else:
+            self.noted, self._at = signal.Signals(number), time.monotonic()
+            if self._alone:
+                self.received = self.noted
+            if forked:
+                return  # a data worker: Ctrl-C reaches it too, and the training still needs it
+            text = f"trackopt: {self.noted.name}: stopping after this iteration; once more stops at once\n"
+            if self._tells:
+                with contextlib.suppress(OSError):  # Ctrl-C has ended the `tee` that reads it
+                    os.write(_STDERR, text.encode())  # a handler may run in the middle of a write to sys.stderr
         if callable(before) and before is not signal.default_int_handler:
             chained: Callable[[int, FrameType | None], Any] = before
             chained(number, frame)

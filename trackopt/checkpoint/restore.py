@@ -145,7 +145,7 @@ def _require_saved_lr(training: Training, found: Fit, path: Path) -> None:
         for index, (own, saved) in enumerate(
             zip(training.optimizers[name].param_groups, one.state["param_groups"], strict=True)
         ):
-            if float(own["lr"]) != float(saved["lr"]):
+            if "lr" in own and float(own["lr"]) != float(saved["lr"]):
                 raise MismatchError(
                     f"{path}: loading the scheduler moved the LR of group {index} of {name} from {float(saved['lr'])} "
                     f"to {float(own['lr'])}; its load_state_dict must not touch the optimizer"

@@ -106,11 +106,22 @@ def _parts(thing: Any) -> Iterator[Any]:
         if len(thing) <= _WIDE:
             yield from thing.values() if isinstance(thing, dict) else thing
     elif not isinstance(thing, (type, ModuleType, nn.Module, torch.Tensor, np.ndarray)):
-        yield getattr(thing, "__self__", None)  # a transform may be a bound method, or close over its generator
-        for cell in getattr(thing, "__closure__", None) or ():
+        yield from (
+            _own(thing, "__self__"),
+            _own(thing, "__func__"),
+        )  # a transform may be a bound method, or close over its generator
+        for cell in _own(thing, "__closure__") or ():
             with contextlib.suppress(ValueError):  # not filled yet
                 yield cell.cell_contents
-        yield from (part for name, part in getattr(thing, "__dict__", {}).items() if name not in _PASSING)
+        yield from (part for name, part in (_own(thing, "__dict__") or {}).items() if name not in _PASSING)
+
+
+def _own(thing: Any, name: str) -> Any:
+    """An attribute that the user's ``__getattr__`` is not asked for: it may raise anything."""
+    try:
+        return object.__getattribute__(thing, name)
+    except AttributeError:
+        return None
 
 
 def _plain(state: Any) -> Any:

@@ -94,7 +94,7 @@ class ShardMemory:
         part = here(tensor)
         held = self._held.get(path)
         if held is None or (held.shape, held.dtype) != (part.shape, part.dtype):
-            held = self._held[path] = torch.empty(part.shape, dtype=part.dtype, pin_memory=part.is_cuda)
+            held = self._held[path] = torch.empty(part.shape, dtype=part.dtype, device="cpu", pin_memory=part.is_cuda)
         held.copy_(part)
         if not is_distributed(tensor):
             return held

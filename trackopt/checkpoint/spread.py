@@ -49,7 +49,7 @@ class Stored:
         start = sum(offset * step for offset, step in zip(offsets, self._tensor.stride, strict=False))
         part = replace(self._tensor, offset=self._tensor.offset + start, shape=tuple(sizes))
         if not part.elements:
-            return torch.empty(sizes, dtype=self.dtype)
+            return torch.empty(sizes, dtype=self.dtype, device="cpu")
         data = bytearray()
         for piece in tensors.raw(self._opened.source, part):
             data += piece

@@ -29,14 +29,14 @@ def histogram(tensors: Sequence[Tensor]) -> dict[str, Any] | None:
         (1, 2, 1.0, 3)
     """
     vectors = [v[torch.isfinite(v)].cpu() for v in map(vector, tensors)]
-    values = torch.cat(vectors) if vectors else torch.empty(0)
+    values = torch.cat(vectors) if vectors else torch.empty(0, device="cpu")
     if not values.numel():
         return None
     low, high = (each.item() for each in torch.aminmax(values))
     if low == high:
         limits, counts = [high], [values.numel()]
     else:
-        limits = torch.linspace(low, high, _BINS + 1, dtype=torch.float64)[1:].tolist()
+        limits = torch.linspace(low, high, _BINS + 1, dtype=torch.float64, device="cpu")[1:].tolist()
         counts = torch.histc(values.double(), _BINS, low, high).long().tolist()
     wide = values.double()
     return {

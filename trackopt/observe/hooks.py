@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -125,12 +126,13 @@ class Observer:
         """The step's arguments with a closure that counts its calls; ``None`` if there is none to count."""
         own, *rest = args
         closure = rest[0] if rest else kwargs.get("closure")
-        if closure is None:
+        if not callable(closure):  # a step of the user's own may take something else there
             return None
 
-        def counted() -> Any:
+        @functools.wraps(closure)
+        def counted(*args: Any, **kwargs: Any) -> Any:
             self.evaluations += 1
-            return closure()
+            return closure(*args, **kwargs)
 
         return ((own, counted, *rest[1:]), kwargs) if rest else (args, {**kwargs, "closure": counted})
 
@@ -141,6 +143,7 @@ class Observer:
         self._depth = 0
         if _was_skipped(optimizer):
             self._overflowed = True
+            self._meter.forget()
             return
         self.steps += 1
         measured = self._every and (self.steps - 1) % self._every == 0

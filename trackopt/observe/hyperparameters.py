@@ -36,7 +36,7 @@ def numeric(group: Mapping[str, Any]) -> dict[str, float]:
     for key, value in group.items():
         if key not in _NOT_HYPERPARAMETERS:
             parts = _parts(key, value)
-            found |= {name: float(part) for name, part in parts if _is_number(part)}
+            found |= {name: _float(part) for name, part in parts if _is_number(part)}
     return found
 
 
@@ -61,8 +61,8 @@ class Hyperparameters:
         """
         used: dict[str, float | Tensor] = {}
         for name, group in self._groups():
-            rate = group["lr"]
-            used[f"lr/{name}"] = rate.clone() if isinstance(rate, Tensor) and not rate.is_cpu else float(rate)
+            if "lr" in group:  # not every optimizer has one
+                used[f"lr/{name}"] = _rate(group["lr"])
             size, keys, raw = self._raw.get(name, (0, [], []))
             if len(group) != size or [group.get(key) for key in keys] != raw:
                 used |= self._changed(name, group)
@@ -98,7 +98,7 @@ def params(
         found[name] = type(optimizer).__name__
         prefix = "" if len(optimizers) == 1 else f"{name}."
         for index, group in enumerate(optimizer.param_groups):
-            values = {"lr": float(group["lr"]), **numeric(group)}
+            values = {**({"lr": _float(group["lr"])} if "lr" in group else {}), **numeric(group)}
             found |= {f"{label(index, group, prefix)}.{key}": value for key, value in values.items()}
     for name, scheduler in schedulers.items():
         found[name] = type(scheduler).__name__
@@ -123,6 +123,14 @@ def _parts(key: str, value: Any) -> Iterator[tuple[str, Any]]:
         yield from ((f"{key.removesuffix('s')}{i}", part) for i, part in enumerate(value, 1))
     else:
         yield key, value
+
+
+def _rate(value: float | Tensor) -> float | Tensor:
+    return value.detach().clone() if isinstance(value, Tensor) and not value.is_cpu else _float(value)
+
+
+def _float(value: float | Tensor) -> float:
+    return float(value.detach() if isinstance(value, Tensor) else value)  # torch warns of one that requires grad
 
 
 def _is_number(value: object) -> bool:

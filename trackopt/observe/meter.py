@@ -64,6 +64,10 @@ class Meter:
         self._plan.refresh()
         self._update.before(self._plan.units)
 
+    def forget(self) -> None:
+        """Let go of that copy: there was no step."""
+        self._update.forget()
+
     @torch.no_grad()
     def measure(self, used: Mapping[str, float | Tensor]) -> Reading:
         """Norms and statistics after a step, beside what it ``used``.
@@ -131,7 +135,9 @@ class Meter:
             gradient = parameter.grad
             moments = (self._plan.of(parameter, name) for name in FIRST_MOMENTS)
             moment = next((each for each in moments if each is not None), None)
-            if gradient is not None and gradient.layout is torch.strided and moment is not None:
+            if gradient is None or moment is None or gradient.layout is not torch.strided:
+                continue
+            if (gradient.shape, gradient.device) == (moment.shape, moment.device):  # neither projected nor offloaded
                 yield gradient, moment
 
     def _examine(

@@ -65,7 +65,7 @@ def flat(tensor: Tensor) -> Tensor:
         if tensor.layout is torch.sparse_coo:
             tensor = tensor.coalesce().values()
         if tensor.is_complex():
-            tensor = torch.view_as_real(tensor)
+            tensor = torch.view_as_real(tensor.resolve_conj())
     return tensor.flatten()
 
 
@@ -93,7 +93,7 @@ def pieces(tensors: Iterable[Tensor], longest: int = _PIECE) -> Iterator[Tensor]
             if waiting and size + elements > _GATHERED:
                 yield real(gather(waiting))
                 waiting, size = [], 0
-            waiting.append(vector)
+            waiting.append(vector if is_plain(vector) else real(vector))  # float8 is not gathered with others
             size += elements
     if waiting:
         yield real(gather(waiting))
@@ -118,7 +118,7 @@ def _rows(piece: Tensor) -> list[Tensor]:
 
 
 def _squares(rows: list[Tensor]) -> Tensor:
-    wide = torch.cat(rows or [torch.zeros(1)]).double()
+    wide = torch.cat(rows or [torch.zeros(1, device="cpu")]).double()
     return torch.dot(wide, wide)
 
 

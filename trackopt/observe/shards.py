@@ -139,13 +139,13 @@ def _near(buffers: Lists, vectors: Lists, terms: Sequence[Sequence[Tensor]]) -> 
             rows.append(_NOTHING)
             continue
         size, missing = _size(tensors), 0 if math.isfinite(found.norm) else nonfinite(tensors)
-        rows.append((size, found.mean, found.std**2 * size, found.min, found.max, missing))
+        rows.append((size, found.mean, found.std * found.std * size, found.min, found.max, missing))
     for name, tensors in vectors.items():
         norm = norms.get(name, 0.0)
         rows.append((_size(tensors), 0.0, norm * norm, 0.0, 0.0, 0 if math.isfinite(norm) else nonfinite(tensors)))
     rows += [(0.0, 0.0, sum(each.item() for each in column[start::3]), 0.0, 0.0, 0.0)
              for column in terms for start in range(3)]  # fmt: skip
-    return torch.tensor(rows, dtype=torch.float64)
+    return torch.tensor(rows, dtype=torch.float64, device="cpu")
 
 
 def _far(buffers: Lists, vectors: Lists, terms: Sequence[Sequence[Tensor]]) -> Tensor:

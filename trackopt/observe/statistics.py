@@ -10,7 +10,7 @@ variances" (1979).
 from __future__ import annotations
 
 import math
-from itertools import islice
+from itertools import chain, islice
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -18,12 +18,14 @@ from torch import Tensor
 
 from trackopt.observe import near
 from trackopt.observe.reading import Transfer
-from trackopt.observe.small import Totals, gather, totals
+from trackopt.observe.small import Totals, gather, is_plain, totals
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 _CANCELS = 0.9  # of the sum of squares: if the mean makes up more, float32 has lost the deviations
+_HIDES = 1 - 1e-6  # the same of sums in float64
+_NARROW = frozenset({torch.float16, torch.bfloat16})
 _UNDERFLOWS = 1e-30  # sums of squares below this may have lost elements
 
 
@@ -109,7 +111,7 @@ def begin(
     """
     found = iter(totals([*buffers.values(), *vectors.values()]))
     small = [{name: each for name in lists if (each := next(found)) is not None} for lists in (buffers, vectors)]
-    statistics = {name: _describe(each) for name, each in small[0].items()}
+    statistics = {name: _describe(each) for name, each in small[0].items() if not _hides(each)}
     norms = {name: math.sqrt(each.squares) for name, each in small[1].items()}
     large = {name: tensors for name, tensors in buffers.items() if name not in statistics}
     long = {name: tensors for name, tensors in vectors.items() if name not in norms}
@@ -144,9 +146,15 @@ def _is_near(tensor: Tensor) -> bool:
     return tensor.is_cpu
 
 
+def _hides(found: Totals) -> bool:
+    """Whether the mean makes up so much that even float64 has lost the deviations."""
+    return found.low < found.high and found.sum * found.sum / found.size > _HIDES * found.squares
+
+
 def _describe(found: Totals) -> Statistics:
     mean = found.sum / found.size
     variance = max(found.squares / found.size - mean * mean, 0.0) if found.squares < math.inf else math.nan
+    variance = 0.0 if found.low == found.high else variance
     return Statistics(math.sqrt(found.squares), mean, math.sqrt(variance), found.low, found.high)
 
 
@@ -171,15 +179,24 @@ def read_far(
 ) -> tuple[dict[str, list[int]], list[Tensor], dict[str, int]]:
     """The sizes of the pieces of buffers on devices, the numbers that describe all, and how many norms each has."""
     parts = {name: list(_parts(tensors)) for name, tensors in buffers.items()}
-    flat = {name: [v for v in map(vector, tensors) if v.numel()] for name, tensors in vectors.items()}
+    found = {name: _far_norms(tensors) for name, tensors in vectors.items()}
     scalars = []
     for part in (part for each in parts.values() for part in each):
         whole = vector(gather(part) if len(part) > 1 else part[0])
         variance, mean = torch.var_mean(whole, correction=0)
         scalars += [mean, variance, *torch.aminmax(whole)]
-    scalars += [norm for each in flat.values() if each for norm in torch._foreach_norm(each)]
+    scalars += chain.from_iterable(found.values())
     sizes = {name: [sum(map(Tensor.numel, part)) for part in each] for name, each in parts.items()}
-    return sizes, scalars, {name: len(each) for name, each in flat.items()}
+    return sizes, scalars, {name: len(each) for name, each in found.items()}
+
+
+def _far_norms(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The norm of each, which float32 holds; those of float16 and bfloat16 are not copied for it: a device is full."""
+    plain = [tensor.detach() if is_plain(tensor) else vector(tensor) for tensor in tensors]
+    narrow = [each for each in plain if each.numel() and each.dtype in _NARROW]
+    wide = [each for each in plain if each.numel() and each.dtype not in _NARROW]
+    found = list(torch._foreach_norm(narrow, 2, torch.float32)) if narrow else []
+    return found + list(torch._foreach_norm(wide)) if wide else found
 
 
 def _parts(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
@@ -246,8 +263,8 @@ def combine(pieces: Sequence[Piece]) -> Statistics:
     if math.isnan(low) or math.isinf(low) or math.isinf(high):
         norm = math.nan if math.isnan(low) else math.inf
         return Statistics(norm, sum(piece.mean for piece in pieces) / len(pieces), math.nan, low, high)
-    mean = math.fsum(piece.size * piece.mean for piece in pieces) / count
-    squares = math.fsum(piece.deviations + piece.size * (piece.mean - mean) ** 2 for piece in pieces)
+    mean = sum(piece.size * piece.mean for piece in pieces) / count
+    squares = sum(piece.deviations + piece.size * (piece.mean - mean) * (piece.mean - mean) for piece in pieces)
     return Statistics(math.sqrt(squares + count * mean * mean), mean, math.sqrt(squares / count), low, high)
 
 

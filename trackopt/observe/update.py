@@ -26,7 +26,12 @@ class Update:
 
     def before(self, units: Mapping[str, Sequence[Tensor]]) -> None:
         """Copy the parameters of each unit."""
+        self.forget()
         self._before = {unit: [p.detach().clone() for p in parameters] for unit, parameters in units.items()}
+
+    def forget(self) -> None:
+        """Let go of the copy of a step that was none."""
+        self._before = {}
 
     def take(self, units: Mapping[str, Sequence[Tensor]]) -> dict[str, list[Tensor]]:
         """The change since ``before``, with the opposite sign, under ``update/group0``; empty if it was not called."""
@@ -65,6 +70,6 @@ def cosine(numbers: Iterable[float]) -> float | None:
         0.707
     """
     numbers = list(numbers)
-    both, first, second = (math.fsum(numbers[start::3]) for start in range(3))
+    both, first, second = (sum(numbers[start::3]) for start in range(3))  # fsum refuses infinities
     length = math.sqrt(first) * math.sqrt(second)
     return both / length if length else None
