@@ -171,7 +171,8 @@ class Run:
         Exact for a ``DataLoader`` with and without workers, with shuffling and random transforms, and for any other
         iterable that yields the same again. Asking for the next batch ends the iteration.
         """
-        self._telemetry.record_rest()
+        if not self._position.returning:
+            self._telemetry.record_rest()
         self._length = length(loader)
         if not self._reminded and self._position.repeats_order(loader):
             self._reminded = True
@@ -263,7 +264,7 @@ class Run:
         self._resumption = resumption
         self.resumed_from = meta["step"]
         self._telemetry.load_state_dict(meta)
-        self._position.load_state_dict(meta["position"], resumption.arrive, divided=resumption.divided)
+        self._position.load_state_dict(meta["position"], self._arrive, divided=resumption.divided)
         self._saving.latest = (meta["step"], meta["position"])
         if meta["run_id"] == self._directory.identity["id"]:
             if self._ranks.leads:
@@ -286,6 +287,12 @@ class Run:
                 meta.get("world", 1),
                 self._ranks.world,
             )
+
+    def _arrive(self) -> None:
+        """The loop is where the checkpoint was taken: undo what it did, and logged, a second time on its way there."""
+        assert self._resumption is not None  # noqa: S101 - for mypy: there was a checkpoint
+        self._resumption.arrive()
+        self._telemetry.load_pending(self._resumption.meta)
 
     def _end_iteration(self) -> None:
         before = self._telemetry.recorded

@@ -181,9 +181,13 @@ class Telemetry:
         """Take over what ``state_dict`` returned."""
         for name, observer in self._observers.items():
             observer.load_state_dict(state["observers"][name])
-        self._pending.load_state_dict(state["pending"])
+        self.load_pending(state)
         self._turns.load_state_dict(state["turns"])
         self.recorded = self.step
+
+    def load_pending(self, state: Mapping[str, Any]) -> None:
+        """Take over of that only what was logged and not recorded; what is so here is forgotten."""
+        self._pending.load_state_dict(state["pending"])
 
     def start_at(self, step: int) -> None:
         """Go on counting from a step, where nothing else is known."""
