@@ -172,7 +172,7 @@ class Run:
         iterable that yields the same again. Asking for the next batch ends the iteration.
         """
         if not self._position.returning:
-            self._telemetry.record_rest()
+            self._telemetry.record_rest(together=self._ranks.world == 1)  # perhaps one rank validates alone
         self._length = length(loader)
         if not self._reminded and self._position.repeats_order(loader):
             self._reminded = True
@@ -191,7 +191,8 @@ class Run:
         except GeneratorExit:  # the loop was left by `break`
             if self._open:
                 self._end_iteration()
-                if self.should_stop:  # in a moment the position will be that of a pass that is over
+                self._meet()
+                if self._signals.received is not None:  # in a moment the position will be that of a pass that is over
                     self._save_here()
                     self._parted = True
             raise

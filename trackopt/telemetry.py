@@ -135,10 +135,10 @@ class Telemetry:
         while self._coming:
             self._record(self._coming.popleft())
 
-    def record_rest(self) -> None:
-        """Record what was logged behind the last step, as a second line of that step."""
+    def record_rest(self, *, together: bool = True) -> None:
+        """Record what was logged behind the last step, as a second line of that step; all ranks do it ``together``."""
         self.settle()
-        if self.recorded and (rest := self._pending.take_rest()):
+        if self.recorded and (rest := self._pending.take_rest(together=together)):
             self._journal.record(self.recorded, Reading(rest).metrics())
 
     def _record(self, step: _Step) -> None:
