@@ -424,6 +424,9 @@ class Run:
             self._signals.close()
             if self._meeting is not None:
                 self._meeting.close()
+            if not self._ranks.apart:
+                self._store.part()
+                self._ranks.close()
             self._telemetry.close()
             self._display.close(self._state())
             if self._recorder is not None:

@@ -54,6 +54,9 @@ class Ranks(Protocol):
     def gather(self, value: T) -> list[T]:
         """The values of all of them, in order."""
 
+    def close(self) -> None:
+        """Let go of the group."""
+
 
 @dataclass(frozen=True)
 class Shards:
