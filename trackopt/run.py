@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from trackopt.checkpoint.capture import versions
 from trackopt.checkpoint.retention import Marks
+from trackopt.checkpoint.spread import has_spread_parameters
 from trackopt.directory import restarts
 from trackopt.display import Display, State
 from trackopt.errors import UsageError
@@ -77,7 +78,7 @@ class Run:
         self._built = built
         self._sinks = sinks if ranks.leads else ()
         if not ranks.leads:
-            own = measuring["stats"] if store.together else None  # what is spread, all of them measure together
+            own = measuring["stats"] if has_spread_parameters(training) else None  # all of them measure these together
             measuring = {**measuring, "stats": own, "histograms_every": 0}
         self._position = Position(training.stateful)
         self._groups: dict[str, int] = {}  # parameter groups when the epoch began
