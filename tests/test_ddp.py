@@ -255,6 +255,8 @@ for epoch in run.epochs(50):
         time.sleep(0.02)
     if run.should_stop:
         break
+    if epoch == 0:
+        run.save(keep=True)
     if dist.get_rank() == 0:
         for _ in run.batches(range(5)):
             time.sleep(0.02)
@@ -263,12 +265,16 @@ run.close()
 
 
 def test_a_signal_stops_ranks_of_which_one_validates_alone(tmp_path):
-    """They count steps, not batches: those that only one of them takes bring no rank to wait for another."""
+    """They count steps, not batches: those that only one of them takes bring no rank to wait for another.
+
+    Nor does a checkpoint that all asked for before: it waits for the end of the epoch.
+    """
     (tmp_path / "alone.py").write_text(ALONE)
     told = together(tmp_path / "alone.py", tmp_path / "run")
     assert [code for code, _ in told] == [128 + signal.SIGTERM] * 2, told
     stop = next(line for line in journal.read(tmp_path / "run" / journal.NAME) if line.event == "stop")
     assert final_state(tmp_path / "run")["trackopt"]["step"] == stop.step >= 20
+    assert (tmp_path / "run" / "checkpoints" / "step-00000008.pt").exists()
 
 
 TIMED = """

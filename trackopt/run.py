@@ -88,7 +88,8 @@ class Run:
         self._saving = Saving(training, store, self._journal, ranks, **saving, background=not rehearsing)
         self._display = Display(directory.identity["name"], wanted=progress and not rehearsing and ranks.leads)
         self._epochs = 0  # how many there will be
-        self._length: int | None = None  # batches in this one
+        self._length: int | None = None  # batches in this pass
+        self._began = 0  # the step at which it did
         self._attempt = directory.begin_attempt(sinks)
         self._resumption: Resumption | None = None
         self._recorder: RecorderProcess | None = None
@@ -174,7 +175,7 @@ class Run:
         """
         if not self._position.returning:
             self._telemetry.record_rest(together=self._ranks.world == 1)  # perhaps one rank validates alone
-        self._length = length(loader)
+        self._length, self._began = length(loader), self.global_step
         if not self._reminded and self._position.repeats_order(loader):
             self._reminded = True
             logger.warning(
@@ -326,10 +327,15 @@ class Run:
         """The loop stands where a resumed run can go on exactly: save what is due, and stop if a signal says so."""
         self._meet()
         stops = self._signals.received is not None
-        if (self._saving.due or stops) and not self._parted and not self._position.returning:
+        due = self._saving.due and not self._may_be_alone()
+        if (due or stops) and not self._parted and not self._position.returning:
             self._save_here(epoch_done=epoch_done)
         if stops:
             self._stop()
+
+    def _may_be_alone(self) -> bool:
+        """Whether no other rank need be in this pass: it has taken no step, as where rank 0 validates."""
+        return self._ranks.world > 1 and self._position.in_pass and self.global_step == self._began
 
     def _meet(self) -> None:
         """An iteration is done; perhaps all ranks agreed to stop or to save behind it."""
