@@ -135,7 +135,8 @@ class Run:
 
         Args:
             reduce: Of several processes, ``"mean"`` records the mean over all, which every one of them must log then;
-                by default the first one's value is recorded.
+                by default the first one's value is recorded. A mean that is logged behind a pass is recorded with the
+                next step, or at the end of the epoch.
             **metrics: The numbers.
 
         Raises:
