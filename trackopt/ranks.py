@@ -150,11 +150,12 @@ class _Several(Ranks):
         if self.apart:
             return
         self.apart = True
+        group, self.group = self.group, None  # its threads end with the last one who has it
         keys = [f"closed/{rank}" for rank in range(self.world)]
         with contextlib.suppress(RuntimeError, ValueError):  # the training has let go of all groups before
             self.store.set(keys[self.rank], "")
             self.store.wait(keys)  # gloo may abort the process that still waits for a message of this one
-            dist.destroy_process_group(self.group)
+            dist.destroy_process_group(group)
 
     def _exchange(self, sent: bytes, room: int) -> list[bytes]:
         """What every rank sent; of one that sent more than there is room for, its length in bytes that say nothing."""
