@@ -290,7 +290,7 @@ def unfreeze(directory):
 
 
 def manual_decay(directory):
-    """Each step decays the LR, and each epoch begins with a jump."""
+    """Each step decays the LR, and each epoch begins with a jump, and with a line in the journal."""
     model = network()
     optimizer = sgd(model)
     loader = DataLoader(Noisy(), 5, shuffle=True)
@@ -299,6 +299,7 @@ def manual_decay(directory):
             for group in optimizer.param_groups:
                 group["lr"] *= 0.8 if epoch else 1
                 group["momentum"] = 0.9 - 0.1 * random.random()
+            run.log(decayed=epoch)
             for batch in run.batches(loader):
                 loss = stepped(model, optimizer, batch)
                 for group in optimizer.param_groups:

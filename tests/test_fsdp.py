@@ -16,6 +16,7 @@ from tests.test_resume import assert_same
 from trackopt import CheckpointError, journal
 from trackopt.checkpoint import Store, Training, capture, rng
 from trackopt.checkpoint.retention import Marks, Retention
+from trackopt.checkpoint.shards import put_in_place
 from trackopt.checkpoint.store import load
 from trackopt.integrity.report import verify
 
@@ -181,6 +182,17 @@ def test_what_is_bad_is_told_in_a_line_and_all_end_with_2(saved, tmp_path):
     assert told[2].startswith("trackopt: rank 0: no sound checkpoint is left: ")
     assert "step-00000003: not written (rank 1: File too large)" in told[3]
     assert checkpoints(tmp_path / "full") == []
+
+
+def test_a_step_is_saved_once_more_behind_a_writer_that_was_killed(tmp_path):
+    """It had given its directory the name, and the one before was still there: that is in nobody's way."""
+    path, part, before = (tmp_path / name for name in ("step-00000003", "part", ".step-00000003.before"))
+    for each in (path, part, before):
+        each.mkdir()
+        (each / "file").write_text(each.name)
+    put_in_place(part, path)
+    assert (path / "file").read_text() == "part"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_directory_that_had_stepped_aside_comes_back(saved, tmp_path):

@@ -7,8 +7,9 @@ import sys
 import pytest
 import torch
 
+import trackopt
 from tests.conftest import train_step
-from trackopt import UsageError, journal
+from trackopt import ArchiveError, UsageError, journal
 from trackopt.checkpoint import Training
 from trackopt.integrations.recording import Options, record
 
@@ -63,8 +64,11 @@ def test_without_an_optimizer_there_is_nothing_to_record(tmp_path):
 
 
 def test_a_rank_that_does_not_write_has_no_part(tmp_path, training):
+    """Nor where the state is spread, as long as no tensor is: then nothing takes all ranks to measure it."""
     model, optimizer, _ = training()
-    assert record(Training(model, optimizer), Options(dir=tmp_path / "run"), leads=False) is None
+    zero = type("ZeroRedundancyOptimizer", (torch.optim.SGD,), {})(model.parameters(), 0.1)
+    for each in (optimizer, zero):
+        assert record(Training(model, each), Options(dir=tmp_path / "run"), leads=False) is None
     assert not (tmp_path / "run").exists()
 
 
@@ -123,6 +127,28 @@ def test_a_state_of_other_optimizers_is_refused(tmp_path, training):
     with pytest.raises(UsageError, match="was taken with optimizer, this training has disc, gen"):
         recording.begin(state)
     recording.close()
+
+
+def test_a_checkpoint_is_in_the_journal_when_it_is_complete(tmp_path, training):
+    """Where the framework does not say when that is, its next call does; an error may have come in between."""
+    recording, objects = opened(tmp_path, training)
+    recording.begin()
+    steps(recording, objects, 2)
+    recording.state_dict()
+    recording.expect_checkpoint(tmp_path / "one")
+    assert events(tmp_path) == [("start", 0)]
+    steps(recording, objects, 1)
+    assert events(tmp_path) == [("start", 0), ("checkpoint", 2)]
+    recording.expect_checkpoint(tmp_path / "two")
+    recording.close(OSError("the disk is full"))
+    assert events(tmp_path) == [("start", 0), ("checkpoint", 2), ("close", 3)]
+    with pytest.raises(ArchiveError, match="there is no checkpoint"):
+        trackopt.open(tmp_path)
+    (tmp_path / "one").mkdir()
+    with pytest.raises(
+        ArchiveError, match=f"a framework keeps the checkpoints of this run; its newest is {tmp_path}/one$"
+    ):
+        trackopt.open(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ HEAVY = {"torch", "mlflow", "tensorboard"}
 
 # Which rooms may import which; a room is a module or a folder of the package. `errors` is open to all.
 MAY_IMPORT = {
-    "archive": {"nearest", "remote"},
+    "archive": {"journal", "nearest", "remote"},
     "remote": {"recorder"},
     "state": {"archive"},
     "integrity": {"archive", "journal"},
@@ -52,7 +52,7 @@ MAY_IMPORT = {
         *("remote", "resuming", "run"),
     },
     "integrations": {
-        *("arguments", "checkpoint", "directory", "journal", "observe", "recorder", "rehearsal", "telemetry"),
+        *("arguments", "checkpoint", "directory", "journal", "observe", "recorder", "rehearsal", "run", "telemetry"),
     },
     "nearest": set(),
     "schedule": {"nearest", "observe"},

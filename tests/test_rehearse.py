@@ -83,6 +83,15 @@ def main():
 main()
 """
 
+FRAMEWORK = """
+import torch
+from trackopt.checkpoint import Training
+from trackopt.integrations.recording import Options, record
+recording = record(Training(None, torch.optim.SGD([torch.ones(1)])), Options(dir="x"), leads=True)
+recording.begin()
+recording.close()
+"""
+
 SEVERAL = """
 import torch, trackopt
 torch.manual_seed(0)
@@ -241,6 +250,7 @@ def test_the_screen_says_what_differs(script):
     [
         ("import sys; sys.exit('no data here')", [], "failed with exit code 1"),
         ("print('hello')", [], "made no run; does the script call trackopt.wrap()?"),
+        (FRAMEWORK, [], "its run is saved and resumed by a framework, which rehearse cannot follow; rehearse a loop"),
         ("import os; os.kill(os.getpid(), 11)", [], "was ended by SIGSEGV"),
         (SEVERAL, ["--at", "7"], "--at 7: the training ends at step 6"),
         (

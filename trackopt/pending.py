@@ -63,9 +63,15 @@ class Pending:
         self._shared.clear()
         return taken
 
-    def take_rest(self) -> dict[str, float | Tensor]:
-        """What waits and is not recorded at the latest step yet; the rest goes on waiting for the next."""
+    def take_rest(self, *, together: bool = True) -> dict[str, float | Tensor]:
+        """What waits and is not recorded at the latest step yet; the rest goes on waiting for the next.
+
+        Args:
+            together: Whether every rank is here; if not, what is a mean over all waits as well.
+        """
         keys = self._sums.keys() - self.recorded
+        if not together:
+            keys -= self._shared
         self._share(self._shared & keys)
         taken = {key: total / count for key, (total, count) in self._sums.items() if key in keys}
         for key in keys:

@@ -89,6 +89,9 @@ class Ranks:
     def leave(self) -> None:
         """From here on this process is on its own: ``gather`` waits for nobody."""
 
+    def close(self) -> None:
+        """Let go of the group, as all ranks do now; that of a process which is apart goes when it ends."""
+
 
 class _Several(Ranks):
     """One of the processes of the default process group."""
@@ -142,6 +145,17 @@ class _Several(Ranks):
 
     def leave(self) -> None:
         self.apart = True
+
+    def close(self) -> None:
+        if self.apart:
+            return
+        self.apart = True
+        group, self.group = self.group, None  # its threads end with the last one who has it
+        keys = [f"closed/{rank}" for rank in range(self.world)]
+        with contextlib.suppress(RuntimeError, ValueError):  # the training has let go of all groups before
+            self.store.set(keys[self.rank], "")
+            self.store.wait(keys)  # gloo may abort the process that still waits for a message of this one
+            dist.destroy_process_group(group)
 
     def _exchange(self, sent: bytes, room: int) -> list[bytes]:
         """What every rank sent; of one that sent more than there is room for, its length in bytes that say nothing."""

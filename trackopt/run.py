@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from trackopt.checkpoint.capture import versions
 from trackopt.checkpoint.retention import Marks
+from trackopt.checkpoint.spread import has_spread_parameters
 from trackopt.directory import restarts
 from trackopt.display import Display, State
 from trackopt.errors import UsageError
@@ -77,7 +78,7 @@ class Run:
         self._built = built
         self._sinks = sinks if ranks.leads else ()
         if not ranks.leads:
-            own = measuring["stats"] if store.together else None  # what is spread, all of them measure together
+            own = measuring["stats"] if has_spread_parameters(training) else None  # all of them measure these together
             measuring = {**measuring, "stats": own, "histograms_every": 0}
         self._position = Position(training.stateful)
         self._groups: dict[str, int] = {}  # parameter groups when the epoch began
@@ -87,7 +88,8 @@ class Run:
         self._saving = Saving(training, store, self._journal, ranks, **saving, background=not rehearsing)
         self._display = Display(directory.identity["name"], wanted=progress and not rehearsing and ranks.leads)
         self._epochs = 0  # how many there will be
-        self._length: int | None = None  # batches in this one
+        self._length: int | None = None  # batches in this pass
+        self._began = 0  # the step at which it did
         self._attempt = directory.begin_attempt(sinks)
         self._resumption: Resumption | None = None
         self._recorder: RecorderProcess | None = None
@@ -133,7 +135,8 @@ class Run:
 
         Args:
             reduce: Of several processes, ``"mean"`` records the mean over all, which every one of them must log then;
-                by default the first one's value is recorded.
+                by default the first one's value is recorded. A mean that is logged behind a pass is recorded with the
+                next step, or at the end of the epoch.
             **metrics: The numbers.
 
         Raises:
@@ -171,8 +174,9 @@ class Run:
         Exact for a ``DataLoader`` with and without workers, with shuffling and random transforms, and for any other
         iterable that yields the same again. Asking for the next batch ends the iteration.
         """
-        self._telemetry.record_rest()
-        self._length = length(loader)
+        if not self._position.returning:
+            self._telemetry.record_rest(together=self._ranks.world == 1)  # perhaps one rank validates alone
+        self._length, self._began = length(loader), self.global_step
         if not self._reminded and self._position.repeats_order(loader):
             self._reminded = True
             logger.warning(
@@ -190,7 +194,8 @@ class Run:
         except GeneratorExit:  # the loop was left by `break`
             if self._open:
                 self._end_iteration()
-                if self.should_stop:  # in a moment the position will be that of a pass that is over
+                self._meet()
+                if self._signals.received is not None:  # in a moment the position will be that of a pass that is over
                     self._save_here()
                     self._parted = True
             raise
@@ -263,7 +268,7 @@ class Run:
         self._resumption = resumption
         self.resumed_from = meta["step"]
         self._telemetry.load_state_dict(meta)
-        self._position.load_state_dict(meta["position"], resumption.arrive, divided=resumption.divided)
+        self._position.load_state_dict(meta["position"], self._arrive, divided=resumption.divided)
         self._saving.latest = (meta["step"], meta["position"])
         if meta["run_id"] == self._directory.identity["id"]:
             if self._ranks.leads:
@@ -286,6 +291,12 @@ class Run:
                 meta.get("world", 1),
                 self._ranks.world,
             )
+
+    def _arrive(self) -> None:
+        """The loop is where the checkpoint was taken: undo what it did, and logged, a second time on its way there."""
+        assert self._resumption is not None  # noqa: S101 - for mypy: there was a checkpoint
+        self._resumption.arrive()
+        self._telemetry.load_pending(self._resumption.meta)
 
     def _end_iteration(self) -> None:
         before = self._telemetry.recorded
@@ -317,10 +328,15 @@ class Run:
         """The loop stands where a resumed run can go on exactly: save what is due, and stop if a signal says so."""
         self._meet()
         stops = self._signals.received is not None
-        if (self._saving.due or stops) and not self._parted and not self._position.returning:
+        due = self._saving.due and not self._may_be_alone()
+        if (due or stops) and not self._parted and not self._position.returning:
             self._save_here(epoch_done=epoch_done)
         if stops:
             self._stop()
+
+    def _may_be_alone(self) -> bool:
+        """Whether no other rank need be in this pass: it has taken no step, as where rank 0 validates."""
+        return self._ranks.world > 1 and self._position.in_pass and self.global_step == self._began
 
     def _meet(self) -> None:
         """An iteration is done; perhaps all ranks agreed to stop or to save behind it."""
@@ -416,6 +432,9 @@ class Run:
             self._signals.close()
             if self._meeting is not None:
                 self._meeting.close()
+            if not self._ranks.apart:
+                self._store.part()
+                self._ranks.close()
             self._telemetry.close()
             self._display.close(self._state())
             if self._recorder is not None:

@@ -135,10 +135,10 @@ class Telemetry:
         while self._coming:
             self._record(self._coming.popleft())
 
-    def record_rest(self) -> None:
-        """Record what was logged behind the last step, as a second line of that step."""
+    def record_rest(self, *, together: bool = True) -> None:
+        """Record what was logged behind the last step, as a second line of that step; all ranks do it ``together``."""
         self.settle()
-        if self.recorded and (rest := self._pending.take_rest()):
+        if self.recorded and (rest := self._pending.take_rest(together=together)):
             self._journal.record(self.recorded, Reading(rest).metrics())
 
     def _record(self, step: _Step) -> None:
@@ -181,9 +181,13 @@ class Telemetry:
         """Take over what ``state_dict`` returned."""
         for name, observer in self._observers.items():
             observer.load_state_dict(state["observers"][name])
-        self._pending.load_state_dict(state["pending"])
+        self.load_pending(state)
         self._turns.load_state_dict(state["turns"])
         self.recorded = self.step
+
+    def load_pending(self, state: Mapping[str, Any]) -> None:
+        """Take over of that only what was logged and not recorded; what is so here is forgotten."""
+        self._pending.load_state_dict(state["pending"])
 
     def start_at(self, step: int) -> None:
         """Go on counting from a step, where nothing else is known."""

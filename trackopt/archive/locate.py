@@ -67,8 +67,20 @@ def _newest(directory: Path) -> Path:
 
         if other := directories.newest(directory):
             return other
+        if tagged := _tagged(directory):
+            raise ArchiveError(f"{directory}: a framework keeps the checkpoints of this run; its newest is {tagged}")
         raise ArchiveError(f"{directory}: there is no checkpoint in this directory; name a run's directory or a file")
     return list(found.values())[-1]
+
+
+def _tagged(directory: Path) -> Path | None:
+    """Where a framework has put the newest checkpoint that is left, as the run's journal says."""
+    from trackopt import journal
+
+    file = directory / journal.NAME
+    lines = journal.read(file) if file.is_file() else ()
+    paths = [Path(str(line.details.get("path"))) for line in lines if line.event == "checkpoint"]
+    return next((path for path in reversed(paths) if path.is_absolute() and path.exists()), None)
 
 
 def _folders(directory: Path) -> dict[int, Path]:

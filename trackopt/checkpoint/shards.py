@@ -54,6 +54,9 @@ class Ranks(Protocol):
     def gather(self, value: T) -> list[T]:
         """The values of all of them, in order."""
 
+    def close(self) -> None:
+        """Let go of the group."""
+
 
 @dataclass(frozen=True)
 class Shards:
@@ -158,6 +161,7 @@ def put_in_place(part: Path, path: Path) -> None:
     """Give a directory its name. One that has it steps aside for that moment; `mend` brings it back."""
     before = path.with_name(f".{path.name}{BEFORE}")
     if path.exists():
+        shutil.rmtree(before, ignore_errors=True)  # of a writer that was killed when its own had the name
         path.rename(before)
     part.rename(path)
     sync_directory(path.parent)

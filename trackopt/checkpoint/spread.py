@@ -58,9 +58,14 @@ class Stored:
 
 def is_spread(training: Training) -> bool:
     """Whether no single process has all of a training's state."""
+    return has_spread_parameters(training) or any(map(_is_zero, training.optimizers.values()))
+
+
+def has_spread_parameters(training: Training) -> bool:
+    """Whether it takes all processes to measure a training's tensors."""
     groups = chain.from_iterable(optimizer.param_groups for optimizer in training.optimizers.values())
     parameters = [*training.named_parameters().values(), *chain.from_iterable(group["params"] for group in groups)]
-    return any(map(is_distributed, parameters)) or any(map(_is_zero, training.optimizers.values()))
+    return any(map(is_distributed, parameters))
 
 
 def is_distributed(tensor: object) -> TypeGuard[DTensor]:

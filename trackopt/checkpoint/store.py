@@ -109,6 +109,11 @@ class Store:
         self._staging.release()
         self._shards.clear()
 
+    def part(self) -> None:
+        """Let go of the other processes, as all of them do now."""
+        if self._ranks is not None:
+            self._ranks.close()
+
     def newest(self) -> tuple[Path, dict[str, Any]] | None:
         """The newest checkpoint that is sound, read; ``None`` where there is none at all.
 

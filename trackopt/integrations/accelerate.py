@@ -131,7 +131,7 @@ class TrackoptTracker(GeneralTracker):
         self._begin()
         self._stepped.clear()
         state = self._recording.state_dict()
-        self._recording.mark_checkpoint(self._folder)
+        self._recording.expect_checkpoint(self._folder)
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -21,7 +21,7 @@ from trackopt import journal
 from trackopt.arguments import SINKS, check_objects, check_options
 from trackopt.checkpoint.capture import versions
 from trackopt.checkpoint.retention import Retention
-from trackopt.checkpoint.spread import is_spread
+from trackopt.checkpoint.spread import has_spread_parameters
 from trackopt.directory import RunDirectory
 from trackopt.errors import UsageError
 from trackopt.journal import Journal
@@ -29,10 +29,11 @@ from trackopt.observe import params as hyperparameters
 from trackopt.recorder.process import RecorderProcess
 from trackopt.recorder.target import mlflow_target
 from trackopt.rehearsal import plan
+from trackopt.run import tell
 from trackopt.telemetry import Telemetry
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from trackopt.checkpoint import Training
 
@@ -97,6 +98,7 @@ class Recording:
             raise
         self._recorder: RecorderProcess | None = None
         self._known: set[str] = set()  # what the step that a resumed run begins with has already
+        self._expected: tuple[str | os.PathLike[str], int] | None = None  # a checkpoint that may not be complete yet
         self.in_iteration = False
         self._begun = self._identity["attempt"] > 1  # whether there may be records that a return to step 0 supersedes
         self._pid = os.getpid()
@@ -122,6 +124,7 @@ class Recording:
             UsageError: It is of other optimizers.
         """
         self._telemetry.settle()
+        self._mark_expected()
         details: dict[str, Any] = {"attempt": self._identity["attempt"], "pid": os.getpid(), "versions": versions()}
         if state is not None:
             step = self._load(state)
@@ -152,22 +155,28 @@ class Recording:
 
     def log(self, metrics: Mapping[str, Any]) -> None:
         """Take numbers that belong to this iteration, or behind it to its step."""
+        self._mark_expected()
         self._telemetry.log({key: value for key, value in metrics.items() if key not in self._known})
 
     def end_iteration(self) -> None:
         """Record the iteration's step; where it is recorded already, what has been logged since."""
+        self._mark_expected()
         if self.in_iteration:
             self.in_iteration = False
             self._telemetry.end_iteration()
         else:
             self._telemetry.record_rest()
         if self._recorder is not None:
-            _tell(self._recorder.messages())
+            tell(self._recorder.messages())
 
     def mark_checkpoint(self, path: str | os.PathLike[str], step: int | None = None) -> None:
         """The framework has saved to ``path``; its state is that after ``step``, or the latest."""
         if self._open:
             self._journal.mark("checkpoint", self.step if step is None else step, path=str(Path(path).absolute()))
+
+    def expect_checkpoint(self, path: str | os.PathLike[str]) -> None:
+        """The framework is saving to ``path``, and will not tell when it is done: it is when it calls the next time."""
+        self._expected = path, self.step
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint of the framework must hold; of plain values."""
@@ -192,7 +201,14 @@ class Recording:
             self._close("FINISHED")
         else:
             stopped = isinstance(error, (KeyboardInterrupt, SystemExit))
+            if not stopped:  # perhaps while it was saving
+                self._expected = None
             self._close("KILLED" if stopped else "FAILED", error=f"{type(error).__name__}: {error}")
+
+    def _mark_expected(self) -> None:
+        expected, self._expected = self._expected, None
+        if expected is not None:
+            self.mark_checkpoint(*expected)
 
     def _load(self, state: Mapping[str, Any]) -> int:
         saved, live = set(state["observers"]), set(self._training.optimizers)
@@ -213,7 +229,7 @@ class Recording:
         self._journal.mark("close", self.step, status=status, ledger=self._telemetry.ledger.as_dict(), **why)
         self._telemetry.close()
         if self._recorder is not None:
-            _tell(self._recorder.finish(wait=status != "KILLED"))
+            tell(self._recorder.finish(wait=status != "KILLED"))
         self._journal.close()
         self._release()
         atexit.unregister(self._at_exit)
@@ -242,7 +258,7 @@ def record(training: Training, options: Options, *, leads: bool) -> Recording | 
     if not training.optimizers:
         raise UsageError("the training has no optimizer, so there is nothing to record")
     check_objects(training)
-    return Recording(training, options, leads=leads) if leads or is_spread(training) else None
+    return Recording(training, options, leads=leads) if leads or has_spread_parameters(training) else None
 
 
 def by_name(role: str, things: Sequence[Any]) -> Any:
@@ -277,8 +293,3 @@ def _end_of(path: Path, offset: int, step: int) -> tuple[int, set[str]]:
         known |= line.metrics.keys()
         offset = line.end
     return offset, known
-
-
-def _tell(messages: Iterable[str]) -> None:
-    for message in messages:
-        logger.warning("trackopt: %s", message)

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trackopt import archive, state
+from trackopt import archive, journal, state
 from trackopt.difference import diff
 from trackopt.errors import TrackoptError
 from trackopt.rehearsal.divergence import Divergence, idle, same_series
@@ -162,6 +162,11 @@ def _uninterrupted(command: Sequence[str], home: Path, tell: Tell, total: int | 
     training.start()
     training.read()
     if not training.traces:
+        if any(training.root.glob(f"*/{journal.NAME}")):  # of a framework's callback
+            raise CommandError(
+                f"{shlex.join(command)}: its run is saved and resumed by a framework, which rehearse cannot follow; "
+                "rehearse a loop with trackopt.wrap(), or see in `trackopt compare` whether a resumed run is as another"
+            )
         raise CommandError(f"{shlex.join(command)}: made no run; does the script call trackopt.wrap()?")
     if not training.order():
         raise CommandError(
