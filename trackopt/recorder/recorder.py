@@ -46,8 +46,10 @@ class Recorder:
         fcntl.flock(self._log, fcntl.LOCK_EX)
         identity = read_identity(directory)
         # Relative addresses (of an SQLite file, of artifacts) are meant from where the training ran.
-        with contextlib.suppress(OSError):  # of a run that was brought here from elsewhere: from here
+        try:
             os.chdir(identity["working_directory"])
+        except OSError:  # the run was brought here from elsewhere
+            self._tell(f"{identity['working_directory']} is gone; what is relative to it is taken to be here")
         self._names: list[str] = identity.get("sinks", [])  # it was killed before it had any
         self._journal = directory / journal.NAME
         self._deliveries: dict[str, Delivery | Uploads] = {}
