@@ -15,8 +15,9 @@ def test_killed_ranks_are_started_again_and_end_exact(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "open in another process" not in done.stderr
     lives = [line for line in journal.read(tmp_path / "run" / journal.NAME) if line.event in {"start", "resume"}]
-    told = [(line.step, line.details["attempt"], line.details["restarts"]) for line in lives]
-    assert told == [(0, 1, 0), (8, 2, 1), (16, 3, 2)]
+    assert [(line.details["attempt"], line.details["restarts"]) for line in lives] == [(1, 0), (2, 1), (3, 2)]
+    begin, second, third = (line.step for line in lives)
+    assert (begin, second in {4, 8}, third in {12, 16}) == (0, True, True)  # the latest may not be written yet
     assert [code for code, _ in together(SCRIPT, tmp_path / "whole")] == [0, 0]
     assert_equal_runs(tmp_path / "whole", tmp_path / "run")
 

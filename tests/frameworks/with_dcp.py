@@ -37,8 +37,10 @@ def train(rank: int, folder: str) -> None:
     if rank == 0:
         torch.save(full, f"{folder}/full.pt")
         print(json.dumps(facts), flush=True)
-    distributed.barrier()  # or one may end while gloo still waits for it in the other, which aborts then
-    distributed.destroy_process_group()
+    store = distributed.distributed_c10d._get_default_store()
+    store.set(f"done/{rank}", "")
+    store.wait(["done/0", "done/1"])  # or one may end while gloo still waits for it in the other, which aborts then
+    os._exit(0)  # as gloo may where python ends beside its threads
 
 
 if __name__ == "__main__":
