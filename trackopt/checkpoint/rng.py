@@ -106,10 +106,8 @@ def _parts(thing: Any) -> Iterator[Any]:
         if len(thing) <= _WIDE:
             yield from thing.values() if isinstance(thing, dict) else thing
     elif not isinstance(thing, (type, ModuleType, nn.Module, torch.Tensor, np.ndarray)):
-        yield from (
-            _own(thing, "__self__"),
-            _own(thing, "__func__"),
-        )  # a transform may be a bound method, or close over its generator
+        yield _own(thing, "__self__")  # a transform may be a bound method, or close over its generator
+        yield _own(thing, "__func__")
         for cell in _own(thing, "__closure__") or ():
             with contextlib.suppress(ValueError):  # not filled yet
                 yield cell.cell_contents

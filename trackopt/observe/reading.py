@@ -76,6 +76,7 @@ class Transfer:
     @property
     def arrived(self) -> bool:
         """Whether ``numbers`` would not wait."""
+        # torch leaves its events untyped
         return all(event is None or event.query() for _, event in self._copies)  # type: ignore[no-untyped-call]
 
     def numbers(self) -> list[float]:
@@ -100,6 +101,6 @@ def _send(scalars: list[Tensor]) -> tuple[Tensor, torch.cuda.Event | None]:
     host = torch.empty_like(row, device="cpu", pin_memory=True)
     host.copy_(row, non_blocking=True)
     with torch.cuda.device(row.device):
-        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]  # as above
         event.record()
     return host, event

@@ -26,7 +26,7 @@ class Update:
 
     def before(self, units: Mapping[str, Sequence[Tensor]]) -> None:
         """Copy the parameters of each unit."""
-        self.forget()
+        self.forget()  # what is left of a step that raised, before there is a second copy
         self._before = {unit: [p.detach().clone() for p in parameters] for unit, parameters in units.items()}
 
     def forget(self) -> None:
