@@ -42,7 +42,10 @@ def pytest_terminal_summary(terminalreporter):
 def _home(tmp_path, monkeypatch):
     """Each test has a working directory of its own, and none of the user's settings."""
     monkeypatch.chdir(tmp_path)
-    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "TRACKOPT_DIR"):
+    for name in (
+        *("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "TRACKOPT_DIR"),
+        *("COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR"),
+    ):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -73,10 +76,11 @@ def training():
 
 @pytest.fixture
 def typed(capsys, monkeypatch):
-    """Runs a command of the command line in this process, on so many columns; what it printed."""
+    """Runs a command of the command line in this process, on so many columns, ``None`` for a pipe; what it printed."""
 
     def typed(*arguments, columns=80):
-        monkeypatch.setenv("COLUMNS", str(columns))
+        if columns is not None:
+            monkeypatch.setenv("COLUMNS", str(columns))
         cli.group.main([*map(str, arguments)], prog_name="trackopt", standalone_mode=False)
         return capsys.readouterr()
 

@@ -80,15 +80,14 @@ def test_lines_fit_the_columns(columns: int, run_directory: Path) -> None:
         assert max(map(len, done.stdout.splitlines())) <= columns
 
 
-def test_a_pipe_gets_80_columns_and_no_escapes(run_directory: Path) -> None:
+def test_a_pipe_gets_no_escapes_and_the_columns_that_are_asked_for(run_directory: Path) -> None:
     for arguments in (
         ["inspect", run_directory, "--tensors"],
         ["diff", run_directory, f"{run_directory}@2"],
         ["ls", run_directory],
     ):
-        done = trackopt(*arguments)
-        assert ESCAPE not in done.stdout
-        assert max(map(len, done.stdout.splitlines())) <= 80
+        assert ESCAPE not in trackopt(*arguments).stdout
+        assert max(map(len, trackopt(*arguments, COLUMNS="80").stdout.splitlines())) <= 80
 
 
 def test_tensors_are_listed_by_a_glob(run_directory: Path) -> None:
@@ -266,6 +265,17 @@ def test_ls_survives_what_is_broken(run_directory: Path) -> None:
 def test_an_empty_directory_is_said_to_be_empty(tmp_path: Path) -> None:
     assert "nothing here" in trackopt("ls", tmp_path).stdout
     assert json.loads(trackopt("ls", tmp_path, "--json").stdout) == []
+
+
+@pytest.mark.parametrize("length", [30, 60, 79, 80, 200])
+def test_a_pipe_gets_unwrapped_lines(typed: Any, tmp_path: Path, length: int) -> None:
+    """Whatever the length of a path, a line of a pipe can be searched; `COLUMNS` asks for a width all the same."""
+    folder = "x" * length
+    (tmp_path / folder).mkdir()
+    assert typed("ls", folder, columns=None).out == f"{folder}: nothing here yet\n"
+    narrow = typed("ls", folder, columns=40).out.splitlines()
+    assert len(narrow) > 1 or length + len(": nothing here yet") <= 40
+    assert max(map(len, narrow)) <= 48
 
 
 def test_nothing_in_a_file_reaches_the_terminal_raw(tmp_path: Path) -> None:

@@ -104,7 +104,7 @@ def _tables(found: Comparison) -> Iterator[Text]:
     marks = [letter(index) for index in range(len(found.rows))]
     names = [_short(screen.clean(row.name)) for row in found.rows]
     columns = [(screen.clean(head), [screen.clean(show(row)) for row in found.rows]) for head, show in _columns(found)]
-    room = screen.width() - 2 - 1 - 3 - max(map(cell_len, [*names, "run"]))
+    room = screen.text_width() - 2 - 1 - 3 - max(map(cell_len, [*names, "run"]))
     chosen: list[tuple[str, list[str]]] = []
     for head, cells in columns:
         if chosen and sum(_wide(*column) for column in chosen) + _wide(head, cells) > room:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import sys
 import textwrap
@@ -28,7 +29,8 @@ LEVELS = {"info": ("·", "dim"), "ok": ("●", "green"), "warning": ("▲", "yel
 LABEL = 12  # columns in which "optimizer" and its like stand
 _LONGEST = 200
 _LONGEST_FINDING = 2000
-_NARROWEST = 40
+_MIN_WIDTH = 40
+_UNLIMITED = 1_000_000
 _GAPS = 3, 2, 1  # blanks between the columns of a table; fewer where it is wider than the screen
 _THINNEST = 8  # columns that a folding column of a table keeps
 
@@ -102,8 +104,13 @@ def share(part: float) -> str:
 
 
 def width() -> int:
-    """Columns to lay lines out for: the terminal's, or 80 in a pipe."""
-    return max(_NARROWEST, shutil.get_terminal_size((80, 24)).columns)
+    """Return the columns to draw for: the terminal's, ``COLUMNS`` where it is set, else 80."""
+    return max(_MIN_WIDTH, shutil.get_terminal_size((80, 24)).columns)
+
+
+def text_width() -> int:
+    """Return the columns to wrap text at; without limit in a pipe or file, where a reader searches for whole lines."""
+    return width() if sys.stdout.isatty() or "COLUMNS" in os.environ else _UNLIMITED
 
 
 def show(parts: Iterable[RenderableType]) -> None:
@@ -116,7 +123,7 @@ def lines(parts: Iterable[RenderableType]) -> str:
     """Lines and tables as they are shown on stdout."""
     from rich.console import Console
 
-    screen = Console(highlight=False, markup=False, emoji=False, width=width())
+    screen = Console(highlight=False, markup=False, emoji=False, width=text_width())
     with screen.capture() as captured:
         for part in parts:
             screen.print(part, overflow="fold")
@@ -149,7 +156,7 @@ def flow(facts: Iterable[str], *, indent: int, first: int | None = None, gap: st
     from rich.cells import cell_len
 
     mark = gap.rstrip()
-    rooms = [width() - len(mark) - (indent if first is None else first), width() - len(mark) - indent]
+    rooms = [text_width() - len(mark) - (indent if first is None else first), text_width() - len(mark) - indent]
     lines: list[str] = []
     for fact in filter(None, map(clean, facts)):
         if lines and cell_len(lines[-1]) + len(gap) + cell_len(fact) <= rooms[len(lines) > 1]:
@@ -166,7 +173,7 @@ def finding(level: str, text: str) -> Text:
     from rich.text import Text
 
     sign, style = LEVELS[level]
-    lines = _fold(clean(text, _LONGEST_FINDING), width() - 4)
+    lines = _fold(clean(text, _LONGEST_FINDING), text_width() - 4)
     return Text("  ").append(sign, style=style).append(" " + "\n    ".join(lines))
 
 
@@ -174,7 +181,7 @@ def detail(text: str) -> Text:
     """A line below a finding, wrapped under itself."""
     from rich.text import Text
 
-    lines = _fold(clean(text, _LONGEST_FINDING), width() - 6)
+    lines = _fold(clean(text, _LONGEST_FINDING), text_width() - 6)
     return Text("    " + "\n      ".join(lines))
 
 
@@ -193,8 +200,8 @@ def table(heads: Iterable[str], rows: Iterable[Iterable[str]], *, indent: int = 
     cells = [[clean(cell) for cell in row] for row in (heads, *rows)]
     widths = [max(map(cell_len, column)) for column in zip(*cells, strict=True)]
     least = indent + sum(min(each, _THINNEST) for each in widths[:left]) + sum(widths[left:])
-    gap = next((gap for gap in _GAPS if least + gap * (len(widths) - 1) <= width()), _GAPS[-1])
-    room = width() - indent - sum(widths[left:]) - gap * (len(widths) - 1)
+    gap = next((gap for gap in _GAPS if least + gap * (len(widths) - 1) <= text_width()), _GAPS[-1])
+    room = text_width() - indent - sum(widths[left:]) - gap * (len(widths) - 1)
     for wider, index in enumerate(sorted(range(left), key=widths.__getitem__)):
         widths[index] = min(widths[index], max(_THINNEST, room // (left - wider)))
         room -= widths[index]

@@ -56,6 +56,6 @@ def _count(node: Any) -> str:
 
 
 def _line(indent: int, text: str) -> str:
-    room = screen.width() - min(indent, 40)
+    room = screen.text_width() - min(indent, 40)
     text = screen.clean(text)
     return " " * min(indent, 40) + (text if len(text) <= room else f"{text[: room - 1]}…")
