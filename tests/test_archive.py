@@ -19,8 +19,10 @@ from hypothesis import strategies as st
 
 import trackopt
 from tests.checkpoints import Call, one_line, peak, pickled, refusal, saved, trained, zipped
-from trackopt.archive import Opaque, Tensor, locate, nodes
+from trackopt.archive import nodes
 from trackopt.archive.bounds import Broken, bounded
+from trackopt.archive.locate import locate
+from trackopt.archive.nodes import Opaque, Tensor
 from trackopt.errors import ArchiveError
 
 FLOAT8 = ["float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu"]

@@ -29,9 +29,9 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 import trackopt
 from tests.checkpoints import Call, one_line, peak, pickled, refusal, zipped
-from trackopt.archive import Opaque, Tensor, nodes
+from trackopt.archive import nodes
 from trackopt.archive import tensors as values
-from trackopt.archive.nodes import Compound
+from trackopt.archive.nodes import Compound, Opaque, Tensor
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

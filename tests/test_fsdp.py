@@ -14,11 +14,12 @@ import trackopt
 from tests import spread
 from tests.test_resume import assert_same
 from trackopt import CheckpointError, journal
-from trackopt.checkpoint import Store, Training, capture, rng
 from trackopt.checkpoint.retention import Marks, Retention
 from trackopt.checkpoint.shards import put_in_place
-from trackopt.checkpoint.store import load
+from trackopt.checkpoint.snapshot import Training, capture
+from trackopt.checkpoint.store import Store, load
 from trackopt.integrity.report import verify
+from trackopt.training import rng
 
 SCRIPT = Path(spread.__file__)
 ENVIRONMENT = {"PYTHONPATH": str(SCRIPT.parents[1]), "OMP_NUM_THREADS": "1"}

@@ -10,7 +10,7 @@ import torch
 import trackopt
 from tests.conftest import train_step
 from trackopt import ArchiveError, UsageError, journal
-from trackopt.checkpoint import Training
+from trackopt.checkpoint.snapshot import Training
 from trackopt.integrations.recording import Options, record
 
 QUIET = {"sinks": ()}

@@ -9,8 +9,8 @@ from torch import nn
 import trackopt
 from tests.conftest import build, train_step
 from trackopt import journal
-from trackopt.observe import Observer
 from trackopt.observe.histogram import histogram
+from trackopt.observe.hooks import Observer
 from trackopt.observe.statistics import measure
 from trackopt.observe.update import cosine
 

@@ -13,8 +13,9 @@ from torch import nn
 import trackopt
 from tests.conftest import build, train_step
 from trackopt import journal
-from trackopt.observe import Observer, near, params, shards
-from trackopt.observe.hyperparameters import numeric
+from trackopt.observe import near, shards
+from trackopt.observe.hooks import Observer
+from trackopt.observe.hyperparameters import numeric, params
 from trackopt.observe.statistics import measure, read_far
 from trackopt.observe.update import cosine_terms
 

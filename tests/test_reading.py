@@ -18,8 +18,8 @@ from torch import nn
 import trackopt
 from tests.conftest import build, train_step
 from trackopt import journal
-from trackopt.observe import Reading, statistics
-from trackopt.observe.reading import Transfer
+from trackopt.observe import statistics
+from trackopt.observe.reading import Reading, Transfer
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ import torch
 
 from tests.conftest import build
 from trackopt import journal
-from trackopt.checkpoint import Training
+from trackopt.checkpoint.snapshot import Training
 from trackopt.rehearsal import plan
 from trackopt.rehearsal.divergence import first
 from trackopt.rehearsal.rehearse import rehearse

@@ -14,9 +14,9 @@ import torch
 import trackopt
 from tests.conftest import build, train_step
 from trackopt import CheckpointError, RunError, UsageError, journal, resuming
-from trackopt.checkpoint import rng
 from trackopt.checkpoint import store as stores
 from trackopt.checkpoint.shards import ShardMemory
+from trackopt.training import rng
 
 
 def wrapped(directory="run", **options):

@@ -11,7 +11,7 @@ from torch.distributed.fsdp import fully_shard
 
 import trackopt
 from trackopt import journal
-from trackopt.observe import Observer
+from trackopt.observe.hooks import Observer
 
 
 class Lookahead(torch.optim.Optimizer):

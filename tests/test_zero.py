@@ -8,7 +8,7 @@ from tests import spread
 from tests.test_fsdp import checkpoints, stages
 from tests.test_resume import assert_same
 from trackopt import journal
-from trackopt.checkpoint.spread import placed
+from trackopt.checkpoint.resharding import placed
 from trackopt.checkpoint.store import load
 
 STEPS = 12

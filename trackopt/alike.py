@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from zlib import crc32
 
-from trackopt.checkpoint.capture import class_name, versions
+from trackopt.checkpoint.snapshot import class_name, versions
 from trackopt.errors import RunError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from trackopt.checkpoint import Training
+    from trackopt.checkpoint.snapshot import Training
     from trackopt.ranks import Ranks
 
     _Traits = dict[str, tuple[str, int]]

@@ -6,16 +6,16 @@ from typing import TYPE_CHECKING
 
 from torch.optim import Optimizer
 
-from trackopt.checkpoint import rng
-from trackopt.checkpoint.capture import RESERVED
+from trackopt.checkpoint.snapshot import RESERVED
 from trackopt.errors import UsageError
+from trackopt.training import rng
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from datetime import timedelta
 
-    from trackopt.checkpoint import Training
     from trackopt.checkpoint.retention import Retention
+    from trackopt.checkpoint.snapshot import Training
 
 SINKS = ("tensorboard", "mlflow")
 

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from trackopt import journal
-from trackopt.durable import sync_directory
 from trackopt.errors import RunError
 from trackopt.rehearsal import plan
+from trackopt.utils.files import sync_directory
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -15,8 +15,8 @@ from weakref import WeakKeyDictionary
 from torch.utils.data import DataLoader, IterableDataset
 from torch.utils.data.distributed import DistributedSampler
 
-from trackopt.checkpoint import rng
 from trackopt.errors import UsageError
+from trackopt.training import rng
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping

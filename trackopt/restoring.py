@@ -10,11 +10,11 @@ from trackopt import archive, integrity, remote
 from trackopt import state as training_state
 from trackopt.archive.torch_zip import ZipSource
 from trackopt.arguments import check_objects
-from trackopt.checkpoint import Training
-from trackopt.checkpoint import restore as put
 from trackopt.checkpoint.foreign import read
 from trackopt.checkpoint.part import load_part
+from trackopt.checkpoint.restore import restore as put
 from trackopt.checkpoint.saved import of_run
+from trackopt.checkpoint.snapshot import Training
 from trackopt.checkpoint.store import load_checked
 from trackopt.errors import CheckpointError, UsageError
 
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.optim import Optimizer
 
-    from trackopt.checkpoint.capture import Generator, Stateful
     from trackopt.checkpoint.saved import Saved
+    from trackopt.checkpoint.snapshot import Generator, Stateful
     from trackopt.state import TrainingState
 
 

@@ -12,19 +12,21 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from trackopt import remote
-from trackopt.checkpoint import restore, rng
-from trackopt.checkpoint.capture import plain, state_of
 from trackopt.checkpoint.pickling import pickled
+from trackopt.checkpoint.resharding import has_distributed
+from trackopt.checkpoint.restore import restore
 from trackopt.checkpoint.saved import of_run
-from trackopt.checkpoint.spread import has_distributed
+from trackopt.checkpoint.snapshot import plain, state_of
 from trackopt.checkpoint.store import load, load_checked
 from trackopt.errors import CheckpointError, RunError
+from trackopt.training import rng
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Mapping
 
-    from trackopt.checkpoint import Store, Training
+    from trackopt.checkpoint.snapshot import Training
+    from trackopt.checkpoint.store import Store
     from trackopt.directory import RunDirectory
     from trackopt.ranks import Ranks
 

@@ -14,16 +14,16 @@ import signal
 import sys
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from trackopt.checkpoint.capture import versions
+from trackopt.checkpoint.resharding import has_spread_parameters
 from trackopt.checkpoint.retention import Marks
-from trackopt.checkpoint.spread import has_spread_parameters
+from trackopt.checkpoint.snapshot import versions
 from trackopt.directory import restarts
 from trackopt.display import Display, State
 from trackopt.errors import UsageError
 from trackopt.journal import Journal
 from trackopt.loop import Position, length
 from trackopt.meeting import Meeting
-from trackopt.observe import params
+from trackopt.observe.hyperparameters import params
 from trackopt.recorder.process import RecorderProcess
 from trackopt.rehearsal import plan
 from trackopt.resuming import of_other_ranks
@@ -35,9 +35,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
     from types import TracebackType
 
-    from trackopt.checkpoint import Store, Training
+    from trackopt.checkpoint.snapshot import Training
+    from trackopt.checkpoint.store import Store
     from trackopt.directory import RunDirectory
-    from trackopt.observe import Ledger
+    from trackopt.observe.ledger import Ledger
     from trackopt.ranks import Ranks
     from trackopt.rehearsal.probe import Probe
     from trackopt.resuming import Resumption

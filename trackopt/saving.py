@@ -12,18 +12,18 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from trackopt.checkpoint import capture
-from trackopt.checkpoint.capture import nbytes
 from trackopt.checkpoint.retention import Marks
+from trackopt.checkpoint.snapshot import capture, nbytes
 from trackopt.errors import CheckpointError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from pathlib import Path
 
-    from trackopt.checkpoint import Store, Training
     from trackopt.checkpoint.shards import Shards
+    from trackopt.checkpoint.snapshot import Training
     from trackopt.checkpoint.staging import Staged
+    from trackopt.checkpoint.store import Store
     from trackopt.journal import Journal
     from trackopt.ranks import Ranks
 

@@ -10,13 +10,16 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from trackopt.observe import Ledger, NonFinite, Observer, Reading, Turns
+from trackopt.observe.hooks import Observer
+from trackopt.observe.ledger import Ledger, Turns
+from trackopt.observe.meter import NonFinite
+from trackopt.observe.reading import Reading
 from trackopt.pending import Pending, alone
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
-    from trackopt.checkpoint import Training
+    from trackopt.checkpoint.snapshot import Training
     from trackopt.journal import Journal
     from trackopt.pending import Gather
 

@@ -13,18 +13,18 @@ from torch.nn.parallel import DistributedDataParallel
 from trackopt import remote
 from trackopt.alike import require_alike
 from trackopt.arguments import SINKS, check_objects, check_options
-from trackopt.checkpoint import Store, Training
+from trackopt.checkpoint.resharding import is_spread
 from trackopt.checkpoint.retention import Retention
-from trackopt.checkpoint.settings import settings
-from trackopt.checkpoint.spread import is_spread
-from trackopt.checkpoint.store import load_checked
+from trackopt.checkpoint.snapshot import Training
+from trackopt.checkpoint.store import Store, load_checked
 from trackopt.directory import Followed, RunDirectory
 from trackopt.errors import RunError, UsageError
 from trackopt.ranks import Ranks, here
-from trackopt.recorder.target import mlflow_target
 from trackopt.rehearsal import plan
 from trackopt.resuming import Resumption, find, part_of_rank
 from trackopt.run import Run, tell
+from trackopt.training.scheduler_config import settings
+from trackopt.utils.mlflow_uri import mlflow_target
 
 if TYPE_CHECKING:
     import os
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.optim import Optimizer
 
-    from trackopt.checkpoint.capture import Generator, Stateful
+    from trackopt.checkpoint.snapshot import Generator, Stateful
 
 T = TypeVar("T")
 logger = logging.getLogger("trackopt")

@@ -20,9 +20,9 @@ from torch import nn
 
 import trackopt
 from tests.benchmarks.measure import Cost, Row, pairwise, table
-from trackopt.checkpoint import Store, Training, capture
 from trackopt.checkpoint.retention import Marks, Retention
-from trackopt.checkpoint.store import load
+from trackopt.checkpoint.snapshot import Training, capture
+from trackopt.checkpoint.store import Store, load
 from trackopt.saving import step_aside
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from trackopt import remote
 from trackopt.errors import ArchiveError
-from trackopt.nearest import misspelt
+from trackopt.utils.suggest import misspelt
 
 _STEP = re.compile(r"step-(\d+)\.pt|step-(\d{8,})")  # a file, or the directory of a sharded one
 _FOLDER = re.compile(r"\D*(\d{1,18})")

@@ -7,19 +7,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from trackopt.checkpoint.capture import class_name, dtype_name
 from trackopt.checkpoint.fit_optimizer import OptimizerFit, fit_optimizer
 from trackopt.checkpoint.names import align, describe, listed
-from trackopt.checkpoint.settings import changed, settings
-from trackopt.checkpoint.spread import Stored, here, keeper
+from trackopt.checkpoint.resharding import Stored, here, keeper
+from trackopt.checkpoint.snapshot import class_name, dtype_name
+from trackopt.training.scheduler_config import changed, settings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from torch import nn
 
-    from trackopt.checkpoint.capture import Training
     from trackopt.checkpoint.saved import Saved, SavedScheduler
+    from trackopt.checkpoint.snapshot import Training
 
 
 @dataclass

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
-from trackopt.checkpoint.capture import dtype_name, places
 from trackopt.checkpoint.names import align, describe, listed
+from trackopt.checkpoint.snapshot import dtype_name, places
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.optim import Optimizer
 
-    from trackopt.checkpoint.capture import Training
     from trackopt.checkpoint.saved import SavedGroup, SavedOptimizer
+    from trackopt.checkpoint.snapshot import Training
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from trackopt import state
     from trackopt.archive import Archive
-    from trackopt.checkpoint.capture import Training
+    from trackopt.checkpoint.snapshot import Training
 
 _PLAIN = (type(None), bool, int, float, complex, str, bytes)
 

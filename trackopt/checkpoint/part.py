@@ -16,7 +16,8 @@ from trackopt.errors import CheckpointError
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
 
-    from trackopt.archive import Archive, Storage
+    from trackopt.archive import Archive
+    from trackopt.archive.nodes import Storage
     from trackopt.archive.torch_zip import ZipSource
 
 #: What the unpickler raises of a pickle that makes no sense.

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from trackopt.checkpoint import rng
-from trackopt.checkpoint.capture import Training, state_of
 from trackopt.checkpoint.fit import Fit, fit, surplus
 from trackopt.checkpoint.fit_optimizer import parameters_of
-from trackopt.checkpoint.spread import keeper, placed, placed_state
+from trackopt.checkpoint.resharding import keeper, placed, placed_state
+from trackopt.checkpoint.snapshot import Training, state_of
 from trackopt.errors import ArchiveError, CheckpointError, MismatchError
+from trackopt.training import rng
 
 if TYPE_CHECKING:
     from collections.abc import Callable

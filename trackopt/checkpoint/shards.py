@@ -26,10 +26,10 @@ from trackopt import archive
 from trackopt.archive import manifest
 from trackopt.archive.directories import REST
 from trackopt.archive.nodes import Opaque
-from trackopt.checkpoint.spread import Stored, has_distributed, here, is_distributed
+from trackopt.checkpoint.resharding import Stored, has_distributed, here, is_distributed
 from trackopt.checkpoint.write import PART, write
-from trackopt.durable import sync_directory
 from trackopt.errors import ArchiveError, CheckpointError, TrackoptError
+from trackopt.utils.files import sync_directory
 
 if TYPE_CHECKING:
     from collections.abc import Callable

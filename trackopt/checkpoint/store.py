@@ -12,13 +12,13 @@ import torch
 
 from trackopt import archive, integrity, remote
 from trackopt.checkpoint import shards
-from trackopt.checkpoint.capture import FORMAT
 from trackopt.checkpoint.retention import Marks, Retention
 from trackopt.checkpoint.shards import ShardMemory, Shards
+from trackopt.checkpoint.snapshot import FORMAT
 from trackopt.checkpoint.staging import Staging
 from trackopt.checkpoint.write import PART, write
-from trackopt.durable import sync_directory
 from trackopt.errors import ArchiveError, CheckpointError, MismatchError
+from trackopt.utils.files import sync_directory
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -9,8 +9,8 @@ import os
 from typing import TYPE_CHECKING
 
 from trackopt.checkpoint.staging import PAGE
-from trackopt.durable import sync_directory
 from trackopt.errors import CheckpointError
+from trackopt.utils.files import sync_directory
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -42,7 +42,7 @@ class _Commands(click.Group):
 
     def get_command(self, context: click.Context, name: str) -> click.Command:
         if name not in _COMMANDS:
-            from trackopt.nearest import closest
+            from trackopt.utils.suggest import closest
 
             raise click.UsageError(f"there is no command {name}; {closest(name, _COMMANDS)}", context)
         command: click.Command = import_module(f"trackopt.cli.{name}").command

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.text import Text
 
-    from trackopt.difference import Change, Difference, Numbers
+    from trackopt.difference import Difference
+    from trackopt.difference.changes import Change
+    from trackopt.difference.numbers import Numbers
 
 _FEW = 3
 _BAR = 24

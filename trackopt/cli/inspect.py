@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.text import Text
 
-    from trackopt.state import Group, Model, Optimizer, Scheduler
+    from trackopt.state.models import Model
+    from trackopt.state.optimizers import Group, Optimizer
+    from trackopt.state.schedulers import Scheduler
     from trackopt.summary.statistics import Statistics
 
 _ALL = "*"

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.text import Text
 
-    from trackopt.difference import Difference, Verdict
+    from trackopt.difference import Difference
+    from trackopt.difference.resume import Verdict
     from trackopt.difference.story import BufferTurn, Story
 
 Row = tuple[str, list[str]]

@@ -19,7 +19,7 @@ from trackopt.cli import screen, serving
 from trackopt.cli.ls import is_held
 from trackopt.directory import IDENTITY, read_identity
 from trackopt.errors import RunError
-from trackopt.recorder.target import without_password
+from trackopt.utils.mlflow_uri import without_password
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from trackopt import journal
 from trackopt.errors import RunError, UsageError
-from trackopt.nearest import closest
+from trackopt.utils.suggest import closest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -17,7 +17,10 @@ from trackopt.state.frameworks import counters
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from trackopt.state import Group, Model, Optimizer, Scheduler, TrainingState
+    from trackopt.state import TrainingState
+    from trackopt.state.models import Model
+    from trackopt.state.optimizers import Group, Optimizer
+    from trackopt.state.schedulers import Scheduler
 
 #: What DistributedDataParallel, FSDP, checkpointing and torch.compile put into names, anywhere …
 _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})

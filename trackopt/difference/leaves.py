@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from trackopt.difference.alignment import Places
-    from trackopt.state import Model, Optimizer, TrainingState
+    from trackopt.state import TrainingState
+    from trackopt.state.models import Model
+    from trackopt.state.optimizers import Optimizer
 
 _SCALARS = (int, float, complex, str, bytes, type(None), Global)
 _SETS = ("builtins.set", "builtins.frozenset")

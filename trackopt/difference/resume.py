@@ -21,7 +21,10 @@ if TYPE_CHECKING:
     from trackopt.archive.nodes import Path
     from trackopt.difference.alignment import Alignment
     from trackopt.difference.tally import Tally
-    from trackopt.state import Model, Optimizer, Scheduler, TrainingState
+    from trackopt.state import TrainingState
+    from trackopt.state.models import Model
+    from trackopt.state.optimizers import Optimizer
+    from trackopt.state.schedulers import Scheduler
 
 _MANY = 3
 #: Where a schedule stands, in contrast to how it was set up.

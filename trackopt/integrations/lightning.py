@@ -12,7 +12,7 @@ except ImportError as error:
         f"trackopt.integrations.lightning needs lightning 2.5 or later ({error}); pip install 'trackopt[lightning]'"
     ) from error
 
-from trackopt.checkpoint import Training
+from trackopt.checkpoint.snapshot import Training
 from trackopt.integrations.recording import Options, Recording, by_name, numbers, record
 
 if TYPE_CHECKING:

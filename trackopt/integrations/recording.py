@@ -19,23 +19,23 @@ from torch import Tensor
 
 from trackopt import journal
 from trackopt.arguments import SINKS, check_objects, check_options
-from trackopt.checkpoint.capture import versions
+from trackopt.checkpoint.resharding import has_spread_parameters
 from trackopt.checkpoint.retention import Retention
-from trackopt.checkpoint.spread import has_spread_parameters
+from trackopt.checkpoint.snapshot import versions
 from trackopt.directory import RunDirectory
 from trackopt.errors import UsageError
 from trackopt.journal import Journal
-from trackopt.observe import params as hyperparameters
+from trackopt.observe.hyperparameters import params as hyperparameters
 from trackopt.recorder.process import RecorderProcess
-from trackopt.recorder.target import mlflow_target
 from trackopt.rehearsal import plan
 from trackopt.run import tell
 from trackopt.telemetry import Telemetry
+from trackopt.utils.mlflow_uri import mlflow_target
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from trackopt.checkpoint import Training
+    from trackopt.checkpoint.snapshot import Training
 
 logger = logging.getLogger("trackopt")
 

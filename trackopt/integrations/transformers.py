@@ -15,7 +15,7 @@ except ImportError as error:
         "pip install 'trackopt[transformers]'"
     ) from error
 
-from trackopt.checkpoint import Training
+from trackopt.checkpoint.snapshot import Training
 from trackopt.integrations.recording import Options, Recording, numbers, record
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from mlflow.exceptions import MlflowException
 
 from trackopt.directory import read_identity
 from trackopt.errors import RunError
-from trackopt.recorder.target import without_password
+from trackopt.utils.mlflow_uri import without_password
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

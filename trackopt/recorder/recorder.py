@@ -18,7 +18,7 @@ from trackopt.errors import RunError, TrackoptError
 from trackopt.recorder.delivery import Delivery
 from trackopt.recorder.process import LOG
 from trackopt.recorder.progress import CURSORS
-from trackopt.recorder.target import without_password
+from trackopt.utils.mlflow_uri import without_password
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -9,12 +9,12 @@ import numpy as np
 import torch
 
 from trackopt.archive.checksums import crc32
-from trackopt.checkpoint import rng
+from trackopt.training import rng
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from trackopt.checkpoint import Training
+    from trackopt.checkpoint.snapshot import Training
 
 _DEEPEST = 8  # levels of containers and objects; what refers to itself must come to an end
 

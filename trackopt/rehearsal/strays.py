@@ -23,14 +23,14 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from trackopt.checkpoint import rng
-from trackopt.checkpoint.capture import state_of
+from trackopt.checkpoint.snapshot import state_of
 from trackopt.rehearsal.fingerprint import fingerprint
+from trackopt.training import rng
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from trackopt.checkpoint import Training
+    from trackopt.checkpoint.snapshot import Training
 
 _MOST = 20_000  # objects to look at
 _LONGEST = 50  # items of a container to look into

@@ -68,7 +68,7 @@ def fetch(address: str | os.PathLike[str]) -> Path:
     Raises:
         ArchiveError: There is no such file, or the server does not give it.
     """
-    from trackopt.recorder.target import tracking_uri
     from trackopt.remote.artifacts import fetched
+    from trackopt.utils.mlflow_uri import tracking_uri
 
     return fetched(str(address), tracking_uri())

@@ -24,9 +24,9 @@ from mlflow.utils.credentials import get_default_host_creds
 from mlflow.utils.rest_utils import http_request
 
 from trackopt.errors import ArchiveError
-from trackopt.recorder.target import tracking_uri, without_password
 from trackopt.remote import SCHEME
 from trackopt.remote.copy import Copy, temporary
+from trackopt.utils.mlflow_uri import tracking_uri, without_password
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -12,8 +12,8 @@ from torch.optim import lr_scheduler
 from torch.optim.swa_utils import SWALR
 
 from trackopt.errors import UsageError
-from trackopt.nearest import closest
 from trackopt.schedule.expression import Call, Reference
+from trackopt.utils.suggest import closest
 
 if TYPE_CHECKING:
     from collections.abc import Callable

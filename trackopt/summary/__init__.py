@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
     from trackopt.archive import Archive
     from trackopt.archive.nodes import Tensor
-    from trackopt.state import Model, Optimizer, Parameter, Scheduler, TrainingState
+    from trackopt.state import TrainingState
+    from trackopt.state.models import Model
+    from trackopt.state.optimizers import Optimizer, Parameter
+    from trackopt.state.schedulers import Scheduler
     from trackopt.summary.statistics import Statistics
 
 

@@ -12,7 +12,8 @@ from trackopt.state.models import unique, unique_names
 
 if TYPE_CHECKING:
     from trackopt.archive import Archive
-    from trackopt.state import Optimizer, TrainingState
+    from trackopt.state import TrainingState
+    from trackopt.state.optimizers import Optimizer
     from trackopt.summary.statistics import Statistics
 
 #: Bytes up to which the checksums are read as well: a few hundredths of a second.

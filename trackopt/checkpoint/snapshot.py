@@ -16,9 +16,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 import trackopt
-from trackopt.checkpoint import rng
-from trackopt.checkpoint.spread import is_spread, keeper, state_by_name
+from trackopt.checkpoint.resharding import is_spread, keeper, state_by_name
 from trackopt.errors import UsageError
+from trackopt.training import rng
 
 if TYPE_CHECKING:
     import random

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from trackopt import archive
-    from trackopt.checkpoint.capture import Training
+    from trackopt.checkpoint.snapshot import Training
 
 _ZERO = "ZeroRedundancyOptimizer"
 
