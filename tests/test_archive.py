@@ -19,11 +19,11 @@ from hypothesis import strategies as st
 
 import trackopt
 from tests.checkpoints import Call, one_line, peak, pickled, refusal, saved, trained, zipped
-from trackopt.archive import nodes
-from trackopt.archive.bounds import Broken, bounded
-from trackopt.archive.locate import locate
-from trackopt.archive.nodes import Opaque, Tensor
+from trackopt.archive import tree
+from trackopt.archive.tree import Opaque, Tensor
+from trackopt.archive.unpickler.limits import Broken, bounded
 from trackopt.errors import ArchiveError
+from trackopt.locations import locate
 
 FLOAT8 = ["float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu"]
 PLAIN = [
@@ -358,7 +358,7 @@ def test_a_value_that_contains_itself_is_cut(tmp_path: Path) -> None:
     table["self"] = table
     with trackopt.open(zipped(pickled({"list": loop, "dict": table}), tmp_path / "t.pt")) as archive:
         assert repr(archive.tree["list"]) == "[1, <cycle>]"
-        assert len(list(nodes.walk(archive.tree))) == 3
+        assert len(list(tree.walk(archive.tree))) == 3
 
 
 @pytest.mark.parametrize("protocol", [0, 2, 4])
@@ -527,10 +527,10 @@ def test_values_that_hold_each_other_too_often_are_refused() -> None:
 
 def test_parts_of_parts_are_counted_as_often_as_they_stand_there() -> None:
     """A sparse tensor is small, and its parts would be visited at each of the places that it stands at."""
-    storage = nodes.Storage("0", "float32", "cpu", 4)
+    storage = tree.Storage("0", "float32", "cpu", 4)
     part = Tensor(storage, "float32", (1,), (1,))
-    inner = nodes.Compound("torch.nested", "float32", (), {str(index): part for index in range(16)})
-    outer = nodes.Compound("torch.nested", "float32", (), {str(index): inner for index in range(16)})
+    inner = tree.Compound("torch.nested", "float32", (), {str(index): part for index in range(16)})
+    outer = tree.Compound("torch.nested", "float32", (), {str(index): inner for index in range(16)})
     assert bounded([outer] * 10)
     with pytest.raises(Broken, match="describes more than"):
         bounded([outer] * 100_000)

@@ -29,9 +29,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 import trackopt
 from tests.checkpoints import Call, one_line, peak, pickled, refusal, zipped
-from trackopt.archive import nodes
-from trackopt.archive import tensors as values
-from trackopt.archive.nodes import Compound, Opaque, Tensor
+from trackopt.archive import decode as values
+from trackopt.archive.tree import Compound, Opaque, Tensor, walk
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -481,7 +480,7 @@ def test_objects_of_the_standard_library(tmp_path: Path) -> None:
             assert {name: read[name] for name in tree} == {**tree, **plain}
             assert read["moment"].args == (moment.isoformat(),)
             assert read["day"].args == ("2026-01-02",)
-            leaves = {".".join(path): leaf for path, leaf in nodes.walk(read["args"])}
+            leaves = {".".join(path): leaf for path, leaf in walk(read["args"])}
             assert leaves == {"lr": 0.1, "nested.depth": 2}
             assert read["color"].args == (1,)
             assert read["partial"].name == "functools.partial"

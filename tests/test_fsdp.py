@@ -14,11 +14,11 @@ import trackopt
 from tests import spread
 from tests.test_resume import assert_same
 from trackopt import CheckpointError, journal
+from trackopt.analysis.verify import verify
 from trackopt.checkpoint.retention import Marks, Retention
 from trackopt.checkpoint.shards import put_in_place
 from trackopt.checkpoint.snapshot import Training, capture
 from trackopt.checkpoint.store import Store, load
-from trackopt.integrity.report import verify
 from trackopt.training import rng
 
 SCRIPT = Path(spread.__file__)

@@ -12,23 +12,24 @@ import pytest
 import torch
 
 from tests.checkpoints import peak, pickled, saved, trained, zipped
-from trackopt import integrity
-from trackopt.archive.checksums import combined
-from trackopt.archive.parallel import in_threads
-from trackopt.integrity.report import verify
+from trackopt.analysis.verify import verify
+from trackopt.archive.io.checksums import combined
+from trackopt.archive.io.parallel import in_threads
+from trackopt.archive.verify import check
+from trackopt.locations import locate
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 
 def test_a_sound_file_has_no_problems(tmp_path: Path) -> None:
-    assert integrity.check(saved(trained(), tmp_path / "t.pt")) == []
+    assert check(saved(trained(), tmp_path / "t.pt")) == []
 
 
 def test_a_run_is_checked_by_its_newest_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
     saved(trained(), tmp_path / "checkpoints" / "step-00000003.pt")
-    assert integrity.check(tmp_path) == []
+    assert check(locate(tmp_path)) == []
 
 
 def test_a_flipped_bit_in_any_record_is_found(tmp_path: Path) -> None:
@@ -43,7 +44,7 @@ def test_a_flipped_bit_in_any_record_is_found(tmp_path: Path) -> None:
             name_and_extra += int.from_bytes(raw[info.header_offset + 28 : info.header_offset + 30], "little")
             raw[info.header_offset + 30 + name_and_extra + info.file_size // 2] ^= 1
             path.write_bytes(raw)
-            assert integrity.check(path), info.filename
+            assert check(path), info.filename
 
 
 def test_without_crc_only_the_structure_is_read(tmp_path: Path) -> None:
@@ -51,8 +52,8 @@ def test_without_crc_only_the_structure_is_read(tmp_path: Path) -> None:
     raw = bytearray(path.read_bytes())
     raw[raw.index(b"\0" * 3000) + 1500] = 1
     path.write_bytes(raw)
-    assert integrity.check(path, crc=False) == []
-    assert "checksum" in integrity.check(path)[0]
+    assert check(path, crc=False) == []
+    assert "checksum" in check(path)[0]
 
 
 def test_checksums_that_were_left_out_are_no_problem(tmp_path: Path) -> None:
@@ -61,21 +62,21 @@ def test_checksums_that_were_left_out_are_no_problem(tmp_path: Path) -> None:
         path = saved(trained(), tmp_path / "t.pt")
     finally:
         torch.serialization.set_crc32_options(True)
-    assert integrity.check(path) == []
+    assert check(path) == []
 
 
 def test_a_tensor_out_of_bounds_and_a_missing_version_are_found(tmp_path: Path) -> None:
-    assert integrity.check(zipped(pickled(1), tmp_path / "t.pt")) == []
+    assert check(zipped(pickled(1), tmp_path / "t.pt")) == []
     with zipfile.ZipFile(tmp_path / "v.pt", "w") as file:
         file.writestr("archive/data.pkl", pickled(1))
-    assert "version" in integrity.check(tmp_path / "v.pt")[0]
+    assert "version" in check(tmp_path / "v.pt")[0]
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 and no more", b"something else"])
 def test_what_cannot_be_read_is_a_problem_and_no_error(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "t.pt"
     path.write_bytes(content)
-    (problem,) = integrity.check(path)
+    (problem,) = check(path)
     assert "\n" not in problem
     assert str(path) not in problem
 
@@ -83,7 +84,7 @@ def test_what_cannot_be_read_is_a_problem_and_no_error(content: bytes, tmp_path:
 def test_it_needs_neither_torch_nor_numpy(tmp_path: Path) -> None:
     path = saved(trained(), tmp_path / "t.pt")
     program = (
-        "import sys; from trackopt import integrity; assert integrity.check(sys.argv[1]) == []; "
+        "import sys; from trackopt.archive.verify import check; assert check(sys.argv[1]) == []; "
         "print(*{'torch', 'numpy', 'click', 'rich'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", program, str(path)], capture_output=True, text=True, check=True)
@@ -93,7 +94,7 @@ def test_it_needs_neither_torch_nor_numpy(tmp_path: Path) -> None:
 def test_memory_stays_bounded_on_a_large_file(tmp_path: Path) -> None:
     path = saved({"t": torch.zeros(64 << 20, dtype=torch.uint8)}, tmp_path / "t.pt")
     assert (
-        peak("import sys; from trackopt import integrity; assert integrity.check(sys.argv[1]) == []", path) < 40 << 10
+        peak("import sys; from trackopt.archive.verify import check; assert check(sys.argv[1]) == []", path) < 40 << 10
     )
 
 
@@ -106,11 +107,11 @@ def test_sums_of_two_stretches_combine_to_that_of_both(lengths: tuple[int, int])
 
 def test_a_flipped_bit_in_a_record_of_many_slices_is_found(tmp_path: Path) -> None:
     path = saved({"t": torch.arange(11 << 20), "u": torch.ones(3)}, tmp_path / "t.pt")
-    assert integrity.check(path) == []
+    assert check(path) == []
     with path.open("r+b") as file:
         file.seek(50 << 20)
         file.write(b"\x01")
-    (problem,) = integrity.check(path)
+    (problem,) = check(path)
     assert "data/0" in problem
 
 

@@ -31,11 +31,11 @@ import trackopt
 from tests.conftest import build, drain, mlflow_run, quietly, train_step
 from tests.test_recorder import mlflow_server
 from tests.test_recorder_faults import assert_everything_once, free_port, wait_for
-from trackopt import archive, journal, remote
+from trackopt import journal, locations, remote
+from trackopt.archive.io import sparse_file
 from trackopt.checkpoint.part import load_part
 from trackopt.directory import read_identity, write_identity
 from trackopt.recorder.recorder import Recorder
-from trackopt.remote import copy
 
 pytestmark = pytest.mark.timeout(900)  # servers start often, and a busy machine takes its time
 HOME = Path(__file__).parents[1]
@@ -292,7 +292,7 @@ def test_only_what_is_asked_for_is_fetched_and_checked(team, tmp_path, monkeypat
         assert count[0] > size
     monkeypatch.setenv("MLFLOW_TRACKING_URI", team.address)
     (stored,) = [one for one in team.folder.rglob(file.name) if run_id in str(one)]
-    with archive.open(file) as opened:
+    with locations.open(file) as opened:
         moment = opened.tree["optimizer"]["state"][0]["exp_avg"]
         value = opened.read(moment).tobytes()
     with quietly(), trackopt.open(address) as opened:
@@ -494,9 +494,9 @@ def test_a_part_is_what_torch_finds_there(tmp_path):
     noise = np.random.default_rng(0)
     with trackopt.wrap(optimizer, scheduler, model=model, dir="run", sinks=(), noise=noise) as run:
         run.step(loss=train_step(model, optimizer, scheduler))
-    path = archive.locate(run.dir)
+    path = locations.locate(run.dir)
     whole = torch.load(path)
-    with archive.open(path) as opened:
+    with locations.open(path) as opened:
         for keys in ({"model", "noise"}, {"optimizer", "scheduler", "trackopt"}):
             part = load_part(opened, opened.source, keys)
             assert part.keys() == keys
@@ -521,10 +521,10 @@ def test_a_copy_is_filled_where_it_is_read():
         fetched.append((start, stop))
         return data[start:stop]
 
-    file = copy.Copy(len(data), fetch, contextlib.nullcontext)
+    file = sparse_file.Copy(len(data), fetch, contextlib.nullcontext)
     for _ in range(200):
         start, length = drawn.randrange(len(data) + 10), drawn.choice([1, 100, 20_000, 300_000])
-        assert copy.pread(file, length, start) == data[start : start + length]
+        assert sparse_file.pread(file, length, start) == data[start : start + length]
     fetched.sort()
     assert all(one[1] <= two[0] for one, two in itertools.pairwise(fetched))
     assert all(stop - start <= 8 << 20 for start, stop in fetched)
@@ -544,15 +544,15 @@ def test_a_copy_has_no_holes_where_the_disk_is_full():
             told.append(error.strerror)
             raise trackopt.ArchiveError("no room") from error
 
-    file = copy.Copy(len(data), lambda start, stop: data[start:stop], telling)
+    file = sparse_file.Copy(len(data), lambda start, stop: data[start:stop], telling)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (600_000, limits[1]))
     try:
         for _ in range(2):
             with pytest.raises(trackopt.ArchiveError, match="no room"):
-                copy.pread(file, 900_000, 0)
+                sparse_file.pread(file, 900_000, 0)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert told == [os.strerror(errno.EFBIG)] * 2
-    assert copy.pread(file, len(data), 0) == data
+    assert sparse_file.pread(file, len(data), 0) == data
     os.close(file)

@@ -168,7 +168,7 @@ def test_a_run_that_died_before_its_first_checkpoint_starts_again():
     assert [s for s, _ in journal.series("run")["loss"]] == [1]
 
 
-@pytest.mark.parametrize("place", ["archive.open", "archive.checkpoints", "integrity.problems"])
+@pytest.mark.parametrize("place", ["os.open", "locations.checkpoints", "verify.problems"])
 def test_a_disk_that_cannot_read_now_costs_no_checkpoint(place, monkeypatch):
     """A run that cannot be opened for that says so in one line, and the next attempt goes on from the newest."""
     run, step = wrapped(save_every=1)
@@ -181,7 +181,7 @@ def test_a_disk_that_cannot_read_now_costs_no_checkpoint(place, monkeypatch):
 
     room, name = place.split(".")
     with monkeypatch.context() as broken:
-        if place == "archive.open":
+        if place == "os.open":
             broken.setattr(os, "open", refusing(os.open, ".pt"))
             broken.setattr(Path, "open", refusing(Path.open, ".pt"))
         else:

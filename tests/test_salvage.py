@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from tests.checkpoints import saved, trained
-from trackopt import integrity
+from trackopt.analysis.salvage.salvage import salvage
+from trackopt.archive import verify
 from trackopt.errors import ArchiveError, UsageError
-from trackopt.salvage import salvage
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -36,7 +36,7 @@ def test_a_whole_file_is_the_same_again(tmp_path: Path) -> None:
     assert new["more"][2].item() == 1 - 2j
     assert new["more"][3] == b"\xff\0"
     assert new["more"][8:] == old["more"][8:]
-    assert integrity.check(tmp_path / "new.pt") == []
+    assert verify.check(tmp_path / "new.pt") == []
 
 
 @pytest.mark.parametrize("share", [0.3, 0.5, 0.7, 0.99])

@@ -17,7 +17,8 @@ import torch
 import trackopt
 from tests.conftest import build, run_script, train_step
 from tests.test_cli import trackopt as command
-from trackopt import UsageError, integrity, journal
+from trackopt import UsageError, journal
+from trackopt.archive import verify
 from trackopt.checkpoint import store as stores
 from trackopt.checkpoint import write as writing
 
@@ -278,7 +279,7 @@ def test_data_workers_fork_while_a_checkpoint_is_written(workers, tmp_path):
     done = run_script(script(tmp_path, width=20_000, workers=workers, epochs=2), tmp_path / "run")
     assert done.returncode == 0, done.stderr
     assert names(tmp_path / "run") == [f"step-{step:08d}.pt" for step in (14, 15, 16)]
-    assert all(integrity.check(path) == [] for path in (tmp_path / "run/checkpoints").glob("step-*"))
+    assert all(verify.check(path) == [] for path in (tmp_path / "run/checkpoints").glob("step-*"))
 
 
 @pytest.mark.parametrize(
@@ -290,7 +291,7 @@ def test_the_interpreter_waits_for_the_writer(end, code, tmp_path):
     done = run_script(script(tmp_path, width=100_000, epochs=1, every=8, end=end), tmp_path / "run")
     assert done.returncode == code, done.stderr
     assert names(tmp_path / "run") == ["step-00000008.pt"]
-    assert integrity.check(tmp_path / "run/checkpoints/step-00000008.pt") == []
+    assert verify.check(tmp_path / "run/checkpoints/step-00000008.pt") == []
     assert ("checkpoint", 8) in events(tmp_path / "run")
 
 
@@ -304,7 +305,7 @@ def test_a_stop_signal_waits_for_the_writer(tmp_path):
     process.send_signal(signal.SIGTERM)
     _, told = process.communicate(timeout=120)
     assert process.returncode == 143, told
-    assert all(integrity.check(path) == [] for path in (tmp_path / "run/checkpoints").glob("step-*"))
+    assert all(verify.check(path) == [] for path in (tmp_path / "run/checkpoints").glob("step-*"))
     assert not list((tmp_path / "run/checkpoints").glob(".*part"))
 
 
@@ -326,7 +327,7 @@ def test_killed_in_the_middle_of_a_write(tmp_path):
         process.kill()
         process.communicate()
         torn += len(list((tmp_path / "run/checkpoints").glob(".*part")))
-        assert all(integrity.check(path) == [] for path in (tmp_path / "run/checkpoints").glob("step-*"))
+        assert all(verify.check(path) == [] for path in (tmp_path / "run/checkpoints").glob("step-*"))
     assert torn
 
 

@@ -13,7 +13,7 @@ from torch.optim import lr_scheduler, swa_utils
 import trackopt
 from tests.checkpoints import saved, trained
 from trackopt import state
-from trackopt.archive.nodes import Tensor
+from trackopt.archive.tree import Tensor
 from trackopt.state import TrainingState, order
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from torch import _weights_only_unpickler, nn
 
 import trackopt
 from tests.checkpoints import Call, pickled, saved, trained, zipped
-from trackopt.archive.safe import is_safe
+from trackopt.archive.unpickler.weights_only import is_safe
 from trackopt.summary import Summary, summarize
 
 if TYPE_CHECKING:

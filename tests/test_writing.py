@@ -13,10 +13,11 @@ import pytest
 import torch
 from torch.serialization import skip_data
 
-from trackopt import CheckpointError, UsageError, integrity
-from trackopt.archive.zip import Zip
+from trackopt import CheckpointError, UsageError
+from trackopt.archive import verify
+from trackopt.archive.io.zip_reader import Zip
+from trackopt.archive.io.zip_writer import directory, places
 from trackopt.checkpoint import write as writing
-from trackopt.checkpoint.layout import directory, places
 from trackopt.checkpoint.staging import Staging
 from trackopt.checkpoint.write import write
 
@@ -62,7 +63,7 @@ def test_every_reader_takes_it():
         assert tree["odd"][:5] == TREE["odd"][:5]
         assert tree["tied"].untyped_storage().data_ptr() == tree["model"]["w"].untyped_storage().data_ptr()
     assert zipfile.ZipFile(path).testzip() is None
-    assert integrity.check(path) == []
+    assert verify.check(path) == []
     if shutil.which("unzip"):
         done = subprocess.run(["unzip", "-t", path], capture_output=True, text=True, check=False)
         assert "No errors detected" in done.stdout
@@ -93,7 +94,7 @@ def test_memory_is_reused_and_grows():
         write(staging.stage(tree), Path("folder/x.pt"), before_commit=lambda: None)
         assert len(Path("folder/x.pt").read_bytes()) == len(torch_bytes(tree))
         assert torch.equal(torch.load("folder/x.pt", weights_only=True)["x"], tree["x"])
-        assert integrity.check("folder/x.pt") == []
+        assert verify.check("folder/x.pt") == []
 
 
 def test_a_copy_is_a_copy():
@@ -129,15 +130,15 @@ def test_a_file_system_without_direct_writes_is_written_through_the_cache(monkey
     with monkeypatch.context() as patched:
         refusing("open", errno.EINVAL, patched, lambda path, flags, *_: flags & os.O_DIRECT)
         refusing("posix_fallocate", errno.EOPNOTSUPP, patched)
-        assert integrity.check(written(TREE)) == []
+        assert verify.check(written(TREE)) == []
     refusing("pwrite", errno.EINVAL, monkeypatch, lambda file, *_: writing._is_direct(file))
-    assert integrity.check(written(TREE)) == []
+    assert verify.check(written(TREE)) == []
 
 
 def test_short_writes_are_gone_on_with(monkeypatch):
     real = os.pwrite
     monkeypatch.setattr(writing.os, "pwrite", lambda file, data, at: real(file, data[:4097] if at else data[:8192], at))
-    assert integrity.check(written({"x": torch.randn(100_000)})) == []
+    assert verify.check(written({"x": torch.randn(100_000)})) == []
 
 
 @pytest.mark.parametrize("call", ["open", "posix_fallocate", "pwrite", "ftruncate", "fsync"])

@@ -19,8 +19,9 @@ from trackopt.errors import (
 )
 
 if TYPE_CHECKING:
-    from trackopt.archive import Archive, open  # noqa: A004 - `trackopt.open` is meant to read like the built-in
+    from trackopt.archive import Archive
     from trackopt.difference import diff
+    from trackopt.locations import open  # noqa: A004 - `trackopt.open` is meant to read like the built-in
     from trackopt.restoring import Restored, restore
     from trackopt.run import Run
     from trackopt.schedule.preview import Preview, preview
@@ -34,7 +35,7 @@ _HOMES = {
     "Restored": "trackopt.restoring",
     "Run": "trackopt.run",
     "diff": "trackopt.difference",
-    "open": "trackopt.archive",
+    "open": "trackopt.locations",
     "preview": "trackopt.schedule.preview",
     "restore": "trackopt.restoring",
     "wrap": "trackopt.wrapping",

@@ -6,9 +6,10 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from trackopt import archive, integrity, remote
+from trackopt import locations, remote
 from trackopt import state as training_state
-from trackopt.archive.torch_zip import ZipSource
+from trackopt.archive import verify
+from trackopt.archive.formats.torch_zip import ZipSource
 from trackopt.arguments import check_objects
 from trackopt.checkpoint.foreign import read
 from trackopt.checkpoint.part import load_part
@@ -91,7 +92,7 @@ def restore(
     check_objects(training)
     if not (training.models or training.optimizers or training.schedulers or stateful):
         raise UsageError("restore() was given nothing to restore into; pass model=, optimizer= or scheduler=")
-    place = archive.locate(os.fspath(path))
+    place = locations.locate(os.fspath(path))
     found, saved = (_fetched if remote.is_address(place) else _read)(place, training)
     left_out = put(training, saved, place, strict=strict, whole=False)
     return Restored(found.step, found.epoch, tuple(left_out))
@@ -99,8 +100,8 @@ def restore(
 
 def _read(place: Path, training: Training) -> tuple[TrainingState, Saved]:
     """A checkpoint here, all of it checked."""
-    _refuse(place, integrity.check(place))
-    with archive.open(place) as opened:
+    _refuse(place, verify.check(place))
+    with locations.open(place) as opened:
         found = training_state.read(opened)
         return found, of_run(load_checked(place)) if found.own else read(opened, training)
 
@@ -109,11 +110,11 @@ def _fetched(place: Path, training: Training) -> tuple[TrainingState, Saved]:
     """A checkpoint elsewhere; of a run's only what is asked for is fetched, and checked."""
     roles = {"model": training.models, "optimizer": training.optimizers, "scheduler": training.schedulers}
     wanted = {"trackopt", *training.stateful, *(role for role, live in roles.items() if live)}
-    with archive.open(place) as opened:
+    with locations.open(place) as opened:
         found = training_state.read(opened)
         if found.own and isinstance(opened.source, ZipSource):
             return found, of_run(load_part(opened, opened.source, wanted))
-        _refuse(place, integrity.problems(opened))
+        _refuse(place, verify.problems(opened))
         return found, read(opened, training)
 
 

@@ -19,10 +19,10 @@ from random import Random
 from typing import TYPE_CHECKING, Any
 
 from tests.fuzz.mutate import mutated
-from trackopt import archive, difference
+from trackopt import archive, difference, locations
+from trackopt.analysis.verify import verify
 from trackopt.cli import diff, inspect, screen, tree
 from trackopt.errors import ArchiveError
-from trackopt.integrity.report import verify
 from trackopt.summary import summarize
 
 if TYPE_CHECKING:
@@ -142,7 +142,7 @@ def _watched(before: Path, path: Path, number: int) -> tuple[str, str]:
 def _looked(before: Path, path: Path, number: int) -> str:
     draw = number % _DRAWN == 0
     list(verify(path))
-    with archive.open(path) as opened:
+    with locations.open(path) as opened:
         summary = summarize(opened, tensors=True, statistics=True)
         screen.plain(summary.as_dict())
         deque(tree.outline(opened.tree), maxlen=0)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from trackopt import state as training_state
-from trackopt.archive.nodes import Tensor, children
+from trackopt.archive.tree import Tensor, children
 from trackopt.checkpoint.names import align, listed
 from trackopt.checkpoint.saved import Saved, SavedGroup, SavedOptimizer, SavedScheduler
 from trackopt.errors import ArchiveError, MismatchError

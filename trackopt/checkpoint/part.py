@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch._weights_only_unpickler import Unpickler  # the one that torch.load(weights_only=True) has
 
-from trackopt import integrity
-from trackopt.archive import nodes
+from trackopt.archive import verify
+from trackopt.archive.tree import tensors
 from trackopt.errors import CheckpointError
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
 
     from trackopt.archive import Archive
-    from trackopt.archive.nodes import Storage
-    from trackopt.archive.torch_zip import ZipSource
+    from trackopt.archive.formats.torch_zip import ZipSource
+    from trackopt.archive.tree import Storage
 
 #: What the unpickler raises of a pickle that makes no sense.
 _NONSENSE = (AttributeError, EOFError, LookupError, RuntimeError, TypeError, ValueError, pickle.UnpicklingError)
@@ -31,8 +31,8 @@ def load_part(opened: Archive, source: ZipSource, keys: Collection[str]) -> dict
         CheckpointError: What is asked for is damaged.
     """
     part = {key: node for key, node in opened.tree.items() if key in keys}
-    wanted = {tensor.storage.key: tensor.storage for _, tensor in nodes.tensors(part)}
-    if problems := [*integrity.problems(opened, crc=False), *source.damaged(wanted.values())]:
+    wanted = {tensor.storage.key: tensor.storage for _, tensor in tensors(part)}
+    if problems := [*verify.problems(opened, crc=False), *source.damaged(wanted.values())]:
         raise CheckpointError(f"{opened.path}: cannot be used ({problems[0]})")
     unpickler: Any = Unpickler(io.BytesIO(source.read_pickle()), encoding="utf-8")
     unpickler.persistent_load = _Storages(source, wanted).find

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from trackopt.archive import nodes, tensors
+from trackopt.archive import decode, tree
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -51,7 +51,7 @@ class Stored:
         if not part.elements:
             return torch.empty(sizes, dtype=self.dtype, device="cpu")
         data = bytearray()
-        for piece in tensors.raw(self._opened.source, part):
+        for piece in decode.raw(self._opened.source, part):
             data += piece
         return torch.frombuffer(data, dtype=self.dtype).reshape(sizes)
 
@@ -168,5 +168,5 @@ def _part(value: Tensor | Stored, live: Any) -> Tensor:
         part = value.read(offsets, sizes)
     else:
         part = value[tuple(slice(start, start + size) for start, size in zip(offsets, sizes, strict=True))].clone()
-    stride = nodes.contiguous(tuple(value.shape))
+    stride = tree.contiguous(tuple(value.shape))
     return DTensor.from_local(part, mesh, placements, run_check=False, shape=value.shape, stride=stride)

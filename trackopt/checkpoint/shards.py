@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from trackopt import archive
-from trackopt.archive import manifest
-from trackopt.archive.directories import REST
-from trackopt.archive.nodes import Opaque
+from trackopt import archive, locations
+from trackopt.archive.formats import manifest
+from trackopt.archive.formats.directories import REST
+from trackopt.archive.tree import Opaque
 from trackopt.checkpoint.resharding import Stored, has_distributed, here, is_distributed
 from trackopt.checkpoint.write import PART, write
 from trackopt.errors import ArchiveError, CheckpointError, TrackoptError
@@ -185,7 +185,7 @@ def load(path: Path) -> dict[str, Any]:
         CheckpointError: A file is missing or damaged.
     """
     try:
-        opened = archive.open(path)
+        opened = locations.open(path)
         rest = torch.load(path / REST, map_location="cpu", weights_only=True)
         return {key: _stored(opened, node) for key, node in opened.tree.items() if key not in rest} | dict(rest)
     except (ArchiveError, OSError, RuntimeError, pickle.UnpicklingError) as error:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from trackopt.archive.checksums import crc32
-from trackopt.checkpoint.layout import FRAME, Place, directory, directory_size, places
+from trackopt.archive.io.checksums import crc32
+from trackopt.archive.io.zip_writer import FRAME, Place, directory, directory_size, places
 from trackopt.checkpoint.pickling import pickled
 from trackopt.errors import CheckpointError
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from trackopt import archive, integrity, remote
+from trackopt import locations, remote
+from trackopt.archive import verify
 from trackopt.checkpoint import shards
 from trackopt.checkpoint.retention import Marks, Retention
 from trackopt.checkpoint.shards import ShardMemory, Shards
@@ -164,7 +165,7 @@ class Store:
 
     def _by_step(self) -> dict[int, Path]:
         try:
-            return archive.checkpoints(self.folder) if self.folder.exists() else {}
+            return locations.checkpoints(self.folder) if self.folder.exists() else {}
         except OSError as error:
             raise CheckpointError(f"{self.folder}: cannot be listed ({error.strerror}); mend the disk") from error
 
@@ -186,7 +187,7 @@ class Store:
         """Those of an earlier attempt's are in the file; what cannot be read is not for us to delete."""
         if step not in self._marks:
             try:
-                with archive.open(path) as opened:
+                with locations.open(path) as opened:
                     meta = opened.tree["trackopt"]
                     metric = meta.get("metric")
                     self._marks[step] = Marks(bool(meta.get("keep")), metric if isinstance(metric, float) else None)
@@ -254,8 +255,8 @@ def _here(path: Path) -> Path:
 def _problems(path: Path) -> list[str]:
     """What is wrong with its bytes; a disk that does not give them is no damage to them."""
     try:
-        with archive.open(path) as opened:
-            return integrity.problems(opened)
+        with locations.open(path) as opened:
+            return verify.problems(opened)
     except (ArchiveError, OSError) as error:
         trouble = error.__cause__ if isinstance(error, ArchiveError) else error
         missing = isinstance(trouble, FileNotFoundError) and path.exists()  # one of its files

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from trackopt import archive, difference
+from trackopt import difference, locations
 from trackopt.cli import changes, screen, story
 
 if TYPE_CHECKING:
@@ -71,8 +71,8 @@ def command(a: str, b: str, resume: bool, stat: bool, tensors: bool, top: int, a
     if resume and (terms["only"] or terms["ignore"]):
         raise click.UsageError("--resume looks at the whole checkpoints: leave out --only and --ignore")
     with (
-        archive.open(a) as one,
-        archive.open(b) as other,
+        locations.open(a) as one,
+        locations.open(b) as other,
         screen.progress("comparing", shown=one.bytes + other.bytes > _LONG) as progress,
     ):
         found = difference.diff(one, other, progress=progress, **terms)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from trackopt import archive
+from trackopt import locations
 from trackopt.cli import screen
 from trackopt.cli.tree import outline
 from trackopt.state.models import dtypes
@@ -66,7 +66,7 @@ def command(path: str | None, pattern: str | None, stats: bool, tree: bool, as_j
         path, pattern = pattern, _ALL  # `--tensors PATH`: what follows is the path, unless there is another
     if path is None:
         raise click.UsageError("Missing argument 'PATH'.")
-    with archive.open(path) as opened:
+    with locations.open(path) as opened:
         with screen.progress("reading", shown=stats) as progress:
             summary = summarize(opened, tensors=pattern is not None, statistics=stats, progress=progress)
         if summary.tensors is not None and pattern != _ALL:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from trackopt import archive, integrity, state
+from trackopt import locations, state
+from trackopt.archive import verify
 from trackopt.cli import screen
 from trackopt.errors import ArchiveError, RunError
 
@@ -96,7 +97,7 @@ def command(directory: str, as_json: bool) -> None:
 
 def _list(path: Path, *, as_json: bool) -> None:
     if _is_run(path):
-        checkpoints = [_checkpoint(step, file, crc=True) for step, file in archive.checkpoints(path).items()]
+        checkpoints = [_checkpoint(step, file, crc=True) for step, file in locations.checkpoints(path).items()]
         rows: list[Any] = checkpoints
         layout = _checkpoints(checkpoints)
     else:
@@ -126,7 +127,7 @@ def _is_run(path: Path) -> bool:
 
 
 def _run(path: Path) -> Run:
-    files = archive.checkpoints(path)
+    files = locations.checkpoints(path)
     stats = [file.stat() for file in files.values()]
     newest = _checkpoint(*list(files.items())[-1], crc=False) if files else None
     lines = _tail(path / "metrics.jsonl")
@@ -150,9 +151,9 @@ def _checkpoint(step: int, path: Path, *, crc: bool) -> Checkpoint:
     stat = path.stat()
     row = Checkpoint(str(path), step, None, _size(path), stat.st_mtime)
     try:
-        with archive.open(path) as opened:
+        with locations.open(path) as opened:
             found = state.read(opened)
-            problems = integrity.problems(opened, crc=crc)
+            problems = verify.problems(opened, crc=crc)
     except ArchiveError as error:
         return replace(row, sound=False, problem=str(error).removeprefix(f"{path}: "))
     meta = found.meta or {}

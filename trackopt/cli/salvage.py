@@ -6,8 +6,8 @@ from dataclasses import asdict
 
 import click
 
+from trackopt.analysis.salvage.salvage import salvage
 from trackopt.cli import screen
-from trackopt.salvage import salvage
 
 _SHOWN = 10
 

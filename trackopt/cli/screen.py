@@ -16,7 +16,7 @@ import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from trackopt.archive.text import describe
+from trackopt.archive.describe import describe
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator

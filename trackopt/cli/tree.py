@@ -5,8 +5,8 @@ from __future__ import annotations
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from trackopt.archive.nodes import Tensor, children
-from trackopt.archive.text import describe
+from trackopt.archive.describe import describe
+from trackopt.archive.tree import Tensor, children
 from trackopt.cli import screen
 
 if TYPE_CHECKING:

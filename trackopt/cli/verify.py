@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from trackopt.analysis.verify import DAMAGED, SOUND, UNREADABLE, Checked, verify
 from trackopt.cli import screen
-from trackopt.integrity.report import DAMAGED, SOUND, UNREADABLE, Checked, verify
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from trackopt import archive
+from trackopt import locations
 from trackopt import state as training
 from trackopt.archive import Archive
 from trackopt.difference.alignment import align
@@ -137,7 +137,9 @@ def diff(
     """
     terms = Terms(tuple(only), tuple(ignore), renamed or {}, Tolerance(atol, rtol), fast)
     with ExitStack() as stack:
-        one, other = (side if isinstance(side, Archive) else stack.enter_context(archive.open(side)) for side in (a, b))
+        one, other = (
+            side if isinstance(side, Archive) else stack.enter_context(locations.open(side)) for side in (a, b)
+        )
         comparison = stack.enter_context(Comparison(terms.tolerance, progress))
         return _collect(one, other, terms, comparison)
 

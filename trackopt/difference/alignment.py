@@ -10,7 +10,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from trackopt.archive.nodes import Path
+from trackopt.archive.tree import Path
 from trackopt.errors import UsageError
 from trackopt.state.frameworks import counters
 

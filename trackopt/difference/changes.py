@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
-from trackopt.archive.nodes import Opaque, Tensor
-from trackopt.archive.text import describe
+from trackopt.archive.describe import describe
+from trackopt.archive.tree import Opaque, Tensor
 from trackopt.difference.compare import Pair, Side
 from trackopt.difference.leaves import Leaf, flatten
 from trackopt.difference.numbers import Numbers, Tolerance

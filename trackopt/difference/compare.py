@@ -11,9 +11,9 @@ from collections import deque
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from trackopt.archive import tensors as values
-from trackopt.archive.members import StorageRegion
-from trackopt.archive.torch_zip import ZipSource
+from trackopt.archive import decode as values
+from trackopt.archive.formats.members import StorageRegion
+from trackopt.archive.formats.torch_zip import ZipSource
 from trackopt.difference import elements, numbers
 from trackopt.difference.numbers import Numbers, Tolerance
 from trackopt.errors import ArchiveError
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
     from concurrent.futures import Future, ThreadPoolExecutor
 
-    from trackopt.archive.nodes import Storage, Tensor
-    from trackopt.archive.source import Source
-    from trackopt.archive.zip import Record
+    from trackopt.archive.io.source import Source
+    from trackopt.archive.io.zip_reader import Record
+    from trackopt.archive.tree import Storage, Tensor
 
 _PIECE = 1 << 22  # elements that one thread takes at a time
 _BLOCK = 1 << 14  # elements that it works out numbers of at a time; of larger arrays the allocator keeps nothing

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from trackopt.archive.tensors import Array
+    from trackopt.archive.decode import Array
 
 #: Bits of an element of every dtype whose bits, but for the sign, grow with its value.
 _FLOATS = {

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from trackopt.archive.nodes import Compound, Global, Opaque, Path, Tensor, children
+from trackopt.archive.tree import Compound, Global, Opaque, Path, Tensor, children
 from trackopt.errors import ArchiveError
 from trackopt.state import META
 from trackopt.state.layout import unflattened

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from trackopt.archive.tensors import Array
+    from trackopt.archive.decode import Array
 
 
 @dataclass(frozen=True, slots=True)

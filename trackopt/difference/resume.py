@@ -18,7 +18,7 @@ from trackopt.difference.story import hyperparameters
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from trackopt.archive.nodes import Path
+    from trackopt.archive.tree import Path
     from trackopt.difference.alignment import Alignment
     from trackopt.difference.tally import Tally
     from trackopt.state import TrainingState

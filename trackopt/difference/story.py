@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from trackopt.archive.text import describe
+from trackopt.archive.describe import describe
 from trackopt.difference.changes import same
 from trackopt.difference.numbers import Numbers
 

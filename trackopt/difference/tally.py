@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from trackopt.archive.nodes import Tensor
+from trackopt.archive.tree import Tensor
 from trackopt.difference.compare import Side
 from trackopt.difference.numbers import Numbers
 

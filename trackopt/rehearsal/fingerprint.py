@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from trackopt.archive.checksums import crc32
+from trackopt.archive.io.checksums import crc32
 from trackopt.training import rng
 
 if TYPE_CHECKING:

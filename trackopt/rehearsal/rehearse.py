@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trackopt import archive, journal, state
+from trackopt import journal, locations, state
 from trackopt.difference import diff
 from trackopt.errors import TrackoptError
 from trackopt.rehearsal.divergence import Divergence, idle, same_series
@@ -254,7 +254,7 @@ def _same(a: Training, b: Training, run: str) -> bool:
 def _changes(a: Training, b: Training, run: str) -> list[str]:
     """What differs in the final checkpoints. A generator that nothing drew from decides nothing: it is left out."""
     places = [training.root / run for training in (a, b)]
-    saved = [bool(archive.checkpoints(place)) for place in places]
+    saved = [bool(locations.checkpoints(place)) for place in places]
     if not all(saved):
         return ["the final checkpoint"] if any(saved) else []
     still = idle(a.traces[run]) & idle(b.traces[run])
@@ -286,9 +286,9 @@ def _notes(killed: Training, chosen: list[tuple[str, int]]) -> list[str]:
 def _facts(place: Path, one: Trace) -> Facts:
     points = sum(map(len, one.series.values()))
     facts = Facts(one.name, max(one.steps, default=0), len(one.series), points)
-    if not archive.checkpoints(place):
+    if not locations.checkpoints(place):
         return facts
-    with archive.open(place) as opened:
+    with locations.open(place) as opened:
         found = state.read(opened)
     return replace(
         facts,

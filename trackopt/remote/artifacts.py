@@ -23,9 +23,9 @@ from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 from mlflow.utils.credentials import get_default_host_creds
 from mlflow.utils.rest_utils import http_request
 
+from trackopt.archive.io.sparse_file import Copy, temporary
 from trackopt.errors import ArchiveError
 from trackopt.remote import SCHEME
-from trackopt.remote.copy import Copy, temporary
 from trackopt.utils.mlflow_uri import tracking_uri, without_password
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from trackopt.archive.nodes import Path, Tensor
+from trackopt.archive.tree import Path, Tensor
 from trackopt.errors import ArchiveError
 from trackopt.state.frameworks import counters, recognize
 from trackopt.state.layout import Entry, entries, label

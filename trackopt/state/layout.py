@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
-from trackopt.archive.nodes import Path, Tensor
+from trackopt.archive.tree import Path, Tensor
 from trackopt.state.models import find_models
 from trackopt.state.optimizers import is_optimizer
 from trackopt.state.schedulers import is_scheduler

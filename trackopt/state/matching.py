@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from trackopt.archive.nodes import Tensor
+from trackopt.archive.tree import Tensor
 from trackopt.state import order
 from trackopt.state.models import unique_names
 

@@ -7,8 +7,8 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from trackopt.archive import nodes
-from trackopt.archive.nodes import Opaque, Path, Tensor
+from trackopt.archive import tree
+from trackopt.archive.tree import Opaque, Path, Tensor
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -102,7 +102,7 @@ def is_state_dict(node: Any) -> bool:
     """Whether a node is a flat dictionary of names to tensors (what modules keep besides them aside)."""
     if not isinstance(node, dict) or not node or not all(isinstance(key, str) for key in node):
         return False
-    others = [key for key, value in node.items() if not isinstance(value, Tensor | nodes.Compound)]
+    others = [key for key, value in node.items() if not isinstance(value, Tensor | tree.Compound)]
     return len(others) < len(node) and all(_BESIDES.intersection(key.split(".")) for key in others)
 
 
@@ -114,7 +114,7 @@ def is_module(node: Any) -> bool:
 def find_models(key: str, path: Path, node: Any) -> tuple[Model, ...]:
     """The models in one entry of a checkpoint: itself, or a dictionary of several; none if it is neither."""
     if is_state_dict(node) or is_module(node):
-        tensors = {".".join(below): tensor for below, tensor in nodes.tensors(node)}
+        tensors = {".".join(below): tensor for below, tensor in tree.tensors(node)}
         usual = key in ("model", "model_state_dict", "state_dict", "net", "model_state", "network")
         return (Model("model" if usual else key, path, tensors),)
     if isinstance(node, dict) and node and all(is_state_dict(value) or is_module(value) for value in node.values()):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from trackopt.archive.nodes import Path, Tensor, tensors
+from trackopt.archive.tree import Path, Tensor, tensors
 from trackopt.errors import ArchiveError
 from trackopt.state.inference import infer
 from trackopt.state.matching import alike, flat, match

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from trackopt.archive.nodes import Path
+    from trackopt.archive.tree import Path
     from trackopt.state.optimizers import Optimizer
 
 #: A class of torch.optim.lr_scheduler, keys that its state has, and keys that it may have. The first that fits counts.

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from trackopt import state
-from trackopt.archive.text import describe
+from trackopt.archive.describe import describe
 from trackopt.state.models import dtypes
 from trackopt.summary.findings import LISTED, Finding, findings, of_buffer, parts_of
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from trackopt.archive import Archive
-    from trackopt.archive.nodes import Tensor
+    from trackopt.archive.tree import Tensor
     from trackopt.state import TrainingState
     from trackopt.state.models import Model
     from trackopt.state.optimizers import Optimizer, Parameter

@@ -6,8 +6,8 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from trackopt import integrity
-from trackopt.archive.safe import is_safe
+from trackopt.archive import verify
+from trackopt.archive.unpickler.weights_only import is_safe
 from trackopt.state.models import unique, unique_names
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def findings(archive: Archive, found: TrainingState, measured: dict[str, Statist
         measured: Its tensors' statistics, if they were taken.
     """
     read_all = archive.source.packed <= READ_UP_TO and not archive.remote
-    damage = integrity.problems(archive, crc=read_all)
+    damage = verify.problems(archive, crc=read_all)
     errors = [Finding("error", line) for line in _first(damage, "problems")]
     lines = [*_missing(found), *_odd(found), *_rates(found), *_heavy(archive), *_foreign(archive), *_hidden(archive)]
     lines += [*_unlisted(archive, found), *_unhealthy(found, measured or {})]

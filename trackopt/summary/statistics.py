@@ -10,16 +10,16 @@ import threading
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from trackopt.archive.parallel import in_threads
-from trackopt.archive.source import misfit
+from trackopt.archive.io.parallel import in_threads
+from trackopt.archive.io.source import misfit
 from trackopt.errors import ArchiveError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
     from trackopt.archive import Archive
-    from trackopt.archive.nodes import Tensor
-    from trackopt.archive.tensors import Array
+    from trackopt.archive.decode import Array
+    from trackopt.archive.tree import Tensor
 
 _PIECE = 16 << 20  # what one thread takes at a time
 _BLOCK = 1 << 18  # values that it holds at a time: few enough for a cache, and so many that threads seldom meet
