@@ -180,7 +180,7 @@ def mlflow_run(directory: Path):
     """The MLflow run of a run's directory, and its client."""
     from mlflow import MlflowClient
 
-    from trackopt.directory import read_identity
+    from trackopt.rundir.directory import read_identity
 
     target = read_identity(directory)["mlflow"]
     client = MlflowClient(target["tracking_uri"])

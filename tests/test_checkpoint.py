@@ -11,9 +11,9 @@ from torch import nn
 import trackopt
 from tests.conftest import build, run_script, train_step
 from trackopt import CheckpointError, MismatchError, UsageError, journal
-from trackopt.checkpoint.restore import restore
+from trackopt.checkpoint.apply import restore
 from trackopt.checkpoint.retention import Retention
-from trackopt.checkpoint.saved import of_run
+from trackopt.checkpoint.saved_state import of_run
 from trackopt.checkpoint.snapshot import Training, capture
 from trackopt.checkpoint.store import Store
 from trackopt.training import rng

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import on_a_terminal
-from trackopt.display import State
+from trackopt.run.progress import State
 
 SCRIPT = """
 import os, signal, sys, time
 import trackopt
 from tests.conftest import build, train_step
-from trackopt import display
+from trackopt.run import progress as display
 
 display._FIRST, display._EVERY = 0.1, 0.3
 options = {"progress": False} if "silent" in sys.argv else {}

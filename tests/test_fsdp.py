@@ -16,7 +16,7 @@ from tests.test_resume import assert_same
 from trackopt import CheckpointError, journal
 from trackopt.analysis.verify import verify
 from trackopt.checkpoint.retention import Marks, Retention
-from trackopt.checkpoint.shards import put_in_place
+from trackopt.checkpoint.sharded import put_in_place
 from trackopt.checkpoint.snapshot import Training, capture
 from trackopt.checkpoint.store import Store, load
 from trackopt.training import rng
@@ -59,7 +59,7 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path):
     assert any(line.startswith("trackopt: resumed run at step ") for line in told)
     found = trackopt.diff(tmp_path / "whole", tmp_path / "run")
     assert found.equal, found.changes
-    assert not any(path.startswith("trackopt.ranks") for path in found.ignored)
+    assert not any(path.startswith("trackopt.distributed.collectives") for path in found.ignored)
     assert journal.series(tmp_path / "whole") == journal.series(tmp_path / "run")
     assert checkpoints(tmp_path / "run") == [f"step-{step:08d}" for step in (3, 6, 9, 12)]
     assert {one.status for one in verify(tmp_path / "run")} == {"sound"}

@@ -168,7 +168,7 @@ def test_an_exception_that_the_framework_keeps_to_itself_is_told(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
         "import torch\n"
-        "from trackopt.checkpoint import Training\n"
+        "from trackopt.checkpoint.snapshot import Training\n"
         "from trackopt.integrations.recording import Options, record\n"
         "training = Training(None, torch.optim.SGD([torch.ones(1, requires_grad=True)], 0.1))\n"
         "record(training, Options(dir='run', sinks=()), leads=True).begin()\n"

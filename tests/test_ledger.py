@@ -1,5 +1,7 @@
 """What kinds of steps are counted, and the order of optimizer and scheduler."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch.optim import lr_scheduler
@@ -29,7 +31,7 @@ def test_micro_batches_and_steps():
 
     found = loop(body, optimizer=optimizer)
     assert found == {"iterations": 8, "steps": 4, "skipped": 0, "evaluations": 0}
-    *_, closed = journal.read(trackopt.directory.Path("run/metrics.jsonl"))
+    *_, closed = journal.read(Path("run/metrics.jsonl"))
     assert closed.details["ledger"] == found
 
 

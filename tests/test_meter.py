@@ -9,10 +9,10 @@ from torch import nn
 import trackopt
 from tests.conftest import build, train_step
 from trackopt import journal
-from trackopt.observe.histogram import histogram
-from trackopt.observe.hooks import Observer
-from trackopt.observe.statistics import measure
-from trackopt.observe.update import cosine
+from trackopt.telemetry.histogram import histogram
+from trackopt.telemetry.hooks import Observer
+from trackopt.telemetry.statistics import measure
+from trackopt.telemetry.update import cosine
 
 
 def observed(optimizer, **options):

@@ -33,9 +33,9 @@ from tests.test_recorder import mlflow_server
 from tests.test_recorder_faults import assert_everything_once, free_port, wait_for
 from trackopt import journal, locations, remote
 from trackopt.archive.io import sparse_file
-from trackopt.checkpoint.part import load_part
-from trackopt.directory import read_identity, write_identity
+from trackopt.checkpoint.partial_load import load_part
 from trackopt.recorder.recorder import Recorder
+from trackopt.rundir.directory import read_identity, write_identity
 
 pytestmark = pytest.mark.timeout(900)  # servers start often, and a busy machine takes its time
 HOME = Path(__file__).parents[1]

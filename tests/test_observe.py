@@ -13,11 +13,11 @@ from torch import nn
 import trackopt
 from tests.conftest import build, train_step
 from trackopt import journal
-from trackopt.observe import near, shards
-from trackopt.observe.hooks import Observer
-from trackopt.observe.hyperparameters import numeric, params
-from trackopt.observe.statistics import measure, read_far
-from trackopt.observe.update import cosine_terms
+from trackopt.telemetry import statistics_cpu, statistics_dtensor
+from trackopt.telemetry.hooks import Observer
+from trackopt.telemetry.hyperparameters import numeric, params
+from trackopt.telemetry.statistics import measure, read_far
+from trackopt.telemetry.update import cosine_terms
 
 OPTIMIZERS = sorted(
     name
@@ -364,11 +364,14 @@ def test_what_a_process_says_of_its_part_is_the_same_from_a_device():
     buffers = {"a": [torch.randn(3, 4), torch.randn(2_000_000) + 3, torch.randn(99, dtype=torch.bfloat16)], "b": []}
     vectors = {"g": [torch.randn(5), torch.randn(100_000)], "h": [torch.empty(0)]}
     terms = [cosine_terms([(torch.ones(3), torch.arange(3.0)), (torch.randn(5), torch.randn(5))]), []]
-    near, far = shards._near(buffers, vectors, terms), shards._far(buffers, vectors, terms)
+    near, far = (
+        statistics_dtensor._near(buffers, vectors, terms),
+        statistics_dtensor._far(buffers, vectors, terms),
+    )
     torch.testing.assert_close(near, far, rtol=1e-5, atol=1e-6)
-    halves = [shards._near({"a": [half]}, {}, []) for half in buffers["a"][1].chunk(2)]
-    whole = shards._near({"a": [buffers["a"][1]]}, {}, [])
-    torch.testing.assert_close(shards._merged(torch.stack(halves)), whole, rtol=1e-6, atol=0.0)
+    halves = [statistics_dtensor._near({"a": [half]}, {}, []) for half in buffers["a"][1].chunk(2)]
+    whole = statistics_dtensor._near({"a": [buffers["a"][1]]}, {}, [])
+    torch.testing.assert_close(statistics_dtensor._merged(torch.stack(halves)), whole, rtol=1e-6, atol=0.0)
 
 
 class Odd(torch.optim.Optimizer):
@@ -406,7 +409,9 @@ def test_norms_of_half_precision_are_taken_from_a_device_without_a_copy(monkeypa
     """Gradients and parameters in float32 would take twice the memory of a model that just fits."""
     halves = [torch.full((300,), 3.0, dtype=dtype) for dtype in (torch.bfloat16, torch.float16)]
     mixed = [*halves, torch.full((2,), 2.0), torch.full((1,), 1 + 1j), torch.empty(0)]
-    monkeypatch.setattr(near, "real", lambda vector: vector if vector.dtype is torch.float32 else pytest.fail("copied"))
+    monkeypatch.setattr(
+        statistics_cpu, "real", lambda vector: vector if vector.dtype is torch.float32 else pytest.fail("copied")
+    )
     _, scalars, counts = read_far({}, {"grad": mixed, "none": []})
     assert counts == {"grad": 4, "none": 0}
     assert math.hypot(*(scalar.item() for scalar in scalars)) == pytest.approx(math.sqrt(5400 + 8 + 2))

@@ -20,8 +20,8 @@ from tests.test_cli import trackopt as run
 from trackopt import journal
 from trackopt.curves.panels import panels
 from trackopt.curves.series import Reader, Tracked
-from trackopt.directory import RunDirectory
 from trackopt.errors import RunError, UsageError
+from trackopt.rundir.directory import RunDirectory
 
 STEPS = 30
 

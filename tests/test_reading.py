@@ -18,8 +18,8 @@ from torch import nn
 import trackopt
 from tests.conftest import build, train_step
 from trackopt import journal
-from trackopt.observe import statistics
-from trackopt.observe.reading import Reading, Transfer
+from trackopt.telemetry import statistics
+from trackopt.telemetry.async_scalars import Reading, Transfer
 
 
 @pytest.fixture

@@ -25,11 +25,11 @@ from tests.conftest import (
     train_step,
 )
 from trackopt import journal
-from trackopt.directory import read_identity
 from trackopt.journal import Histogram, Journal
 from trackopt.recorder.delivery import Delivery
 from trackopt.recorder.recorder import Recorder
-from trackopt.recorder.sink import Sink
+from trackopt.recorder.sinks.base import Sink
+from trackopt.rundir.directory import read_identity
 
 pytestmark = pytest.mark.usefixtures("mlflow_store")
 STEPS = 12
@@ -237,7 +237,7 @@ import sys, warnings
 warnings.simplefilter("ignore")
 import trackopt
 from tests.conftest import build
-from trackopt.directory import read_identity
+from trackopt.rundir.directory import read_identity
 
 if "code" in sys.argv:
     import mlflow

@@ -19,7 +19,7 @@ import pytest
 from tests.conftest import mlflow_points, mlflow_run, quietly, run_script, tensorboard_points
 from tests.test_recorder import mlflow_server
 from trackopt import journal
-from trackopt.recorder.process import RecorderProcess
+from trackopt.recorder.child_process import RecorderProcess
 
 pytestmark = [
     pytest.mark.timeout(900),  # servers and recorders start often, and a busy machine takes its time

@@ -16,13 +16,13 @@ import torch
 from tests.conftest import build
 from trackopt import journal
 from trackopt.checkpoint.snapshot import Training
-from trackopt.rehearsal import plan
+from trackopt.rehearsal.diagnosis import judge
 from trackopt.rehearsal.divergence import first
 from trackopt.rehearsal.rehearse import rehearse
-from trackopt.rehearsal.strays import strays
 from trackopt.rehearsal.trace import Life, Step, Trace
-from trackopt.rehearsal.training import CommandError
-from trackopt.rehearsal.verdict import judge
+from trackopt.rehearsal.training_command import CommandError
+from trackopt.rehearsal.untracked_state import strays
+from trackopt.rundir import environment
 
 EXAMPLES = [
     path
@@ -85,7 +85,7 @@ main()
 
 FRAMEWORK = """
 import torch
-from trackopt.checkpoint import Training
+from trackopt.checkpoint.snapshot import Training
 from trackopt.integrations.recording import Options, record
 recording = record(Training(None, torch.optim.SGD([torch.ones(1)])), Options(dir="x"), leads=True)
 recording.begin()
@@ -289,8 +289,8 @@ def test_a_restart_that_fails_says_behind_which_kill(script, tmp_path):
 
 def test_the_kill_is_a_kill(script, tmp_path):
     """SIGKILL, right behind the journal's line of that very step; below the given root, and into no sink."""
-    environment = plan.Plan(tmp_path / "root", {"runs-small": 5}).environment()
-    done = subprocess.run(script("none"), env={**os.environ, **environment}, start_new_session=True, check=False)
+    variables = environment.Plan(tmp_path / "root", {"runs-small": 5}).environment()
+    done = subprocess.run(script("none"), env={**os.environ, **variables}, start_new_session=True, check=False)
     assert done.returncode == -signal.SIGKILL
     directory = tmp_path / "root" / "runs-small"
     *_, last = journal.read(directory / journal.NAME)

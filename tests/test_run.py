@@ -13,9 +13,10 @@ import torch
 
 import trackopt
 from tests.conftest import build, train_step
-from trackopt import CheckpointError, RunError, UsageError, journal, resuming
+from trackopt import CheckpointError, RunError, UsageError, journal
+from trackopt.checkpoint import resume
 from trackopt.checkpoint import store as stores
-from trackopt.checkpoint.shards import ShardMemory
+from trackopt.checkpoint.sharded import ShardMemory
 from trackopt.training import rng
 
 
@@ -87,7 +88,7 @@ def test_a_directory_is_held_by_one_run_at_a_time():
     run, _ = wrapped()
     with pytest.raises(RunError, match="open in another process"):
         wrapped()
-    code = "import trackopt.directory as d\nd.RunDirectory('run')"
+    code = "import trackopt.rundir.directory as d\nd.RunDirectory('run')"
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert "RunError" in other.stderr
     run.close()
@@ -430,10 +431,10 @@ def test_generators_are_looked_for_without_asking_the_users_objects():
 def test_a_default_device_is_not_for_what_is_copied():
     """`torch.set_default_device` speaks of the user's tensors."""
     values = {"a": torch.arange(6.0)}
-    whole = resuming._checksum(values)
+    whole = resume._checksum(values)
     torch.set_default_device("meta")
     try:
-        assert resuming._checksum(values) == whole
+        assert resume._checksum(values) == whole
         held = ShardMemory().copy(values)["a"]
     finally:
         torch.set_default_device(None)
@@ -459,6 +460,6 @@ def test_a_forked_child_leaves_the_run_to_its_parent():
 def test_what_cannot_be_begun_is_told_as_it_is(monkeypatch):
     """The error that ends the beginning is not covered by another one."""
     model, optimizer, _ = build()
-    monkeypatch.setattr("trackopt.run.params", lambda *_: {}["missing"])
+    monkeypatch.setattr("trackopt.run.run.params", lambda *_: {}["missing"])
     with pytest.raises(KeyError, match="missing"):
         trackopt.wrap(optimizer, model=model, dir="run", sinks=())

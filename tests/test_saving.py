@@ -20,7 +20,7 @@ from tests.test_cli import trackopt as command
 from trackopt import UsageError, journal
 from trackopt.archive import verify
 from trackopt.checkpoint import store as stores
-from trackopt.checkpoint import write as writing
+from trackopt.checkpoint import writer as writing
 
 ROOT = Path(__file__).parents[1]
 

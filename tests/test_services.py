@@ -18,7 +18,7 @@ import pytest
 import trackopt
 from tests.conftest import build, train_step
 from trackopt.cli import serving
-from trackopt.directory import read_identity, write_identity
+from trackopt.rundir.directory import read_identity, write_identity
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from tests import dimensions
 from tests.conftest import drain, mlflow_run, run_script
 from tests.test_resume import assert_same, final_state
 from trackopt import journal
-from trackopt.signals import StopSignals
+from trackopt.run.signals import StopSignals
 
 pytestmark = pytest.mark.usefixtures("mlflow_store")
 SCRIPT = Path(dimensions.__file__)
@@ -235,7 +235,9 @@ def test_a_forked_process_can_be_ended():
 
 def test_ctrl_c_that_ends_the_reader_of_stderr_as_well_saves_and_stops(tmp_path):
     """``python train.py 2>&1 | tee log``: nobody reads what is told then."""
-    process = start(tmp_path, BATCHES, before="from trackopt import display; display._FIRST = display._EVERY = 0.01")
+    process = start(
+        tmp_path, BATCHES, before="from trackopt.run import progress; progress._FIRST = progress._EVERY = 0.01"
+    )
     process.stderr.close()
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=60)

@@ -11,7 +11,7 @@ from torch.distributed.fsdp import fully_shard
 
 import trackopt
 from trackopt import journal
-from trackopt.observe.hooks import Observer
+from trackopt.telemetry.hooks import Observer
 
 
 class Lookahead(torch.optim.Optimizer):

@@ -17,9 +17,9 @@ from trackopt import CheckpointError, UsageError
 from trackopt.archive import verify
 from trackopt.archive.io.zip_reader import Zip
 from trackopt.archive.io.zip_writer import directory, places
-from trackopt.checkpoint import write as writing
+from trackopt.checkpoint import writer as writing
 from trackopt.checkpoint.staging import Staging
-from trackopt.checkpoint.write import write
+from trackopt.checkpoint.writer import write
 
 TREE = {
     "model": {"w": torch.arange(5000.0).reshape(50, 100), "i": torch.ones(3, dtype=torch.int64), "e": torch.empty(0)},

@@ -20,25 +20,25 @@ from trackopt.errors import (
 
 if TYPE_CHECKING:
     from trackopt.archive import Archive
+    from trackopt.checkpoint.restore import Restored, restore
     from trackopt.difference import diff
     from trackopt.locations import open  # noqa: A004 - `trackopt.open` is meant to read like the built-in
-    from trackopt.restoring import Restored, restore
-    from trackopt.run import Run
+    from trackopt.run.run import Run
+    from trackopt.run.wrap import wrap
     from trackopt.schedule.preview import Preview, preview
-    from trackopt.wrapping import wrap
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "Archive": "trackopt.archive",
     "Preview": "trackopt.schedule.preview",
-    "Restored": "trackopt.restoring",
-    "Run": "trackopt.run",
+    "Restored": "trackopt.checkpoint.restore",
+    "Run": "trackopt.run.run",
     "diff": "trackopt.difference",
     "open": "trackopt.locations",
     "preview": "trackopt.schedule.preview",
-    "restore": "trackopt.restoring",
-    "wrap": "trackopt.wrapping",
+    "restore": "trackopt.checkpoint.restore",
+    "wrap": "trackopt.run.wrap",
 }
 
 __all__ = [

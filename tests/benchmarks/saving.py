@@ -21,9 +21,9 @@ from torch import nn
 import trackopt
 from tests.benchmarks.measure import Cost, Row, pairwise, table
 from trackopt.checkpoint.retention import Marks, Retention
+from trackopt.checkpoint.saver import step_aside
 from trackopt.checkpoint.snapshot import Training, capture
 from trackopt.checkpoint.store import Store, load
-from trackopt.saving import step_aside
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

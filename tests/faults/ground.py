@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from tests.faults.server import Case
 from trackopt import journal, locations
 from trackopt.archive import verify
-from trackopt.directory import CHECKPOINTS
+from trackopt.rundir.directory import CHECKPOINTS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -11,8 +11,8 @@ import torch
 
 from trackopt import state as training_state
 from trackopt.archive.tree import Tensor, children
-from trackopt.checkpoint.names import align, listed
-from trackopt.checkpoint.saved import Saved, SavedGroup, SavedOptimizer, SavedScheduler
+from trackopt.checkpoint.param_names import align, listed
+from trackopt.checkpoint.saved_state import Saved, SavedGroup, SavedOptimizer, SavedScheduler
 from trackopt.errors import ArchiveError, MismatchError
 
 if TYPE_CHECKING:

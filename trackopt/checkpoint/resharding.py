@@ -2,7 +2,7 @@
 
 FSDP2 and tensor parallelism make DTensors of parameters, and an optimizer's buffers follow them. A
 ``ZeroRedundancyOptimizer`` keeps the state of some parameters in each process. All processes save such a training
-together (`trackopt.checkpoint.shards`). What was saved, spread or whole, finds its place on any number of them: each
+together (`trackopt.checkpoint.sharded`). What was saved, spread or whole, finds its place on any number of them: each
 takes its own part, and none waits for another.
 """
 

@@ -13,7 +13,7 @@ import torch
 
 from trackopt.archive.io.checksums import crc32
 from trackopt.archive.io.zip_writer import FRAME, Place, directory, directory_size, places
-from trackopt.checkpoint.pickling import pickled
+from trackopt.checkpoint.pickler import pickled
 from trackopt.errors import CheckpointError
 
 if TYPE_CHECKING:

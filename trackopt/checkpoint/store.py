@@ -12,12 +12,12 @@ import torch
 
 from trackopt import locations, remote
 from trackopt.archive import verify
-from trackopt.checkpoint import shards
+from trackopt.checkpoint import sharded
 from trackopt.checkpoint.retention import Marks, Retention
-from trackopt.checkpoint.shards import ShardMemory, Shards
+from trackopt.checkpoint.sharded import ShardMemory, Shards
 from trackopt.checkpoint.snapshot import FORMAT
 from trackopt.checkpoint.staging import Staging
-from trackopt.checkpoint.write import PART, write
+from trackopt.checkpoint.writer import PART, write
 from trackopt.errors import ArchiveError, CheckpointError, MismatchError
 from trackopt.utils.files import sync_directory
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from trackopt.checkpoint.shards import Ranks
+    from trackopt.checkpoint.sharded import Ranks
     from trackopt.checkpoint.staging import Staged
 
 LATEST = "latest"
@@ -80,7 +80,7 @@ class Store:
         try:
             if self._leads:
                 self._mark(tree["trackopt"], marks)
-            parts, rest = shards.split(tree)
+            parts, rest = sharded.split(tree)
             return Shards(self._shards.copy(parts), self._staging.stage(rest) if self._leads else None)
         except (CheckpointError, MemoryError, RuntimeError) as error:  # the last is torch's for memory
             return Shards({}, None, error)
@@ -95,7 +95,7 @@ class Store:
         file = path.with_suffix(".pt")
         if isinstance(staged, Shards):
             assert self._ranks is not None  # noqa: S101 - for mypy: they were staged for these
-            shards.write_together(staged, path, self._ranks, before_commit=before_commit)
+            sharded.write_together(staged, path, self._ranks, before_commit=before_commit)
         else:
             path, file = file, path
             write(staged, path, before_commit=before_commit)
@@ -123,7 +123,7 @@ class Store:
                 newest sound one is of a kind that this version cannot use.
         """
         with contextlib.suppress(OSError):
-            shards.mend(self.folder)
+            sharded.mend(self.folder)
         damaged: dict[Path, str] = {}
         for path in reversed(self.paths()):
             try:
@@ -276,7 +276,7 @@ def load_checked(path: Path) -> dict[str, Any]:
     """
     path = _here(path)
     try:
-        tree = shards.load(path) if path.is_dir() else torch.load(path, map_location="cpu", weights_only=True)
+        tree = sharded.load(path) if path.is_dir() else torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, pickle.UnpicklingError) as error:
         raise CheckpointError(f"{path}: cannot be loaded ({str(error).splitlines()[0]})") from error
     if not isinstance(tree, dict) or "trackopt" not in tree:

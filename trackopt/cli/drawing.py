@@ -46,7 +46,7 @@ def write_pictures(panels: Sequence[Panel], *, png: Path | None, svg: Path | Non
 def attach(panels: Sequence[Panel], directories: Sequence[Path], *, name: str, title: str) -> None:
     """Attach the curves, as ``NAME.png``, to the MLflow run of each of these runs, and say so on stderr."""
     from trackopt.figure.paper import save
-    from trackopt.recorder.artifacts import FOLDER, attach
+    from trackopt.recorder.sinks.mlflow_figures import FOLDER, attach
 
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / f"{name}.png"

@@ -12,7 +12,7 @@ import click
 
 from trackopt.cli import screen
 from trackopt.rehearsal.rehearse import KILLS, rehearse
-from trackopt.rehearsal.training import CommandError
+from trackopt.rehearsal.training_command import CommandError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.text import Text
 
+    from trackopt.rehearsal.diagnosis import Verdict
     from trackopt.rehearsal.divergence import Divergence
     from trackopt.rehearsal.rehearse import Facts, Rehearsal, Tell
-    from trackopt.rehearsal.verdict import Verdict
 
 _FEW = 8
 _NOT_EXACT = 1

@@ -8,8 +8,8 @@ from pathlib import Path
 import click
 import orjson
 
-from trackopt.directory import RunDirectory, read_identity
 from trackopt.errors import TrackoptError
+from trackopt.rundir.directory import RunDirectory, read_identity
 
 
 @click.command("sync")

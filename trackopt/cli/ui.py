@@ -17,8 +17,8 @@ import orjson
 
 from trackopt.cli import screen, serving
 from trackopt.cli.ls import is_held
-from trackopt.directory import IDENTITY, read_identity
 from trackopt.errors import RunError
+from trackopt.rundir.directory import IDENTITY, read_identity
 from trackopt.utils.mlflow_uri import without_password
 
 if TYPE_CHECKING:

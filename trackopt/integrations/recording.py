@@ -18,18 +18,18 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from trackopt import journal
-from trackopt.arguments import SINKS, check_objects, check_options
 from trackopt.checkpoint.resharding import has_spread_parameters
 from trackopt.checkpoint.retention import Retention
 from trackopt.checkpoint.snapshot import versions
-from trackopt.directory import RunDirectory
 from trackopt.errors import UsageError
 from trackopt.journal import Journal
-from trackopt.observe.hyperparameters import params as hyperparameters
-from trackopt.recorder.process import RecorderProcess
-from trackopt.rehearsal import plan
-from trackopt.run import tell
-from trackopt.telemetry import Telemetry
+from trackopt.recorder.child_process import RecorderProcess
+from trackopt.run.options import SINKS, check_objects, check_options
+from trackopt.run.run import tell
+from trackopt.rundir import environment
+from trackopt.rundir.directory import RunDirectory
+from trackopt.telemetry.collector import Telemetry
+from trackopt.telemetry.hyperparameters import params as hyperparameters
 from trackopt.utils.mlflow_uri import mlflow_target
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ class Recording:
 
     def __init__(self, training: Training, options: Options, *, leads: bool = True) -> None:
         self._training = training
-        self._sinks = options.sinks if leads and plan.current() is None else ()
+        self._sinks = options.sinks if leads and environment.current() is None else ()
         self._directory = RunDirectory(options.dir) if leads else None
         self._identity: dict[str, Any] = {"id": None, "attempt": 1}
         try:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from trackopt.journal import Line
-    from trackopt.recorder.sink import Sink
+    from trackopt.recorder.sinks.base import Sink
 
 T = TypeVar("T")
 _RECORDS = 500  # in one write to a sink, unless it fails

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import orjson
 
 from trackopt import journal
-from trackopt.directory import read_identity
 from trackopt.errors import RunError
+from trackopt.rundir.directory import read_identity
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

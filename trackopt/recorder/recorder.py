@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from trackopt import journal
-from trackopt.directory import read_identity, replace
 from trackopt.errors import RunError, TrackoptError
+from trackopt.recorder.child_process import LOG
 from trackopt.recorder.delivery import Delivery
-from trackopt.recorder.process import LOG
 from trackopt.recorder.progress import CURSORS
+from trackopt.rundir.directory import read_identity, replace
 from trackopt.utils.mlflow_uri import without_password
 
 if TYPE_CHECKING:
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from pathlib import Path
     from types import TracebackType
 
-    from trackopt.recorder.sink import Sink
-    from trackopt.recorder.uploads import Uploads
+    from trackopt.recorder.sinks.base import Sink
+    from trackopt.recorder.sinks.mlflow_artifacts import Uploads
 
 _LONGEST_PAUSE = 60.0  # seconds between two tries of a sink that fails
 
@@ -136,7 +136,7 @@ class Recorder:
     def _delivery(self, name: str) -> Delivery | Uploads:
         if name not in self._deliveries and name == "artifacts":
             _limit_patience()
-            from trackopt.recorder.uploads import Uploads
+            from trackopt.recorder.sinks.mlflow_artifacts import Uploads
 
             self._deliveries[name] = Uploads(self._directory, self._cursors.get(name), self._tell, self._save)
         elif name not in self._deliveries:
@@ -164,12 +164,12 @@ class Recorder:
 def _connector(name: str, directory: Path) -> Callable[[int], Sink]:
     """A backend is imported when its sink is first made, so that the one that is missing does not stop the other."""
     if name == "tensorboard":
-        from trackopt.recorder.tensorboard import TensorBoardSink
+        from trackopt.recorder.sinks.tensorboard import TensorBoardSink
 
         return lambda step: TensorBoardSink(directory, step)
     if name == "mlflow":
         _limit_patience()
-        from trackopt.recorder.mlflow import MLflowSink
+        from trackopt.recorder.sinks.mlflow import MLflowSink
 
         return lambda _: MLflowSink(directory)
     raise TrackoptError(f"{name}: no such sink; choose tensorboard or mlflow")

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import orjson
 
 from trackopt.rehearsal.fingerprint import fingerprint, optimizer_state, randomness, rates, weights
-from trackopt.rehearsal.plan import KILLED, Plan
-from trackopt.rehearsal.strays import Stray, numbers, strays
 from trackopt.rehearsal.trace import NAME
+from trackopt.rehearsal.untracked_state import Stray, numbers, strays
+from trackopt.rundir.environment import KILLED, Plan
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 from trackopt import journal, locations, state
 from trackopt.difference import diff
 from trackopt.errors import TrackoptError
+from trackopt.rehearsal.diagnosis import Cause, Verdict, judge
 from trackopt.rehearsal.divergence import Divergence, idle, same_series
-from trackopt.rehearsal.plan import UNNAMED
-from trackopt.rehearsal.training import CommandError, Training
-from trackopt.rehearsal.verdict import Cause, Verdict, judge
+from trackopt.rehearsal.training_command import CommandError, Training
+from trackopt.rundir.environment import UNNAMED
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

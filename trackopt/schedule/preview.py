@@ -16,7 +16,7 @@ import torch
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from trackopt.errors import UsageError
-from trackopt.observe.hyperparameters import label, numeric
+from trackopt.telemetry.hyperparameters import label, numeric
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

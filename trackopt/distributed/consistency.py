@@ -1,0 +1,72 @@
+"""Whether every rank runs the same training: a difference is told before it lets one of them wait for the others."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from zlib import crc32
+
+from trackopt.checkpoint.snapshot import class_name, versions
+from trackopt.errors import RunError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from trackopt.checkpoint.snapshot import Training
+    from trackopt.distributed.collectives import Ranks
+
+    _Traits = dict[str, tuple[str, int]]
+
+
+def require_alike(ranks: Ranks, training: Training, built: Mapping[str, Any], arguments: Mapping[str, Any]) -> None:
+    """Refuse ranks that differ in their script, their objects or their arguments.
+
+    Args:
+        ranks: This process among those of the training.
+        training: Its objects.
+        built: The settings of its schedulers.
+        arguments: What else ``wrap`` was given that decides what the loop does.
+
+    Raises:
+        RunError: On every rank, the first difference that there is.
+    """
+    found = ranks.gather(_traits(training, built, arguments) if ranks.world > 1 else {})
+    ranks.agree(lambda: _compare(found))
+
+
+def _compare(found: list[_Traits]) -> None:
+    first = found[0]
+    for rank, other in enumerate(found):
+        for what in first:
+            if other[what] != first[what]:
+                here, there = first[what][0], other[what][0]
+                how = "in its insides" if here == there else f"{there}, and not {here}"
+                raise RunError(
+                    f"rank {rank} differs from rank 0 in its {what} ({how}); "
+                    "start the same script with the same arguments on every rank"
+                )
+
+
+def _traits(training: Training, built: Mapping[str, Any], arguments: Mapping[str, Any]) -> _Traits:
+    """What must be the same, in a word that a reader understands and as a checksum of all of it."""
+    script = Path(getattr(sys.modules["__main__"], "__file__", None) or "")
+    models = {name: [(key, tuple(p.shape)) for key, p in m.named_parameters()] for name, m in training.models.items()}
+    names, optimizers, schedulers = training.parameter_names(), training.optimizers, training.schedulers
+    return {
+        "script": (script.name, crc32(script.read_bytes() if script.is_file() else b"")),
+        "versions": _trait(", ".join(versions().values())),
+        "model": _trait(", ".join(map(_kind, training.models.values())), models),
+        "optimizer": _trait(", ".join(map(_kind, optimizers.values())), names),
+        "scheduler": _trait(", ".join(map(_kind, schedulers.values())), built),
+        "objects": _trait(", ".join(training.stateful)),
+        **{name: _trait(str(value)) for name, value in arguments.items()},
+    }
+
+
+def _trait(word: str, *rest: Any) -> tuple[str, int]:
+    return word, crc32(repr((word, *rest)).encode())
+
+
+def _kind(thing: object) -> str:
+    return class_name(thing).rpartition(".")[2]

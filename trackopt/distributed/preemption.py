@@ -1,0 +1,111 @@
+"""Where the ranks of a training meet: to stop for a signal that came to one, or for a checkpoint that time makes due.
+
+No iteration sends a message for it. A thread of each rank looks at the store of the process group a few times a second.
+Once a rank has asked there for a meeting, each thread writes down the step that its loop is in, and the loop goes no
+further than its end until all have done so. The ranks meet at the end of the latest one. Threads answer even while
+their loops wait in a collective for a rank that is behind, so nobody waits for a rank that waits for it. Steps are the
+same on all ranks; iterations need not be, as where one of them validates alone.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import threading
+import time
+from typing import TYPE_CHECKING
+
+from trackopt.errors import RunError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from trackopt.distributed.collectives import Ranks
+
+_GLANCE = 0.2  # seconds between two looks at the store
+_SHORT = 0.01  # the same while a meeting is being fixed
+_LONG = 10.0  # seconds in which a look must be over; python may abort if it ends while a thread is in one
+
+
+class Meeting:
+    """One rank's part in all meetings.
+
+    Args:
+        ranks: The ranks, several.
+        wish: What this rank wants them to meet for, if anything; asked a few times a second, in a thread.
+        step: The steps that are done.
+    """
+
+    def __init__(self, ranks: Ranks, wish: Callable[[], str | None], step: int) -> None:
+        self._ranks = ranks
+        self._wish = wish
+        # The training may wait in a call to the store; the thread has a connection of its own.
+        self._store = ranks.store.clone() if hasattr(ranks.store, "clone") else ranks.store
+        self._lock = threading.Lock()
+        self._step = step
+        self._limit = math.inf  # the one that is not left before it is known where the ranks meet
+        self._known, self._met, self._closed = threading.Event(), threading.Event(), threading.Event()
+        self._at, self._what = 0, ""
+        self._thread = threading.Thread(target=self._watch, name="trackopt-meeting", daemon=True)
+        self._thread.start()
+
+    def arrive(self, step: int) -> str | None:
+        """An iteration is done, and so many steps; what the ranks meet here for, if they do.
+
+        Raises:
+            RunError: Another rank did not answer.
+        """
+        with self._lock:
+            self._step = step
+            if step < self._limit:
+                return None
+        if not self._known.wait(self._ranks.patience) or not self._at:
+            raise RunError("the ranks could not agree on where to stop, as one of them did not answer; start all again")
+        if step < self._at:
+            return None
+        self._limit = math.inf
+        self._known.clear()
+        self._met.set()
+        return self._what
+
+    def close(self) -> None:
+        """No more meetings."""
+        self._closed.set()
+        self._met.set()
+        self._thread.join(_LONG)
+
+    def _watch(self) -> None:
+        for number in itertools.count():
+            try:
+                if not self._is_called(f"{number}/what"):
+                    return
+                with self._lock:
+                    self._limit = self._step + 1
+                self._what = self._store.get(f"{number}/what").decode()
+                self._at = self._latest(number)
+            except RuntimeError:  # the store is gone, or a rank did not answer
+                self._at = 0
+            self._met.clear()
+            self._known.set()
+            if self._closed.is_set() or not self._at:
+                return
+            self._met.wait()
+
+    def _is_called(self, key: str) -> bool:
+        """Wait until a rank asks for a meeting; whether one did before this rank closed."""
+        while not self._closed.wait(_GLANCE):
+            if self._store.check([key]):
+                return True
+            if wish := self._wish():
+                self._store.compare_set(key, "", wish)  # the first one is taken
+        return False
+
+    def _latest(self, number: int) -> int:
+        """The latest of the steps that the ranks are in, once all have told theirs; 0 if one does not."""
+        keys = [f"{number}/{rank}" for rank in range(self._ranks.world)]
+        self._store.set(keys[self._ranks.rank], str(self._limit))
+        end = time.monotonic() + self._ranks.patience
+        while not self._store.check(keys):
+            if time.monotonic() > end or self._closed.wait(_SHORT):
+                return 0
+        return max(int(each) for each in self._store.multi_get(keys))

@@ -1,0 +1,222 @@
+"""``wrap``: from the user's live objects to a run, by way of its directory and the checkpoint that it goes on from."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from torch.nn.parallel import DistributedDataParallel
+
+from trackopt import remote
+from trackopt.checkpoint.resharding import is_spread
+from trackopt.checkpoint.resume import Resumption, find, part_of_rank
+from trackopt.checkpoint.retention import Retention
+from trackopt.checkpoint.snapshot import Training
+from trackopt.checkpoint.store import Store, load_checked
+from trackopt.distributed.collectives import Ranks, here
+from trackopt.distributed.consistency import require_alike
+from trackopt.errors import RunError, UsageError
+from trackopt.run.options import SINKS, check_objects, check_options
+from trackopt.run.run import Run, tell
+from trackopt.rundir import environment
+from trackopt.rundir.directory import Followed, RunDirectory
+from trackopt.training.scheduler_config import settings
+from trackopt.utils.mlflow_uri import mlflow_target
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Callable, Sequence
+    from datetime import timedelta
+
+    from torch import nn
+    from torch.optim import Optimizer
+
+    from trackopt.checkpoint.snapshot import Generator, Stateful
+
+T = TypeVar("T")
+logger = logging.getLogger("trackopt")
+
+
+def wrap(
+    optimizer: Optimizer | Mapping[str, Optimizer],
+    scheduler: Any = None,
+    *,
+    model: nn.Module | Mapping[str, nn.Module] | None = None,
+    dir: str | os.PathLike[str] | None = None,  # noqa: A002 - the word that torch and TensorBoard users expect
+    resume: str | os.PathLike[str] = "auto",
+    save_every: int | timedelta | None = None,
+    save_busy: str = "wait",
+    keep: int = 3,
+    keep_best: int = 0,
+    keep_every: int | None = None,
+    stats: str | None = "group",
+    stats_every: int = 1,
+    histograms_every: int = 0,
+    sinks: Sequence[str] = SINKS,
+    artifacts: bool = False,
+    experiment: str | None = None,
+    name: str | None = None,
+    progress: bool = True,
+    strict: bool = True,
+    **stateful: Stateful | Generator,
+) -> Run:
+    """Track a training, and make it one that can be stopped and started anywhere.
+
+    The objects stay what they are; nothing is replaced or patched. If ``dir`` holds an earlier attempt of the same
+    run, the state of its newest checkpoint is put into them here, before the loop begins.
+
+    Args:
+        optimizer: Any torch optimizer, or a dict of them by name; also as Accelerate prepared them.
+        scheduler: Its LR scheduler, or a dict by name.
+        model: The module, or a dict by name; without it checkpoints hold no weights.
+        dir: The run's directory. Default: a fresh ``runs/<date-time>``, which can be resumed only by naming it.
+            ``TRACKOPT_DIR`` in the environment goes before it.
+        resume: ``"auto"`` (the newest sound checkpoint in ``dir``, else from the start), ``"must"``, ``"never"``
+            (refuses a directory that holds a run), or the path of a checkpoint, or its address among the artifacts of
+            an MLflow run.
+        save_every: Optimizer steps, or a ``timedelta``, between two checkpoints. Default: only at ``run.save()``
+            and ``run.close()``.
+        save_busy: What becomes of a checkpoint that ``save_every`` makes due while the one before it is still on its
+            way to the disk: it can ``"wait"`` for that, and the loop with it, or ``"skip"`` its turn.
+        keep: How many of the newest checkpoints to keep.
+        keep_best: How many to keep of those with the lowest ``run.save(metric=…)``. Default: none.
+        keep_every: Keep for good the first checkpoint in each stretch of so many optimizer steps. Default: none.
+        stats: ``"group"`` for statistics of the parameters, gradients and buffers of each parameter group,
+            ``"param"`` for those of each parameter, ``None`` for none.
+        stats_every: Take them at every n-th step; what the step really changed, at every tenth of these.
+        histograms_every: Take histograms of gradients and buffers at every n-th step; 0 for none.
+        sinks: Where the journal goes: ``"tensorboard"``, ``"mlflow"``, both or none.
+        artifacts: Whether the recorder uploads each checkpoint to the artifacts of the MLflow run, where they stay; it
+            is then to be had as ``runs:/<run id>/checkpoints/step-…``.
+        experiment: MLflow's experiment. Default: ``MLFLOW_EXPERIMENT_NAME``, else MLflow's own default.
+        name: The run's name. Default: the directory's.
+        progress: Whether ``epochs`` and ``batches`` show how far the training is: on a terminal in two lines that stay,
+            elsewhere in a line a minute.
+        strict: Whether a checkpoint must fit the objects in every name, shape, dtype, class and setting. With
+            ``False`` what fits is loaded, and the rest is listed in a warning.
+        **stateful: Whatever else has ``state_dict`` and ``load_state_dict`` (a ``GradScaler``, an EMA model), and
+            random generators of torch, NumPy or python; saved and restored under its keyword.
+
+    Returns:
+        The run; close it when the loop is done, or use it as a context manager.
+
+    Raises:
+        UsageError: An argument makes no sense.
+        RunError: The directory is taken, foreign, or cannot be written.
+        CheckpointError: There is no sound checkpoint where one must be, or (``MismatchError``) it does not fit.
+            Nothing was changed then, on disk or in the objects.
+
+    Example:
+        >>> import tempfile, torch, trackopt
+        >>> model = torch.nn.Linear(2, 1)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     with trackopt.wrap(optimizer, model=model, dir=folder, sinks=()) as run:
+        ...         for _ in run.epochs(1):
+        ...             for x in run.batches(torch.ones(3, 2)):
+        ...                 optimizer.zero_grad()
+        ...                 loss = model(x).square().mean()
+        ...                 loss.backward()
+        ...                 optimizer.step()
+        ...                 run.log(loss=loss)
+        ...     run.global_step
+        3
+    """
+    ranks = here()
+    if not ranks.leads:
+        logger.setLevel(logging.ERROR)  # rank 0 tells whatever there is to tell
+    training = Training(_without_ddp(model), optimizer, scheduler, stateful)
+    retention = Retention(keep, keep_best, keep_every)
+    measuring: dict[str, Any] = {"stats": stats, "stats_every": stats_every, "histograms_every": histograms_every}
+    saving: dict[str, Any] = {"save_every": save_every, "save_busy": save_busy}
+    ranks.agree(lambda: _check(training, **saving, retention=retention, sinks=sinks, artifacts=artifacts, **measuring))
+    destinations = (*sinks, "artifacts") if artifacts else sinks
+    built = {name: settings(each) for name, each in training.schedulers.items()}
+    require_alike(ranks, training, built, {**saving, **measuring})
+    directory = _opened(ranks, dir)
+    try:
+        store = Store(directory.checkpoints, retention, here() if is_spread(training) else None)
+        found, resumption, left_out = _found(ranks, directory, store, resume), None, []
+        if found is not None:
+            tree = part_of_rank(found[1], training, ranks)
+            resumption = Resumption(training, found[0], tree["trackopt"], ranks=ranks, strict=strict)
+            left_out = _agreed(ranks, partial(resumption.apply, tree))
+        if not directory.identity:
+            _agreed(ranks, lambda: directory.found(name, mlflow_target(experiment)) if ranks.leads else None)
+            directory.identity = ranks.told(directory.identity)
+        run = _agreed(
+            ranks,
+            lambda: Run(
+                training,
+                directory,
+                store,
+                ranks,
+                built=built,
+                saving=saving,
+                measuring=measuring,
+                progress=progress,
+                sinks=destinations if environment.current() is None else (),
+            ),
+        )
+    except BaseException:
+        directory.release()
+        raise
+    tell(f"left as it is here: {problem}" for problem in left_out)
+    try:
+        _agreed(ranks, lambda: run._start(resumption))
+    except BaseException as error:
+        run._close("FAILED", error)
+        raise
+    return run
+
+
+def _check(training: Training, **options: Any) -> None:
+    if not training.optimizers:
+        raise UsageError("wrap() was given no optimizer; pass one, or a dict of them by name")
+    check_objects(training)
+    check_options(**options)
+
+
+def _opened(ranks: Ranks, chosen: str | os.PathLike[str] | None) -> RunDirectory:
+    """The run's directory, held by rank 0; the others learn from it which one that is."""
+    directory = _agreed(ranks, lambda: RunDirectory(chosen) if ranks.leads else None)
+    path, identity = ranks.told(("", {}) if directory is None else (str(directory.path), directory.identity))
+    return directory or Followed(Path(path), identity)
+
+
+def _found(
+    ranks: Ranks, directory: RunDirectory, store: Store, resume: str | os.PathLike[str]
+) -> tuple[Path, dict[str, Any]] | None:
+    """The checkpoint that rank 0 found, read by each rank; ``None`` where the run begins anew."""
+    found = _agreed(ranks, lambda: find(directory, store, resume) if ranks.leads else None)
+    path = ranks.told(None if found is None else str(_absolute(found[0])))
+    if path is None:
+        return None
+    return _agreed(ranks, lambda: found or (Path(path), load_checked(Path(path))))
+
+
+def _absolute(path: Path) -> Path:
+    return path if remote.is_address(path) else path.absolute()
+
+
+def _agreed(ranks: Ranks, action: Callable[[], T]) -> T:
+    """Do it on every rank; what a disk refuses is told as any other trouble with the run's directory."""
+
+    def told() -> T:
+        try:
+            return action()
+        except OSError as error:
+            place = error.filename or "the run's directory"
+            raise RunError(f"{place}: cannot be used ({error.strerror}); check the disk and the permissions") from error
+
+    return ranks.agree(told)
+
+
+def _without_ddp(model: Any) -> Any:
+    """Modules as one process would have them: DDP puts ``module.`` in front of every name."""
+    if isinstance(model, Mapping):
+        return {name: _without_ddp(each) for name, each in model.items()}
+    return model.module if isinstance(model, DistributedDataParallel) else model
