@@ -14,13 +14,13 @@ from torch import nn
 import trackopt
 from tests.checkpoints import saved, trained
 from tests.test_difference_formats import base, reorder_groups
-from trackopt.difference.alignment import folded
+from trackopt.analysis.diff.alignment import folded
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from trackopt.difference import Difference
+    from trackopt.analysis.diff import Difference
 
 Tree = dict[str, Any]
 

@@ -14,9 +14,9 @@ from rich.cells import cell_len
 from tests.test_cli import ESCAPE, fails
 from tests.test_plot import STEPS, train
 from trackopt import journal
-from trackopt.curves.comparison import compare
-from trackopt.curves.series import Tracked
 from trackopt.errors import UsageError
+from trackopt.plotting.comparison import compare
+from trackopt.plotting.run_series import Tracked
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ import trackopt
 from tests.checkpoints import saved, trained
 
 if TYPE_CHECKING:
-    from trackopt.difference import Difference
+    from trackopt.analysis.diff import Difference
 
 
 def compared(a: Any, b: Any, folder: Path) -> Difference:

@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 
 import trackopt
 from tests.checkpoints import peak, saved
-from trackopt.difference import compare, elements
+from trackopt.analysis.diff import compare, elements
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from trackopt.difference import Difference
+    from trackopt.analysis.diff import Difference
 
 FLOATS = ["float64", "float32", "float16", "bfloat16"]
 

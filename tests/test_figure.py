@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trackopt.figure import Curve, Panel, calm, thin, ticks
-from trackopt.figure.paper import _families, save
-from trackopt.figure.terminal import draw
+from trackopt.plotting.figure import Curve, Panel, calm, thin, ticks
+from trackopt.plotting.matplotlib import _families, save
+from trackopt.plotting.terminal import draw
 
 VALUES = st.lists(st.floats(), min_size=0, max_size=60)
 

@@ -18,9 +18,9 @@ from tests.conftest import build, mlflow_run, quietly, train_step
 from tests.test_cli import ESCAPE, fails
 from tests.test_cli import trackopt as run
 from trackopt import journal
-from trackopt.curves.panels import panels
-from trackopt.curves.series import Reader, Tracked
 from trackopt.errors import RunError, UsageError
+from trackopt.plotting.panels import panels
+from trackopt.plotting.run_series import Reader, Tracked
 from trackopt.rundir.directory import RunDirectory
 
 STEPS = 30

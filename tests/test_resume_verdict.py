@@ -16,7 +16,7 @@ from tests.test_difference_formats import reorder_groups
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from trackopt.difference.resume import Verdict
+    from trackopt.analysis.diff.continuation import Verdict
 
 Tree = dict[str, Any]
 

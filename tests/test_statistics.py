@@ -10,8 +10,8 @@ import torch
 
 import trackopt
 from tests.checkpoints import peak, saved, trained
-from trackopt.summary import Summary, summarize
-from trackopt.summary.statistics import joined, measure
+from trackopt.analysis.summary import Summary, summarize
+from trackopt.analysis.summary.statistics import joined, measure
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -74,7 +74,8 @@ def test_parts_join_to_the_whole(tmp_path: Path) -> None:
 def test_memory_stays_bounded(tmp_path: Path) -> None:
     path = saved({"t": torch.zeros(64 << 20)}, tmp_path / "t.pt")
     program = (
-        "import sys, trackopt; from trackopt.summary.statistics import measure; measure(trackopt.open(sys.argv[1]))"
+        "import sys, trackopt; from trackopt.analysis.summary.statistics import measure; "
+        "measure(trackopt.open(sys.argv[1]))"
     )
     assert peak(program, path) < 96 << 10
 

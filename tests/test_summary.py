@@ -10,8 +10,8 @@ from torch import _weights_only_unpickler, nn
 
 import trackopt
 from tests.checkpoints import Call, pickled, saved, trained, zipped
+from trackopt.analysis.summary import Summary, summarize
 from trackopt.archive.unpickler.weights_only import is_safe
-from trackopt.summary import Summary, summarize
 
 if TYPE_CHECKING:
     from pathlib import Path

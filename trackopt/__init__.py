@@ -19,9 +19,9 @@ from trackopt.errors import (
 )
 
 if TYPE_CHECKING:
+    from trackopt.analysis.diff import diff
     from trackopt.archive import Archive
     from trackopt.checkpoint.restore import Restored, restore
-    from trackopt.difference import diff
     from trackopt.locations import open  # noqa: A004 - `trackopt.open` is meant to read like the built-in
     from trackopt.run.run import Run
     from trackopt.run.wrap import wrap
@@ -34,7 +34,7 @@ _HOMES = {
     "Preview": "trackopt.schedule.preview",
     "Restored": "trackopt.checkpoint.restore",
     "Run": "trackopt.run.run",
-    "diff": "trackopt.difference",
+    "diff": "trackopt.analysis.diff",
     "open": "trackopt.locations",
     "preview": "trackopt.schedule.preview",
     "restore": "trackopt.checkpoint.restore",

@@ -115,7 +115,7 @@ def _forget_stdout() -> None:
 
 
 def _report(message: str) -> int:
-    from trackopt.cli.screen import clean
+    from trackopt.cli.console import clean
 
     click.echo(f"trackopt: {clean(message, _LONGEST)}", err=True)
     return 2

@@ -11,7 +11,7 @@ import click
 
 from trackopt import locations, state
 from trackopt.archive import verify
-from trackopt.cli import screen
+from trackopt.cli import console
 from trackopt.errors import ArchiveError, RunError
 
 if TYPE_CHECKING:
@@ -105,11 +105,11 @@ def _list(path: Path, *, as_json: bool) -> None:
         rows = runs
         layout = _runs(runs)
     if as_json:
-        screen.write_json([asdict(row) for row in rows])
+        console.write_json([asdict(row) for row in rows])
     elif rows:
-        screen.show([layout])
+        console.show([layout])
     else:
-        screen.show([f"{screen.clean(path)}: nothing here yet"])
+        console.show([f"{console.clean(path)}: nothing here yet"])
 
 
 def _found(path: Path) -> Iterator[Run]:
@@ -119,7 +119,7 @@ def _found(path: Path) -> Iterator[Run]:
             if child.is_dir() and _is_run(child):
                 yield _run(child)
         except OSError as error:
-            click.echo(f"trackopt: {screen.clean(child)}: cannot be read ({error.strerror})", err=True)
+            click.echo(f"trackopt: {console.clean(child)}: cannot be read ({error.strerror})", err=True)
 
 
 def _is_run(path: Path) -> bool:
@@ -234,15 +234,15 @@ def _runs(runs: list[Run]) -> Text:
         [
             Path(run.path).name if run.name == Path(run.path).name else f"{Path(run.path).name} ({run.name})",
             run.status,
-            screen.number(run.step) if run.step is not None else "",
-            screen.number(run.epoch) if run.epoch is not None else "",
+            console.number(run.step) if run.step is not None else "",
+            console.number(run.epoch) if run.epoch is not None else "",
             str(run.checkpoints),
-            screen.size(run.bytes),
-            screen.since(run.time),
+            console.size(run.bytes),
+            console.since(run.time),
         ]
         for run in runs
     ]
-    return screen.table(["run", "status", "step", "epoch", "saved", "size", "last"], rows, left=2)
+    return console.table(["run", "status", "step", "epoch", "saved", "size", "last"], rows, left=2)
 
 
 def _checkpoints(found: list[Checkpoint]) -> Text:
@@ -250,12 +250,12 @@ def _checkpoints(found: list[Checkpoint]) -> Text:
         [
             Path(one.path).name,
             f"{one.step:,}",
-            screen.number(one.epoch) if one.epoch is not None else "",
-            screen.size(one.bytes),
-            screen.since(one.time),
+            console.number(one.epoch) if one.epoch is not None else "",
+            console.size(one.bytes),
+            console.since(one.time),
             "" if one.metric is None else f"{one.metric:.6g}",
             ("sound, kept" if one.keep else "sound") if one.sound else "damaged",
         ]
         for one in found
     ]
-    return screen.table(["checkpoint", "step", "epoch", "size", "saved", "metric", "soundness"], rows)
+    return console.table(["checkpoint", "step", "epoch", "size", "saved", "metric", "soundness"], rows)

@@ -7,7 +7,7 @@ from dataclasses import asdict
 import click
 
 from trackopt.analysis.salvage.salvage import salvage
-from trackopt.cli import screen
+from trackopt.cli import console
 
 _SHOWN = 10
 
@@ -28,14 +28,14 @@ def command(source: str, target: str, as_json: bool) -> None:
     """
     done = salvage(source, target)
     if as_json:
-        screen.write_json(asdict(done))
+        console.write_json(asdict(done))
         return
     count = done.tensors + len(done.lost)
-    told = f"{done.target}: {done.tensors:,} of {count:,} saved, {screen.size(done.bytes)}"
-    lines = [screen.finding("ok", told)]
+    told = f"{done.target}: {done.tensors:,} of {count:,} saved, {console.size(done.bytes)}"
+    lines = [console.finding("ok", told)]
     if done.lost:
-        lines.append(screen.finding("warning", f"lost: {len(done.lost):,}"))
-        lines += [screen.detail(name) for name in done.lost[:_SHOWN]]
+        lines.append(console.finding("warning", f"lost: {len(done.lost):,}"))
+        lines += [console.detail(name) for name in done.lost[:_SHOWN]]
         if len(done.lost) > _SHOWN:
-            lines.append(screen.detail(f"and {len(done.lost) - _SHOWN:,} more; --json lists all"))
-    screen.show(lines)
+            lines.append(console.detail(f"and {len(done.lost) - _SHOWN:,} more; --json lists all"))
+    console.show(lines)

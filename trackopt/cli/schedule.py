@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from trackopt.cli import drawing, screen
+from trackopt.cli import console, figures
 from trackopt.errors import UsageError
-from trackopt.figure import Curve, Panel
+from trackopt.plotting.figure import Curve, Panel
 from trackopt.schedule.expression import Call, parse
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class _Schedule:
     metavar="FILE",
     help=f"What {_PLATEAU} goes by: a number for each step, one to a line or as a JSON list.",
 )
-@drawing.picture_options
+@figures.picture_options
 @click.option("--csv", "as_csv", is_flag=True, help="Print the numbers as CSV.")
 @click.option("--json", "as_json", is_flag=True, help="Print the numbers as JSON.")
 def command(
@@ -90,13 +90,13 @@ def command(
     count = steps or (len(values) if values else _STEPS)
     shown, resumed = _previews(calls, count, lr or (0.1,), values)
     panels = _panels(shown)
-    drawing.write_pictures(panels, png=outputs["png"], svg=outputs["svg"], title="learning rate schedules")
+    figures.write_pictures(panels, png=outputs["png"], svg=outputs["svg"], title="learning rate schedules")
     if outputs["as_json"]:
-        screen.write_json({"schedules": [_as_dict(one) for one in shown]})
+        console.write_json({"schedules": [_as_dict(one) for one in shown]})
     elif outputs["as_csv"]:
         _write_csv(shown)
     else:
-        screen.show(_screen(panels, resumed))
+        console.show(_screen(panels, resumed))
 
 
 def _previews(
@@ -161,19 +161,19 @@ def _panel(title: str, shown: Sequence[_Schedule], kind: str, key: str) -> Panel
 
 def _screen(panels: Sequence[Panel], resumed: Sequence[Resumption]) -> Iterator[RenderableType]:
     first, *others = panels
-    yield from drawing.drawn([(first, _HEIGHT)], legend=False)
+    yield from figures.drawn([(first, _HEIGHT)], legend=False)
     yield ""
     yield _table(first)
     if others:
         yield ""
-        yield from drawing.drawn([(panel, _LOW_HEIGHT) for panel in others])
+        yield from figures.drawn([(panel, _LOW_HEIGHT) for panel in others])
     for found in resumed:
         yield ""
         yield from _told(found)
 
 
 def _table(panel: Panel) -> Text:
-    from trackopt.figure.terminal import letter
+    from trackopt.plotting.terminal import letter
 
     several = len(panel.curves) > 1
     rows = []
@@ -182,12 +182,12 @@ def _table(panel: Panel) -> Text:
         numbers = [rates[0], min(rates), max(rates), rates[-1]]
         rows.append([*([letter(index)] if several else []), curve.name, *(f"{number:.4g}" for number in numbers)])
     heads = ["schedule", "first", "lowest", "highest", "last"]
-    return screen.table(["", *heads], rows, left=2) if several else screen.table(heads, rows)
+    return console.table(["", *heads], rows, left=2) if several else console.table(heads, rows)
 
 
 def _told(found: Resumption) -> Iterator[RenderableType]:
     """What ``last_epoch`` means, and what comes of it."""
-    yield screen.finding(
+    yield console.finding(
         "info",
         f"last_epoch={found.done - 1} resumes after {found.done} step{'s' * (found.done != 1)}: it counts them from 0, "
         "so write one less than were done. Each parameter group must have an initial_lr: here that is --lr, in a "
@@ -200,10 +200,10 @@ def _told(found: Resumption) -> Iterator[RenderableType]:
     ):
         parting = found.parting(preview)
         if parting is None:
-            yield screen.finding("ok", f"{how}: as if it had never stopped")
+            yield console.finding("ok", f"{how}: as if it had never stopped")
         else:
             step, wrong, right = parting
-            yield screen.finding("warning", f"{how}: at step {step} the LR is {wrong:.4g} instead of {right:.4g}")
+            yield console.finding("warning", f"{how}: at step {step} the LR is {wrong:.4g} instead of {right:.4g}")
 
 
 def _as_dict(one: _Schedule) -> dict[str, Any]:

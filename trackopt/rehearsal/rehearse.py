@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trackopt import journal, locations, state
-from trackopt.difference import diff
+from trackopt.analysis.diff import diff
 from trackopt.errors import TrackoptError
 from trackopt.rehearsal.diagnosis import Cause, Verdict, judge
 from trackopt.rehearsal.divergence import Divergence, idle, same_series

@@ -17,7 +17,7 @@ from trackopt.state.frameworks import counters, recognize
 from trackopt.state.layout import Entry, entries, label
 from trackopt.state.models import Model, find_models, is_state_dict
 from trackopt.state.optimizers import Buffer, Group, Optimizer, Parameter, is_optimizer, read_optimizer
-from trackopt.state.randomness import generators, is_random
+from trackopt.state.rng import generators, is_random
 from trackopt.state.schedulers import Scheduler, is_scheduler, read_scheduler
 
 if TYPE_CHECKING:

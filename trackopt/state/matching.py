@@ -6,7 +6,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from trackopt.archive.tree import Tensor
-from trackopt.state import order
+from trackopt.state import parameter_order
 from trackopt.state.models import unique_names
 
 if TYPE_CHECKING:
@@ -154,8 +154,8 @@ def _by_kind(groups: Any, state: Any, candidates: dict[str, Tensor]) -> tuple[Na
     if not sequences or sum(map(len, sequences)) < sum(map(len, likes)):
         return {}, ""
     is_sorted = any(map(_is_sorted, candidates.values()))
-    named = order.reordered if is_sorted else order.in_order
-    ways = order.deals(sequences, {name: tensor.shape for name, tensor in candidates.items()})
+    named = parameter_order.reordered if is_sorted else parameter_order.in_order
+    ways = parameter_order.deals(sequences, {name: tensor.shape for name, tensor in candidates.items()})
     found = [names for hands in ways if (names := named(sequences, hands)) is not None]
     if len(found) != 1:
         return {}, ""

@@ -9,20 +9,20 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from trackopt import state
+from trackopt.analysis.summary.findings import LISTED, Finding, findings, of_buffer, parts_of
 from trackopt.archive.describe import describe
 from trackopt.state.models import dtypes
-from trackopt.summary.findings import LISTED, Finding, findings, of_buffer, parts_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from trackopt.analysis.summary.statistics import Statistics
     from trackopt.archive import Archive
     from trackopt.archive.tree import Tensor
     from trackopt.state import TrainingState
     from trackopt.state.models import Model
     from trackopt.state.optimizers import Optimizer, Parameter
     from trackopt.state.schedulers import Scheduler
-    from trackopt.summary.statistics import Statistics
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Summary:
 
     def together(self) -> dict[str, Statistics]:
         """The statistics of each model's and each buffer's tensors, as if they were one."""
-        from trackopt.summary.statistics import joined
+        from trackopt.analysis.summary.statistics import joined
 
         measured = self.statistics or {}
         parts = {what: [measured[name] for name in names] for what, names in parts_of(self.state, measured).items()}
@@ -109,7 +109,7 @@ def summarize(
     """
     found, measured = state.read(archive), None
     if statistics:
-        from trackopt.summary.statistics import measure
+        from trackopt.analysis.summary.statistics import measure
 
         measured = measure(archive, progress)
     return Summary(
@@ -201,6 +201,6 @@ def _together(one: Optimizer, buffer: str, statistics: dict[str, Statistics] | N
     """The statistics of all of a buffer's tensors, as if they were one."""
     if statistics is None:
         return {}
-    from trackopt.summary.statistics import joined
+    from trackopt.analysis.summary.statistics import joined
 
     return joined(statistics[name] for name in of_buffer(one, buffer, statistics)).as_dict()

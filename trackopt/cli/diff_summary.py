@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trackopt.cli import screen
+from trackopt.cli import console
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.text import Text
 
-    from trackopt.difference import Difference
-    from trackopt.difference.resume import Verdict
-    from trackopt.difference.story import BufferTurn, Story
+    from trackopt.analysis.diff import Difference
+    from trackopt.analysis.diff.continuation import Verdict
+    from trackopt.analysis.diff.training_summary import BufferTurn, Story
 
 Row = tuple[str, list[str]]
 _STRAIGHT = 0.98
@@ -34,7 +34,7 @@ def headline(found: Difference) -> str:
     if story.same_run is not None:
         facts.append("same run" if story.same_run else "another run")
     names = [Path(path).name for path in (found.a, found.b)]
-    return screen.clean(" · ".join(facts) or " → ".join(names if names[0] != names[1] else (found.a, found.b)))
+    return console.clean(" · ".join(facts) or " → ".join(names if names[0] != names[1] else (found.a, found.b)))
 
 
 def lines(found: Difference) -> Iterator[Text]:
@@ -51,7 +51,7 @@ def lines(found: Difference) -> Iterator[Text]:
         rows.append(("rng", [_generators(story)]))
     rows += _odd(found)
     for label, facts in rows:
-        yield screen.row(label, facts, style="not bold")
+        yield console.row(label, facts, style="not bold")
 
 
 def notes(found: Difference) -> Iterator[RenderableType]:
@@ -59,22 +59,22 @@ def notes(found: Difference) -> Iterator[RenderableType]:
     from rich.text import Text
 
     for note in found.story.notes:
-        yield Text("  " + screen.flow([note], indent=4, first=2), style="dim")
+        yield Text("  " + console.flow([note], indent=4, first=2), style="dim")
 
 
 def verdict(found: Verdict) -> Iterator[RenderableType]:
     """Whether the run would go on the same, and why not."""
     if found.continues:
         sure = " as far as can be seen" if found.reasons else ""
-        yield screen.finding("ok", f"B loaded into A's training continues the same run{sure}")
+        yield console.finding("ok", f"B loaded into A's training continues the same run{sure}")
     else:
-        yield screen.finding("error", "B loaded into A's training does not continue the same run")
+        yield console.finding("error", "B loaded into A's training does not continue the same run")
     for reason in found.reasons:
-        yield screen.detail(reason.text if reason.level == "error" else f"({reason.text})")
+        yield console.detail(reason.text if reason.level == "error" else f"({reason.text})")
 
 
 def _moved(name: str, a: Any, b: Any) -> str:
-    x, y = ("unknown" if value is None else screen.number(value) for value in (a, b))
+    x, y = ("unknown" if value is None else console.number(value) for value in (a, b))
     return f"{name} {x}".strip() if a == b else f"{name} {x} → {y}".strip()
 
 
@@ -93,7 +93,7 @@ def _weights(found: Difference) -> list[Row]:
 
 
 def _percent(part: float) -> str:
-    return screen.share(part) if math.isfinite(part) else ("beyond measure" if math.isinf(part) else "to NaN")
+    return console.share(part) if math.isfinite(part) else ("beyond measure" if math.isinf(part) else "to NaN")
 
 
 def _rates(story: Story) -> list[Row]:
@@ -117,7 +117,7 @@ def _settings(story: Story) -> Iterator[Row]:
     for one in story.settings:
         rows.setdefault(one.name, []).append(_moved(one.group if named else "", one.a, one.b))
     for name, facts in rows.items():
-        label = name if len(name) <= screen.LABEL - 2 else "settings"
+        label = name if len(name) <= console.LABEL - 2 else "settings"
         yield label, facts if label == name else [f"{name}: {fact}" for fact in facts]
 
 

@@ -11,10 +11,10 @@ from trackopt.archive.unpickler.weights_only import is_safe
 from trackopt.state.models import unique, unique_names
 
 if TYPE_CHECKING:
+    from trackopt.analysis.summary.statistics import Statistics
     from trackopt.archive import Archive
     from trackopt.state import TrainingState
     from trackopt.state.optimizers import Optimizer
-    from trackopt.summary.statistics import Statistics
 
 #: Bytes up to which the checksums are read as well: a few hundredths of a second.
 READ_UP_TO = 48 << 20

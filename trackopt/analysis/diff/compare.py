@@ -11,11 +11,11 @@ from collections import deque
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from trackopt.analysis.diff import elements, numbers
+from trackopt.analysis.diff.numbers import Numbers, Tolerance
 from trackopt.archive import decode as values
 from trackopt.archive.formats.members import StorageRegion
 from trackopt.archive.formats.torch_zip import ZipSource
-from trackopt.difference import elements, numbers
-from trackopt.difference.numbers import Numbers, Tolerance
 from trackopt.errors import ArchiveError
 
 if TYPE_CHECKING:

@@ -9,9 +9,9 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from trackopt.cli import screen
+from trackopt.cli import console
 from trackopt.cli.ls import is_held
-from trackopt.curves.series import Reader, Tracked
+from trackopt.plotting.run_series import Reader, Tracked
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -28,7 +28,7 @@ def read(places: Sequence[str], wanted: Callable[[str], bool]) -> list[Reader]:
     readers = [Reader(place, wanted) for place in dict.fromkeys(places)]
     for reader in readers:
         long = reader.journal.stat().st_size > _LONG
-        with screen.progress(f"reading {screen.clean(reader.directory.name)}", shown=long) as progress:
+        with console.progress(f"reading {console.clean(reader.directory.name)}", shown=long) as progress:
             reader.update(progress)
     return readers
 
@@ -70,8 +70,8 @@ def _shown() -> Iterator[Callable[[Callable[[], Iterable[RenderableType]]], None
     from rich.console import Console, Group
     from rich.live import Live
 
-    console = Console(highlight=False, markup=False, emoji=False)
-    with Live(console=console, auto_refresh=False, transient=True) as live:
+    screen = Console(highlight=False, markup=False, emoji=False)
+    with Live(console=screen, auto_refresh=False, transient=True) as live:
         yield lambda render: live.update(Group(*render()), refresh=True)
 
 

@@ -1,7 +1,7 @@
 """A checkpoint's tree as flat rows: where it stands, its value, and what part it plays in training.
 
 Each row has a key that is the same for what belongs together in two checkpoints, whatever the files call it:
-parameters by their names and not by their ids, groups by their members (see `trackopt.difference.alignment`).
+parameters by their names and not by their ids, groups by their members (see `trackopt.analysis.diff.alignment`).
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from trackopt.errors import ArchiveError
 from trackopt.state import META
 from trackopt.state.layout import unflattened
 from trackopt.state.matching import flat
-from trackopt.state.randomness import generators, is_random
+from trackopt.state.rng import generators, is_random
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from trackopt.difference.alignment import Places
+    from trackopt.analysis.diff.alignment import Places
     from trackopt.state import TrainingState
     from trackopt.state.models import Model
     from trackopt.state.optimizers import Optimizer

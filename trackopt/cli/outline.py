@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from trackopt.archive.describe import describe
 from trackopt.archive.tree import Tensor, children
-from trackopt.cli import screen
+from trackopt.cli import console
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -27,9 +27,9 @@ def outline(tree: Any) -> Iterator[str]:
 def _below(node: Any, indent: int) -> Iterator[str]:
     shown = list(islice(children(node), _ITEMS + 1))
     for name, child in shown[:_ITEMS]:
-        key = screen.clean(name)
+        key = console.clean(name)
         if _leaf(child):
-            yield _line(indent, f"{key}: {screen.number(child) if not isinstance(child, Tensor) else _tensor(child)}")
+            yield _line(indent, f"{key}: {console.number(child) if not isinstance(child, Tensor) else _tensor(child)}")
         else:
             yield _line(indent, f"{key}  {_count(child)}")
             yield from _below(child, indent + 2)
@@ -56,6 +56,6 @@ def _count(node: Any) -> str:
 
 
 def _line(indent: int, text: str) -> str:
-    room = screen.text_width() - min(indent, 40)
-    text = screen.clean(text)
+    room = console.text_width() - min(indent, 40)
+    text = console.clean(text)
     return " " * min(indent, 40) + (text if len(text) <= room else f"{text[: room - 1]}…")

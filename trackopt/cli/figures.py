@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from trackopt.cli import screen
+from trackopt.cli import console
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from rich.text import Text
 
-    from trackopt.figure import Panel
+    from trackopt.plotting.figure import Panel
 
 _HEIGHTS = 12, 7
 _LOWEST = 4
@@ -37,15 +37,15 @@ def write_pictures(panels: Sequence[Panel], *, png: Path | None, svg: Path | Non
     kinds: dict[Literal["png", "svg"], Path | None] = {"png": png, "svg": svg}
     for kind, file in kinds.items():
         if file is not None:
-            from trackopt.figure.paper import save
+            from trackopt.plotting.matplotlib import save
 
             save([_clean(panel) for panel in panels], file, kind, title=title)
-            click.echo(f"wrote {screen.clean(file)}", err=True)
+            click.echo(f"wrote {console.clean(file)}", err=True)
 
 
 def attach(panels: Sequence[Panel], directories: Sequence[Path], *, name: str, title: str) -> None:
     """Attach the curves, as ``NAME.png``, to the MLflow run of each of these runs, and say so on stderr."""
-    from trackopt.figure.paper import save
+    from trackopt.plotting.matplotlib import save
     from trackopt.recorder.sinks.mlflow_figures import FOLDER, attach
 
     with tempfile.TemporaryDirectory() as folder:
@@ -53,16 +53,16 @@ def attach(panels: Sequence[Panel], directories: Sequence[Path], *, name: str, t
         save([_clean(panel) for panel in panels], file, "png", title=title)
         for directory in directories:
             attach(directory, file)
-            click.echo(f"attached {FOLDER}/{file.name} to {screen.clean(directory.name)} in MLflow", err=True)
+            click.echo(f"attached {FOLDER}/{file.name} to {console.clean(directory.name)} in MLflow", err=True)
 
 
 def drawn(panels: Iterable[tuple[Panel, int]], *, legend: bool = True) -> Iterator[Text]:
     """Panels, each of so many rows, as they stand on the screen."""
-    from trackopt.figure.terminal import draw
+    from trackopt.plotting.terminal import draw
 
     coloured = _coloured()
     for panel, height in panels:
-        yield draw(_clean(panel), width=screen.width(), height=height, coloured=coloured, legend=legend)
+        yield draw(_clean(panel), width=console.width(), height=height, coloured=coloured, legend=legend)
 
 
 def fitting(panels: Sequence[Panel], rows: int | None = None) -> list[tuple[Panel, int]]:
@@ -78,12 +78,12 @@ def fitting(panels: Sequence[Panel], rows: int | None = None) -> list[tuple[Pane
 def _clean(panel: Panel) -> Panel:
     """A panel whose names, which come from files, do nothing to a terminal."""
     panel = panel.lean()
-    curves = tuple(replace(curve, name=screen.clean(curve.name)) for curve in panel.curves)
-    return replace(panel, title=screen.clean(panel.title), curves=curves)
+    curves = tuple(replace(curve, name=console.clean(curve.name)) for curve in panel.curves)
+    return replace(panel, title=console.clean(panel.title), curves=curves)
 
 
 def _coloured() -> bool:
     from rich.console import Console
 
-    console = Console(file=sys.stdout)
-    return console.color_system is not None and not console.no_color
+    screen = Console(file=sys.stdout)
+    return screen.color_system is not None and not screen.no_color

@@ -10,17 +10,17 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from trackopt.difference.alignment import is_wrapped
-from trackopt.difference.changes import same
-from trackopt.difference.leaves import values
-from trackopt.difference.story import hyperparameters
+from trackopt.analysis.diff.alignment import is_wrapped
+from trackopt.analysis.diff.changes import same
+from trackopt.analysis.diff.flatten import values
+from trackopt.analysis.diff.training_summary import hyperparameters
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from trackopt.analysis.diff.alignment import Alignment
+    from trackopt.analysis.diff.totals import Tally
     from trackopt.archive.tree import Path
-    from trackopt.difference.alignment import Alignment
-    from trackopt.difference.tally import Tally
     from trackopt.state import TrainingState
     from trackopt.state.models import Model
     from trackopt.state.optimizers import Optimizer

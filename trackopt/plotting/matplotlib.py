@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import fontManager
 
 from trackopt.errors import UsageError
-from trackopt.figure import Curve, Panel, calm, pieces
+from trackopt.plotting.figure import Curve, Panel, calm, pieces
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 from trackopt import locations
 from trackopt import state as training
+from trackopt.analysis.diff.alignment import align
+from trackopt.analysis.diff.changes import Change, Terms, changes
+from trackopt.analysis.diff.compare import Comparison
+from trackopt.analysis.diff.continuation import Reason, Verdict, judge
+from trackopt.analysis.diff.numbers import Numbers, Tolerance
+from trackopt.analysis.diff.totals import Module, Tally, count
+from trackopt.analysis.diff.training_summary import Story, tell
 from trackopt.archive import Archive
-from trackopt.difference.alignment import align
-from trackopt.difference.changes import Change, Terms, changes
-from trackopt.difference.compare import Comparison
-from trackopt.difference.numbers import Numbers, Tolerance
-from trackopt.difference.resume import Reason, Verdict, judge
-from trackopt.difference.story import Story, tell
-from trackopt.difference.tally import Module, Tally, count
 from trackopt.errors import UsageError
 
 if TYPE_CHECKING:

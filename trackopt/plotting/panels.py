@@ -7,8 +7,8 @@ import statistics
 from collections import defaultdict
 from typing import TYPE_CHECKING
 
-from trackopt.curves.series import Tracked, names
-from trackopt.figure import Curve, Panel
+from trackopt.plotting.figure import Curve, Panel
+from trackopt.plotting.run_series import Tracked, names
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

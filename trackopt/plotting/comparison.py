@@ -9,7 +9,7 @@ from collections import deque
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from trackopt.curves.series import Tracked, names
+from trackopt.plotting.run_series import Tracked, names
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -5,15 +5,15 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from trackopt.analysis.diff.changes import same
+from trackopt.analysis.diff.numbers import Numbers
 from trackopt.archive.describe import describe
-from trackopt.difference.changes import same
-from trackopt.difference.numbers import Numbers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from trackopt.difference.alignment import Alignment
-    from trackopt.difference.tally import Tally
+    from trackopt.analysis.diff.alignment import Alignment
+    from trackopt.analysis.diff.totals import Tally
     from trackopt.state import TrainingState
 
 #: What the story says under names of its own, and what schedulers write down beside the learning rate.

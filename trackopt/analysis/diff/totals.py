@@ -6,17 +6,17 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from trackopt.analysis.diff.compare import Side
+from trackopt.analysis.diff.numbers import Numbers
 from trackopt.archive.tree import Tensor
-from trackopt.difference.compare import Side
-from trackopt.difference.numbers import Numbers
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from trackopt.analysis.diff.changes import Change
+    from trackopt.analysis.diff.compare import Comparison
+    from trackopt.analysis.diff.flatten import Role
     from trackopt.archive import Archive
-    from trackopt.difference.changes import Change
-    from trackopt.difference.compare import Comparison
-    from trackopt.difference.leaves import Role
 
 
 @dataclass

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from rich.cells import cell_len, set_cell_size
 from rich.text import Text
 
-from trackopt.figure import LETTERS, Curve, Panel, Point, calm, log_ticks, thin, ticks
+from trackopt.plotting.figure import LETTERS, Curve, Panel, Point, calm, log_ticks, thin, ticks
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

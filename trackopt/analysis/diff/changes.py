@@ -6,20 +6,20 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
+from trackopt.analysis.diff.compare import Pair, Side
+from trackopt.analysis.diff.flatten import Leaf, flatten
+from trackopt.analysis.diff.numbers import Numbers, Tolerance
 from trackopt.archive.describe import describe
 from trackopt.archive.tree import Opaque, Tensor
-from trackopt.difference.compare import Pair, Side
-from trackopt.difference.leaves import Leaf, flatten
-from trackopt.difference.numbers import Numbers, Tolerance
 from trackopt.errors import ArchiveError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+    from trackopt.analysis.diff.alignment import Alignment, Places
+    from trackopt.analysis.diff.compare import Comparison
+    from trackopt.analysis.diff.flatten import Key, Role
     from trackopt.archive import Archive
-    from trackopt.difference.alignment import Alignment, Places
-    from trackopt.difference.compare import Comparison
-    from trackopt.difference.leaves import Key, Role
     from trackopt.state import TrainingState
 
 _LONGEST_VALUE = 16

@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from trackopt.cli import screen
+from trackopt.cli import console
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.text import Text
 
-    from trackopt.difference import Difference
-    from trackopt.difference.changes import Change
-    from trackopt.difference.numbers import Numbers
+    from trackopt.analysis.diff import Difference
+    from trackopt.analysis.diff.changes import Change
+    from trackopt.analysis.diff.numbers import Numbers
 
 _FEW = 3
 _BAR = 24
@@ -38,7 +38,7 @@ def modules(found: Difference) -> Iterator[RenderableType]:
         if one.changed
     ]
     if rows:
-        yield screen.table(["module", "10⁻⁶ … 1", "changed", "rel L2"], rows, left=2)
+        yield console.table(["module", "10⁻⁶ … 1", "changed", "rel L2"], rows, left=2)
         yield ""
 
 
@@ -68,7 +68,7 @@ def every(found: Difference) -> Iterator[RenderableType]:
         yield _table(title, members)
         yield ""
     if others:
-        yield screen.table(_OTHERS, others, left=2)
+        yield console.table(_OTHERS, others, left=2)
         yield ""
 
 
@@ -87,7 +87,7 @@ def largest(found: Difference, top: int) -> Iterator[RenderableType]:
         yield _table("most changed", most[:top])
     yield from _rest(len(most), top)
     if rows[:top]:
-        yield screen.table(_OTHERS, rows[:top], left=2)
+        yield console.table(_OTHERS, rows[:top], left=2)
     yield from _rest(len(rows), top)
 
 
@@ -101,7 +101,7 @@ def _rest(length: int, top: int) -> Iterator[str]:
 def _table(title: str, changes: list[Change]) -> RenderableType:
     counted = any(one.numbers and one.numbers.ulp is not None and one.numbers.ulp < _ULPS for one in changes)
     heads = [title, *_NUMBERS, *(["ulp"] if counted else [])]
-    return screen.table(heads, ([_name(one), *_numbers(one, counted)] for one in changes))
+    return console.table(heads, ([_name(one), *_numbers(one, counted)] for one in changes))
 
 
 def _name(change: Change) -> str:
@@ -125,7 +125,7 @@ def _numbers(change: Change, counted: bool) -> list[str]:
     if numbers is None:
         return []
     cosine = "" if numbers.cosine is None else f"{numbers.cosine:.4f}"
-    cells = [f"{numbers.max_abs:.3g}", f"{numbers.rel_l2:.3g}", cosine, screen.share(numbers.share)]
+    cells = [f"{numbers.max_abs:.3g}", f"{numbers.rel_l2:.3g}", cosine, console.share(numbers.share)]
     return [*cells, _steps(numbers.ulp)] if counted else cells
 
 
@@ -185,12 +185,12 @@ def _is_told(change: Change) -> bool:
 def _value(change: Change) -> str:
     if change.kind in ("added", "removed"):
         what = change.b if change.kind == "added" else change.a
-        return f"{change.kind}: {screen.number(what)}"
+        return f"{change.kind}: {console.number(what)}"
     if change.kind == "shape":
         return f"shape {list(change.a.shape)} → {list(change.b.shape)}"
     if change.kind == "dtype":
         return _dtypes(change)
-    return f"{screen.number(change.a)} → {screen.number(change.b)}"
+    return f"{console.number(change.a)} → {console.number(change.b)}"
 
 
 def _dtypes(change: Change) -> str:
@@ -209,4 +209,4 @@ def count(found: Difference, hidden: Sequence[Change] = (), hint: str = "") -> T
     added, removed, total = kinds["added"], kinds["removed"], kinds.total()
     changed = total - added - removed - kinds["same"]
     text = f"  {changed:,} of {total - added:,} tensors changed, {added:,} added, {removed:,} removed"
-    return Text(f"{text}{' ' * max(3, min(10, screen.width() - len(text) - len(hint)))}{hint}".rstrip())
+    return Text(f"{text}{' ' * max(3, min(10, console.width() - len(text) - len(hint)))}{hint}".rstrip())
