@@ -14,9 +14,10 @@ from trackopt import CheckpointError, MismatchError, UsageError, journal
 from trackopt.checkpoint.apply import restore
 from trackopt.checkpoint.retention import Retention
 from trackopt.checkpoint.saved_state import of_run
-from trackopt.checkpoint.snapshot import Training, capture
+from trackopt.checkpoint.snapshot import capture
 from trackopt.checkpoint.store import Store
 from trackopt.training import rng
+from trackopt.training.objects import Training
 
 
 def trained(directory="run", steps=6, **options):

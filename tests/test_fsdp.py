@@ -17,9 +17,10 @@ from trackopt import CheckpointError, journal
 from trackopt.analysis.verify import verify
 from trackopt.checkpoint.retention import Marks, Retention
 from trackopt.checkpoint.sharded import put_in_place
-from trackopt.checkpoint.snapshot import Training, capture
+from trackopt.checkpoint.snapshot import capture
 from trackopt.checkpoint.store import Store, load
 from trackopt.training import rng
+from trackopt.training.objects import Training
 
 SCRIPT = Path(spread.__file__)
 ENVIRONMENT = {"PYTHONPATH": str(SCRIPT.parents[1]), "OMP_NUM_THREADS": "1"}

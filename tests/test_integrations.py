@@ -10,8 +10,8 @@ import torch
 import trackopt
 from tests.conftest import train_step
 from trackopt import ArchiveError, UsageError, journal
-from trackopt.checkpoint.snapshot import Training
 from trackopt.integrations.recording import Options, record
+from trackopt.training.objects import Training
 
 QUIET = {"sinks": ()}
 

@@ -15,7 +15,6 @@ import torch
 
 from tests.conftest import build
 from trackopt import journal
-from trackopt.checkpoint.snapshot import Training
 from trackopt.rehearsal.diagnosis import judge
 from trackopt.rehearsal.divergence import first
 from trackopt.rehearsal.rehearse import rehearse
@@ -23,6 +22,7 @@ from trackopt.rehearsal.trace import Life, Step, Trace
 from trackopt.rehearsal.training_command import CommandError
 from trackopt.rehearsal.untracked_state import strays
 from trackopt.rundir import environment
+from trackopt.training.objects import Training
 
 EXAMPLES = [
     path
@@ -85,7 +85,7 @@ main()
 
 FRAMEWORK = """
 import torch
-from trackopt.checkpoint.snapshot import Training
+from trackopt.training.objects import Training
 from trackopt.integrations.recording import Options, record
 recording = record(Training(None, torch.optim.SGD([torch.ones(1)])), Options(dir="x"), leads=True)
 recording.begin()

@@ -10,7 +10,8 @@ from torch.optim import lr_scheduler
 import trackopt
 from tests.conftest import build, train_step
 from trackopt import ArchiveError, MismatchError, UsageError
-from trackopt.checkpoint.snapshot import Training, capture
+from trackopt.checkpoint.snapshot import capture
+from trackopt.training.objects import Training
 
 
 def model(width=8):

@@ -17,6 +17,7 @@ from trackopt.errors import (
     TrackoptError,
     UsageError,
 )
+from trackopt.utils.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from trackopt.analysis.diff import diff
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
     from trackopt.run.run import Run
     from trackopt.run.wrap import wrap
     from trackopt.schedule.preview import Preview, preview
-
-__version__ = "0.1.0"
 
 _HOMES = {
     "Archive": "trackopt.archive",

@@ -22,8 +22,9 @@ import trackopt
 from tests.benchmarks.measure import Cost, Row, pairwise, table
 from trackopt.checkpoint.retention import Marks, Retention
 from trackopt.checkpoint.saver import step_aside
-from trackopt.checkpoint.snapshot import Training, capture
+from trackopt.checkpoint.snapshot import capture
 from trackopt.checkpoint.store import Store, load
+from trackopt.training.objects import Training
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

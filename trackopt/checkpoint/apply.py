@@ -16,10 +16,11 @@ import torch
 
 from trackopt.checkpoint.compatibility import Fit, fit, surplus
 from trackopt.checkpoint.compatibility_optimizer import parameters_of
-from trackopt.checkpoint.resharding import keeper, placed, placed_state
-from trackopt.checkpoint.snapshot import Training, state_of
+from trackopt.checkpoint.resharding import placed, placed_state
+from trackopt.checkpoint.snapshot import state_of
 from trackopt.errors import ArchiveError, CheckpointError, MismatchError
 from trackopt.training import rng
+from trackopt.training.sharding import keeper
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
     from trackopt.checkpoint.compatibility_optimizer import OptimizerFit
     from trackopt.checkpoint.saved_state import Saved
+    from trackopt.training.objects import Training
 
 _ADVICE = "build what it was saved from, or pass strict=False to load what fits"
 _FEW = 3

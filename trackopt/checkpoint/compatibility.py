@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from trackopt.checkpoint.compatibility_optimizer import OptimizerFit, fit_optimizer
-from trackopt.checkpoint.param_names import align, describe, listed
-from trackopt.checkpoint.resharding import Stored, here, keeper
-from trackopt.checkpoint.snapshot import class_name, dtype_name
+from trackopt.checkpoint.param_names import align
+from trackopt.checkpoint.resharding import Stored
+from trackopt.training.objects import class_name, dtype_name
 from trackopt.training.scheduler_config import changed, settings
+from trackopt.training.sharding import here, keeper
+from trackopt.utils.text import describe, listed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from trackopt.checkpoint.saved_state import Saved, SavedScheduler
-    from trackopt.checkpoint.snapshot import Training
+    from trackopt.training.objects import Training
 
 
 @dataclass

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
-from trackopt.checkpoint.param_names import align, describe, listed
-from trackopt.checkpoint.snapshot import dtype_name, places
+from trackopt.checkpoint.param_names import align
+from trackopt.training.objects import dtype_name, places
+from trackopt.utils.text import describe, listed
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from trackopt.checkpoint.saved_state import SavedGroup, SavedOptimizer
-    from trackopt.checkpoint.snapshot import Training
+    from trackopt.training.objects import Training
 
 
 @dataclass(frozen=True)

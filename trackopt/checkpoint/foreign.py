@@ -11,16 +11,17 @@ import torch
 
 from trackopt import state as training_state
 from trackopt.archive.tree import Tensor, children
-from trackopt.checkpoint.param_names import align, listed
+from trackopt.checkpoint.param_names import align
 from trackopt.checkpoint.saved_state import Saved, SavedGroup, SavedOptimizer, SavedScheduler
 from trackopt.errors import ArchiveError, MismatchError
+from trackopt.utils.text import listed
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from trackopt import state
     from trackopt.archive import Archive
-    from trackopt.checkpoint.snapshot import Training
+    from trackopt.training.objects import Training
 
 _PLAIN = (type(None), bool, int, float, complex, str, bytes)
 

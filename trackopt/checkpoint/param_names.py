@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -32,17 +32,6 @@ def align(saved: Iterable[str], live: Iterable[str]) -> dict[str, str]:
     prefix = _prefix(there, here)
     shifted = {name.removeprefix(prefix): own for name, own in there.items() if name.startswith(prefix)}
     return {shifted[name]: own for name, own in here.items() if name in shifted}
-
-
-def listed(names: Iterable[Any], most: int = 3) -> str:
-    """``a, b, c and 4 more``."""
-    names = sorted(map(str, names))
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
-def describe(shape: tuple[int, ...], dtype: str) -> str:
-    """``8×4 float32``."""
-    return f"{'×'.join(map(str, shape)) or 'a scalar'} {dtype}"
 
 
 def _bare(name: str) -> str:

@@ -10,23 +10,20 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import chain
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from trackopt.archive import decode, tree
+from trackopt.training.sharding import is_distributed, is_zero, keeper
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from torch.distributed.tensor import DTensor
     from torch.optim import Optimizer
 
     from trackopt import archive
-    from trackopt.checkpoint.snapshot import Training
-
-_ZERO = "ZeroRedundancyOptimizer"
 
 
 class Stored:
@@ -56,40 +53,6 @@ class Stored:
         return torch.frombuffer(data, dtype=self.dtype).reshape(sizes)
 
 
-def is_spread(training: Training) -> bool:
-    """Whether no single process has all of a training's state."""
-    return has_spread_parameters(training) or any(map(_is_zero, training.optimizers.values()))
-
-
-def has_spread_parameters(training: Training) -> bool:
-    """Whether it takes all processes to measure a training's tensors."""
-    groups = chain.from_iterable(optimizer.param_groups for optimizer in training.optimizers.values())
-    parameters = [*training.named_parameters().values(), *chain.from_iterable(group["params"] for group in groups)]
-    return any(map(is_distributed, parameters))
-
-
-def is_distributed(tensor: object) -> TypeGuard[DTensor]:
-    """Whether a tensor is a DTensor; torch's module for these is not imported for it."""
-    return isinstance(tensor, Tensor) and hasattr(tensor, "to_local")
-
-
-def has_distributed(state: Any) -> bool:
-    """Whether a state has a DTensor in it."""
-    inside = state.values() if isinstance(state, dict) else state if isinstance(state, (list, tuple)) else ()
-    return is_distributed(state) or any(map(has_distributed, inside))
-
-
-def here(tensor: Tensor) -> Tensor:
-    """The part of a tensor that this process holds."""
-    return tensor.to_local() if is_distributed(tensor) else tensor
-
-
-def keeper(optimizer: Optimizer) -> Optimizer:
-    """The optimizer that keeps the state: in a ``ZeroRedundancyOptimizer`` the one inside, for some parameters."""
-    inner: Optimizer = optimizer.optim if _is_zero(optimizer) else optimizer  # type: ignore[attr-defined]
-    return inner
-
-
 def state_by_name(optimizer: Optimizer, names: Sequence[Sequence[str]]) -> dict[str, Any]:
     """An optimizer's ``state_dict`` with names for numbers; of one that keeps a part of its state here, that part.
 
@@ -97,7 +60,7 @@ def state_by_name(optimizer: Optimizer, names: Sequence[Sequence[str]]) -> dict[
         optimizer: Any.
         names: For each group those of its parameters.
     """
-    if _is_zero(optimizer):  # its own would have to be gathered first
+    if is_zero(optimizer):  # its own would have to be gathered first
         whole: dict[str, Any] = {"state": keeper(optimizer).state, "param_groups": optimizer.param_groups}
     else:
         whole = optimizer.state_dict()
@@ -140,7 +103,7 @@ def placed_state(
         optimizer: Where it goes.
     """
     elsewhere: set[Any] = set()
-    if _is_zero(optimizer):
+    if is_zero(optimizer):
         kept = {id(parameter) for group in keeper(optimizer).param_groups for parameter in group["params"]}
         elsewhere = {key for key, parameter in parameters.items() if id(parameter) not in kept}
     return {
@@ -148,10 +111,6 @@ def placed_state(
         for key, entry in state.items()
         if key not in elsewhere
     }
-
-
-def _is_zero(optimizer: object) -> bool:
-    return any(base.__name__ == _ZERO for base in type(optimizer).__mro__)
 
 
 def _part(value: Tensor | Stored, live: Any) -> Tensor:

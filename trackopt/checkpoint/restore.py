@@ -14,10 +14,10 @@ from trackopt.checkpoint.apply import restore as put
 from trackopt.checkpoint.foreign import read
 from trackopt.checkpoint.partial_load import load_part
 from trackopt.checkpoint.saved_state import of_run
-from trackopt.checkpoint.snapshot import Training
 from trackopt.checkpoint.store import load_checked
 from trackopt.errors import CheckpointError, UsageError
 from trackopt.run.options import check_objects
+from trackopt.training.objects import Training
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from trackopt.checkpoint.saved_state import Saved
-    from trackopt.checkpoint.snapshot import Generator, Stateful
     from trackopt.state import TrainingState
+    from trackopt.training.objects import Generator, Stateful
 
 
 @dataclass(frozen=True)

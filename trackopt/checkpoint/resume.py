@@ -14,21 +14,21 @@ from torch.utils._pytree import tree_map_only
 from trackopt import remote
 from trackopt.checkpoint.apply import restore
 from trackopt.checkpoint.pickler import pickled
-from trackopt.checkpoint.resharding import has_distributed
 from trackopt.checkpoint.saved_state import of_run
 from trackopt.checkpoint.snapshot import plain, state_of
 from trackopt.checkpoint.store import load, load_checked
 from trackopt.errors import CheckpointError, RunError
 from trackopt.training import rng
+from trackopt.training.sharding import has_distributed
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Mapping
 
-    from trackopt.checkpoint.snapshot import Training
     from trackopt.checkpoint.store import Store
     from trackopt.distributed.collectives import Ranks
     from trackopt.rundir.directory import RunDirectory
+    from trackopt.training.objects import Training
 
 
 class Resumption:

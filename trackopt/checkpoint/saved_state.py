@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from trackopt.checkpoint.snapshot import RESERVED
+from trackopt.training.objects import RESERVED
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

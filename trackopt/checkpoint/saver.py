@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from trackopt.checkpoint.sharded import Shards
-    from trackopt.checkpoint.snapshot import Training
     from trackopt.checkpoint.staging import Staged
     from trackopt.checkpoint.store import Store
     from trackopt.distributed.collectives import Ranks
     from trackopt.journal import Journal
+    from trackopt.training.objects import Training
 
 logger = logging.getLogger("trackopt")
 

@@ -26,9 +26,10 @@ from trackopt import archive, locations
 from trackopt.archive.formats import manifest
 from trackopt.archive.formats.directories import REST
 from trackopt.archive.tree import Opaque
-from trackopt.checkpoint.resharding import Stored, has_distributed, here, is_distributed
+from trackopt.checkpoint.resharding import Stored
 from trackopt.checkpoint.writer import PART, write
 from trackopt.errors import ArchiveError, CheckpointError, TrackoptError
+from trackopt.training.sharding import has_distributed, here, is_distributed
 from trackopt.utils.files import sync_directory
 
 if TYPE_CHECKING:

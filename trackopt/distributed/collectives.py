@@ -23,8 +23,8 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore
 
 from trackopt import errors
-from trackopt.checkpoint.param_names import listed
 from trackopt.errors import TrackoptError
+from trackopt.utils.text import listed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

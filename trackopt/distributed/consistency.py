@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from zlib import crc32
 
-from trackopt.checkpoint.snapshot import class_name, versions
 from trackopt.errors import RunError
+from trackopt.training.objects import class_name, versions
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from trackopt.checkpoint.snapshot import Training
     from trackopt.distributed.collectives import Ranks
+    from trackopt.training.objects import Training
 
     _Traits = dict[str, tuple[str, int]]
 

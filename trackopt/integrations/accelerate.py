@@ -16,9 +16,9 @@ except ImportError as error:
         f"trackopt.integrations.accelerate needs accelerate 1.2 or later ({error}); pip install 'trackopt[accelerate]'"
     ) from error
 
-from trackopt.checkpoint.snapshot import Training
 from trackopt.errors import UsageError
 from trackopt.integrations.recording import Options, Recording, numbers, record
+from trackopt.training.objects import Training
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -14,9 +14,9 @@ except ImportError as error:
         f"trackopt.integrations.ignite needs pytorch-ignite 0.5 or later ({error}); pip install 'trackopt[ignite]'"
     ) from error
 
-from trackopt.checkpoint.snapshot import Training
 from trackopt.errors import UsageError
 from trackopt.integrations.recording import Options, Recording, numbers, record
+from trackopt.training.objects import Training
 
 if TYPE_CHECKING:
     from ignite.engine import Engine

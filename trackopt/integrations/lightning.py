@@ -12,8 +12,8 @@ except ImportError as error:
         f"trackopt.integrations.lightning needs lightning 2.5 or later ({error}); pip install 'trackopt[lightning]'"
     ) from error
 
-from trackopt.checkpoint.snapshot import Training
 from trackopt.integrations.recording import Options, Recording, by_name, numbers, record
+from trackopt.training.objects import Training
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

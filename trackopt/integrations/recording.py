@@ -18,24 +18,24 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from trackopt import journal
-from trackopt.checkpoint.resharding import has_spread_parameters
 from trackopt.checkpoint.retention import Retention
-from trackopt.checkpoint.snapshot import versions
 from trackopt.errors import UsageError
 from trackopt.journal import Journal
 from trackopt.recorder.child_process import RecorderProcess
 from trackopt.run.options import SINKS, check_objects, check_options
-from trackopt.run.run import tell
 from trackopt.rundir import environment
 from trackopt.rundir.directory import RunDirectory
 from trackopt.telemetry.collector import Telemetry
 from trackopt.telemetry.hyperparameters import params as hyperparameters
+from trackopt.training.objects import versions
+from trackopt.training.sharding import has_spread_parameters
+from trackopt.utils.log import tell
 from trackopt.utils.mlflow_uri import mlflow_target
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from trackopt.checkpoint.snapshot import Training
+    from trackopt.training.objects import Training
 
 logger = logging.getLogger("trackopt")
 

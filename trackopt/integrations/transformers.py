@@ -15,8 +15,8 @@ except ImportError as error:
         "pip install 'trackopt[transformers]'"
     ) from error
 
-from trackopt.checkpoint.snapshot import Training
 from trackopt.integrations.recording import Options, Recording, numbers, record
+from trackopt.training.objects import Training
 
 if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments

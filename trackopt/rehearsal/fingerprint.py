@@ -14,7 +14,7 @@ from trackopt.training import rng
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from trackopt.checkpoint.snapshot import Training
+    from trackopt.training.objects import Training
 
 _DEEPEST = 8  # levels of containers and objects; what refers to itself must come to an end
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from pathlib import Path
 
-    from trackopt.checkpoint.snapshot import Training
+    from trackopt.training.objects import Training
 
 T = TypeVar("T")
 

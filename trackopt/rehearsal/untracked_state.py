@@ -30,7 +30,7 @@ from trackopt.training import rng
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from trackopt.checkpoint.snapshot import Training
+    from trackopt.training.objects import Training
 
 _MOST = 20_000  # objects to look at
 _LONGEST = 50  # items of a container to look into

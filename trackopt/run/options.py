@@ -6,16 +6,16 @@ from typing import TYPE_CHECKING
 
 from torch.optim import Optimizer
 
-from trackopt.checkpoint.snapshot import RESERVED
 from trackopt.errors import UsageError
 from trackopt.training import rng
+from trackopt.training.objects import RESERVED
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from datetime import timedelta
 
     from trackopt.checkpoint.retention import Retention
-    from trackopt.checkpoint.snapshot import Training
+    from trackopt.training.objects import Training
 
 SINKS = ("tensorboard", "mlflow")
 

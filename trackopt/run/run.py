@@ -14,11 +14,9 @@ import signal
 import sys
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from trackopt.checkpoint.resharding import has_spread_parameters
 from trackopt.checkpoint.resume import of_other_ranks
 from trackopt.checkpoint.retention import Marks
 from trackopt.checkpoint.saver import Request, Saving
-from trackopt.checkpoint.snapshot import versions
 from trackopt.distributed.preemption import Meeting
 from trackopt.errors import UsageError
 from trackopt.journal import Journal
@@ -30,18 +28,21 @@ from trackopt.rundir import environment
 from trackopt.rundir.directory import restarts
 from trackopt.telemetry.collector import Telemetry
 from trackopt.telemetry.hyperparameters import params
+from trackopt.training.objects import versions
+from trackopt.training.sharding import has_spread_parameters
+from trackopt.utils.log import tell
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
     from types import TracebackType
 
     from trackopt.checkpoint.resume import Resumption
-    from trackopt.checkpoint.snapshot import Training
     from trackopt.checkpoint.store import Store
     from trackopt.distributed.collectives import Ranks
     from trackopt.rehearsal.probe import Probe
     from trackopt.rundir.directory import RunDirectory
     from trackopt.telemetry.step_counts import Ledger
+    from trackopt.training.objects import Training
 
 T = TypeVar("T")
 logger = logging.getLogger("trackopt")
@@ -467,9 +468,3 @@ def _status(error: BaseException | None) -> str:
     if error is None or (isinstance(error, SystemExit) and not error.code):
         return "FINISHED"
     return "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
-
-
-def tell(messages: Iterable[str]) -> None:
-    """Tell the user, a line each."""
-    for message in messages:
-        logger.warning("trackopt: %s", message)

@@ -11,19 +11,20 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from torch.nn.parallel import DistributedDataParallel
 
 from trackopt import remote
-from trackopt.checkpoint.resharding import is_spread
 from trackopt.checkpoint.resume import Resumption, find, part_of_rank
 from trackopt.checkpoint.retention import Retention
-from trackopt.checkpoint.snapshot import Training
 from trackopt.checkpoint.store import Store, load_checked
 from trackopt.distributed.collectives import Ranks, here
 from trackopt.distributed.consistency import require_alike
 from trackopt.errors import RunError, UsageError
 from trackopt.run.options import SINKS, check_objects, check_options
-from trackopt.run.run import Run, tell
+from trackopt.run.run import Run
 from trackopt.rundir import environment
 from trackopt.rundir.directory import Followed, RunDirectory
+from trackopt.training.objects import Training
 from trackopt.training.scheduler_config import settings
+from trackopt.training.sharding import is_spread
+from trackopt.utils.log import tell
 from trackopt.utils.mlflow_uri import mlflow_target
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.optim import Optimizer
 
-    from trackopt.checkpoint.snapshot import Generator, Stateful
+    from trackopt.training.objects import Generator, Stateful
 
 T = TypeVar("T")
 logger = logging.getLogger("trackopt")

@@ -19,9 +19,9 @@ from trackopt.telemetry.step_counts import Ledger, Turns
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
-    from trackopt.checkpoint.snapshot import Training
     from trackopt.journal import Journal
     from trackopt.telemetry.accumulator import Gather
+    from trackopt.training.objects import Training
 
 _FORGOTTEN = 100  # steps without the end of an iteration, after which the user is reminded of it
 
