@@ -155,7 +155,7 @@ def drain(directory: Path) -> list[str]:
     from trackopt.recorder.recorder import Recorder
 
     told: list[str] = []
-    with quietly(), Recorder(directory, tell=told.append) as recorder:
+    with quietly(), Recorder(directory, notify=told.append) as recorder:
         recorder.drain()
     return told
 

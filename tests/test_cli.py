@@ -385,7 +385,7 @@ def test_sizes_have_units(count: int, text: str) -> None:
     ("part", "text"), [(0, "0 %"), (1e-9, "< 0.01 %"), (0.029, "2.9 %"), (0.999999, "99.99 %"), (1, "100 %")]
 )
 def test_a_share_is_100_percent_only_if_it_is_all(part: float, text: str) -> None:
-    assert console.share(part) == text
+    assert console.format_percent(part) == text
 
 
 def test_verify_ends_with_0_1_or_2(tmp_path: Path, run_directory: Path) -> None:

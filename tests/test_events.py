@@ -62,7 +62,7 @@ def test_every_byte_for_a_plugin_is_as_the_package_writes_it(content, text):
     metadata = SummaryMetadata(plugin_data=data, data_class=DATA_CLASS_TENSOR)
     value = Summary.Value(tag="a", metadata=metadata, tensor=tensor)
     event = Event(wall_time=1.5, summary=Summary(value=[value]))
-    assert tensorboard_events.of_plugin(1.5, "some", "a", content=content, text=text) == theirs(event)
+    assert tensorboard_events.plugin_summary(1.5, "some", "a", content=content, text=text) == theirs(event)
 
 
 @pytest.fixture

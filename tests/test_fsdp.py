@@ -15,10 +15,10 @@ from tests import spread
 from tests.test_resume import assert_same
 from trackopt import CheckpointError, journal
 from trackopt.analysis.verify import verify
-from trackopt.checkpoint.retention import Marks, Retention
-from trackopt.checkpoint.sharded import put_in_place
+from trackopt.checkpoint.retention import Retention, RetentionMarks
+from trackopt.checkpoint.sharded import commit_directory
 from trackopt.checkpoint.snapshot import capture
-from trackopt.checkpoint.store import Store, load
+from trackopt.checkpoint.store import CheckpointStore, load
 from trackopt.training import rng
 from trackopt.training.objects import Training
 
@@ -122,8 +122,10 @@ def test_a_file_and_a_directory_of_the_same_state_are_equal(saved, tmp_path):
     progress = {
         key: tree["trackopt"][key] for key in tree["trackopt"] if key not in {"world", "ranks", "keep", "metric"}
     }
-    store = Store(tmp_path, Retention())
-    file = store.commit(store.stage(capture(Training(model, optimizer, scheduler), progress), Marks()), 6, lambda: None)
+    store = CheckpointStore(tmp_path, Retention())
+    file = store.commit(
+        store.stage(capture(Training(model, optimizer, scheduler), progress), RetentionMarks()), 6, lambda: None
+    )
     for found in (trackopt.diff(file, directory), trackopt.diff(directory, file)):
         assert found.equal, found.changes
         assert found.resume.continues, found.resume.reasons
@@ -192,7 +194,7 @@ def test_a_step_is_saved_once_more_behind_a_writer_that_was_killed(tmp_path):
     for each in (path, part, before):
         each.mkdir()
         (each / "file").write_text(each.name)
-    put_in_place(part, path)
+    commit_directory(part, path)
     assert (path / "file").read_text() == "part"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -202,8 +204,8 @@ def test_a_directory_that_had_stepped_aside_comes_back(saved, tmp_path):
     folder = tmp_path / "checkpoints"
     folder.mkdir()
     old = shutil.copytree(saved[0] / "two" / "checkpoints" / "step-00000003", folder / ".step-00000003.before")
-    store = Store(folder, Retention())
-    assert store.newest()[0] == folder / "step-00000003"
+    store = CheckpointStore(folder, Retention())
+    assert store.load_latest()[0] == folder / "step-00000003"
     shutil.copytree(folder / "step-00000003", old)  # it is there under both names: the new one counts
-    assert store.newest()[0] == folder / "step-00000003"
+    assert store.load_latest()[0] == folder / "step-00000003"
     assert [path.name for path in folder.iterdir()] == ["step-00000003"]

@@ -17,7 +17,7 @@ def loop(body, iterations=8, optimizer=None, scheduler=None, **stateful):
         for _ in run.epochs(2):
             for number in run.batches(range(iterations // 2)):
                 body(number)
-    return run.ledger.as_dict()
+    return run.step_counts.as_dict()
 
 
 def test_micro_batches_and_steps():
@@ -121,10 +121,10 @@ def test_counts_go_on_after_a_resume():
     def attempt(iterations):
         model, optimizer, scheduler = build()
         with trackopt.wrap(optimizer, scheduler, model=model, dir="run", sinks=()) as run:
-            while run.ledger.iterations < iterations:
+            while run.step_counts.iterations < iterations:
                 train_step(model, optimizer, scheduler)
                 run.step()
-        return run.ledger
+        return run.step_counts
 
     attempt(3)
     assert attempt(5).as_dict() == {"iterations": 5, "steps": 5, "skipped": 0, "evaluations": 0}

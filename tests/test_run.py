@@ -16,7 +16,7 @@ from tests.conftest import build, train_step
 from trackopt import CheckpointError, RunError, UsageError, journal
 from trackopt.checkpoint import resume
 from trackopt.checkpoint import store as stores
-from trackopt.checkpoint.sharded import ShardMemory
+from trackopt.checkpoint.sharded import CpuStateDict
 from trackopt.training import rng
 
 
@@ -425,7 +425,7 @@ class Sparing:
 def test_generators_are_looked_for_without_asking_the_users_objects():
     own, bound = torch.Generator(), random.Random(0)
     loader = SimpleNamespace(config=Sparing(generator=own), transforms=[bound.random])
-    assert rng.generators_of(loader) == [own, bound]
+    assert rng.find_generators(loader) == [own, bound]
 
 
 def test_a_default_device_is_not_for_what_is_copied():
@@ -435,7 +435,7 @@ def test_a_default_device_is_not_for_what_is_copied():
     torch.set_default_device("meta")
     try:
         assert resume._checksum(values) == whole
-        held = ShardMemory().copy(values)["a"]
+        held = CpuStateDict().copy(values)["a"]
     finally:
         torch.set_default_device(None)
     assert torch.equal(held, values["a"])
@@ -450,7 +450,7 @@ def test_a_forked_child_leaves_the_run_to_its_parent():
             try:
                 run.__exit__(None, None, None)
             finally:
-                os._exit(0 if run._open else 1)
+                os._exit(0 if run._is_open else 1)
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
         run.step(loss=train_step(model, optimizer))
     events = [line.event for line in journal.read(run.dir / "metrics.jsonl") if line.event]

@@ -11,7 +11,7 @@ import torch
 import trackopt
 from tests.checkpoints import peak, saved, trained
 from trackopt.analysis.summary import Summary, summarize
-from trackopt.analysis.summary.statistics import joined, measure
+from trackopt.analysis.summary.statistics import measure, merge
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -67,7 +67,7 @@ def test_parts_join_to_the_whole(tmp_path: Path) -> None:
     tree = {"whole": whole, "parts": [part.clone() for part in whole.split(1234)]}
     with trackopt.open(saved(tree, tmp_path / "t.pt")) as archive:
         found = measure(archive)
-    together = joined(part for name, part in found.items() if name != "whole")
+    together = merge(part for name, part in found.items() if name != "whole")
     assert together.as_dict() == pytest.approx(found["whole"].as_dict(), rel=1e-12)
 
 

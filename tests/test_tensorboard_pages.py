@@ -105,7 +105,7 @@ def test_results_that_did_not_reach_the_disk_are_written_once_more_and_once(tmp_
     run = train(tmp_path / "run")
     before = tensorboard_points(run.dir, derived=True)
     delivery = Delivery(run.dir / journal.NAME, lambda step: TensorBoardSink(run.dir, step), None, print)
-    while delivery.pump((run.dir / journal.NAME).stat().st_size):
+    while delivery.deliver((run.dir / journal.NAME).stat().st_size):
         pass
     with monkeypatch.context() as patch:
         patch.setattr("os.fsync", full)

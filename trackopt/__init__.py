@@ -22,7 +22,7 @@ from trackopt.utils.version import __version__ as __version__
 if TYPE_CHECKING:
     from trackopt.analysis.diff import diff
     from trackopt.archive import Archive
-    from trackopt.checkpoint.restore import Restored, restore
+    from trackopt.checkpoint.restore import RestoreResult, restore
     from trackopt.locations import open  # noqa: A004 - `trackopt.open` is meant to read like the built-in
     from trackopt.run.run import Run
     from trackopt.run.wrap import wrap
@@ -46,7 +46,7 @@ __all__ = [
     "CheckpointError",
     "MismatchError",
     "Preview",
-    "Restored",
+    "RestoreResult",
     "Run",
     "RunError",
     "TrackoptError",

@@ -66,8 +66,8 @@ def _lines(path: Path) -> Iterator[tuple[str, journal.Line, range]]:
     """Every line, and its newline by itself."""
     for number, line in enumerate(journal.read(path)):
         name = f"line-{number}-{line.event or 'record'}"
-        yield name, line, range(line.start, line.end - 1)
-        yield f"{name}-newline", line, range(line.end - 1, line.end)
+        yield name, line, range(line.start_offset, line.end_offset - 1)
+        yield f"{name}-newline", line, range(line.end_offset - 1, line.end_offset)
 
 
 def _in_checkpoint(
@@ -91,16 +91,16 @@ def _in_journal(
     shutil.copytree(lane.ground.sound, directory, symlinks=True)
     path = directory / journal.NAME
     whole = list(journal.read(path))
-    spoilt = {touched.start, touched.end} if offset == touched.end - 1 else {touched.start}
+    spoilt = {touched.start_offset, touched.end_offset} if offset == touched.end_offset - 1 else {touched.start_offset}
     flip(path, offset, bit)
-    kept = [line for line in whole if line.start not in spoilt]
+    kept = [line for line in whole if line.start_offset not in spoilt]
     records = [(line.step, line.metrics["loss"]) for line in kept if "loss" in line.metrics]
     newest = step_of(list(locations.checkpoints(directory).values())[-1])
     found = lane.ground.judge(lane.sound, directory, checkpoint=newest, records=records, series=False)
     now = list(journal.read(path))
     if any(line not in now for line in kept):
         found.append(Finding("records lost", "a line that was not touched reads differently"))
-    gone = {line.step for line in whole if line.start in spoilt}
+    gone = {line.step for line in whole if line.start_offset in spoilt}
     if touched.event != "resume" and not _points(lane, gone) <= set(journal.series(directory)["loss"]):
         found.append(Finding("other results", "the series lacks points of lines that were not touched"))
     return Counter(["flips in the journal"]), found

@@ -142,7 +142,7 @@ class Ground:
         if series and journal.series(directory) != self.whole[epochs].series:
             found.append(Finding("other results", "the series are others"))
         left = [path.name for path in (directory / CHECKPOINTS).glob(".*")]
-        bad = [path.name for path in locations.checkpoints(directory).values() if verify.check(path)]
+        bad = [path.name for path in locations.checkpoints(directory).values() if verify.verify_checkpoint(path)]
         if left or bad:
             found.append(Finding("other results", f"left behind: {left}; damaged: {bad}"))
         return found

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trackopt import locations
-from trackopt.archive.verify import problems as find_problems
+from trackopt.archive.verify import find_problems as find_problems
 from trackopt.errors import ArchiveError
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ _ZIP = b"PK\x03\x04"
 
 
 @dataclass(frozen=True)
-class Checked:
+class FileReport:
     """What was found about one file.
 
     Attributes:
@@ -27,7 +27,7 @@ class Checked:
         format: What it is, in words; empty where that cannot be told.
         bytes: Its size.
         problems: What is wrong, one line each.
-        rescue: What can still be saved of a damaged file; empty where there is nothing to say.
+        salvageable: What can still be saved of a damaged file; empty where there is nothing to say.
     """
 
     path: str
@@ -35,7 +35,7 @@ class Checked:
     format: str = ""
     bytes: int = 0
     problems: tuple[str, ...] = ()
-    rescue: str = ""
+    salvageable: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         """The facts under the keys of ``verify --json``."""
@@ -45,11 +45,11 @@ class Checked:
             "format": self.format or None,
             "bytes": self.bytes,
             "problems": list(self.problems),
-            "rescue": self.rescue or None,
+            "rescue": self.salvageable or None,
         }
 
 
-def verify(place: str | Path) -> Iterator[Checked]:
+def verify(place: str | Path) -> Iterator[FileReport]:
     """Check a file, or everything that a run's directory holds, one after the other.
 
     Args:
@@ -80,29 +80,29 @@ def _run(path: Path) -> tuple[list[Path], list[Path]]:
     return list(locations.checkpoints(path).values()), [written] if written.is_file() else []
 
 
-def check_file(place: str | Path) -> Checked:
+def check_file(place: str | Path) -> FileReport:
     """Check one checkpoint."""
     try:
         with locations.open(place) as opened:
             problems = find_problems(opened)
             status = DAMAGED if problems else SOUND
-            return Checked(str(opened.path), status, opened.format, opened.bytes, tuple(problems))
+            return FileReport(str(opened.path), status, opened.format, opened.bytes, tuple(problems))
     except ArchiveError as error:
-        return _unopened(Path(place), str(error).removeprefix(f"{place}: "))
+        return _unreadable_report(Path(place), str(error).removeprefix(f"{place}: "))
 
 
-def _unopened(path: Path, problem: str) -> Checked:
+def _unreadable_report(path: Path, problem: str) -> FileReport:
     """What does not open: a damaged zip, of which something may be left, or no checkpoint at all."""
     if _is_sharded(path):
-        return Checked(str(path), DAMAGED, "DCP", problems=(problem,))
+        return FileReport(str(path), DAMAGED, "DCP", problems=(problem,))
     try:
         with path.open("rb") as file:
             size = path.stat().st_size
             if file.read(len(_ZIP)) == _ZIP:
-                return Checked(str(path), DAMAGED, "zip", size, (problem,), _rescue(path))
-            return Checked(str(path), UNREADABLE, "", size, (problem,))
+                return FileReport(str(path), DAMAGED, "zip", size, (problem,), _salvageable(path))
+            return FileReport(str(path), UNREADABLE, "", size, (problem,))
     except (OSError, ValueError):
-        return Checked(str(path), UNREADABLE, problems=(problem,))
+        return FileReport(str(path), UNREADABLE, problems=(problem,))
 
 
 def _is_sharded(path: Path) -> bool:
@@ -114,12 +114,12 @@ def _is_sharded(path: Path) -> bool:
         return False
 
 
-def _rescue(path: Path) -> str:
-    from trackopt.analysis.salvage.damaged_zip import Partial
+def _salvageable(path: Path) -> str:
+    from trackopt.analysis.salvage.damaged_zip import DamagedZip
 
     try:
-        with Partial(path) as partial:
-            whole, count = len(partial.whole), len(partial.tensors)
+        with DamagedZip(path) as partial:
+            whole, count = len(partial.intact_tensors), len(partial.tensors)
     except ArchiveError as error:
         return f"nothing can be saved: {str(error).removeprefix(f'{path}: ')}"
     if not whole:
@@ -127,27 +127,27 @@ def _rescue(path: Path) -> str:
     return f"{whole:,} of {count:,} tensors are whole: `trackopt salvage` writes them to a new file"
 
 
-def check_journal(path: Path) -> Checked:
+def check_journal(path: Path) -> FileReport:
     """Check a run's journal: every line must be one that trackopt wrote; only the last may be torn."""
     try:
         size = path.stat().st_size
-        torn, foreign = _odd_lines(path)
+        torn, foreign = _invalid_lines(path)
     except OSError as error:
-        return Checked(str(path), UNREADABLE, "journal", problems=(f"cannot be read ({error.strerror})",))
+        return FileReport(str(path), UNREADABLE, "journal", problems=(f"cannot be read ({error.strerror})",))
     problems = []
     if foreign:
         shown = ", ".join(map(str, foreign[:5])) + (", …" if len(foreign) > 5 else "")
         problems.append(f"{len(foreign)} lines are torn or no records, and are skipped: {shown}")
     if torn:
         problems.append(f"the last line is torn after {torn} bytes: a writer was killed there, or is still writing")
-    return Checked(str(path), DAMAGED if foreign else SOUND, "journal", size, tuple(problems))
+    return FileReport(str(path), DAMAGED if foreign else SOUND, "journal", size, tuple(problems))
 
 
-def _odd_lines(path: Path) -> tuple[int, list[int]]:
+def _invalid_lines(path: Path) -> tuple[int, list[int]]:
     """Bytes of a torn last line, and the numbers of the lines that are no records."""
     from trackopt import journal
 
-    starts = {line.start for line in journal.read(path)}
+    starts = {line.start_offset for line in journal.read(path)}
     foreign, position, torn = [], 0, 0
     with path.open("rb") as file:
         for number, raw in enumerate(file, 1):

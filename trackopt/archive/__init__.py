@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 from trackopt.archive import decode as values
 from trackopt.archive import tree
 from trackopt.archive.formats import detect
-from trackopt.archive.formats.not_checkpoints import recognized
-from trackopt.archive.io.source import Contents, misfit
-from trackopt.archive.io.sparse_file import Copy, pread
-from trackopt.archive.tree import Compound, Global, Opaque, Storage, Tensor
+from trackopt.archive.formats.not_checkpoints import explain
+from trackopt.archive.io.source import Contents, out_of_bounds_reason
+from trackopt.archive.io.sparse_file import SparseFile, pread
+from trackopt.archive.tree import Global, Storage, Tensor, TensorSubclass, UnknownObject
 from trackopt.errors import ArchiveError
 
 if TYPE_CHECKING:
@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from trackopt.archive.decode import Array
-    from trackopt.archive.formats.members import Files
+    from trackopt.archive.formats.members import OpenFiles
 
-__all__ = ["Archive", "Compound", "Global", "Opaque", "Storage", "Tensor", "open_path"]
+__all__ = ["Archive", "TensorSubclass", "Global", "UnknownObject", "Storage", "Tensor", "open_path"]
 
 
 class Archive:
@@ -47,7 +47,7 @@ class Archive:
     """
 
     _file = -1
-    _files: Files | None = None
+    _files: OpenFiles | None = None
 
     def __init__(self, path: Path, file: int, contents: Contents) -> None:
         self.path = path
@@ -57,7 +57,7 @@ class Archive:
         self.globals = contents.globals
         self.problems = tuple(contents.problems)
         self.source = contents.source
-        self.remote = isinstance(file, Copy)
+        self.remote = isinstance(file, SparseFile)
         self._file = file
         self._files = contents.files
         self._tensors: list[tuple[str, Tensor]] | None = None
@@ -86,11 +86,11 @@ class Archive:
         """The value of a tensor of one element, without importing NumPy."""
         return values.scalar(self.source, tensor)
 
-    def misfits(self) -> Iterator[str]:
+    def out_of_bounds_tensors(self) -> Iterator[str]:
         """One line for each tensor whose values are not all in the file."""
         seen = set()
         for name, tensor in self.tensors():
-            problem = misfit(tensor, self.source)
+            problem = out_of_bounds_reason(tensor, self.source)
             if problem is not None and problem not in seen:
                 seen.add(problem)
                 yield f"{name}: {problem.removeprefix(f'{self.path}: ')}"
@@ -152,7 +152,7 @@ def _load(path: Path, file: int) -> Contents:
     if module := detect.module(head):
         contents: Contents = import_module(f"trackopt.archive.formats.{module}").load(path, file)
         return contents
-    if stranger := recognized(head):
+    if stranger := explain(head):
         raise ArchiveError(f"{path}: {stranger}")
     what = (
         "the file is empty" if not head else f"it begins with {head[:8]!r}, which is no checkpoint that trackopt reads"

@@ -12,7 +12,7 @@ import struct
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from trackopt.archive.io.source import Source, misfit, stored
+from trackopt.archive.io.source import TensorSource, out_of_bounds_reason, read_storage
 from trackopt.errors import ArchiveError
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ _FLOAT8 = {
 }
 
 
-def scalar(source: Source, tensor: Tensor) -> float | int | None:
+def scalar(source: TensorSource, tensor: Tensor) -> float | int | None:
     """The value of a tensor with one element, without NumPy; None for a dtype that is no plain number."""
     check(source, tensor)
     letter = "H" if tensor.dtype == "bfloat16" else _LETTERS.get(tensor.dtype)
@@ -56,16 +56,16 @@ def scalar(source: Source, tensor: Tensor) -> float | int | None:
         return None
     start = tensor.offset * tensor.itemsize
     order = "<" if source.byteorder == "little" else ">"
-    (value,) = struct.unpack(order + letter, stored(source, tensor.storage, start, start + tensor.itemsize))
+    (value,) = struct.unpack(order + letter, read_storage(source, tensor.storage, start, start + tensor.itemsize))
     if tensor.dtype == "bfloat16":
         (value,) = struct.unpack("<f", struct.pack("<I", value << 16))
     result: float | int = -value if tensor.neg else value
     return result
 
 
-def check(source: Source, tensor: Tensor) -> None:
+def check(source: TensorSource, tensor: Tensor) -> None:
     """Raise ArchiveError unless the tensor's values are all in its storage."""
-    problem = misfit(tensor, source)
+    problem = out_of_bounds_reason(tensor, source)
     if problem is None and tensor.nbytes > max(_MAX_EXPANDED, tensor.storage.nbytes):
         problem = f"a tensor of {tensor.nbytes:,} bytes is made of {tensor.storage.nbytes:,} stored ones"
     if math.prod(max(1, size) for size in tensor.shape) > _MAX_COUNTED:
@@ -77,7 +77,7 @@ def check(source: Source, tensor: Tensor) -> None:
         raise ArchiveError(f"{source.path}: {problem}; its values cannot be read, use another checkpoint")
 
 
-def raw(source: Source, tensor: Tensor, chunk: int = CHUNK) -> Iterator[bytes | memoryview]:
+def raw(source: TensorSource, tensor: Tensor, chunk: int = CHUNK) -> Iterator[bytes | memoryview]:
     """The stored bytes of a tensor's elements, in logical order, in pieces of at most ``chunk`` bytes.
 
     A contiguous tensor is read piece by piece; of any other one the whole stretch that it lies in is held
@@ -89,31 +89,31 @@ def raw(source: Source, tensor: Tensor, chunk: int = CHUNK) -> Iterator[bytes | 
     if tensor.contiguous:
         for position in range(0, tensor.nbytes, step):
             stop = min(position + step, tensor.nbytes)
-            yield stored(source, tensor.storage, start + position, start + stop)
+            yield read_storage(source, tensor.storage, start + position, start + stop)
         return
     whole = memoryview(_gathered(source, tensor, start).tobytes())
     for position in range(0, tensor.nbytes, step):
         yield whole[position : position + step]
 
 
-def _gathered(source: Source, tensor: Tensor, start: int) -> Array:
+def _gathered(source: TensorSource, tensor: Tensor, start: int) -> Array:
     import numpy as np
 
     size = tensor.itemsize
-    data = np.frombuffer(stored(source, tensor.storage, start, start + tensor.span * size), f"V{size}")
+    data = np.frombuffer(read_storage(source, tensor.storage, start, start + tensor.extent * size), f"V{size}")
     strides = [step * size for step in tensor.stride]
     return np.ascontiguousarray(np.lib.stride_tricks.as_strided(data, tensor.shape, strides, writeable=False)).view(
         "u1"
     )
 
 
-def chunks(source: Source, tensor: Tensor, chunk: int = CHUNK) -> Iterator[Array]:
+def chunks(source: TensorSource, tensor: Tensor, chunk: int = CHUNK) -> Iterator[Array]:
     """A tensor's values in logical order, as flat arrays made of at most ``chunk`` stored bytes each."""
     for data in raw(source, tensor, chunk):
         yield values(data, tensor, source.byteorder)
 
 
-def read(source: Source, tensor: Tensor) -> Array:
+def read(source: TensorSource, tensor: Tensor) -> Array:
     """A tensor's values as an array of its shape.
 
     Raises:

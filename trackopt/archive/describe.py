@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import islice
 from typing import Any
 
-from trackopt.archive.tree import Compound, Global, Opaque, Storage, Tensor
+from trackopt.archive.tree import Global, Storage, Tensor, TensorSubclass, UnknownObject
 
 _ITEMS = 4
 
@@ -19,7 +19,7 @@ def describe(value: Any, depth: int = 2) -> str:
         >>> describe((0.9, 0.999)), describe({"a": [1] * 9})
         ('(0.9, 0.999)', '{a: [1, 1, 1, 1, … 9 items]}')
     """
-    if isinstance(value, Compound):
+    if isinstance(value, TensorSubclass):
         return f"{value.dtype} {value.kind.rpartition('.')[2]} tensor {list(value.shape)}"
     if isinstance(value, Tensor):
         return f"{value.dtype} tensor {list(value.shape)}"
@@ -29,7 +29,7 @@ def describe(value: Any, depth: int = 2) -> str:
         return f"{len(value):,} bytes"
     if isinstance(value, str):
         return value if len(value) <= 60 else f"{value[:57]}…"
-    if isinstance(value, Opaque):
+    if isinstance(value, UnknownObject):
         return f"<{value.name}>"
     if isinstance(value, dict):
         return _inside(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from trackopt.archive.io.byte_ranges import Region
+    from trackopt.archive.io.byte_ranges import ByteRange
 
 #: Bytes per element of every dtype that a checkpoint can name, without the ``torch.`` in front.
 ITEMSIZE: dict[str, int] = {
@@ -58,7 +58,7 @@ class Storage:
     dtype: str
     device: str
     nbytes: int
-    region: Region | None = field(default=None, repr=False, compare=False)
+    region: ByteRange | None = field(default=None, repr=False, compare=False)
     byteorder: str | None = None
 
 
@@ -80,27 +80,27 @@ class Quantizer:
 
 
 @dataclass(frozen=True, slots=True)
-class Compound:
+class TensorSubclass:
     """A tensor made of several: sparse, nested, or of a class that wraps others.
 
     Attributes:
         kind: Its layout or class, as ``"torch.sparse_csr"``.
         dtype: That of its values.
         shape: Elements along each dimension; empty where that is not known.
-        parts: The tensors that it is made of, by name.
+        components: The tensors that it is made of, by name.
         placements: How each dimension of the device mesh holds it, as ``"Shard(dim=0)"``, if it is distributed.
     """
 
     kind: str
     dtype: str
     shape: tuple[int, ...]
-    parts: dict[str, Tensor | Compound]
+    components: dict[str, Tensor | TensorSubclass]
     placements: tuple[str, ...] = ()
 
     @property
-    def deep(self) -> bool:
+    def is_nested(self) -> bool:
         """Whether one of its parts has parts, too."""
-        return any(isinstance(part, Compound) for part in self.parts.values())
+        return any(isinstance(part, TensorSubclass) for part in self.components.values())
 
     def __repr__(self) -> str:
         return f"<{self.kind} {list(self.shape)}>"
@@ -157,7 +157,7 @@ class Tensor:
         return self.elements * self.itemsize
 
     @property
-    def span(self) -> int:
+    def extent(self) -> int:
         """Elements from its first to behind its furthest one, in its storage."""
         if 0 in self.shape:
             return 0
@@ -185,7 +185,7 @@ class Global:
 
 
 @dataclass(eq=False, slots=True)
-class Opaque:
+class UnknownObject:
     """An object of a class that is described, not built.
 
     It is not frozen, since a pickle refers to an object before it says what is in it; readers do not change
@@ -208,7 +208,7 @@ class Opaque:
     def __repr__(self) -> str:
         return f"<{self.name}>"
 
-    def parts(self) -> Iterator[tuple[str, Any]]:
+    def components(self) -> Iterator[tuple[str, Any]]:
         """What is known of its inside: ``(where, what)``."""
         for where in ("args", "state", "items", "entries"):
             value = getattr(self, where)
@@ -228,17 +228,17 @@ def children(node: object) -> Iterator[tuple[str, Any]]:
     elif isinstance(node, list | tuple):
         for index, value in enumerate(node):
             yield str(index), value
-    elif isinstance(node, Compound):
-        yield from node.parts.items()
-    elif isinstance(node, Opaque):
+    elif isinstance(node, TensorSubclass):
+        yield from node.components.items()
+    elif isinstance(node, UnknownObject):
         yield from _attributes(node)
 
 
-def _attributes(node: Opaque) -> Iterator[tuple[str, Any]]:
+def _attributes(node: UnknownObject) -> Iterator[tuple[str, Any]]:
     """An object's attributes, where these are all that is known of it; a module's tensors under their names."""
     state = node.state
     if not isinstance(state, dict) or node.args or node.items or node.entries:
-        yield from node.parts()
+        yield from node.components()
         return
     inside = [state[key] for key in _MODULE if isinstance(state.get(key), dict)]
     if len(inside) < len(_MODULE):
@@ -266,7 +266,7 @@ def walk(node: object, path: Path = ()) -> Iterator[tuple[Path, Any]]:
             yield path, node
 
 
-_INNER = (Tensor, Compound, dict, list, tuple, Opaque)
+_INNER = (Tensor, TensorSubclass, dict, list, tuple, UnknownObject)
 
 
 def tensors(node: object, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from trackopt.archive import Archive
 
 
-def check(path: str | Path, *, crc: bool = True) -> list[str]:
+def verify_checkpoint(path: str | Path, *, crc: bool = True) -> list[str]:
     """What is wrong with a checkpoint; an empty list if nothing is.
 
     The structure is read, every tensor must lie inside its record, and every record's bytes must have the
@@ -36,16 +36,16 @@ def check(path: str | Path, *, crc: bool = True) -> list[str]:
     """
     try:
         with open_path(Path(path)) as opened:
-            return problems(opened, crc=crc)
+            return find_problems(opened, crc=crc)
     except ArchiveError as error:
         return [str(error).removeprefix(f"{path}: ")]
 
 
-def problems(opened: Archive, *, crc: bool = True) -> list[str]:
+def find_problems(opened: Archive, *, crc: bool = True) -> list[str]:
     """The same for an archive that is already open."""
-    found = [*opened.problems, *opened.misfits(), *_contradictions(opened)]
+    found = [*opened.problems, *opened.out_of_bounds_tensors(), *_contradictions(opened)]
     if crc:
-        found.extend(opened.source.damaged())
+        found.extend(opened.source.verify_checksums())
     return list(dict.fromkeys(found))
 
 

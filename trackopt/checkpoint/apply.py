@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from trackopt.checkpoint.compatibility import Fit, fit, surplus
+from trackopt.checkpoint.compatibility import Compatibility, check_compatibility, unexpected
 from trackopt.checkpoint.compatibility_optimizer import parameters_of
-from trackopt.checkpoint.resharding import placed, placed_state
+from trackopt.checkpoint.resharding import reshard, reshard_optimizer_state
 from trackopt.checkpoint.snapshot import state_of
 from trackopt.errors import ArchiveError, CheckpointError, MismatchError
 from trackopt.training import rng
-from trackopt.training.sharding import keeper
+from trackopt.training.sharding import inner_optimizer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,15 +28,17 @@ if TYPE_CHECKING:
 
     from torch.optim import Optimizer
 
-    from trackopt.checkpoint.compatibility_optimizer import OptimizerFit
-    from trackopt.checkpoint.saved_state import Saved
+    from trackopt.checkpoint.compatibility_optimizer import OptimizerCompatibility
+    from trackopt.checkpoint.saved_state import SavedState
     from trackopt.training.objects import Training
 
 _ADVICE = "build what it was saved from, or pass strict=False to load what fits"
 _FEW = 3
 
 
-def restore(training: Training, saved: Saved, path: Path, *, strict: bool = True, whole: bool = True) -> list[str]:
+def restore(
+    training: Training, saved: SavedState, path: Path, *, strict: bool = True, require_all: bool = True
+) -> list[str]:
     """Put a checkpoint into live objects: the user's own first, then optimizer, scheduler and model.
 
     The optimizer is loaded before its scheduler: the other order leaves most schedulers with a wrong LR. The model
@@ -47,7 +49,7 @@ def restore(training: Training, saved: Saved, path: Path, *, strict: bool = True
         saved: The checkpoint's contents.
         path: Where it came from, for messages.
         strict: Whether anything that does not fit is refused. Otherwise what fits is loaded.
-        whole: Whether the objects must be all that the checkpoint holds.
+        require_all: Whether the objects must be all that the checkpoint holds.
 
     Returns:
         What did not fit, one line each; with ``strict`` nothing.
@@ -55,11 +57,11 @@ def restore(training: Training, saved: Saved, path: Path, *, strict: bool = True
     Raises:
         MismatchError: It does not fit; nothing was changed.
     """
-    found = fit(training, saved)
-    problems = found.problems + (surplus(training, saved) if whole else [])
+    found = check_compatibility(training, saved)
+    problems = found.problems + (unexpected(training, saved) if require_all else [])
     if problems and strict:
-        raise MismatchError(f"{path} does not fit: {_told(problems)}; {_ADVICE}")
-    _place(training, found, path)
+        raise MismatchError(f"{path} does not fit: {_format_problems(problems)}; {_ADVICE}")
+    _reshard(training, found, path)
     with ExitStack() as undo:
         _load(training, found, path, undo)
         if strict:
@@ -71,41 +73,43 @@ def restore(training: Training, saved: Saved, path: Path, *, strict: bool = True
     return problems
 
 
-def _told(problems: list[str]) -> str:
+def _format_problems(problems: list[str]) -> str:
     more = f" (and {len(problems) - _FEW} more)" if len(problems) > _FEW else ""
     return "; ".join(problems[:_FEW]) + more
 
 
-def _place(training: Training, found: Fit, path: Path) -> None:
+def _reshard(training: Training, found: Compatibility, path: Path) -> None:
     """Read what is not read yet; of what is spread over processes here, each takes its part."""
     try:
         for name, state in found.models.items():
-            found.models[name] = placed(state, training.models[name].state_dict())
+            found.models[name] = reshard(state, training.models[name].state_dict())
         for name, one in found.optimizers.items():
             groups = [*training.optimizers[name].param_groups, *one.added]
             ids = chain.from_iterable(group["params"] for group in one.state["param_groups"])
             parameters = dict(zip(ids, chain.from_iterable(map(parameters_of, groups)), strict=True))
-            state = placed_state(one.state["state"], parameters, training.optimizers[name])
+            state = reshard_optimizer_state(one.state["state"], parameters, training.optimizers[name])
             found.optimizers[name] = replace(one, state={**one.state, "state": state})
         for name, state in found.stateful.items():
-            found.stateful[name] = placed(state, state_of(training.stateful[name]))
+            found.stateful[name] = reshard(state, state_of(training.stateful[name]))
     except ArchiveError as error:
         raise CheckpointError(f"{path}: cannot be read ({error})") from error
 
 
-def _load(training: Training, found: Fit, path: Path, undo: ExitStack) -> None:
+def _load(training: Training, found: Compatibility, path: Path, rollback: ExitStack) -> None:
     for name, state in found.stateful.items():
-        undo.callback(_put, training.stateful[name], copy.deepcopy(state_of(training.stateful[name])))
-        _attempt(name, path, _put, training.stateful[name], state)
+        rollback.callback(_load_state, training.stateful[name], copy.deepcopy(state_of(training.stateful[name])))
+        _attempt(name, path, _load_state, training.stateful[name], state)
     for name, one in found.optimizers.items():
         optimizer = training.optimizers[name]
-        for each in {optimizer, keeper(optimizer)}:
+        for each in {optimizer, inner_optimizer(optimizer)}:
             before = {"param_groups": list(each.param_groups), "state": copy.copy(each.state)}
-            undo.callback(vars(each).update, before)  # torch puts new objects there, and leaves the old as they were
+            rollback.callback(
+                vars(each).update, before
+            )  # torch puts new objects there, and leaves the old as they were
         _attempt(name, path, _load_optimizer, optimizer, one)
     for name, state in found.schedulers.items():
         scheduler = training.schedulers[name]
-        undo.callback(scheduler.load_state_dict, copy.deepcopy(scheduler.state_dict()))
+        rollback.callback(scheduler.load_state_dict, copy.deepcopy(scheduler.state_dict()))
         _attempt(name, path, scheduler.load_state_dict, state)
 
 
@@ -119,18 +123,18 @@ def _attempt(name: str, path: Path, load: Callable[..., Any], *given: Any) -> No
         ) from error
 
 
-def _put(thing: Any, state: Any) -> None:
+def _load_state(thing: Any, state: Any) -> None:
     if rng.is_generator(thing):
-        rng.put_back(thing, state)
+        rng.set_state(thing, state)
     else:
         thing.load_state_dict(state)
 
 
-def _load_optimizer(optimizer: Optimizer, one: OptimizerFit) -> None:
+def _load_optimizer(optimizer: Optimizer, one: OptimizerCompatibility) -> None:
     for group in one.added:
         optimizer.add_param_group(dict(group))
     optimizer.load_state_dict(one.state)
-    kept = keeper(optimizer).state
+    kept = inner_optimizer(optimizer).state
     if kept is not optimizer.state:
         optimizer.state.clear()  # a second copy, which nobody uses
     for group, saved in zip(optimizer.param_groups, one.state["param_groups"], strict=True):
@@ -142,7 +146,7 @@ def _load_optimizer(optimizer: Optimizer, one: OptimizerFit) -> None:
                     kept[parameter][name] = value.to(now.device)
 
 
-def _require_saved_lr(training: Training, found: Fit, path: Path) -> None:
+def _require_saved_lr(training: Training, found: Compatibility, path: Path) -> None:
     for name, one in found.optimizers.items():
         for index, (own, saved) in enumerate(
             zip(training.optimizers[name].param_groups, one.state["param_groups"], strict=True)

@@ -7,25 +7,25 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from trackopt.checkpoint.compatibility_optimizer import OptimizerFit, fit_optimizer
-from trackopt.checkpoint.param_names import align
-from trackopt.checkpoint.resharding import Stored
+from trackopt.checkpoint.compatibility_optimizer import OptimizerCompatibility, fit_optimizer
+from trackopt.checkpoint.param_names import match_names
+from trackopt.checkpoint.resharding import LazyTensor
 from trackopt.training.objects import class_name, dtype_name
-from trackopt.training.scheduler_config import changed, settings
-from trackopt.training.sharding import here, keeper
-from trackopt.utils.text import describe, listed
+from trackopt.training.scheduler_config import changed_keys, scheduler_config
+from trackopt.training.sharding import inner_optimizer, to_local
+from trackopt.utils.text import format_shape_dtype, join_names
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from torch import nn
 
-    from trackopt.checkpoint.saved_state import Saved, SavedScheduler
+    from trackopt.checkpoint.saved_state import SavedScheduler, SavedState
     from trackopt.training.objects import Training
 
 
 @dataclass
-class Fit:
+class Compatibility:
     """What goes where, and what does not fit.
 
     Attributes:
@@ -37,33 +37,33 @@ class Fit:
     """
 
     models: dict[str, Mapping[str, Any]] = field(default_factory=dict)
-    optimizers: dict[str, OptimizerFit] = field(default_factory=dict)
+    optimizers: dict[str, OptimizerCompatibility] = field(default_factory=dict)
     schedulers: dict[str, dict[str, Any]] = field(default_factory=dict)
     stateful: dict[str, Any] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
 
-def fit(training: Training, saved: Saved) -> Fit:
+def check_compatibility(training: Training, saved: SavedState) -> Compatibility:
     """Compare a checkpoint with live objects, by name.
 
     Parts that only the checkpoint has are no problem here: `surplus` names them.
     """
-    found = Fit()
-    for name, module in _both("model", training.models, saved.models, found.problems):
+    found = Compatibility()
+    for name, module in _shared("model", training.models, saved.models, found.problems):
         found.models[name] = _model(name, saved.models[name], module, found.problems)
-    for name, optimizer in _both("optimizer", training.optimizers, saved.optimizers, found.problems):
+    for name, optimizer in _shared("optimizer", training.optimizers, saved.optimizers, found.problems):
         one = saved.optimizers[name]
-        if _is_of(name, one.kind, keeper(optimizer), found.problems):
+        if _same_class(name, one.class_name, inner_optimizer(optimizer), found.problems):
             found.optimizers[name] = fit_optimizer(name, one, optimizer, training, found.problems)
-    for name, scheduler in _both("scheduler", training.schedulers, saved.schedulers, found.problems):
-        if _is_of(name, saved.schedulers[name].kind, scheduler, found.problems):
+    for name, scheduler in _shared("scheduler", training.schedulers, saved.schedulers, found.problems):
+        if _same_class(name, saved.schedulers[name].class_name, scheduler, found.problems):
             found.schedulers[name] = _scheduler(name, saved.schedulers[name], scheduler, found.problems)
-    for name, _ in _both("object", training.stateful, saved.stateful, found.problems):
+    for name, _ in _shared("object", training.stateful, saved.stateful, found.problems):
         found.stateful[name] = saved.stateful[name]
     return found
 
 
-def surplus(training: Training, saved: Saved) -> list[str]:
+def unexpected(training: Training, saved: SavedState) -> list[str]:
     """What a checkpoint holds, and the live objects have no place for."""
     pairs = (
         ("model", saved.models, training.models),
@@ -72,21 +72,21 @@ def surplus(training: Training, saved: Saved) -> list[str]:
         ("object", saved.stateful, training.stateful),
     )
     return [
-        f"the checkpoint holds the {role} {listed(there.keys() - here.keys())}, which was not handed over"
+        f"the checkpoint holds the {role} {join_names(there.keys() - here.keys())}, which was not handed over"
         for role, there, here in pairs
         if there.keys() - here.keys()
     ]
 
 
-def _both(
+def _shared(
     role: str, live: Mapping[str, Any], saved: Mapping[str, Any], problems: list[str]
 ) -> Iterator[tuple[str, Any]]:
     if missing := live.keys() - saved.keys():
-        problems.append(f"the checkpoint has no {role} {listed(missing)}")
+        problems.append(f"the checkpoint has no {role} {join_names(missing)}")
     yield from ((name, thing) for name, thing in live.items() if name in saved)
 
 
-def _is_of(name: str, kind: str, live: object, problems: list[str]) -> bool:
+def _same_class(name: str, kind: str, live: object, problems: list[str]) -> bool:
     own = class_name(live)
     if kind in (own, own.rpartition(".")[2]) or not kind:
         return True
@@ -96,36 +96,36 @@ def _is_of(name: str, kind: str, live: object, problems: list[str]) -> bool:
 
 def _model(role: str, saved: Mapping[str, Any], module: nn.Module, problems: list[str]) -> Mapping[str, Any]:
     live = module.state_dict()
-    names = align(saved, live)
+    names = match_names(saved, live)
     given = {own: saved[name] for name, own in names.items()}
     tied = {_address(value) for key, value in live.items() if key in given} - {None}
     missing = {key for key, value in live.items() if key not in given and _address(value) not in tied}
     if missing:
-        problems.append(f"the {role} here has {listed(missing)}, the checkpoint has not")
+        problems.append(f"the {role} here has {join_names(missing)}, the checkpoint has not")
     if extra := saved.keys() - names.keys():
-        problems.append(f"the checkpoint has {listed(extra)}, the {role} here has not")
-    fits = {key: value for key, value in given.items() if _fits(key, value, live[key], problems)}
+        problems.append(f"the checkpoint has {join_names(extra)}, the {role} here has not")
+    fits = {key: value for key, value in given.items() if _is_loadable(key, value, live[key], problems)}
     return saved if fits.keys() == saved.keys() == live.keys() else fits  # itself, with the layers' versions
 
 
 def _address(value: Any) -> int | None:
     if not isinstance(value, torch.Tensor):
         return None
-    part = here(value)
+    part = to_local(value)
     return part.data_ptr() if part.numel() else None
 
 
-def _fits(key: str, saved: Any, live: Any, problems: list[str]) -> bool:
+def _is_loadable(key: str, saved: Any, live: Any, problems: list[str]) -> bool:
     """Whether a value can be loaded; one of another dtype can, but is a problem, too."""
-    if not (isinstance(live, torch.Tensor) and isinstance(saved, (torch.Tensor, Stored))):
-        return isinstance(live, torch.Tensor) == isinstance(saved, (torch.Tensor, Stored))
-    then, now = _form(saved), _form(live)
+    if not (isinstance(live, torch.Tensor) and isinstance(saved, (torch.Tensor, LazyTensor))):
+        return isinstance(live, torch.Tensor) == isinstance(saved, (torch.Tensor, LazyTensor))
+    then, now = _shape_dtype(saved), _shape_dtype(live)
     if then != now:
-        problems.append(f"{key} was saved as {describe(*then)}, here it is {describe(*now)}")
+        problems.append(f"{key} was saved as {format_shape_dtype(*then)}, here it is {format_shape_dtype(*now)}")
     return then[0] == now[0]
 
 
-def _form(tensor: torch.Tensor | Stored) -> tuple[tuple[int, ...], str]:
+def _shape_dtype(tensor: torch.Tensor | LazyTensor) -> tuple[tuple[int, ...], str]:
     return tuple(tensor.shape), dtype_name(tensor.dtype)
 
 
@@ -134,29 +134,29 @@ def _scheduler(name: str, saved: SavedScheduler, live: Any, problems: list[str])
     if saved.settings is None:
         strangers = saved.state.keys() ^ live.state_dict().keys()
         if strangers:
-            problems.append(f"{name} was saved from another class: {listed(strangers)} stands in one of them only")
+            problems.append(f"{name} was saved from another class: {join_names(strangers)} stands in one of them only")
         return saved.state
-    now = settings(live)
+    now = scheduler_config(live)
     state = saved.state
-    for path in changed(saved.settings, now):
-        problems.append(f"{name}.{path} {_changed(saved.settings.get(path), now.get(path))}")
-        state = _without(state, path.split("."))
+    for path in changed_keys(saved.settings, now):
+        problems.append(f"{name}.{path} {_change_message(saved.settings.get(path), now.get(path))}")
+        state = _remove_path(state, path.split("."))
     return state
 
 
-def _changed(saved: Any, live: Any) -> str:
+def _change_message(saved: Any, live: Any) -> str:
     if isinstance(saved, dict) and isinstance(live, dict):
         return "is other code now"
     return f"was {saved} when the run began, here it is {live}"
 
 
-def _without(state: Any, path: list[str]) -> Any:
+def _remove_path(state: Any, path: list[str]) -> Any:
     """A state without what stands at a path: a nested scheduler's attribute, or a whole one of this."""
     key, *rest = path
     if isinstance(state, list):
-        return [_without(part, rest) if str(index) == key else part for index, part in enumerate(state)]
+        return [_remove_path(part, rest) if str(index) == key else part for index, part in enumerate(state)]
     inner = state.get(key)
     nested = isinstance(inner, dict) or (isinstance(inner, list) and any(isinstance(part, dict) for part in inner))
     if nested and rest:
-        return {**state, key: _without(inner, rest)}
+        return {**state, key: _remove_path(inner, rest)}
     return {name: value for name, value in state.items() if str(name) != key}

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
-from trackopt.checkpoint.param_names import align
-from trackopt.training.objects import dtype_name, places
-from trackopt.utils.text import describe, listed
+from trackopt.checkpoint.param_names import match_names
+from trackopt.training.objects import dtype_name, positional_names
+from trackopt.utils.text import format_shape_dtype, join_names
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class OptimizerFit:
+class OptimizerCompatibility:
     """What goes into one optimizer.
 
     Attributes:
@@ -35,7 +35,7 @@ class OptimizerFit:
 
 def fit_optimizer(
     label: str, saved: SavedOptimizer, optimizer: Optimizer, training: Training, problems: list[str]
-) -> OptimizerFit:
+) -> OptimizerCompatibility:
     """Put a saved state into the order of a live optimizer.
 
     Args:
@@ -47,7 +47,7 @@ def fit_optimizer(
     """
     live = training.parameter_names()[label]
     spare = {name: p for name, p in training.named_parameters().items() if not any(name in group for group in live)}
-    partner = _partners(saved, live, spare)
+    partner = _match_groups(saved, live, spare)
     added = [_added(group, partner, spare, optimizer) for group in saved.groups[len(live) :]]
     if len(saved.groups) < len(live) or None in added:
         problems.append(f"{label} was saved with {len(saved.groups)} parameter groups, here it has {len(live)}")
@@ -63,10 +63,10 @@ def fit_optimizer(
         groups.append({**_hyperparameters(label, index, own, names, saved, partner, problems)})
         groups[-1]["params"] = list(range(first, first + len(names)))
         for key, (name, parameter) in enumerate(zip(names, parameters_of(own), strict=True), first):
-            form = saved.forms.get(origin.get(name, ""))
+            form = saved.shapes_dtypes.get(origin.get(name, ""))
             if origin.get(name) in saved.state and _has_form(name, form, parameter, problems):
                 state[key] = saved.state[origin[name]]
-    return OptimizerFit(new, {"state": state, "param_groups": groups})
+    return OptimizerCompatibility(new, {"state": state, "param_groups": groups})
 
 
 def parameters_of(group: dict[str, Any]) -> list[nn.Parameter]:
@@ -74,28 +74,31 @@ def parameters_of(group: dict[str, Any]) -> list[nn.Parameter]:
     return [parameter[1] if isinstance(parameter, tuple) else parameter for parameter in group["params"]]
 
 
-def _partners(saved: SavedOptimizer, live: list[list[str]], spare: Mapping[str, Any]) -> dict[str, str]:
+def _match_groups(saved: SavedOptimizer, live: list[list[str]], unmatched: Mapping[str, Any]) -> dict[str, str]:
     """The live name of each saved one; by position, where one side has no names."""
     names = [group.names for group in saved.groups]
     there, here = list(chain.from_iterable(names)), list(chain.from_iterable(live))
     if _positional(live) != _positional(names) and list(map(len, names)) == list(map(len, live)):
         return dict(zip(there, here, strict=True))
-    return align(there, [*here, *spare])
+    return match_names(there, [*here, *unmatched])
 
 
 def _positional(groups: list[list[str]]) -> bool:
-    return all(group == places(index, len(group)) for index, group in enumerate(groups))
+    return all(group == positional_names(index, len(group)) for index, group in enumerate(groups))
 
 
 def _added(
-    group: SavedGroup, partner: Mapping[str, str], spare: Mapping[str, nn.Parameter], optimizer: Optimizer
+    group: SavedGroup, partner: Mapping[str, str], unmatched: Mapping[str, nn.Parameter], optimizer: Optimizer
 ) -> dict[str, Any] | None:
     """A saved group as ``add_param_group`` takes it; ``None`` if its parameters are not there to be added."""
     names = [partner.get(name, "") for name in group.names]
-    if not all(name in spare for name in names):
+    if not all(name in unmatched for name in names):
         return None
     labelled = "param_names" in optimizer.param_groups[0]
-    return {**group.hyperparameters, "params": [(name, spare[name]) if labelled else spare[name] for name in names]}
+    return {
+        **group.hyperparameters,
+        "params": [(name, unmatched[name]) if labelled else unmatched[name] for name in names],
+    }
 
 
 def _hyperparameters(
@@ -115,8 +118,8 @@ def _hyperparameters(
     if then == set(names):
         return {**own, **group.hyperparameters}
     problems.append(
-        f"group {index} of {label} differs: saved only {listed(then - set(names)) or 'nothing'}, "
-        f"here only {listed(set(names) - then) or 'nothing'}"
+        f"group {index} of {label} differs: saved only {join_names(then - set(names)) or 'nothing'}, "
+        f"here only {join_names(set(names) - then) or 'nothing'}"
     )
     return own
 
@@ -128,7 +131,7 @@ def _has_form(
     now = tuple(parameter.shape), dtype_name(parameter.dtype)
     if form is None or form == now:
         return True
-    problem = f"{name} was saved as {describe(*form)}, here it is {describe(*now)}"
+    problem = f"{name} was saved as {format_shape_dtype(*form)}, here it is {format_shape_dtype(*now)}"
     if problem not in problems:  # said of the weights already
         problems.append(problem)
     return form[0] == now[0]

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 _WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module"})
 
 
-def align(saved: Iterable[str], live: Iterable[str]) -> dict[str, str]:
+def match_names(saved: Iterable[str], live: Iterable[str]) -> dict[str, str]:
     """The live name of each saved name, where it has one.
 
     Equal names go together; then those that differ by wrappers; then, where that leaves live names without a partner,
@@ -25,20 +25,20 @@ def align(saved: Iterable[str], live: Iterable[str]) -> dict[str, str]:
     saved, live = list(saved), list(live)
     if set(live) <= set(saved):
         return {name: name for name in live}
-    here = {_bare(name): name for name in live}
+    here = {_strip_wrappers(name): name for name in live}
     if len(here) < len(live):
         return {name: name for name in live if name in set(saved)}
-    there = {_bare(name): name for name in saved}
-    prefix = _prefix(there, here)
+    there = {_strip_wrappers(name): name for name in saved}
+    prefix = _common_prefix(there, here)
     shifted = {name.removeprefix(prefix): own for name, own in there.items() if name.startswith(prefix)}
     return {shifted[name]: own for name, own in here.items() if name in shifted}
 
 
-def _bare(name: str) -> str:
+def _strip_wrappers(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
-def _prefix(saved: Iterable[str], live: Iterable[str]) -> str:
+def _common_prefix(saved: Iterable[str], live: Iterable[str]) -> str:
     """What stands in front of the live names in most of the saved ones; the shortest, where several do."""
     live = set(live)
     count: Counter[str] = Counter()

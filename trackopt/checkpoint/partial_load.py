@@ -21,10 +21,18 @@ if TYPE_CHECKING:
     from trackopt.archive.tree import Storage
 
 #: What the unpickler raises of a pickle that makes no sense.
-_NONSENSE = (AttributeError, EOFError, LookupError, RuntimeError, TypeError, ValueError, pickle.UnpicklingError)
+_UNPICKLING_ERRORS = (
+    AttributeError,
+    EOFError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    pickle.UnpicklingError,
+)
 
 
-def load_part(opened: Archive, source: ZipSource, keys: Collection[str]) -> dict[str, Any]:
+def load_keys(opened: Archive, source: ZipSource, keys: Collection[str]) -> dict[str, Any]:
     """What stands under some keys of a checkpoint, the same that ``store.load`` finds there.
 
     Raises:
@@ -32,13 +40,13 @@ def load_part(opened: Archive, source: ZipSource, keys: Collection[str]) -> dict
     """
     part = {key: node for key, node in opened.tree.items() if key in keys}
     wanted = {tensor.storage.key: tensor.storage for _, tensor in tensors(part)}
-    if problems := [*verify.problems(opened, crc=False), *source.damaged(wanted.values())]:
+    if problems := [*verify.find_problems(opened, crc=False), *source.verify_checksums(wanted.values())]:
         raise CheckpointError(f"{opened.path}: cannot be used ({problems[0]})")
     unpickler: Any = Unpickler(io.BytesIO(source.read_pickle()), encoding="utf-8")
     unpickler.persistent_load = _Storages(source, wanted).find
     try:
         tree: dict[str, Any] = unpickler.load()
-    except _NONSENSE as error:
+    except _UNPICKLING_ERRORS as error:
         reason = str(error).partition("\n")[0]
         raise CheckpointError(f"{opened.path}: cannot be loaded ({reason})") from error
     return {key: value for key, value in tree.items() if key in part}

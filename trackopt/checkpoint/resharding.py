@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from trackopt.archive import decode, tree
-from trackopt.training.sharding import is_distributed, is_zero, keeper
+from trackopt.training.sharding import inner_optimizer, is_dtensor, is_zero
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from trackopt import archive
 
 
-class Stored:
+class LazyTensor:
     """A tensor that is still in its checkpoint: it is read where it is known how much of it is wanted.
 
     Attributes:
@@ -61,7 +61,7 @@ def state_by_name(optimizer: Optimizer, names: Sequence[Sequence[str]]) -> dict[
         names: For each group those of its parameters.
     """
     if is_zero(optimizer):  # its own would have to be gathered first
-        whole: dict[str, Any] = {"state": keeper(optimizer).state, "param_groups": optimizer.param_groups}
+        whole: dict[str, Any] = {"state": inner_optimizer(optimizer).state, "param_groups": optimizer.param_groups}
     else:
         whole = optimizer.state_dict()
     keys = chain.from_iterable(group["params"] for group in whole["param_groups"])
@@ -71,28 +71,28 @@ def state_by_name(optimizer: Optimizer, names: Sequence[Sequence[str]]) -> dict[
     return {**whole, "state": state, "param_groups": groups}
 
 
-def placed(value: Any, live: Any) -> Any:
+def reshard(value: Any, live: Any) -> Any:
     """What was saved, as it goes into a live object: read, and of what is spread there the part of this process.
 
     Args:
-        value: A state, with tensors or what is `Stored` in it.
+        value: A state, with tensors or what is `LazyTensor` in it.
         live: The state of the same object as it is now; where it has nothing, a tensor is whole.
     """
-    if isinstance(value, (Tensor, Stored)):
-        return _part(value, live)
+    if isinstance(value, (Tensor, LazyTensor)):
+        return _local_shard(value, live)
     if isinstance(value, dict):
         inside = live if isinstance(live, dict) else {}
-        found: Any = type(value)({key: placed(each, inside.get(key)) for key, each in value.items()})
+        found: Any = type(value)({key: reshard(each, inside.get(key)) for key, each in value.items()})
         if hasattr(value, "_metadata"):
             found._metadata = value._metadata
         return found
     if isinstance(value, (list, tuple)):
         others = live if isinstance(live, (list, tuple)) and len(live) == len(value) else [None] * len(value)
-        return type(value)(placed(each, other) for each, other in zip(value, others, strict=True))
+        return type(value)(reshard(each, other) for each, other in zip(value, others, strict=True))
     return value
 
 
-def placed_state(
+def reshard_optimizer_state(
     state: Mapping[Any, Any], parameters: Mapping[Any, nn.Parameter], optimizer: Optimizer
 ) -> dict[Any, Any]:
     """The same of an optimizer's state; what belongs to parameters whose state other processes keep is left out.
@@ -104,18 +104,18 @@ def placed_state(
     """
     elsewhere: set[Any] = set()
     if is_zero(optimizer):
-        kept = {id(parameter) for group in keeper(optimizer).param_groups for parameter in group["params"]}
+        kept = {id(parameter) for group in inner_optimizer(optimizer).param_groups for parameter in group["params"]}
         elsewhere = {key for key, parameter in parameters.items() if id(parameter) not in kept}
     return {
-        key: placed(entry, dict.fromkeys(entry, parameters.get(key)) if isinstance(entry, dict) else None)
+        key: reshard(entry, dict.fromkeys(entry, parameters.get(key)) if isinstance(entry, dict) else None)
         for key, entry in state.items()
         if key not in elsewhere
     }
 
 
-def _part(value: Tensor | Stored, live: Any) -> Tensor:
-    if not is_distributed(live) or not value.shape:
-        return value.read() if isinstance(value, Stored) else value
+def _local_shard(value: Tensor | LazyTensor, live: Any) -> Tensor:
+    if not is_dtensor(live) or not value.shape:
+        return value.read() if isinstance(value, LazyTensor) else value
     from torch.distributed.tensor import DTensor, Replicate
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -123,7 +123,7 @@ def _part(value: Tensor | Stored, live: Any) -> Tensor:
     # A buffer of another shape than its parameter (Adafactor's) is small: each process has all of it.
     placements = live.placements if live.shape == value.shape else [Replicate()] * mesh.ndim
     sizes, offsets = compute_local_shape_and_global_offset(value.shape, mesh, placements)
-    if isinstance(value, Stored):
+    if isinstance(value, LazyTensor):
         part = value.read(offsets, sizes)
     else:
         part = value[tuple(slice(start, start + size) for start, size in zip(offsets, sizes, strict=True))].clone()

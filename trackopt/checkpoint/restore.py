@@ -11,12 +11,11 @@ from trackopt import state as training_state
 from trackopt.archive import verify
 from trackopt.archive.formats.torch_zip import ZipSource
 from trackopt.checkpoint.apply import restore as put
-from trackopt.checkpoint.foreign import read
-from trackopt.checkpoint.partial_load import load_part
-from trackopt.checkpoint.saved_state import of_run
-from trackopt.checkpoint.store import load_checked
+from trackopt.checkpoint.foreign import read_foreign
+from trackopt.checkpoint.partial_load import load_keys
+from trackopt.checkpoint.saved_state import from_run
+from trackopt.checkpoint.store import load_unverified
 from trackopt.errors import CheckpointError, UsageError
-from trackopt.run.options import check_objects
 from trackopt.training.objects import Training
 
 if TYPE_CHECKING:
@@ -26,24 +25,24 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.optim import Optimizer
 
-    from trackopt.checkpoint.saved_state import Saved
+    from trackopt.checkpoint.saved_state import SavedState
     from trackopt.state import TrainingState
     from trackopt.training.objects import Generator, Stateful
 
 
 @dataclass(frozen=True)
-class Restored:
+class RestoreResult:
     """What `restore` did.
 
     Attributes:
         step: The optimizer steps that the checkpoint says were taken; ``None`` where it does not.
         epoch: Its epoch, as its writer counts.
-        left_out: What did not fit, one line each; with ``strict`` nothing.
+        skipped: What did not fit, one line each; with ``strict`` nothing.
     """
 
     step: int | None
     epoch: int | None
-    left_out: tuple[str, ...]
+    skipped: tuple[str, ...]
 
 
 def restore(
@@ -54,7 +53,7 @@ def restore(
     scheduler: Any = None,
     strict: bool = True,
     **stateful: Stateful | Generator,
-) -> Restored:
+) -> RestoreResult:
     """Put a checkpoint into live objects, without a run.
 
     Any checkpoint that ``trackopt inspect`` reads will do: a run's, a plain ``torch.save`` file, a Lightning
@@ -89,35 +88,35 @@ def restore(
         (3, [[1.0, 1.0]])
     """
     training = Training(model, optimizer, scheduler, stateful)
-    check_objects(training)
+    training.validate()
     if not (training.models or training.optimizers or training.schedulers or stateful):
         raise UsageError("restore() was given nothing to restore into; pass model=, optimizer= or scheduler=")
-    place = locations.locate(os.fspath(path))
-    found, saved = (_fetched if remote.is_address(place) else _read)(place, training)
-    left_out = put(training, saved, place, strict=strict, whole=False)
-    return Restored(found.step, found.epoch, tuple(left_out))
+    place = locations.resolve(os.fspath(path))
+    found, saved = (_load_remote if remote.is_remote(place) else _load_local)(place, training)
+    left_out = put(training, saved, place, strict=strict, require_all=False)
+    return RestoreResult(found.step, found.epoch, tuple(left_out))
 
 
-def _read(place: Path, training: Training) -> tuple[TrainingState, Saved]:
+def _load_local(place: Path, training: Training) -> tuple[TrainingState, SavedState]:
     """A checkpoint here, all of it checked."""
-    _refuse(place, verify.check(place))
+    _raise_if_damaged(place, verify.verify_checkpoint(place))
     with locations.open(place) as opened:
         found = training_state.read(opened)
-        return found, of_run(load_checked(place)) if found.own else read(opened, training)
+        return found, from_run(load_unverified(place)) if found.is_trackopt else read_foreign(opened, training)
 
 
-def _fetched(place: Path, training: Training) -> tuple[TrainingState, Saved]:
+def _load_remote(place: Path, training: Training) -> tuple[TrainingState, SavedState]:
     """A checkpoint elsewhere; of a run's only what is asked for is fetched, and checked."""
     roles = {"model": training.models, "optimizer": training.optimizers, "scheduler": training.schedulers}
     wanted = {"trackopt", *training.stateful, *(role for role, live in roles.items() if live)}
     with locations.open(place) as opened:
         found = training_state.read(opened)
-        if found.own and isinstance(opened.source, ZipSource):
-            return found, of_run(load_part(opened, opened.source, wanted))
-        _refuse(place, verify.problems(opened))
-        return found, read(opened, training)
+        if found.is_trackopt and isinstance(opened.source, ZipSource):
+            return found, from_run(load_keys(opened, opened.source, wanted))
+        _raise_if_damaged(place, verify.find_problems(opened))
+        return found, read_foreign(opened, training)
 
 
-def _refuse(place: Path, problems: list[str]) -> None:
+def _raise_if_damaged(place: Path, problems: list[str]) -> None:
     if problems:
         raise CheckpointError(f"{place}: cannot be used ({problems[0]})")

@@ -26,18 +26,18 @@ class SavedOptimizer:
     """An optimizer's state by parameter name.
 
     Attributes:
-        kind: Its class; dotted, or only the last part where a file does not say more; empty where unknown.
+        class_name: Its class; dotted, or only the last part where a file does not say more; empty where unknown.
         groups: Its parameter groups.
         state: By parameter name; what belongs to no parameter stands under its own key.
-        forms: Shape and dtype of the parameters, as far as they are known.
+        shapes_dtypes: Shape and dtype of the parameters, as far as they are known.
     """
 
-    kind: str
+    class_name: str
     groups: list[SavedGroup]
     state: dict[Any, Any]
-    forms: Mapping[str, tuple[tuple[int, ...], str]] = field(default_factory=dict)
+    shapes_dtypes: Mapping[str, tuple[tuple[int, ...], str]] = field(default_factory=dict)
 
-    def first(self, groups: int) -> SavedOptimizer:
+    def take_groups(self, groups: int) -> SavedOptimizer:
         """The same with its first groups only."""
         others = {name for group in self.groups[groups:] for name in group.names}
         state = {name: value for name, value in self.state.items() if name not in others}
@@ -48,13 +48,13 @@ class SavedOptimizer:
 class SavedScheduler:
     """A scheduler's class, its state, and the settings that it was built with, where the file says them."""
 
-    kind: str
+    class_name: str
     state: dict[str, Any]
     settings: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
-class Saved:
+class SavedState:
     """A checkpoint's contents.
 
     Attributes:
@@ -70,7 +70,7 @@ class Saved:
     stateful: dict[str, Any]
 
 
-def of_run(tree: dict[str, Any], groups: Mapping[str, int] | None = None) -> Saved:
+def from_run(tree: dict[str, Any], groups: Mapping[str, int] | None = None) -> SavedState:
     """The contents of a run's checkpoint.
 
     Args:
@@ -89,13 +89,13 @@ def of_run(tree: dict[str, Any], groups: Mapping[str, int] | None = None) -> Sav
         name: _optimizer(part("optimizer", name), meta, name) for name in named("optimizer", meta["optimizer_class"])
     }
     if groups is not None:
-        optimizers = {name: one.first(groups.get(name, len(one.groups))) for name, one in optimizers.items()}
+        optimizers = {name: one.take_groups(groups.get(name, len(one.groups))) for name, one in optimizers.items()}
     schedulers = {
         name: SavedScheduler(meta["scheduler_class"][name], part("scheduler", name), meta["settings"].get(name))
         for name in named("scheduler", meta["scheduler_class"])
     }
     models = {name: part("model", name) for name in named("model", meta["models"])}
-    return Saved(models, optimizers, schedulers, {key: tree[key] for key in tree.keys() - RESERVED})
+    return SavedState(models, optimizers, schedulers, {key: tree[key] for key in tree.keys() - RESERVED})
 
 
 def _optimizer(state: dict[str, Any], meta: dict[str, Any], name: str) -> SavedOptimizer:

@@ -17,50 +17,36 @@ import os
 import pickle
 import shutil
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from trackopt import archive, locations
 from trackopt.archive.formats import manifest
-from trackopt.archive.formats.directories import REST
-from trackopt.archive.tree import Opaque
-from trackopt.checkpoint.resharding import Stored
-from trackopt.checkpoint.writer import PART, write
+from trackopt.archive.formats.directories import UNSHARDED_FILE
+from trackopt.archive.tree import UnknownObject
+from trackopt.checkpoint.resharding import LazyTensor
+from trackopt.checkpoint.writer import PARTIAL_SUFFIX, write
 from trackopt.errors import ArchiveError, CheckpointError, TrackoptError
-from trackopt.training.sharding import has_distributed, here, is_distributed
-from trackopt.utils.files import sync_directory
+from trackopt.training.sharding import contains_dtensor, is_dtensor, to_local
+from trackopt.utils.files import fsync_directory
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from torch.distributed import ProcessGroup
-
     from trackopt.checkpoint.staging import Staged
+    from trackopt.distributed.collectives import Collectives
 
-BEFORE = ".before"
-_SPREAD = ("model", "optimizer")
+_BACKUP_SUFFIX = ".before"
+_SHARDED_KEYS = ("model", "optimizer")
 
 T = TypeVar("T")
 
 
-class Ranks(Protocol):
-    """The processes that write together, and nobody else's messages between theirs."""
-
-    rank: int
-    group: ProcessGroup | None
-
-    def gather(self, value: T) -> list[T]:
-        """The values of all of them, in order."""
-
-    def close(self) -> None:
-        """Let go of the group."""
-
-
 @dataclass(frozen=True)
-class Shards:
+class ShardedCheckpoint:
     """One checkpoint in the memory of all processes.
 
     Attributes:
@@ -74,7 +60,7 @@ class Shards:
     error: Exception | None = None
 
 
-class ShardMemory:
+class CpuStateDict:
     """Copies of live tensors, in memory that every save uses again."""
 
     def __init__(self) -> None:
@@ -95,12 +81,12 @@ class ShardMemory:
         self._held.clear()
 
     def _tensor(self, tensor: Tensor, path: tuple[Any, ...]) -> Tensor:
-        part = here(tensor)
+        part = to_local(tensor)
         held = self._held.get(path)
         if held is None or (held.shape, held.dtype) != (part.shape, part.dtype):
             held = self._held[path] = torch.empty(part.shape, dtype=part.dtype, device="cpu", pin_memory=part.is_cuda)
         held.copy_(part)
-        if not is_distributed(tensor):
+        if not is_dtensor(tensor):
             return held
         from torch.distributed.tensor import DTensor
 
@@ -108,26 +94,28 @@ class ShardMemory:
         return DTensor(held, tensor._spec, requires_grad=False)  # type: ignore[no-untyped-call]
 
 
-def split(tree: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def split_sharded(tree: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """What of a captured tree is spread, and the rest."""
-    parts = {key: value for key, value in tree.items() if key in _SPREAD or has_distributed(value)}
+    parts = {key: value for key, value in tree.items() if key in _SHARDED_KEYS or contains_dtensor(value)}
     return parts, {key: value for key, value in tree.items() if key not in parts}
 
 
-def write_together(shards: Shards, path: Path, ranks: Ranks, *, before_commit: Callable[[], None]) -> None:
+def write_collectively(
+    shards: ShardedCheckpoint, path: Path, collectives: Collectives, *, before_commit: Callable[[], None]
+) -> None:
     """Write a checkpoint as a directory and commit it: every process calls this, and each returns when it is there.
 
     Args:
         shards: What this process has.
         path: The directory's final name; it appears when everything is on the disk.
-        ranks: The processes; nobody else may use their group meanwhile.
+        collectives: The processes; nobody else may use their group meanwhile.
         before_commit: Called by the first one when only the rename is left.
 
     Raises:
         CheckpointError: On all of them, where one could not write; the name and all earlier ones are as they were.
     """
-    part = path.with_name(f".{path.name}{PART}")
-    leads = ranks.rank == 0
+    part = path.with_name(f".{path.name}{PARTIAL_SUFFIX}")
+    leads = collectives.rank == 0
 
     def begin() -> None:
         if shards.error is not None:
@@ -136,20 +124,24 @@ def write_together(shards: Shards, path: Path, ranks: Ranks, *, before_commit: C
             _make(part)
 
     try:
-        _all(ranks, path, begin)
-        _all(ranks, path, lambda: _write_parts(shards.parts, part, ranks))
-        sums = _all(ranks, path, lambda: {file.name: manifest.checksum(file) for file in _own(part, ranks.rank)})
+        _run_on_all(collectives, path, begin)
+        _run_on_all(collectives, path, lambda: _write_parts(shards.parts, part, collectives))
+        sums = _run_on_all(
+            collectives,
+            path,
+            lambda: {file.name: manifest.checksum(file) for file in _own_files(part, collectives.rank)},
+        )
 
         def commit() -> None:
             assert shards.rest is not None  # noqa: S101 - for mypy: it leads
-            write(shards.rest, part / REST, before_commit=lambda: None)
+            write(shards.rest, part / UNSHARDED_FILE, before_commit=lambda: None)
             listed = {name: each for own in sums for name, each in own.items()}
-            listed |= {name: manifest.checksum(part / name) for name in (".metadata", REST)}
-            _write_last(part / manifest.NAME, manifest.content(listed))
+            listed |= {name: manifest.checksum(part / name) for name in (".metadata", UNSHARDED_FILE)}
+            _write_synced(part / manifest.NAME, manifest.content(listed))
             before_commit()
-            put_in_place(part, path)
+            commit_directory(part, path)
 
-        _all(ranks, path, lambda: commit() if leads else None)
+        _run_on_all(collectives, path, lambda: commit() if leads else None)
     except TrackoptError as error:
         if leads:
             shutil.rmtree(part, ignore_errors=True)
@@ -158,21 +150,21 @@ def write_together(shards: Shards, path: Path, ranks: Ranks, *, before_commit: C
         raise CheckpointError(f"{path}: not written ({error})") from error
 
 
-def put_in_place(part: Path, path: Path) -> None:
-    """Give a directory its name. One that has it steps aside for that moment; `mend` brings it back."""
-    before = path.with_name(f".{path.name}{BEFORE}")
+def commit_directory(part: Path, path: Path) -> None:
+    """Give a directory its name. One that has it steps aside for that moment; `recover_interrupted_commit` brings it back."""
+    before = path.with_name(f".{path.name}{_BACKUP_SUFFIX}")
     if path.exists():
         shutil.rmtree(before, ignore_errors=True)  # of a writer that was killed when its own had the name
         path.rename(before)
     part.rename(path)
-    sync_directory(path.parent)
+    fsync_directory(path.parent)
     shutil.rmtree(before, ignore_errors=True)
 
 
-def mend(folder: Path) -> None:
+def recover_interrupted_commit(folder: Path) -> None:
     """Bring back what had stepped aside when its writer was killed."""
-    for before in folder.glob(f".*{BEFORE}"):
-        path = before.with_name(before.name[1 : -len(BEFORE)])
+    for before in folder.glob(f".*{_BACKUP_SUFFIX}"):
+        path = before.with_name(before.name[1 : -len(_BACKUP_SUFFIX)])
         if path.exists():
             shutil.rmtree(before, ignore_errors=True)
         else:
@@ -180,14 +172,14 @@ def mend(folder: Path) -> None:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """The tree of a checkpoint; what is spread is `Stored` in it, and is read when it is clear how much is wanted.
+    """The tree of a checkpoint; what is spread is `LazyTensor` in it, and is read when it is clear how much is wanted.
 
     Raises:
         CheckpointError: A file is missing or damaged.
     """
     try:
         opened = locations.open(path)
-        rest = torch.load(path / REST, map_location="cpu", weights_only=True)
+        rest = torch.load(path / UNSHARDED_FILE, map_location="cpu", weights_only=True)
         return {key: _stored(opened, node) for key, node in opened.tree.items() if key not in rest} | dict(rest)
     except (ArchiveError, OSError, RuntimeError, pickle.UnpicklingError) as error:
         raise CheckpointError(f"{path}: cannot be loaded ({_reason(error)})") from error
@@ -195,13 +187,13 @@ def load(path: Path) -> dict[str, Any]:
 
 def _stored(opened: archive.Archive, node: Any) -> Any:
     if isinstance(node, archive.Tensor):
-        stored = Stored(opened, node)
+        stored = LazyTensor(opened, node)
         return stored if stored.shape else stored.read()  # a single number is nowhere in parts
     if isinstance(node, dict):
         return {key: _stored(opened, each) for key, each in node.items()}
     if isinstance(node, (list, tuple)):
         return type(node)(_stored(opened, each) for each in node)
-    if isinstance(node, Opaque):
+    if isinstance(node, UnknownObject):
         raise ArchiveError(f"it holds {node!r}, which would have to be run")
     return node
 
@@ -210,34 +202,34 @@ def _make(part: Path) -> None:
     part.parent.mkdir(exist_ok=True)
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir()
-    sync_directory(part.parent)
+    fsync_directory(part.parent)
 
 
-def _write_parts(parts: dict[str, Any], part: Path, ranks: Ranks) -> None:
+def _write_parts(parts: dict[str, Any], part: Path, collectives: Collectives) -> None:
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.filesystem import FileSystemWriter
     from torch.distributed.checkpoint.state_dict_saver import save
 
     try:
-        save(parts, storage_writer=FileSystemWriter(part), process_group=ranks.group)
+        save(parts, storage_writer=FileSystemWriter(part), process_group=collectives.group)
     except CheckpointException as error:  # it is none of python's, and in each process that of all
-        if ranks.rank in error.failures:
-            raise error.failures[ranks.rank][0] from None
+        if collectives.rank in error.failures:
+            raise error.failures[collectives.rank][0] from None
 
 
-def _own(part: Path, rank: int) -> list[Path]:
+def _own_files(part: Path, rank: int) -> list[Path]:
     return sorted(part.glob(f"__{rank}_*"))
 
 
-def _write_last(file: Path, content: bytes) -> None:
+def _write_synced(file: Path, content: bytes) -> None:
     with file.open("wb") as stream:
         stream.write(content)
         stream.flush()
         os.fsync(stream.fileno())
-    sync_directory(file.parent)
+    fsync_directory(file.parent)
 
 
-def _all(ranks: Ranks, path: Path, action: Callable[[], T]) -> list[T]:
+def _run_on_all(collectives: Collectives, path: Path, action: Callable[[], T]) -> list[T]:
     """What an action returns in each process.
 
     Raises:
@@ -248,7 +240,7 @@ def _all(ranks: Ranks, path: Path, action: Callable[[], T]) -> list[T]:
         result = action()
     except Exception as error:  # noqa: BLE001 - the others wait for what became of it
         problem = _reason(error)
-    told = ranks.gather((problem, result))
+    told = collectives.all_gather_object((problem, result))
     for rank, (each, _) in enumerate(told):
         if each:
             where = f"rank {rank}: " if len(told) > 1 else ""

@@ -15,7 +15,7 @@ from trackopt.checkpoint.resharding import state_by_name
 from trackopt.errors import UsageError
 from trackopt.training import rng
 from trackopt.training.objects import class_name, dtype_name, versions
-from trackopt.training.sharding import is_spread, keeper
+from trackopt.training.sharding import inner_optimizer, is_sharded
 
 if TYPE_CHECKING:
     from trackopt.training.objects import Training
@@ -53,9 +53,9 @@ def capture(training: Training, progress: Mapping[str, Any]) -> dict[str, Any]:
         "optimizer": _optimizers(training),
         "scheduler": _each(training.scheduler, lambda scheduler: scheduler.state_dict()),
     }
-    tree = {key: plain(value, key) for key, value in tree.items() if value is not None}
+    tree = {key: to_plain(value, key) for key, value in tree.items() if value is not None}
     tree["rng"] = rng.capture()
-    tree |= {name: plain(state_of(thing), name) for name, thing in training.stateful.items()}
+    tree |= {name: to_plain(state_of(thing), name) for name, thing in training.stateful.items()}
     tree["trackopt"] = {
         "format": FORMAT,
         "time": time.time(),
@@ -65,7 +65,7 @@ def capture(training: Training, progress: Mapping[str, Any]) -> dict[str, Any]:
         "frozen": [name for name, parameter in training.named_parameters().items() if not parameter.requires_grad],
         "models": list(training.models),
         "named": [role for role in ("model", "optimizer", "scheduler") if isinstance(getattr(training, role), Mapping)],
-        "optimizer_class": {key: class_name(keeper(value)) for key, value in training.optimizers.items()},
+        "optimizer_class": {key: class_name(inner_optimizer(value)) for key, value in training.optimizers.items()},
         "scheduler_class": {key: class_name(value) for key, value in training.schedulers.items()},
         "versions": versions(),
         **progress,
@@ -78,7 +78,7 @@ def state_of(thing: Any) -> Any:
     return rng.state_of(thing) if rng.is_generator(thing) else thing.state_dict()
 
 
-def nbytes(training: Training) -> int:
+def estimate_nbytes(training: Training) -> int:
     """About how large a checkpoint is: parameters, buffers, and what the optimizers keep."""
     modules = [*training.models.values(), *(each for each in training.stateful.values() if isinstance(each, nn.Module))]
     tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
@@ -88,9 +88,9 @@ def nbytes(training: Training) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def _of_parameters(training: Training, of: Callable[[nn.Parameter], T]) -> dict[str, list[list[T]]]:
+def _of_parameters(training: Training, per_parameter: Callable[[nn.Parameter], T]) -> dict[str, list[list[T]]]:
     return {
-        key: [[of(parameter) for parameter in group["params"]] for group in optimizer.param_groups]
+        key: [[per_parameter(parameter) for parameter in group["params"]] for group in optimizer.param_groups]
         for key, optimizer in training.optimizers.items()
     }
 
@@ -102,26 +102,26 @@ def _each(value: Any, state: Callable[[Any], T]) -> T | dict[str, T] | None:
 
 
 def _optimizers(training: Training) -> Any:
-    if not is_spread(training):
+    if not is_sharded(training):
         return _each(training.optimizer, lambda optimizer: optimizer.state_dict())
     names = training.parameter_names()
     found = {key: state_by_name(optimizer, names[key]) for key, optimizer in training.optimizers.items()}
     return found if isinstance(training.optimizer, Mapping) else found.get("optimizer")
 
 
-def plain(value: Any, path: str) -> Any:
+def to_plain(value: Any, path: str) -> Any:
     """The same tree with NumPy's scalars as python's; anything that cannot be loaded safely is refused by its path."""
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, _PLAIN):
         return value
     if type(value) in {dict, OrderedDict, Counter}:
-        items = type(value)({plain(key, path): plain(each, f"{path}.{key}") for key, each in value.items()})
+        items = type(value)({to_plain(key, path): to_plain(each, f"{path}.{key}") for key, each in value.items()})
         if hasattr(value, "_metadata"):
             items._metadata = value._metadata  # the versions of a module's layers, which load_state_dict wants back
         return items
     if type(value) in {list, tuple, set}:
-        return type(value)(plain(each, f"{path}[{i}]") for i, each in enumerate(value))
+        return type(value)(to_plain(each, f"{path}[{i}]") for i, each in enumerate(value))
     raise UsageError(
         f"{path} is a {class_name(value)}, which a checkpoint cannot hold safely; "
         "let its state_dict() return numbers, strings, tensors, lists and dicts"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from trackopt.checkpoint.staging import PAGE
 from trackopt.errors import CheckpointError
-from trackopt.utils.files import sync_directory
+from trackopt.utils.files import fsync_directory
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from trackopt.checkpoint.staging import Staged
 
-PART = ".part"
+PARTIAL_SUFFIX = ".part"
 _CHUNK = 16 << 20  # bytes a write: large enough for the disk's full speed
 _DIRECT = getattr(os, "O_DIRECT", 0)  # not on macOS
 
@@ -37,10 +37,10 @@ def write(staged: Staged, path: Path, *, before_commit: Callable[[], None]) -> N
     Raises:
         CheckpointError: The disk is full or fails; the name and all earlier files are as they were.
     """
-    part = path.with_name(f".{path.name}{PART}")
+    part = path.with_name(f".{path.name}{PARTIAL_SUFFIX}")
     try:
-        _make(path.parent)
-        _require_space(path.parent, staged.size)
+        _make_folder(path.parent)
+        _check_free_space(path.parent, staged.size)
         file = _create(part)
         try:
             _reserve(file, staged.memory.nbytes)
@@ -51,7 +51,7 @@ def write(staged: Staged, path: Path, *, before_commit: Callable[[], None]) -> N
             os.close(file)
         before_commit()
         part.rename(path)
-        sync_directory(path.parent)
+        fsync_directory(path.parent)
     except OSError as error:
         with contextlib.suppress(OSError):  # the next start removes it
             part.unlink(missing_ok=True)
@@ -60,13 +60,13 @@ def write(staged: Staged, path: Path, *, before_commit: Callable[[], None]) -> N
         ) from error
 
 
-def _make(folder: Path) -> None:
+def _make_folder(folder: Path) -> None:
     if not folder.exists():
         folder.mkdir(exist_ok=True)
-        sync_directory(folder.parent)
+        fsync_directory(folder.parent)
 
 
-def _require_space(folder: Path, size: int) -> None:
+def _check_free_space(folder: Path, size: int) -> None:
     """A disk that is filled to the brim would stop others, too."""
     there = os.statvfs(folder)
     free = there.f_bavail * there.f_frsize
@@ -97,7 +97,7 @@ def _reserve(file: int, size: int) -> None:
 def _transfer(staged: Staged, file: int) -> None:
     """Write whatever is ready in large pieces; at the end the rest, up to the end of its page."""
     position = 0
-    for ready in staged.seal():
+    for ready in staged.finalize_checksums():
         end = staged.memory.nbytes if ready == staged.size else ready // PAGE * PAGE
         if ready == staged.size or end - position >= _CHUNK:
             _write(file, staged.memory, position, end)
@@ -112,14 +112,14 @@ def _write(file: int, memory: memoryview, position: int, end: int) -> None:
         except OSError as error:
             if error.errno != errno.EINVAL or not _is_direct(file):
                 raise
-            _go_through_the_cache(file)
+            _disable_direct_io(file)
         if position % PAGE:  # a short write: what follows is not aligned any more
-            _go_through_the_cache(file)
+            _disable_direct_io(file)
 
 
 def _is_direct(file: int) -> bool:
     return bool(fcntl.fcntl(file, fcntl.F_GETFL) & _DIRECT)
 
 
-def _go_through_the_cache(file: int) -> None:
+def _disable_direct_io(file: int) -> None:
     fcntl.fcntl(file, fcntl.F_SETFL, fcntl.fcntl(file, fcntl.F_GETFL) & ~_DIRECT)

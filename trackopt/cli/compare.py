@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from trackopt.cli import console, figures, live
-from trackopt.plotting.comparison import SPREADS, WINDOW, Comparison, Row, compare, wanted
+from trackopt.plotting.comparison import SPIKE_MADS, WINDOW, Comparison, Row, compare, wanted
 from trackopt.plotting.figure import Curve, Panel
-from trackopt.plotting.run_series import require
+from trackopt.plotting.run_series import require_series
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.text import Text
 
-    from trackopt.plotting.run_series import Tracked
+    from trackopt.plotting.run_series import RunSeries
 
 _LOSS = "loss"
 _MOST = 12  # curves
@@ -53,28 +53,28 @@ def command(
       trackopt compare runs/* --metric accuracy --max --json
     """
 
-    def facts(tracked: Sequence[Tracked]) -> Comparison:
+    def facts(tracked: Sequence[RunSeries]) -> Comparison:
         return compare(tracked, metric, target=target, highest=highest)
 
     readers = live.read(runs, lambda key: wanted(key, metric))
     if follow:
         rows = shutil.get_terminal_size().lines - 2
         live.follow(readers, lambda tracked: _screen(facts(tracked), tracked, given=target is not None, rows=rows))
-    tracked = live.tracked(readers)
-    require(tracked, metric)
+    tracked = live.read_runs(readers)
+    require_series(tracked, metric)
     found = facts(tracked)
     if outputs["as_json"]:
         console.write_json(found.as_dict())
     else:
         console.show(_screen(found, tracked, given=target is not None))
-    panels, title = [_panel(found, tracked)], console.clean(f"{len(tracked)} runs by {metric}")
+    panels, title = [_panel(found, tracked)], console.sanitize(f"{len(tracked)} runs by {metric}")
     figures.write_pictures(panels, png=outputs["png"], svg=outputs["svg"], title=title)
     if outputs["attach"]:
         figures.attach(panels, [reader.directory for reader in readers], name="compare", title=title)
 
 
 def _screen(
-    found: Comparison, runs: Sequence[Tracked], *, given: bool, rows: int | None = None
+    found: Comparison, runs: Sequence[RunSeries], *, given: bool, rows: int | None = None
 ) -> Iterator[RenderableType]:
     tables = list(_tables(found))
     for table in tables:
@@ -84,10 +84,10 @@ def _screen(
         yield console.finding("info", note)
     left = None if rows is None else rows - len(tables) * (len(found.rows) + 2) - _NOTES
     yield ""
-    yield from figures.drawn(figures.fitting([_panel(found, runs)], left), legend=False)
+    yield from figures.render(figures.panel_height([_panel(found, runs)], left), legend=False)
 
 
-def _panel(found: Comparison, runs: Sequence[Tracked]) -> Panel:
+def _panel(found: Comparison, runs: Sequence[RunSeries]) -> Panel:
     """The curves in the order of the table."""
     series = {run.path: run.series.get(found.metric, []) for run in runs}
     curves = tuple(Curve(row.name, series[row.path]) for row in found.rows[:_MOST])
@@ -102,9 +102,9 @@ def _tables(found: Comparison) -> Iterator[Text]:
     from trackopt.plotting.terminal import letter
 
     marks = [letter(index) for index in range(len(found.rows))]
-    names = [_short(console.clean(row.name)) for row in found.rows]
+    names = [_short(console.sanitize(row.name)) for row in found.rows]
     columns = [
-        (console.clean(head), [console.clean(show(row)) for row in found.rows]) for head, show in _columns(found)
+        (console.sanitize(head), [console.sanitize(show(row)) for row in found.rows]) for head, show in _columns(found)
     ]
     room = console.text_width() - 2 - 1 - 3 - max(map(cell_len, [*names, "run"]))
     chosen: list[tuple[str, list[str]]] = []
@@ -148,7 +148,7 @@ def _columns(found: Comparison) -> Iterator[tuple[str, Callable[[Row], str]]]:
     yield "at step", lambda row: _count(row.best_step)
     yield "to target", lambda row: _count(row.steps_to_target)
     yield "time", lambda row: _duration(row.seconds_to_target)
-    yield "spikes", lambda row: console.share(row.spikes)
+    yield "spikes", lambda row: console.format_percent(row.spikes)
     yield "update ratio", lambda row: _number(row.update_ratio)
     yield "ms/step", lambda row: _number(row.step_ms)
 
@@ -162,8 +162,8 @@ def _notes(found: Comparison, *, given: bool) -> Iterator[str]:
         yield f"{first} at {found.target:.4g} or {better}{reason}"
     side = "below" if found.highest else "above"
     yield (
-        f"spikes: steps whose {console.clean(found.metric)} is NaN or infinite, or {side} the median of the {WINDOW} "
-        f"steps before by more than {SPREADS} of their interquartile ranges"
+        f"spikes: steps whose {console.sanitize(found.metric)} is NaN or infinite, or {side} the median of the {WINDOW} "
+        f"steps before by more than {SPIKE_MADS} of their interquartile ranges"
     )
     if any(row.update_ratio is not None for row in found.rows):
         yield "update ratio: how far a step moves the parameters, relative to them; the median"

@@ -1,6 +1,6 @@
 """How facts look on a terminal: cleaned text, numbers with units, lines that fit, JSON.
 
-Whatever comes from a file passes through `clean` before it is shown: a name in a checkpoint must not be
+Whatever comes from a file passes through `sanitize` before it is shown: a name in a checkpoint must not be
 able to move the cursor, set a colour or write a link.
 """
 
@@ -32,10 +32,10 @@ _LONGEST_FINDING = 2000
 _MIN_WIDTH = 40
 _UNLIMITED = 1_000_000
 _GAPS = 3, 2, 1  # blanks between the columns of a table; fewer where it is wider than the screen
-_THINNEST = 8  # columns that a folding column of a table keeps
+_MIN_COLUMN = 8  # columns that a folding column of a table keeps
 
 
-def clean(text: object, longest: int = _LONGEST) -> str:
+def sanitize(text: object, longest: int = _LONGEST) -> str:
     r"""A text without anything that a terminal would act on or show in another order than it is stored.
 
     Example:
@@ -73,7 +73,7 @@ def age(seconds: float) -> str:
     return f"{seconds // 86400:,.0f} days ago"
 
 
-def since(moment: Any) -> str:
+def format_age(moment: Any) -> str:
     """How long ago a Unix time was; nothing for what is none."""
     if isinstance(moment, int | float) and math.isfinite(moment):
         return age(time.time() - moment)
@@ -90,10 +90,10 @@ def number(value: Any) -> str:
         return f"{value:.6g}"
     if isinstance(value, list | tuple) and value and all(isinstance(item, int | float) for item in value):
         return ", ".join(map(number, value[:4])) + (f", … {len(value)}" if len(value) > 4 else "")
-    return clean(describe(value), 60)
+    return sanitize(describe(value), 60)
 
 
-def share(part: float) -> str:
+def format_percent(part: float) -> str:
     """A share in percent, which is only 0 % or 100 % if it is exactly that."""
     percent = 100 * part
     if 0 < percent < 0.01:
@@ -140,11 +140,11 @@ def row(label: str, facts: Iterable[str], *, style: str = "bold") -> Text:
     """
     from rich.text import Text
 
-    name = clean(label, LABEL - 2).ljust(LABEL)
-    return Text("  ").append(name, style=style).append(flow(facts, indent=2 + LABEL))
+    name = sanitize(label, LABEL - 2).ljust(LABEL)
+    return Text("  ").append(name, style=style).append(wrap_fields(facts, indent=2 + LABEL))
 
 
-def flow(facts: Iterable[str], *, indent: int, first: int | None = None, gap: str = "   ") -> str:
+def wrap_fields(facts: Iterable[str], *, indent: int, first: int | None = None, gap: str = "   ") -> str:
     """Facts side by side, on as many lines as it takes.
 
     Args:
@@ -158,7 +158,7 @@ def flow(facts: Iterable[str], *, indent: int, first: int | None = None, gap: st
     mark = gap.rstrip()
     rooms = [text_width() - len(mark) - (indent if first is None else first), text_width() - len(mark) - indent]
     lines: list[str] = []
-    for fact in filter(None, map(clean, facts)):
+    for fact in filter(None, map(sanitize, facts)):
         if lines and cell_len(lines[-1]) + len(gap) + cell_len(fact) <= rooms[len(lines) > 1]:
             lines[-1] += gap + fact
         else:
@@ -173,15 +173,15 @@ def finding(level: str, text: str) -> Text:
     from rich.text import Text
 
     sign, style = LEVELS[level]
-    lines = _fold(clean(text, _LONGEST_FINDING), text_width() - 4)
+    lines = _fold(sanitize(text, _LONGEST_FINDING), text_width() - 4)
     return Text("  ").append(sign, style=style).append(" " + "\n    ".join(lines))
 
 
-def detail(text: str) -> Text:
+def indented(text: str) -> Text:
     """A line below a finding, wrapped under itself."""
     from rich.text import Text
 
-    lines = _fold(clean(text, _LONGEST_FINDING), text_width() - 6)
+    lines = _fold(sanitize(text, _LONGEST_FINDING), text_width() - 6)
     return Text("    " + "\n      ".join(lines))
 
 
@@ -197,13 +197,13 @@ def table(heads: Iterable[str], rows: Iterable[Iterable[str]], *, indent: int = 
     from rich.cells import cell_len
     from rich.text import Text
 
-    cells = [[clean(cell) for cell in row] for row in (heads, *rows)]
+    cells = [[sanitize(cell) for cell in row] for row in (heads, *rows)]
     widths = [max(map(cell_len, column)) for column in zip(*cells, strict=True)]
-    least = indent + sum(min(each, _THINNEST) for each in widths[:left]) + sum(widths[left:])
+    least = indent + sum(min(each, _MIN_COLUMN) for each in widths[:left]) + sum(widths[left:])
     gap = next((gap for gap in _GAPS if least + gap * (len(widths) - 1) <= text_width()), _GAPS[-1])
     room = text_width() - indent - sum(widths[left:]) - gap * (len(widths) - 1)
     for wider, index in enumerate(sorted(range(left), key=widths.__getitem__)):
-        widths[index] = min(widths[index], max(_THINNEST, room // (left - wider)))
+        widths[index] = min(widths[index], max(_MIN_COLUMN, room // (left - wider)))
         room -= widths[index]
     text = Text()
     for index, row in enumerate(cells):

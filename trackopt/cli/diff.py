@@ -97,7 +97,7 @@ def _framed(found: Difference, inside: Iterator[RenderableType]) -> Iterator[Ren
     if found.ignored:
         names = ", ".join(path.removeprefix("trackopt.") for path in found.ignored)
         told = f"not counted, since it only says who wrote the file: {names}"
-        yield Text("  " + console.flow([told], indent=4, first=2), style="dim")
+        yield Text("  " + console.wrap_fields([told], indent=4, first=2), style="dim")
 
 
 def _screen(found: Difference, top: int, *, everything: bool = False) -> Iterator[RenderableType]:
@@ -113,7 +113,7 @@ def _screen(found: Difference, top: int, *, everything: bool = False) -> Iterato
         yield diff_table.count(found)
     else:
         yield from diff_table.largest(found, top)
-        yield diff_table.count(found, diff_table.following(found), hint="--tensors shows all")
+        yield diff_table.count(found, diff_table.consequences(found), hint="--tensors shows all")
 
 
 def _everything(found: Difference, top: int) -> Iterator[RenderableType]:
@@ -140,10 +140,10 @@ def _stat(found: Difference, _: int) -> Iterator[RenderableType]:
 def _equal(found: Difference) -> RenderableType:
     tally = found.tally
     same = tally.tensors["same"]
-    how = ", bit for bit" if not (tally.close or tally.unread) else ""
+    how = ", bit for bit" if not (tally.within_tolerance or tally.skipped_by_checksum) else ""
     text = f"the same{how}: {same:,} tensors and {found.same - same:,} other values"
-    if tally.close:
-        text += f"; {tally.close:,} of them differ by less than the tolerance"
-    if tally.unread:
-        text += f"; {tally.unread:,} of the tensors by size and checksum alone"
+    if tally.within_tolerance:
+        text += f"; {tally.within_tolerance:,} of them differ by less than the tolerance"
+    if tally.skipped_by_checksum:
+        text += f"; {tally.skipped_by_checksum:,} of the tensors by size and checksum alone"
     return console.finding("ok", text)

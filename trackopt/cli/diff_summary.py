@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from trackopt.analysis.diff import Difference
-    from trackopt.analysis.diff.continuation import Verdict
-    from trackopt.analysis.diff.training_summary import BufferTurn, Story
+    from trackopt.analysis.diff.continuation import ContinuationReport
+    from trackopt.analysis.diff.training_summary import BufferChange, TrainingDiff
 
 Row = tuple[str, list[str]]
 _STRAIGHT = 0.98
@@ -25,7 +25,7 @@ _MANY = 3
 
 def headline(found: Difference) -> str:
     """Where both checkpoints stand, in one line; their names if they do not say."""
-    story = found.story
+    story = found.training
     pairs = (("step", story.step), ("epoch", story.epoch))
     facts = [_moved(name, *pair) for name, pair in pairs if pair != (None, None)]
     if None not in story.step and story.step[0] != story.step[1]:
@@ -34,12 +34,12 @@ def headline(found: Difference) -> str:
     if story.same_run is not None:
         facts.append("same run" if story.same_run else "another run")
     names = [Path(path).name for path in (found.a, found.b)]
-    return console.clean(" · ".join(facts) or " → ".join(names if names[0] != names[1] else (found.a, found.b)))
+    return console.sanitize(" · ".join(facts) or " → ".join(names if names[0] != names[1] else (found.a, found.b)))
 
 
 def lines(found: Difference) -> Iterator[Text]:
     """What happened between the two, a line for each part of the training."""
-    story = found.story
+    story = found.training
     rows = [*_weights(found), *_rates(story), *_settings(story)]
     rows += [_buffer(turn, several=len({one.optimizer for one in story.buffers}) > 1) for turn in story.buffers]
     rows += [
@@ -58,11 +58,11 @@ def notes(found: Difference) -> Iterator[RenderableType]:
     """How the two were brought together, where that was not plain."""
     from rich.text import Text
 
-    for note in found.story.notes:
-        yield Text("  " + console.flow([note], indent=4, first=2), style="dim")
+    for note in found.training.notes:
+        yield Text("  " + console.wrap_fields([note], indent=4, first=2), style="dim")
 
 
-def verdict(found: Verdict) -> Iterator[RenderableType]:
+def verdict(found: ContinuationReport) -> Iterator[RenderableType]:
     """Whether the run would go on the same, and why not."""
     if found.continues:
         sure = " as far as can be seen" if found.reasons else ""
@@ -70,7 +70,7 @@ def verdict(found: Verdict) -> Iterator[RenderableType]:
     else:
         yield console.finding("error", "B loaded into A's training does not continue the same run")
     for reason in found.reasons:
-        yield console.detail(reason.text if reason.level == "error" else f"({reason.text})")
+        yield console.indented(reason.text if reason.level == "error" else f"({reason.text})")
 
 
 def _moved(name: str, a: Any, b: Any) -> str:
@@ -79,13 +79,13 @@ def _moved(name: str, a: Any, b: Any) -> str:
 
 
 def _weights(found: Difference) -> list[Row]:
-    weights = found.story.weights
+    weights = found.training.weights
     if weights is None:
         return []
     changed = [one for one in found.changes if one.role and one.role.kind == "weight" and one.numbers]
     if changed and all(one.cast in ("equal", "rounded") for one in changed):
         return [("weights", [f"the same but for the cast, which rounded {_percent(weights.rel_l2)} (relative L2)"])]
-    moved, (most, far), (least, near) = weights.rel_l2, weights.most, weights.least
+    moved, (most, far), (least, near) = weights.rel_l2, weights.most_changed, weights.least_changed
     facts = [f"moved {_percent(moved)} (relative L2)", f"most: {most} {_percent(far)}"]
     if most != least:
         facts.append(f"least: {least} {_percent(near)}")
@@ -93,10 +93,10 @@ def _weights(found: Difference) -> list[Row]:
 
 
 def _percent(part: float) -> str:
-    return console.share(part) if math.isfinite(part) else ("beyond measure" if math.isinf(part) else "to NaN")
+    return console.format_percent(part) if math.isfinite(part) else ("beyond measure" if math.isinf(part) else "to NaN")
 
 
-def _rates(story: Story) -> list[Row]:
+def _rates(story: TrainingDiff) -> list[Row]:
     rates = story.rates
     if all(rate.a == rate.b for rate in rates):
         return []
@@ -110,7 +110,7 @@ def _rates(story: Story) -> list[Row]:
     return [("lr", facts)]
 
 
-def _settings(story: Story) -> Iterator[Row]:
+def _settings(story: TrainingDiff) -> Iterator[Row]:
     """Other hyperparameters, a line for each."""
     named = len({(rate.optimizer, rate.group) for rate in story.rates}) > 1
     rows: dict[str, list[str]] = {}
@@ -121,7 +121,7 @@ def _settings(story: Story) -> Iterator[Row]:
         yield label, facts if label == name else [f"{name}: {fact}" for fact in facts]
 
 
-def _buffer(turn: BufferTurn, *, several: bool) -> Row:
+def _buffer(turn: BufferChange, *, several: bool) -> Row:
     label = f"{turn.optimizer}.{turn.buffer}" if several else turn.buffer
     cosine = (
         f"turned: cosine {round(turn.cosine, 2) + 0.0:.2f}"
@@ -131,7 +131,7 @@ def _buffer(turn: BufferTurn, *, several: bool) -> Row:
     return label, [cosine, f"norm {turn.norm_a:.2g} → {turn.norm_b:.2g}"]
 
 
-def _generators(story: Story) -> str:
+def _generators(story: TrainingDiff) -> str:
     if not story.rng_same:
         many = len(story.rng_moved)
         return f"all {many} moved ({', '.join(story.rng_moved)})" if many > 1 else f"{story.rng_moved[0]} moved"

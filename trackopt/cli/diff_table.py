@@ -24,10 +24,10 @@ _DECADES = 6  # what a bar stands for, below 1
 _ULPS = 10**6  # more of them say nothing
 _KINDS = {"value": "values changed", "shape": "shapes changed"}
 _CASTS = {"equal": ", same values", "rounded": ", equal after the cast"}
-_FOLLOWS_THE_STEP = ("trackopt.position.", "trackopt.observers.", "trackopt.pending.", "trackopt.turns.")
-_SAID = ("step", "epoch", "batch", "last_epoch", "_last_lr", "_step_count", "global_step")
+_STEP_DEPENDENT_KEYS = ("trackopt.position.", "trackopt.observers.", "trackopt.pending.", "trackopt.turns.")
+_REPORTED_ELSEWHERE = ("step", "epoch", "batch", "last_epoch", "_last_lr", "_step_count", "global_step")
 _NUMBERS = ("max |Δ|", "rel L2", "cosine", "elements")
-_OTHERS = ("other changes", "")
+_OTHER_KINDS = ("other changes", "")
 
 
 def modules(found: Difference) -> Iterator[RenderableType]:
@@ -68,7 +68,7 @@ def every(found: Difference) -> Iterator[RenderableType]:
         yield _table(title, members)
         yield ""
     if others:
-        yield console.table(_OTHERS, others, left=2)
+        yield console.table(_OTHER_KINDS, others, left=2)
         yield ""
 
 
@@ -80,14 +80,14 @@ def largest(found: Difference, top: int) -> Iterator[RenderableType]:
         top: Rows of each table.
     """
     most = _most_changed([change for change in found.changes if change.kind == "tensor"])
-    unsaid = set(map(id, following(found)))
+    unsaid = set(map(id, consequences(found)))
     others = [change for change in found.changes if change.kind != "tensor" and id(change) not in unsaid]
-    rows = _folded(found, others)
+    rows = _grouped(found, others)
     if most[:top]:
         yield _table("most changed", most[:top])
     yield from _rest(len(most), top)
     if rows[:top]:
-        yield console.table(_OTHERS, rows[:top], left=2)
+        yield console.table(_OTHER_KINDS, rows[:top], left=2)
     yield from _rest(len(rows), top)
 
 
@@ -125,7 +125,7 @@ def _numbers(change: Change, counted: bool) -> list[str]:
     if numbers is None:
         return []
     cosine = "" if numbers.cosine is None else f"{numbers.cosine:.4f}"
-    cells = [f"{numbers.max_abs:.3g}", f"{numbers.rel_l2:.3g}", cosine, console.share(numbers.share)]
+    cells = [f"{numbers.max_abs:.3g}", f"{numbers.rel_l2:.3g}", cosine, console.format_percent(numbers.share)]
     return [*cells, _steps(numbers.ulp)] if counted else cells
 
 
@@ -133,13 +133,13 @@ def _steps(ulp: int | None) -> str:
     return f"{ulp:,}" if ulp is not None and ulp < _ULPS else ""
 
 
-def following(found: Difference) -> list[Change]:
+def consequences(found: Difference) -> list[Change]:
     """What a run notes for itself at every step: between two steps it differs as a matter of course."""
-    moved_on = found.story.step[0] != found.story.step[1]
-    return [one for one in found.changes if moved_on and one.path.startswith(_FOLLOWS_THE_STEP)]
+    moved_on = found.training.step[0] != found.training.step[1]
+    return [one for one in found.changes if moved_on and one.path.startswith(_STEP_DEPENDENT_KEYS)]
 
 
-def _folded(found: Difference, changes: Iterable[Change]) -> list[list[str]]:
+def _grouped(found: Difference, changes: Iterable[Change]) -> list[list[str]]:
     """What the story has not said; what only one has, and many changes of a kind in one place, are one row."""
     groups: dict[tuple[str, ...], list[Change]] = {}
     for change in changes:
@@ -179,7 +179,7 @@ def _is_told(change: Change) -> bool:
     """Whether the story has said it: progress, hyperparameters, the schedulers' positions, the generators."""
     above, _, last = change.path.rpartition(".")
     setting = ".param_groups." in f".{above}." and last not in ("params", "order")
-    return change.kind == "value" and (_is_random(change) or setting or last in _SAID)
+    return change.kind == "value" and (_is_random(change) or setting or last in _REPORTED_ELSEWHERE)
 
 
 def _value(change: Change) -> str:

@@ -112,7 +112,7 @@ def _state(summary: Summary) -> Iterator[RenderableType]:
         yield console.row("scheduler", ["none saved"])
     also = list(_also(summary))
     if also:
-        yield Text("  also        ").append(console.flow(also, indent=console.LABEL + 2, gap=" · "))
+        yield Text("  also        ").append(console.wrap_fields(also, indent=console.LABEL + 2, gap=" · "))
     for one in summary.findings:
         if one.level == "info":
             yield console.row("note", [one.text], style="")
@@ -133,11 +133,11 @@ def _header(summary: Summary) -> Text:
         f"{name} {value:,}" for name, value in (("step", state.step), ("epoch", state.epoch)) if value is not None
     ]
     if state.meta is not None:
-        facts.append(f"saved {console.since(state.meta.get('time'))}")
+        facts.append(f"saved {console.format_age(state.meta.get('time'))}")
     else:
         facts += [f"{name} {console.number(value)}" for name, value in _scores(state.extras)]
-    name = console.clean(Path(summary.path).name)
-    line = console.flow([f"{name}   {facts[0]}", *facts[1:]], indent=4, first=0, gap=" · ")
+    name = console.sanitize(Path(summary.path).name)
+    line = console.wrap_fields([f"{name}   {facts[0]}", *facts[1:]], indent=4, first=0, gap=" · ")
     text = Text(line)
     text.stylize("bold", 0, len(name))
     return text
@@ -179,7 +179,7 @@ def _optimizer(one: Optimizer) -> Iterator[RenderableType]:
         yield _groups(one.groups)
     if one.buffers:
         indent = console.LABEL + 4
-        yield Text(" " * indent + console.flow([_buffers(one)], indent=indent + 2))
+        yield Text(" " * indent + console.wrap_fields([_buffers(one)], indent=indent + 2))
 
 
 def _class(one: Optimizer) -> str:
@@ -238,7 +238,7 @@ def _scheduler(one: Scheduler) -> list[str]:
     return [
         f"{one.cls or 'of an unknown class'}{_told(one)}",
         f"last_epoch {one.last_epoch:,}" if one.last_epoch is not None else "",
-        rates if one.agrees is None else agreement[one.agrees],
+        rates if one.lr_matches_optimizer is None else agreement[one.lr_matches_optimizer],
     ]
 
 
@@ -277,7 +277,7 @@ def _tensors(summary: Summary) -> Text:
 
 def _statistics(summary: Summary) -> Text:
     """Each model and each buffer as a whole."""
-    rows = [[name, *_values(together)] for name, together in summary.together().items()]
+    rows = [[name, *_values(together)] for name, together in summary.merge_statistics().items()]
     return console.table(["values", *_VALUES], rows)
 
 

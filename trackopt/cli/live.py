@@ -10,8 +10,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from trackopt.cli import console
-from trackopt.cli.ls import is_held
-from trackopt.plotting.run_series import Reader, Tracked
+from trackopt.cli.ls import is_running
+from trackopt.plotting.run_series import RunReader, RunSeries
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,31 +19,31 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 _LONG = 8 << 20  # bytes of a journal that take a moment
-_PAUSE = 1.0  # seconds between two looks at the journals
-_REST = 9  # times as long as a look took: the training needs the cores
+_MIN_INTERVAL_S = 1.0  # seconds between two looks at the journals
+_DUTY_FACTOR = 9  # times as long as a look took: the training needs the cores
 
 
-def read(places: Sequence[str], wanted: Callable[[str], bool]) -> list[Reader]:
+def read(places: Sequence[str], wanted: Callable[[str], bool]) -> list[RunReader]:
     """Read the journals of runs, with a bar for long ones."""
-    readers = [Reader(place, wanted) for place in dict.fromkeys(places)]
+    readers = [RunReader(place, wanted) for place in dict.fromkeys(places)]
     for reader in readers:
         long = reader.journal.stat().st_size > _LONG
-        with console.progress(f"reading {console.clean(reader.directory.name)}", shown=long) as progress:
+        with console.progress(f"reading {console.sanitize(reader.directory.name)}", shown=long) as progress:
             reader.update(progress)
     return readers
 
 
-def tracked(readers: Iterable[Reader]) -> list[Tracked]:
+def read_runs(readers: Iterable[RunReader]) -> list[RunSeries]:
     """The runs as far as they were read; one that nobody holds and that was never closed was killed."""
     found = []
     for reader in readers:
         run = reader.run()
-        killed = run.steps and not reader.closed and not is_held(reader.directory)
+        killed = run.steps and not reader.closed and not is_running(reader.directory)
         found.append(replace(run, status="killed") if killed else run)
     return found
 
 
-def follow(readers: Sequence[Reader], render: Callable[[list[Tracked]], Iterable[RenderableType]]) -> None:
+def follow(readers: Sequence[RunReader], render: Callable[[list[RunSeries]], Iterable[RenderableType]]) -> None:
     """Draw again whenever something is new, until all runs are over, or Ctrl-C.
 
     In a pipe nothing is drawn meanwhile. What is on the screen goes at the end; the caller draws it for good.
@@ -52,13 +52,13 @@ def follow(readers: Sequence[Reader], render: Callable[[list[Tracked]], Iterable
     with contextlib.suppress(KeyboardInterrupt), _shown() as show:
         while True:
             start = time.monotonic()
-            over = _over(readers)  # asked first: what was written until then is read below
+            over = _all_finished(readers)  # asked first: what was written until then is read below
             for reader in readers:
                 reader.update()
-            show(lambda: render(tracked(readers)))
+            show(lambda: render(read_runs(readers)))
             if over:
                 return
-            time.sleep(max(_PAUSE, _REST * (time.monotonic() - start)))
+            time.sleep(max(_MIN_INTERVAL_S, _DUTY_FACTOR * (time.monotonic() - start)))
 
 
 @contextlib.contextmanager
@@ -75,5 +75,5 @@ def _shown() -> Iterator[Callable[[Callable[[], Iterable[RenderableType]]], None
         yield lambda render: live.update(Group(*render()), refresh=True)
 
 
-def _over(readers: Sequence[Reader]) -> bool:
-    return all(reader.closed or not is_held(reader.directory) for reader in readers)
+def _all_finished(readers: Sequence[RunReader]) -> bool:
+    return all(reader.closed or not is_running(reader.directory) for reader in readers)

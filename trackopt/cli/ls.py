@@ -109,7 +109,7 @@ def _list(path: Path, *, as_json: bool) -> None:
     elif rows:
         console.show([layout])
     else:
-        console.show([f"{console.clean(path)}: nothing here yet"])
+        console.show([f"{console.sanitize(path)}: nothing here yet"])
 
 
 def _found(path: Path) -> Iterator[Run]:
@@ -119,7 +119,7 @@ def _found(path: Path) -> Iterator[Run]:
             if child.is_dir() and _is_run(child):
                 yield _run(child)
         except OSError as error:
-            click.echo(f"trackopt: {console.clean(child)}: cannot be read ({error.strerror})", err=True)
+            click.echo(f"trackopt: {console.sanitize(child)}: cannot be read ({error.strerror})", err=True)
 
 
 def _is_run(path: Path) -> bool:
@@ -130,7 +130,7 @@ def _run(path: Path) -> Run:
     files = locations.checkpoints(path)
     stats = [file.stat() for file in files.values()]
     newest = _checkpoint(*list(files.items())[-1], crc=False) if files else None
-    lines = _tail(path / "metrics.jsonl")
+    lines = _last_lines(path / "metrics.jsonl")
     last = lines[-1] if lines else {}
     times = [stat.st_mtime for stat in stats]
     if isinstance(last.get("time"), int | float):
@@ -153,7 +153,7 @@ def _checkpoint(step: int, path: Path, *, crc: bool) -> Checkpoint:
     try:
         with locations.open(path) as opened:
             found = state.read(opened)
-            problems = verify.problems(opened, crc=crc)
+            problems = verify.find_problems(opened, crc=crc)
     except ArchiveError as error:
         return replace(row, sound=False, problem=str(error).removeprefix(f"{path}: "))
     meta = found.meta or {}
@@ -186,7 +186,7 @@ def _name(path: Path) -> str:
     return str(name)
 
 
-def _tail(path: Path) -> list[dict[str, Any]]:
+def _last_lines(path: Path) -> list[dict[str, Any]]:
     """The last lines of a journal, oldest first; what is torn or unknown is left out."""
     try:
         with path.open("rb") as file:
@@ -212,10 +212,10 @@ def _status(path: Path, lines: list[dict[str, Any]]) -> str:
         return str(markers[-1].get("status", "finished")).lower()
     if not lines:
         return ""
-    return "running" if is_held(path) else "killed"
+    return "running" if is_running(path) else "killed"
 
 
-def is_held(path: Path) -> bool:
+def is_running(path: Path) -> bool:
     """Whether a process holds the run's lock.
 
     The kernel's list is read, since trying the lock would for a moment take it from a run that is just
@@ -238,7 +238,7 @@ def _runs(runs: list[Run]) -> Text:
             console.number(run.epoch) if run.epoch is not None else "",
             str(run.checkpoints),
             console.size(run.bytes),
-            console.since(run.time),
+            console.format_age(run.time),
         ]
         for run in runs
     ]
@@ -252,7 +252,7 @@ def _checkpoints(found: list[Checkpoint]) -> Text:
             f"{one.step:,}",
             console.number(one.epoch) if one.epoch is not None else "",
             console.size(one.bytes),
-            console.since(one.time),
+            console.format_age(one.time),
             "" if one.metric is None else f"{one.metric:.6g}",
             ("sound, kept" if one.keep else "sound") if one.sound else "damaged",
         ]

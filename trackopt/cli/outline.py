@@ -27,7 +27,7 @@ def outline(tree: Any) -> Iterator[str]:
 def _below(node: Any, indent: int) -> Iterator[str]:
     shown = list(islice(children(node), _ITEMS + 1))
     for name, child in shown[:_ITEMS]:
-        key = console.clean(name)
+        key = console.sanitize(name)
         if _leaf(child):
             yield _line(indent, f"{key}: {console.number(child) if not isinstance(child, Tensor) else _tensor(child)}")
         else:
@@ -57,5 +57,5 @@ def _count(node: Any) -> str:
 
 def _line(indent: int, text: str) -> str:
     room = console.text_width() - min(indent, 40)
-    text = console.clean(text)
+    text = console.sanitize(text)
     return " " * min(indent, 40) + (text if len(text) <= room else f"{text[: room - 1]}…")

@@ -10,7 +10,7 @@ import click
 from trackopt.cli import console, figures, live
 from trackopt.errors import UsageError
 from trackopt.plotting import panels as layout
-from trackopt.plotting.run_series import Tracked, require
+from trackopt.plotting.run_series import RunSeries, require_series
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -48,16 +48,16 @@ def command(
     if mean and len(set(runs)) < 2:
         raise UsageError("--mean: takes the mean of several runs; name more than one")
 
-    def panels(tracked: Sequence[Tracked]) -> list[Panel]:
+    def panels(tracked: Sequence[RunSeries]) -> list[Panel]:
         return layout.averaged(tracked, metrics) if mean else layout.panels(tracked, metrics)
 
     readers = live.read(runs, lambda key: layout.wanted(key, metrics))
     if follow:
         rows = shutil.get_terminal_size().lines - 2
         live.follow(readers, lambda tracked: _screen(tracked, panels(tracked), rows))
-    tracked = live.tracked(readers)
+    tracked = live.read_runs(readers)
     for metric in metrics:
-        require(tracked, metric)
+        require_series(tracked, metric)
     if outputs["as_json"]:
         console.write_json({"runs": [_as_dict(run) for run in tracked]})
     else:
@@ -68,22 +68,22 @@ def command(
         figures.attach(panels(tracked), directories, name="plot", title=_title(tracked))
 
 
-def _screen(runs: Sequence[Tracked], panels: Sequence[Panel], rows: int | None = None) -> Iterator[RenderableType]:
+def _screen(runs: Sequence[RunSeries], panels: Sequence[Panel], rows: int | None = None) -> Iterator[RenderableType]:
     from rich.text import Text
 
     facts = [
         f"{run.name} · {run.steps:,} step{'s' * (run.steps != 1)}{f' · {run.status}' if run.status else ''}"
         for run in runs
     ]
-    yield Text(console.flow(facts, indent=2, first=0), style="dim")
-    for text in figures.drawn(figures.fitting(panels, rows)):
+    yield Text(console.wrap_fields(facts, indent=2, first=0), style="dim")
+    for text in figures.render(figures.panel_height(panels, rows)):
         yield ""
         yield text
 
 
-def _title(runs: Sequence[Tracked]) -> str:
-    return console.clean(", ".join(run.name for run in runs))
+def _title(runs: Sequence[RunSeries]) -> str:
+    return console.sanitize(", ".join(run.name for run in runs))
 
 
-def _as_dict(run: Tracked) -> dict[str, Any]:
+def _as_dict(run: RunSeries) -> dict[str, Any]:
     return {"path": run.path, "name": run.name, "status": run.status, "steps": run.steps, "series": run.series}

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.text import Text
 
-    from trackopt.rehearsal.diagnosis import Verdict
+    from trackopt.rehearsal.diagnosis import Diagnosis
     from trackopt.rehearsal.divergence import Divergence
-    from trackopt.rehearsal.rehearse import Facts, Rehearsal, Tell
+    from trackopt.rehearsal.rehearse import Rehearsal, RunFacts, Tell
 
 _FEW = 8
 _NOT_EXACT = 1
@@ -62,8 +62,8 @@ def command(kills: int | None, at: tuple[int, ...], seed: int, as_json: bool, co
         with _progress() as tell:
             found = rehearse(command, kills=kills or KILLS, at=at, seed=seed, tell=tell)
     except CommandError as error:
-        for line in error.said:
-            click.echo(f"  {console.clean(line)}", err=True)
+        for line in error.output_tail:
+            click.echo(f"  {console.sanitize(line)}", err=True)
         raise
     if as_json:
         console.write_json(found.as_dict())
@@ -95,7 +95,7 @@ def _progress() -> Iterator[Tell]:
 def _screen(found: Rehearsal) -> Iterator[RenderableType]:
     from rich.text import Text
 
-    yield Text(f"rehearsed  {console.clean(shlex.join(found.command))}", style="bold")
+    yield Text(f"rehearsed  {console.sanitize(shlex.join(found.command))}", style="bold")
     steps = sum(run.steps for run in found.runs)
     runs = f"{len(found.runs)} runs, " if len(found.runs) > 1 else ""
     yield _line([f"uninterrupted   {runs}{steps:,} steps", f"{found.seconds[0]:.1f} s"])
@@ -109,13 +109,13 @@ def _screen(found: Rehearsal) -> Iterator[RenderableType]:
     for note in found.notes:
         yield console.finding("warning", note)
     if found.scratch is not None:
-        yield console.detail(f"everything is kept in {found.scratch}")
+        yield console.indented(f"everything is kept in {found.scratch}")
 
 
 def _line(facts: list[str]) -> Text:
     from rich.text import Text
 
-    return Text("  " + console.flow(facts, indent=4, first=2))
+    return Text("  " + console.wrap_fields(facts, indent=4, first=2))
 
 
 def _kills(found: Rehearsal) -> str:
@@ -127,7 +127,7 @@ def _kills(found: Rehearsal) -> str:
     return f"killed after step {steps}{more}; resumed from {resumed}{more and ' …'}"
 
 
-def _compared(runs: tuple[Facts, ...]) -> str:
+def _compared(runs: tuple[RunFacts, ...]) -> str:
     """``1,290 parameters, 24 optimizer buffers, the scheduler, the RNG and 17 series (1,530 points)``."""
     parameters, buffers, schedulers, series, points = (
         sum(getattr(run, name) for run in runs) for name in ("parameters", "buffers", "schedulers", "series", "points")
@@ -145,12 +145,12 @@ def _counted(count: int, what: str) -> str:
     return f"{count:,} {what}{'s' if count > 1 else ''}" if count else ""
 
 
-def _verdict(verdict: Verdict, *, several: bool) -> Iterator[RenderableType]:
+def _verdict(verdict: Diagnosis, *, several: bool) -> Iterator[RenderableType]:
     what = "not exact" if verdict.reproducible else "two uninterrupted trainings differ already"
     where = f": {_where(verdict.first, several=several)}" if verdict.first else ""
     yield console.finding("error", what + where)
-    yield console.detail(verdict.cause.seen)
-    yield console.detail(f"→ {verdict.cause.advice}")
+    yield console.indented(verdict.cause.observation)
+    yield console.indented(f"→ {verdict.cause.advice}")
 
 
 def _where(first: Divergence, *, several: bool) -> str:

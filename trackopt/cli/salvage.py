@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-
 import click
 
 from trackopt.analysis.salvage.salvage import salvage
@@ -28,14 +26,14 @@ def command(source: str, target: str, as_json: bool) -> None:
     """
     done = salvage(source, target)
     if as_json:
-        console.write_json(asdict(done))
+        console.write_json(done.as_dict())
         return
-    count = done.tensors + len(done.lost)
+    count = done.tensors + len(done.lost_tensors)
     told = f"{done.target}: {done.tensors:,} of {count:,} saved, {console.size(done.bytes)}"
     lines = [console.finding("ok", told)]
-    if done.lost:
-        lines.append(console.finding("warning", f"lost: {len(done.lost):,}"))
-        lines += [console.detail(name) for name in done.lost[:_SHOWN]]
-        if len(done.lost) > _SHOWN:
-            lines.append(console.detail(f"and {len(done.lost) - _SHOWN:,} more; --json lists all"))
+    if done.lost_tensors:
+        lines.append(console.finding("warning", f"lost: {len(done.lost_tensors):,}"))
+        lines += [console.indented(name) for name in done.lost_tensors[:_SHOWN]]
+        if len(done.lost_tensors) > _SHOWN:
+            lines.append(console.indented(f"and {len(done.lost_tensors) - _SHOWN:,} more; --json lists all"))
     console.show(lines)

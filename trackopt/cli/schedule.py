@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.text import Text
 
-    from trackopt.schedule.last_epoch import Resumption
+    from trackopt.schedule.last_epoch import ResumeComparison
     from trackopt.schedule.preview import Preview
 
 _STEPS = 100
@@ -101,13 +101,13 @@ def command(
 
 def _previews(
     calls: dict[str, Call], steps: int, lr: tuple[float, ...], metric: list[float] | None
-) -> tuple[list[_Schedule], list[Resumption]]:
-    from trackopt.schedule.classes import REFUSALS, factory, last_epoch, refused
+) -> tuple[list[_Schedule], list[ResumeComparison]]:
+    from trackopt.schedule.classes import CONSTRUCTOR_ERRORS, constructor_error, factory, last_epoch
     from trackopt.schedule.last_epoch import resumption
     from trackopt.schedule.preview import preview
 
     shown: list[_Schedule] = []
-    resumed: list[Resumption] = []
+    resumed: list[ResumeComparison] = []
     for text, call in calls.items():
         build = factory(call)
         try:
@@ -117,12 +117,12 @@ def _previews(
             found = resumption(call, steps, lr)
         except UsageError:
             raise
-        except REFUSALS as error:
-            raise UsageError(f"{refused(call.name, error)}; it was to give {steps:,} (--steps)") from error
+        except CONSTRUCTOR_ERRORS as error:
+            raise UsageError(f"{constructor_error(call.name, error)}; it was to give {steps:,} (--steps)") from error
         resumed.append(found)
-        shown.append(_Schedule(f"{text}: from the start", found.whole))
+        shown.append(_Schedule(f"{text}: from the start", found.uninterrupted))
         shown.append(_Schedule(f"{text}: resumed, optimizer restored", found.restored))
-        shown.append(_Schedule(f"{text}: resumed, new optimizer", found.fresh))
+        shown.append(_Schedule(f"{text}: resumed, new optimizer", found.restarted))
     return shown, resumed
 
 
@@ -159,14 +159,14 @@ def _panel(title: str, shown: Sequence[_Schedule], kind: str, key: str) -> Panel
     return Panel(title, tuple(curves))
 
 
-def _screen(panels: Sequence[Panel], resumed: Sequence[Resumption]) -> Iterator[RenderableType]:
+def _screen(panels: Sequence[Panel], resumed: Sequence[ResumeComparison]) -> Iterator[RenderableType]:
     first, *others = panels
-    yield from figures.drawn([(first, _HEIGHT)], legend=False)
+    yield from figures.render([(first, _HEIGHT)], legend=False)
     yield ""
     yield _table(first)
     if others:
         yield ""
-        yield from figures.drawn([(panel, _LOW_HEIGHT) for panel in others])
+        yield from figures.render([(panel, _LOW_HEIGHT) for panel in others])
     for found in resumed:
         yield ""
         yield from _told(found)
@@ -185,20 +185,20 @@ def _table(panel: Panel) -> Text:
     return console.table(["", *heads], rows, left=2) if several else console.table(heads, rows)
 
 
-def _told(found: Resumption) -> Iterator[RenderableType]:
+def _told(found: ResumeComparison) -> Iterator[RenderableType]:
     """What ``last_epoch`` means, and what comes of it."""
     yield console.finding(
         "info",
-        f"last_epoch={found.done - 1} resumes after {found.done} step{'s' * (found.done != 1)}: it counts them from 0, "
+        f"last_epoch={found.completed_steps - 1} resumes after {found.completed_steps} step{'s' * (found.completed_steps != 1)}: it counts them from 0, "
         "so write one less than were done. Each parameter group must have an initial_lr: here that is --lr, in a "
         "script it comes with the optimizer's state_dict. The scheduler's own state_dict does all of this, and more "
         "surely.",
     )
     for how, preview in (
         ("with the optimizer's state_dict loaded first", found.restored),
-        ("on a new optimizer", found.fresh),
+        ("on a new optimizer", found.restarted),
     ):
-        parting = found.parting(preview)
+        parting = found.first_difference(preview)
         if parting is None:
             yield console.finding("ok", f"{how}: as if it had never stopped")
         else:

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 HOST = "127.0.0.1"
 _PATIENCE = 180.0  # seconds for a server to answer; MLflow's first start migrates its store
-_GLANCE = 0.2  # seconds between two looks at the servers
-_LAST = 5.0  # seconds that a server has to end
+_POLL_INTERVAL_S = 0.2  # seconds between two looks at the servers
+_STOP_TIMEOUT_S = 5.0  # seconds that a server has to end
 
 
 @dataclass(frozen=True)
@@ -47,11 +47,11 @@ class Server:
     process: subprocess.Popen[bytes]
     log: IO[bytes]
 
-    def ended(self) -> bool:
+    def has_exited(self) -> bool:
         """Whether it is no more."""
         return self.process.poll() is not None
 
-    def last_words(self) -> str:
+    def last_output_line(self) -> str:
         """The last line that it said."""
         self.log.seek(0)
         return (self.log.read().decode(errors="replace").strip().splitlines() or ["it said nothing"])[-1].strip()
@@ -82,7 +82,7 @@ def serve(name: str, command: Sequence[str], *, health: str, directory: Path) ->
         try:
             yield Server(name, f"http://{HOST}:{port}", health, process, log)
         finally:
-            _end(process)
+            _stop(process)
 
 
 def wait_until_ready(servers: Sequence[Server], stop: Event) -> None:
@@ -93,10 +93,10 @@ def wait_until_ready(servers: Sequence[Server], stop: Event) -> None:
     """
     deadline = time.monotonic() + _PATIENCE
     for server in servers:
-        while not (stop.is_set() or answers(server.address + server.health)):
-            if server.ended() or time.monotonic() > deadline:
-                raise TrackoptError(f"{server.name} did not start: {server.last_words()}")
-            stop.wait(_GLANCE)
+        while not (stop.is_set() or is_reachable(server.address + server.health)):
+            if server.has_exited() or time.monotonic() > deadline:
+                raise TrackoptError(f"{server.name} did not start: {server.last_output_line()}")
+            stop.wait(_POLL_INTERVAL_S)
 
 
 def watch(servers: Sequence[Server], stop: Event) -> None:
@@ -105,13 +105,13 @@ def watch(servers: Sequence[Server], stop: Event) -> None:
     Raises:
         TrackoptError: One of them ended before.
     """
-    while not stop.wait(_GLANCE):
+    while not stop.wait(_POLL_INTERVAL_S):
         for server in servers:
-            if server.ended():
-                raise TrackoptError(f"{server.name} has ended by itself: {server.last_words()}")
+            if server.has_exited():
+                raise TrackoptError(f"{server.name} has ended by itself: {server.last_output_line()}")
 
 
-def answers(address: str) -> bool:
+def is_reachable(address: str) -> bool:
     """Whether there is somebody who answers."""
     try:
         parts = urllib.parse.urlsplit(address)
@@ -124,12 +124,12 @@ def answers(address: str) -> bool:
         return False
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+def _stop(process: subprocess.Popen[bytes]) -> None:
     """A server may leave workers behind; they are in its session, so one signal reaches all."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGTERM)
     with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(_LAST)
+        process.wait(_STOP_TIMEOUT_S)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()

@@ -16,10 +16,10 @@ import click
 import orjson
 
 from trackopt.cli import console, servers
-from trackopt.cli.ls import is_held
+from trackopt.cli.ls import is_running
 from trackopt.errors import RunError
 from trackopt.rundir.directory import IDENTITY, read_identity
-from trackopt.utils.mlflow_uri import without_password
+from trackopt.utils.mlflow_uri import redact_credentials
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -49,7 +49,7 @@ def command(directory: Path, as_json: bool) -> None:
       trackopt ui runs
     """
     runs = _find(directory)
-    going = [str(run.path) for run in runs if is_held(run.path)]
+    going = [str(run.path) for run in runs if is_running(run.path)]
     if not as_json:  # the servers take a while
         console.show([_summary(directory, len(runs), going)])
     stop = Event()
@@ -63,9 +63,9 @@ def command(directory: Path, as_json: bool) -> None:
         if store := _store(runs):
             uri, home = store
             if uri.startswith(("http://", "https://")):
-                addresses["mlflow"] = shown = without_password(uri)
-                if not servers.answers(uri):
-                    click.echo(f"trackopt: {console.clean(shown)} does not answer; is that server up?", err=True)
+                addresses["mlflow"] = shown = redact_credentials(uri)
+                if not servers.is_reachable(uri):
+                    click.echo(f"trackopt: {console.sanitize(shown)} does not answer; is that server up?", err=True)
             else:
                 mlflow = servers.serve("the MLflow UI", _mlflow(uri), health="/health", directory=home)
                 started.append(stack.enter_context(mlflow))
@@ -93,7 +93,7 @@ def _find(directory: Path) -> list[_Run]:
             try:
                 found.append(_Run(Path(place), read_identity(Path(place))))
             except RunError as error:
-                click.echo(f"trackopt: {console.clean(error)}", err=True)
+                click.echo(f"trackopt: {console.sanitize(error)}", err=True)
     if not found:
         raise RunError(f"{directory}: holds no run; name the directory that wrap(dir=…) was given, or one above it")
     return found
@@ -110,7 +110,7 @@ def _store(runs: Sequence[_Run]) -> tuple[str, Path] | None:
         return None
     (uri, count), *_ = Counter(uri for uri, _ in stores).most_common()
     if count < len(stores):
-        shown = console.clean(without_password(uri))
+        shown = console.sanitize(redact_credentials(uri))
         click.echo(f"trackopt: the runs are in several MLflow stores; showing {shown}", err=True)
     home = next(home for each, home in stores if each == uri)
     return uri, home if home.is_dir() else Path.cwd()
@@ -119,14 +119,14 @@ def _store(runs: Sequence[_Run]) -> tuple[str, Path] | None:
 def _summary(directory: Path, count: int, going: Sequence[str]) -> str:
     names = [Path(path).name for path in going[:_NAMED]] + ["…"] * (len(going) > _NAMED)
     state = f"{len(going)} still going: {', '.join(names)}" if going else "none still going"
-    return console.clean(f"{count} run{'s' * (count > 1)} below {directory}, {state}")
+    return console.sanitize(f"{count} run{'s' * (count > 1)} below {directory}, {state}")
 
 
 def _lines(addresses: dict[str, str | None]) -> Iterator[Text]:
     from rich.text import Text
 
     for name, key in (("TensorBoard", "tensorboard"), ("MLflow", "mlflow")):
-        shown = Text(console.clean(addresses[key] or "none of them is there"), style="cyan")
+        shown = Text(console.sanitize(addresses[key] or "none of them is there"), style="cyan")
         yield Text(f"{name:13}", style="bold").append_text(shown)
     yield Text("Ctrl-C stops both.", style="dim")
 

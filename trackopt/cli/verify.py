@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from trackopt.analysis.verify import DAMAGED, SOUND, UNREADABLE, Checked, verify
+from trackopt.analysis.verify import DAMAGED, SOUND, UNREADABLE, FileReport, verify
 from trackopt.cli import console
 
 if TYPE_CHECKING:
@@ -43,12 +43,12 @@ def command(paths: tuple[str, ...], as_json: bool) -> int:
     return max(_CODES[one.status] for one in found)
 
 
-def _lines(one: Checked) -> Iterator[RenderableType]:
+def _lines(one: FileReport) -> Iterator[RenderableType]:
     about = " · ".join(filter(None, (one.format, console.size(one.bytes) if one.bytes else "")))
-    yield console.finding(_LEVELS[one.status], f"{console.clean(one.path)}: {one.status}{about and f'   {about}'}")
+    yield console.finding(_LEVELS[one.status], f"{console.sanitize(one.path)}: {one.status}{about and f'   {about}'}")
     for problem in one.problems[:_SHOWN]:
-        yield console.detail(problem)
+        yield console.indented(problem)
     if len(one.problems) > _SHOWN:
-        yield console.detail(f"and {len(one.problems) - _SHOWN:,} more problems")
-    if one.rescue:
-        yield console.detail(one.rescue)
+        yield console.indented(f"and {len(one.problems) - _SHOWN:,} more problems")
+    if one.salvageable:
+        yield console.indented(one.salvageable)

@@ -13,29 +13,33 @@ from trackopt.training.objects import class_name, versions
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from trackopt.distributed.collectives import Ranks
+    from trackopt.distributed.collectives import Collectives
     from trackopt.training.objects import Training
 
-    _Traits = dict[str, tuple[str, int]]
+    _Fingerprints = dict[str, tuple[str, int]]
 
 
-def require_alike(ranks: Ranks, training: Training, built: Mapping[str, Any], arguments: Mapping[str, Any]) -> None:
+def check_consistency(
+    collectives: Collectives, training: Training, scheduler_configs: Mapping[str, Any], arguments: Mapping[str, Any]
+) -> None:
     """Refuse ranks that differ in their script, their objects or their arguments.
 
     Args:
-        ranks: This process among those of the training.
+        collectives: This process among those of the training.
         training: Its objects.
-        built: The settings of its schedulers.
+        scheduler_configs: The settings of its schedulers.
         arguments: What else ``wrap`` was given that decides what the loop does.
 
     Raises:
         RunError: On every rank, the first difference that there is.
     """
-    found = ranks.gather(_traits(training, built, arguments) if ranks.world > 1 else {})
-    ranks.agree(lambda: _compare(found))
+    found = collectives.all_gather_object(
+        _fingerprints(training, scheduler_configs, arguments) if collectives.world_size > 1 else {}
+    )
+    collectives.run_on_all(lambda: _compare(found))
 
 
-def _compare(found: list[_Traits]) -> None:
+def _compare(found: list[_Fingerprints]) -> None:
     first = found[0]
     for rank, other in enumerate(found):
         for what in first:
@@ -48,25 +52,27 @@ def _compare(found: list[_Traits]) -> None:
                 )
 
 
-def _traits(training: Training, built: Mapping[str, Any], arguments: Mapping[str, Any]) -> _Traits:
+def _fingerprints(
+    training: Training, scheduler_configs: Mapping[str, Any], arguments: Mapping[str, Any]
+) -> _Fingerprints:
     """What must be the same, in a word that a reader understands and as a checksum of all of it."""
     script = Path(getattr(sys.modules["__main__"], "__file__", None) or "")
     models = {name: [(key, tuple(p.shape)) for key, p in m.named_parameters()] for name, m in training.models.items()}
     names, optimizers, schedulers = training.parameter_names(), training.optimizers, training.schedulers
     return {
         "script": (script.name, crc32(script.read_bytes() if script.is_file() else b"")),
-        "versions": _trait(", ".join(versions().values())),
-        "model": _trait(", ".join(map(_kind, training.models.values())), models),
-        "optimizer": _trait(", ".join(map(_kind, optimizers.values())), names),
-        "scheduler": _trait(", ".join(map(_kind, schedulers.values())), built),
-        "objects": _trait(", ".join(training.stateful)),
-        **{name: _trait(str(value)) for name, value in arguments.items()},
+        "versions": _fingerprint(", ".join(versions().values())),
+        "model": _fingerprint(", ".join(map(_short_class_name, training.models.values())), models),
+        "optimizer": _fingerprint(", ".join(map(_short_class_name, optimizers.values())), names),
+        "scheduler": _fingerprint(", ".join(map(_short_class_name, schedulers.values())), scheduler_configs),
+        "objects": _fingerprint(", ".join(training.stateful)),
+        **{name: _fingerprint(str(value)) for name, value in arguments.items()},
     }
 
 
-def _trait(word: str, *rest: Any) -> tuple[str, int]:
+def _fingerprint(word: str, *rest: Any) -> tuple[str, int]:
     return word, crc32(repr((word, *rest)).encode())
 
 
-def _kind(thing: object) -> str:
+def _short_class_name(thing: object) -> str:
     return class_name(thing).rpartition(".")[2]

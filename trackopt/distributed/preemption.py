@@ -20,36 +20,40 @@ from trackopt.errors import RunError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from trackopt.distributed.collectives import Ranks
+    from trackopt.distributed.collectives import Collectives
 
-_GLANCE = 0.2  # seconds between two looks at the store
-_SHORT = 0.01  # the same while a meeting is being fixed
-_LONG = 10.0  # seconds in which a look must be over; python may abort if it ends while a thread is in one
+_POLL_INTERVAL_S = 0.2  # seconds between two looks at the store
+_FAST_POLL_INTERVAL_S = 0.01  # the same while a meeting is being fixed
+_JOIN_TIMEOUT_S = 10.0  # seconds in which a look must be over; python may abort if it ends while a thread is in one
 
 
-class Meeting:
+class PreemptionSync:
     """One rank's part in all meetings.
 
     Args:
-        ranks: The ranks, several.
-        wish: What this rank wants them to meet for, if anything; asked a few times a second, in a thread.
+        collectives: The ranks, several.
+        pending_request: What this rank wants them to meet for, if anything; asked a few times a second, in a thread.
         step: The steps that are done.
     """
 
-    def __init__(self, ranks: Ranks, wish: Callable[[], str | None], step: int) -> None:
-        self._ranks = ranks
-        self._wish = wish
+    def __init__(self, collectives: Collectives, pending_request: Callable[[], str | None], step: int) -> None:
+        self._collectives = collectives
+        self._wish = pending_request
         # The training may wait in a call to the store; the thread has a connection of its own.
-        self._store = ranks.store.clone() if hasattr(ranks.store, "clone") else ranks.store
+        self._store = collectives.store.clone() if hasattr(collectives.store, "clone") else collectives.store
         self._lock = threading.Lock()
         self._step = step
-        self._limit = math.inf  # the one that is not left before it is known where the ranks meet
-        self._known, self._met, self._closed = threading.Event(), threading.Event(), threading.Event()
-        self._at, self._what = 0, ""
-        self._thread = threading.Thread(target=self._watch, name="trackopt-meeting", daemon=True)
+        self._hold_step = math.inf  # the one that is not left before it is known where the ranks meet
+        self._sync_step_known, self._acknowledged, self._closed = (
+            threading.Event(),
+            threading.Event(),
+            threading.Event(),
+        )
+        self._sync_step, self._request = 0, ""
+        self._thread = threading.Thread(target=self._poll_store, name="trackopt-meeting", daemon=True)
         self._thread.start()
 
-    def arrive(self, step: int) -> str | None:
+    def reached(self, step: int) -> str | None:
         """An iteration is done, and so many steps; what the ranks meet here for, if they do.
 
         Raises:
@@ -57,55 +61,55 @@ class Meeting:
         """
         with self._lock:
             self._step = step
-            if step < self._limit:
+            if step < self._hold_step:
                 return None
-        if not self._known.wait(self._ranks.patience) or not self._at:
+        if not self._sync_step_known.wait(self._collectives.timeout) or not self._sync_step:
             raise RunError("the ranks could not agree on where to stop, as one of them did not answer; start all again")
-        if step < self._at:
+        if step < self._sync_step:
             return None
-        self._limit = math.inf
-        self._known.clear()
-        self._met.set()
-        return self._what
+        self._hold_step = math.inf
+        self._sync_step_known.clear()
+        self._acknowledged.set()
+        return self._request
 
     def close(self) -> None:
         """No more meetings."""
         self._closed.set()
-        self._met.set()
-        self._thread.join(_LONG)
+        self._acknowledged.set()
+        self._thread.join(_JOIN_TIMEOUT_S)
 
-    def _watch(self) -> None:
+    def _poll_store(self) -> None:
         for number in itertools.count():
             try:
-                if not self._is_called(f"{number}/what"):
+                if not self._wait_for_request(f"{number}/what"):
                     return
                 with self._lock:
-                    self._limit = self._step + 1
-                self._what = self._store.get(f"{number}/what").decode()
-                self._at = self._latest(number)
+                    self._hold_step = self._step + 1
+                self._request = self._store.get(f"{number}/what").decode()
+                self._sync_step = self._max_step(number)
             except RuntimeError:  # the store is gone, or a rank did not answer
-                self._at = 0
-            self._met.clear()
-            self._known.set()
-            if self._closed.is_set() or not self._at:
+                self._sync_step = 0
+            self._acknowledged.clear()
+            self._sync_step_known.set()
+            if self._closed.is_set() or not self._sync_step:
                 return
-            self._met.wait()
+            self._acknowledged.wait()
 
-    def _is_called(self, key: str) -> bool:
+    def _wait_for_request(self, key: str) -> bool:
         """Wait until a rank asks for a meeting; whether one did before this rank closed."""
-        while not self._closed.wait(_GLANCE):
+        while not self._closed.wait(_POLL_INTERVAL_S):
             if self._store.check([key]):
                 return True
             if wish := self._wish():
                 self._store.compare_set(key, "", wish)  # the first one is taken
         return False
 
-    def _latest(self, number: int) -> int:
+    def _max_step(self, number: int) -> int:
         """The latest of the steps that the ranks are in, once all have told theirs; 0 if one does not."""
-        keys = [f"{number}/{rank}" for rank in range(self._ranks.world)]
-        self._store.set(keys[self._ranks.rank], str(self._limit))
-        end = time.monotonic() + self._ranks.patience
+        keys = [f"{number}/{rank}" for rank in range(self._collectives.world_size)]
+        self._store.set(keys[self._collectives.rank], str(self._hold_step))
+        end = time.monotonic() + self._collectives.timeout
         while not self._store.check(keys):
-            if time.monotonic() > end or self._closed.wait(_SHORT):
+            if time.monotonic() > end or self._closed.wait(_FAST_POLL_INTERVAL_S):
                 return 0
         return max(int(each) for each in self._store.multi_get(keys))

@@ -9,14 +9,14 @@ from collections import deque
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from trackopt.plotting.run_series import Tracked, names
+from trackopt.plotting.run_series import RunSeries, names
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 WINDOW = 50  # steps before one, against which it is judged
-_FEWEST = 10  # of them, below which nothing is judged
-SPREADS = 3  # interquartile ranges above the median: four standard deviations, if it is normal
+_MIN_POINTS = 10  # of them, below which nothing is judged
+SPIKE_IQRS = 3  # interquartile ranges above the median: four standard deviations, if it is normal
 _ALWAYS = ("optimizer", "scheduler", "lr")
 _UPDATE, _RATIO = "update/", ".ratio"
 
@@ -96,7 +96,7 @@ def wanted(key: str, metric: str) -> bool:
 
 
 def compare(
-    runs: Sequence[Tracked], metric: str = "loss", *, target: float | None = None, highest: bool = False
+    runs: Sequence[RunSeries], metric: str = "loss", *, target: float | None = None, highest: bool = False
 ) -> Comparison:
     """Compare runs by a metric.
 
@@ -126,7 +126,7 @@ def compare(
 
 
 def _row(
-    run: Tracked, name: str, metric: str, best: tuple[int, float] | None, target: float | None, sign: float
+    run: RunSeries, name: str, metric: str, best: tuple[int, float] | None, target: float | None, sign: float
 ) -> Row:
     points = run.series.get(metric, [])
     reached = next((step for step, value in points if target is not None and sign * value <= sign * target), None)
@@ -156,19 +156,19 @@ def _best(points: Sequence[tuple[int, float]], sign: float) -> tuple[int, float]
 
 def _spikes(values: Sequence[float]) -> float:
     """The share of values that stand out from the 50 before them, the lower being the better."""
-    return sum(_standing_out(values)) / len(values) if values else 0.0
+    return sum(_outliers(values)) / len(values) if values else 0.0
 
 
-def _standing_out(values: Sequence[float]) -> Iterator[bool]:
+def _outliers(values: Sequence[float]) -> Iterator[bool]:
     recent: deque[float] = deque()
     ordered: list[float] = []
     for value in values:
         if not math.isfinite(value):
             yield True
             continue
-        if len(ordered) >= _FEWEST:
+        if len(ordered) >= _MIN_POINTS:
             low, median, high = (ordered[len(ordered) * quarter // 4] for quarter in (1, 2, 3))
-            yield value > median + SPREADS * (high - low) + 1e-9 * abs(median)
+            yield value > median + SPIKE_IQRS * (high - low) + 1e-9 * abs(median)
         recent.append(value)
         insort(ordered, value)
         if len(recent) > WINDOW:

@@ -18,9 +18,9 @@ Point = tuple[float, float]
 #: How curves are told apart where there is no colour.
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
-_DECADES = 100.0  # from the lowest value to the highest, and the low ones could not be told apart
-_LEAST = 1e-300  # below it the arithmetic of logarithmic axes underflows
-_SWINGS = 12  # how often a curve may go from end to end and not count as noise
+_LOG_RANGE = 100.0  # from the lowest value to the highest, and the low ones could not be told apart
+_MIN_LOG_VALUE = 1e-300  # below it the arithmetic of logarithmic axes underflows
+_MAX_EXTREMA = 12  # how often a curve may go from end to end and not count as noise
 
 
 @dataclass(frozen=True)
@@ -64,16 +64,16 @@ class Panel:
     def scaled(self) -> Panel:
         """The same with a logarithmic y axis, if all values are positive and reach over two decades."""
         bounds = self.bounds()
-        if bounds is None or bounds[2] < _LEAST or bounds[3] / _DECADES < bounds[2]:
+        if bounds is None or bounds[2] < _MIN_LOG_VALUE or bounds[3] / _LOG_RANGE < bounds[2]:
             return self
         return replace(self, title=f"{self.title} (log)", log=True)
 
-    def lean(self, columns: int = 2000) -> Panel:
+    def downsampled(self, columns: int = 2000) -> Panel:
         """The same to the eye, with no more points than so many columns need."""
         return replace(self, curves=tuple(_lean(curve, columns) for curve in self.curves))
 
 
-def thin(points: Sequence[Point], columns: int) -> list[list[Point]]:
+def downsample(points: Sequence[Point], columns: int) -> list[list[Point]]:
     """The unbroken pieces of a curve, with no more points than can be seen in so many columns.
 
     Of the points in a column the first, the lowest, the highest and the last stay, so that no spike is lost.
@@ -95,7 +95,7 @@ def thin(points: Sequence[Point], columns: int) -> list[list[Point]]:
 
 def _lean(curve: Curve, columns: int) -> Curve:
     points: list[Point] = []
-    for piece in thin(curve.points, columns):
+    for piece in downsample(curve.points, columns):
         points += [(piece[0][0], math.nan), *piece] if points else piece  # the gap stays one
     band = [edge for edge in curve.band if all(map(math.isfinite, edge))]
     pace = -(-len(band) // columns) or 1
@@ -106,7 +106,7 @@ def _widest(edges: list[tuple[float, float, float]]) -> tuple[float, float, floa
     return edges[0][0], min(low for _, low, _ in edges), max(high for _, _, high in edges)
 
 
-def calm(curve: Curve, columns: int, swings: int = _SWINGS) -> Curve:
+def smooth(curve: Curve, columns: int, swings: int = _MAX_EXTREMA) -> Curve:
     """A noisy curve as the median of each column, in a band that reaches from end to end; another one as it is.
 
     Example:

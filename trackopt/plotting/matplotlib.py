@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import fontManager
 
 from trackopt.errors import UsageError
-from trackopt.plotting.figure import Curve, Panel, calm, pieces
+from trackopt.plotting.figure import Curve, Panel, pieces, smooth
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,8 +24,8 @@ _HEIGHTS = 3.4, 2.2  # of the first panel and the others
 _RESOLUTION = 150  # dots per inch
 _BAND = 0.2  # opacity
 _LARGEST = 1e300  # beyond it matplotlib's own arithmetic overflows
-_CALM = 100  # columns of the medians that noisy curves are shown by, if there are several
-_FAINT = 0.3  # opacity of the noise itself
+_SMOOTHED_ALPHA = 100  # columns of the medians that noisy curves are shown by, if there are several
+_RAW_ALPHA = 0.3  # opacity of the noise itself
 _LINE = 130  # letters of a line of the legend
 _CHINESE = (
     *("Noto Sans CJK SC", "Source Han Sans SC", "Source Han Sans CN", "WenQuanYi Micro Hei", "WenQuanYi Zen Hei"),
@@ -76,9 +76,9 @@ def _draw(panel: Panel, axes: Axes) -> None:
     several = len(panel.curves) > 1
     for index, curve in enumerate(panel.curves):
         colour = f"C{index}"
-        shown = calm(curve, _CALM) if several else curve
+        shown = smooth(curve, _SMOOTHED_ALPHA) if several else curve
         if shown is not curve:
-            _line(curve, axes, colour, alpha=_FAINT)
+            _line(curve, axes, colour, alpha=_RAW_ALPHA)
         _line(shown, axes, colour, alpha=1.0)
         if curve.band:
             xs, *edges = zip(*curve.band, strict=True)

@@ -8,7 +8,7 @@ from collections import defaultdict
 from typing import TYPE_CHECKING
 
 from trackopt.plotting.figure import Curve, Panel
-from trackopt.plotting.run_series import Tracked, names
+from trackopt.plotting.run_series import RunSeries, names
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -24,7 +24,7 @@ def wanted(key: str, metrics: Sequence[str]) -> bool:
     return key in metrics or key.startswith(_LR) or (_is_buffer(key) and key.endswith((_MEAN, _STD)))
 
 
-def panels(runs: Sequence[Tracked], metrics: Sequence[str]) -> list[Panel]:
+def panels(runs: Sequence[RunSeries], metrics: Sequence[str]) -> list[Panel]:
     """The metrics, the LRs and the buffers of runs; a buffer has a band of one standard deviation around its mean.
 
     Args:
@@ -41,7 +41,7 @@ def panels(runs: Sequence[Tracked], metrics: Sequence[str]) -> list[Panel]:
     return [panel.scaled() for panel in found[: len(metrics)]] + found[len(metrics) :]
 
 
-def averaged(runs: Sequence[Tracked], metrics: Sequence[str]) -> list[Panel]:
+def averaged(runs: Sequence[RunSeries], metrics: Sequence[str]) -> list[Panel]:
     """The same panels with the mean of all runs, and a band of one standard deviation over the runs.
 
     Only steps that each of them has recorded count.
@@ -55,7 +55,7 @@ def averaged(runs: Sequence[Tracked], metrics: Sequence[str]) -> list[Panel]:
     return found
 
 
-def _layout(runs: Sequence[Tracked], metrics: Sequence[str]) -> Iterator[tuple[str, dict[str, str]]]:
+def _layout(runs: Sequence[RunSeries], metrics: Sequence[str]) -> Iterator[tuple[str, dict[str, str]]]:
     """The title of each panel and its series, each with what tells it from the others."""
     for metric in metrics:
         yield metric, {metric: ""}
@@ -71,7 +71,7 @@ def _layout(runs: Sequence[Tracked], metrics: Sequence[str]) -> Iterator[tuple[s
         yield f"{buffer}: mean ± std", keys
 
 
-def _average(runs: Sequence[Tracked], key: str, name: str) -> Curve:
+def _average(runs: Sequence[RunSeries], key: str, name: str) -> Curve:
     each = [dict(run.series.get(key, [])) for run in runs]
     points, band = [], []
     for step in sorted(set(each[0]).intersection(*each[1:])):
@@ -83,12 +83,12 @@ def _average(runs: Sequence[Tracked], key: str, name: str) -> Curve:
     return Curve(name, points, band)
 
 
-def _panel(title: str, runs: Sequence[Tracked], keys: dict[str, str]) -> Panel:
+def _panel(title: str, runs: Sequence[RunSeries], keys: dict[str, str]) -> Panel:
     """A curve for each run and each of the keys that it has; the values of ``keys`` tell them apart."""
     curves = []
     for run, name in zip(runs, names(runs), strict=True):
         there = [key for key in keys if key in run.series]
-        for same in _alike(run, there):
+        for same in _is_constant(run, there):
             groups = "" if len(same) == len(there) else ", ".join(keys[key] for key in same)
             label = " ".join(filter(None, [name if len(runs) > 1 else "", groups]))
             curves.append(Curve(label, run.series[same[0]], list(_band(run, same[0]))))
@@ -99,7 +99,7 @@ def _panel(title: str, runs: Sequence[Tracked], keys: dict[str, str]) -> Panel:
     return Panel(title, tuple(curves))
 
 
-def _alike(run: Tracked, keys: Sequence[str]) -> list[list[str]]:
+def _is_constant(run: RunSeries, keys: Sequence[str]) -> list[list[str]]:
     """The LRs of groups are often the same; they are one curve."""
     found: list[list[str]] = []
     for key in keys:
@@ -111,7 +111,7 @@ def _alike(run: Tracked, keys: Sequence[str]) -> list[list[str]]:
     return found
 
 
-def _band(run: Tracked, key: str) -> Iterator[tuple[float, float, float]]:
+def _band(run: RunSeries, key: str) -> Iterator[tuple[float, float, float]]:
     if not key.endswith(_MEAN):
         return
     spread = dict(run.series.get(key.removesuffix(_MEAN) + _STD, []))

@@ -1,6 +1,6 @@
 """What the journals of runs say, for curves and tables: the wanted series, the hyperparameters, the time of each step.
 
-``metrics.jsonl`` → `Reader` → `Tracked`. A long journal is read once, and only what is wanted of it is kept.
+``metrics.jsonl`` → `RunReader` → `RunSeries`. A long journal is read once, and only what is wanted of it is kept.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from trackopt import journal
 from trackopt.errors import RunError, UsageError
-from trackopt.utils.suggest import closest
+from trackopt.utils.suggest import suggest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -22,7 +22,7 @@ _SECONDS = "seconds"
 
 
 @dataclass(frozen=True)
-class Tracked:
+class RunSeries:
     """A run, as far as it has come.
 
     Attributes:
@@ -49,12 +49,12 @@ class Tracked:
         return self.seconds[-1][0] if self.seconds else 0
 
 
-class Reader:
+class RunReader:
     """Reads the journal of a run, and goes on where it stopped.
 
     Args:
         place: A run's directory, or its ``metrics.jsonl``.
-        wanted: Whether a series is to be kept.
+        select: Whether a series is to be kept.
 
     Raises:
         RunError: There is no journal.
@@ -73,12 +73,12 @@ class Reader:
         {'loss': [(1, 0.5)]}
     """
 
-    def __init__(self, place: str | Path, wanted: Callable[[str], bool]) -> None:
+    def __init__(self, place: str | Path, select: Callable[[str], bool]) -> None:
         self.place = Path(place)
         self.journal = _journal(self.place)
         self.directory = self.journal.parent
         self.closed = False
-        self._wanted = wanted
+        self._wanted = select
         self._known: dict[str, bool] = {}
         self._lines: list[Line] = []
         self._params: dict[str, Any] = {}
@@ -99,7 +99,7 @@ class Reader:
         try:
             size = self.journal.stat().st_size
             for number, line in enumerate(journal.read(self.journal, self._offset)):
-                self._offset = line.end
+                self._offset = line.end_offset
                 self._take(line)
                 if progress is not None and number % 1000 == 0:
                     progress(self._offset, size)
@@ -107,7 +107,7 @@ class Reader:
             raise RunError(f"{self.journal}: cannot be read ({error.strerror}); check its permissions") from error
         return self._offset > start
 
-    def run(self) -> Tracked:
+    def run(self) -> RunSeries:
         """The run, as far as it was read."""
         series: dict[str, list[tuple[int, float]]] = {}
         seconds: list[tuple[int, float]] = []
@@ -117,7 +117,7 @@ class Reader:
             if not seconds or record.step > seconds[-1][0]:
                 seconds.append((record.step, record.details.get(_SECONDS, 0.0)))
         path, keys = str(self.place), frozenset(self._known)
-        return Tracked(path, self.directory.absolute().name, self._status, self._params, series, seconds, keys)
+        return RunSeries(path, self.directory.absolute().name, self._status, self._params, series, seconds, keys)
 
     def _take(self, line: Line) -> None:
         if line.event in {"start", "resume"}:
@@ -131,18 +131,18 @@ class Reader:
             self._lines.append(line)
         elif line.event is None and line.metrics:
             seconds = {} if self._before is None else {_SECONDS: max(0.0, line.time - self._before)}
-            metrics = {key: value for key, value in line.metrics.items() if self._keeps(key)}
+            metrics = {key: value for key, value in line.metrics.items() if self._is_selected(key)}
             self._lines.append(replace(line, metrics=metrics, details=seconds))
         if not line.histograms and line.event != "checkpoint":
             self._before = line.time
 
-    def _keeps(self, key: str) -> bool:
+    def _is_selected(self, key: str) -> bool:
         if key not in self._known:
             self._known[key] = self._wanted(key)
         return self._known[key]
 
 
-def require(runs: Sequence[Tracked], key: str) -> None:
+def require_series(runs: Sequence[RunSeries], key: str) -> None:
     """Insist that each run has a series.
 
     Raises:
@@ -151,11 +151,11 @@ def require(runs: Sequence[Tracked], key: str) -> None:
     for run in runs:
         if key not in run.series:
             own = [other for other in run.keys if "/" not in other] or run.keys
-            there = closest(key, own) if own else "nothing is recorded yet"
+            there = suggest(key, own) if own else "nothing is recorded yet"
             raise UsageError(f"{run.path}: has no series {key} (--metric names one); {there}")
 
 
-def names(runs: Sequence[Tracked]) -> list[str]:
+def names(runs: Sequence[RunSeries]) -> list[str]:
     """What to call each run: its directory's name, or its path where two have the same."""
     short = [run.name for run in runs]
     return [run.name if short.count(run.name) == 1 else run.path for run in runs]
@@ -170,7 +170,7 @@ def _journal(place: Path) -> Path:
         raise RunError(f"{place}: no run, but a directory with {len(inside)}; name runs, as {place / inside[0]}")
     problem = f"has no journal ({journal.NAME})" if place.exists() else "there is no such run"
     others = _runs_in(place.parent)
-    there = closest(place.name, others, within=place.parent) if others else "name a directory of wrap()"
+    there = suggest(place.name, others, within=place.parent) if others else "name a directory of wrap()"
     raise RunError(f"{place}: {problem}; {there}")
 
 

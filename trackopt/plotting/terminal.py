@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from rich.cells import cell_len, set_cell_size
 from rich.text import Text
 
-from trackopt.plotting.figure import LETTERS, Curve, Panel, Point, calm, log_ticks, thin, ticks
+from trackopt.plotting.figure import LETTERS, Curve, Panel, Point, downsample, log_ticks, smooth, ticks
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 _COLOURS = ("cyan", "yellow", "magenta", "green", "red", "blue")
 _BRAILLE = 0x2800
 _DOTS = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))  # of a character, by column and row
-_CROWD = 5  # curves, from which on they are drawn without bands, each as the median of
+_MAX_LETTERED = 5  # curves, from which on they are drawn without bands, each as the median of
 _STRIDE = 4  # columns
 _FEW = 2  # swings
-_ALONG = 3  # how often a curve's letter stands on it
-_BESIDE = 4  # letters that fit behind the canvas
+_LABEL_STRIDE = 3  # how often a curve's letter stands on it
+_LABEL_MARGIN = 4  # letters that fit behind the canvas
 _NARROWEST = 10
 _INDENT = 2
 
@@ -54,7 +54,7 @@ def draw(panel: Panel, *, width: int, height: int, coloured: bool, legend: bool 
     lines = [Text(f"{' ' * _INDENT}{panel.title}", style="bold")]
     if panel.log:
         panel = replace(panel, curves=tuple(map(_exponents, panel.curves)))
-    crowded = len(panel.curves) >= _CROWD
+    crowded = len(panel.curves) >= _MAX_LETTERED
     if crowded:
         panel = replace(panel, curves=tuple(_middle(curve, width // _STRIDE) for curve in panel.curves))
     bounds = panel.bounds()
@@ -64,13 +64,13 @@ def draw(panel: Panel, *, width: int, height: int, coloured: bool, legend: bool 
         lines.append(_legend(panel, width))
     canvas = _Canvas(bounds, width, height, log=panel.log)
     several = len(panel.curves) > 1
-    curves = [calm(curve, canvas.width) if several and not crowded else curve for curve in panel.curves]
+    curves = [smooth(curve, canvas.width) if several and not crowded else curve for curve in panel.curves]
     for index, curve in enumerate(curves):
-        canvas.shade(curve, _colour(index))
+        canvas.fill_band(curve, _colour(index))
     paths = [canvas.trace(curve, _colour(index)) for index, curve in enumerate(curves)]
     if several:
         for index, path in enumerate(paths):
-            canvas.letter(path, index, len(paths), along=not coloured or len(paths) > len(_COLOURS))
+            canvas.letter(path, index, len(paths), position=not coloured or len(paths) > len(_COLOURS))
     return Text("\n").join([*lines, *canvas.rows(), *canvas.axis()])
 
 
@@ -109,7 +109,7 @@ def _exponents(curve: Curve) -> Curve:
 
 def _middle(curve: Curve, columns: int) -> Curve:
     """The median of each column, if it swings at all, and nothing of its band."""
-    return replace(calm(curve, columns, swings=_FEW), band=())
+    return replace(smooth(curve, columns, swings=_FEW), band=())
 
 
 class _Canvas:
@@ -126,12 +126,12 @@ class _Canvas:
         marks = {self._row(value): f"{10**value if log else value:.6g}" for value in reversed(values)}
         self._labels = marks
         self._margin = max(len(text) for text in ("step", *marks.values()))
-        self.width = max(_NARROWEST, width - _INDENT - self._margin - 2 - _BESIDE)
+        self.width = max(_NARROWEST, width - _INDENT - self._margin - 2 - _LABEL_MARGIN)
         self._dots: dict[tuple[int, int], int] = {}
         self._styles: dict[tuple[int, int], str] = {}
         self._letters: dict[tuple[int, int], tuple[str, str]] = {}
 
-    def shade(self, curve: Curve, colour: str) -> None:
+    def fill_band(self, curve: Curve, colour: str) -> None:
         """Fill a band, with every other dot."""
         ends: dict[int, tuple[float, float]] = {}
         for x, low, high in curve.band:
@@ -149,7 +149,7 @@ class _Canvas:
     def trace(self, curve: Curve, colour: str) -> dict[int, int]:
         """Draw a line through the points; the row that it is left in, for each column that it passes."""
         path: dict[int, int] = {}
-        for piece in thin(curve.points, 2 * self.width):
+        for piece in downsample(curve.points, 2 * self.width):
             dots = [self._dot(point) for point in piece]
             for (x0, y0), (x1, y1) in pairwise([dots[0], *dots]):
                 length = max(abs(x1 - x0), abs(y1 - y0), 1)
@@ -159,17 +159,17 @@ class _Canvas:
                     path[x // 2] = y // 4
         return path
 
-    def letter(self, path: dict[int, int], index: int, among: int, *, along: bool) -> None:
+    def letter(self, path: dict[int, int], index: int, other_curves: int, *, position: bool) -> None:
         """Put the letter of a curve behind its end, and along it where that is wanted."""
         if not path:
             return
         style = _colour(index)
         column, row = max(path.items())
-        place = next((row, x) for x in range(column + 1, column + 3 + among) if (row, x) not in self._letters)
+        place = next((row, x) for x in range(column + 1, column + 3 + other_curves) if (row, x) not in self._letters)
         self._letters[place] = (letter(index), style)
-        if along:
-            for number in range(_ALONG):
-                wanted = self.width * (number + (index + 0.5) / among) / _ALONG
+        if position:
+            for number in range(_LABEL_STRIDE):
+                wanted = self.width * (number + (index + 0.5) / other_curves) / _LABEL_STRIDE
                 column = min(path, key=lambda at: abs(at - wanted))
                 if column < self.width - 1:
                     self._letters.setdefault((path[column], column), (letter(index), style))
@@ -179,7 +179,7 @@ class _Canvas:
         for row in range(self._height):
             label = self._labels.get(row, "")
             text = Text(f"{' ' * _INDENT}{label:>{self._margin}} {'┤' if label else '│'}")
-            cells = [self._shown(row, column) for column in range(self.width + _BESIDE)]
+            cells = [self._shown(row, column) for column in range(self.width + _LABEL_MARGIN)]
             for style, run in groupby(cells, key=lambda cell: cell[1]):
                 text.append("".join(char for char, _ in run), style=style)
             text.rstrip()
@@ -188,7 +188,7 @@ class _Canvas:
     def axis(self) -> Iterator[Text]:
         """The x axis: a line with ticks, and their numbers."""
         line = ["─"] * self.width
-        numbers = [" "] * (self.width + _BESIDE)
+        numbers = [" "] * (self.width + _LABEL_MARGIN)
         free = 0
         for value in self._steps():
             column = self._dot((value, self._low))[0] // 2

@@ -13,17 +13,17 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trackopt.recorder.progress import bar, share
+from trackopt.recorder.progress import delivered_fraction, progress_bar
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 LOG = "recorder.log"
-_EVERY = 1.0  # seconds between two looks at what the recorder has to say, and whether it lives
-_GLANCE = 0.2  # seconds between two looks at how far it is, while it is waited for
-_PATIENCE = 10.0  # seconds of waiting after which it is told what is waited for
-_STEADY = 60.0  # seconds that a recorder lives which does not die at once
-_DEATHS = 5  # of recorders that die at once, one after the other: then none is started until the end
+_POLL_INTERVAL_S = 1.0  # seconds between two looks at what the recorder has to say, and whether it lives
+_WAIT_INTERVAL_S = 0.2  # seconds between two looks at how far it is, while it is waited for
+_NOTICE_AFTER_S = 10.0  # seconds of waiting after which it is told what is waited for
+_STABLE_AFTER_S = 60.0  # seconds that a recorder lives which does not die at once
+_MAX_RESTARTS = 5  # of recorders that die at once, one after the other: then none is started until the end
 _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")  # of libraries that start one for each core
 
 
@@ -39,21 +39,21 @@ class RecorderProcess:
 
     def __init__(self, directory: Path) -> None:
         self._log = directory / LOG
-        self._heard = b""
+        self._receive_buffer = b""
         self._deaths = 0
         self._told = False
         self._next = time.monotonic()
         self._start()
         # A forked data worker would keep the socket open after its parent was killed.
-        os.register_at_fork(after_in_child=self._let_go)
+        os.register_at_fork(after_in_child=self._close_socket)
 
     def messages(self) -> list[str]:
         """What the recorder said since the last call, and whether it died; that is looked at once a second."""
         now = time.monotonic()
         if now < self._next:
             return []
-        self._next = now + _EVERY
-        return [*self._listen(), *self._revive(now)]
+        self._next = now + _POLL_INTERVAL_S
+        return [*self._read_messages(), *self._maybe_restart(now)]
 
     def finish(self, *, wait: bool) -> Iterator[str]:
         """Tell the recorder that nothing more comes; its last messages, as they come.
@@ -66,18 +66,18 @@ class RecorderProcess:
         """
         for dead in (self._ended(), True):
             if dead:
-                yield from self._tell_death()
-                self._let_go()
+                yield from self._report_exit()
+                self._close_socket()
                 self._start()
-            yield from self._last_words(wait=wait)
+            yield from self._shutdown(wait=wait)
             if not self._ended() or self._succeeded():
                 break
         else:
-            yield f"{self._death()}; `trackopt sync {self._log.parent}` delivers what is missing"
-        self._let_go()
+            yield f"{self._exit_message()}; `trackopt sync {self._log.parent}` delivers what is missing"
+        self._close_socket()
 
     def _start(self) -> None:
-        self._born, self._due = time.monotonic(), math.inf
+        self._started_at, self._due = time.monotonic(), math.inf
         self._process: subprocess.Popen[bytes] | None = None
         self._socket, theirs = socket.socketpair()
         self._socket.setblocking(False)
@@ -91,9 +91,9 @@ class RecorderProcess:
                     env=_environment(),
                 )
         except OSError as error:  # no memory, no processes: as if it had died at once
-            self._obstacle = error.strerror
+            self._spawn_error = error.strerror
 
-    def _let_go(self) -> None:
+    def _close_socket(self) -> None:
         self._socket.close()
 
     def _ended(self) -> bool:
@@ -102,41 +102,41 @@ class RecorderProcess:
     def _succeeded(self) -> bool:
         return self._process is not None and self._process.poll() == 0
 
-    def _death(self) -> str:
+    def _exit_message(self) -> str:
         if self._process is None:
-            return f"the recorder cannot be started ({self._obstacle})"
+            return f"the recorder cannot be started ({self._spawn_error})"
         return f"the recorder ended with code {self._process.returncode} (see {self._log})"
 
-    def _revive(self, now: float) -> Iterator[str]:
+    def _maybe_restart(self, now: float) -> Iterator[str]:
         """Start a recorder that has died anew, each time after a longer pause; one that keeps dying is left."""
         if self._due < math.inf:
             if now >= self._due:
-                self._let_go()
+                self._close_socket()
                 self._start()
-        elif self._deaths < _DEATHS and self._ended():
-            self._deaths = self._deaths + 1 if now - self._born < _STEADY else 1
-            if self._deaths < _DEATHS:
+        elif self._deaths < _MAX_RESTARTS and self._ended():
+            self._deaths = self._deaths + 1 if now - self._started_at < _STABLE_AFTER_S else 1
+            if self._deaths < _MAX_RESTARTS:
                 self._due = now + 2 ** (self._deaths - 1)
-                yield from self._tell_death()
+                yield from self._report_exit()
             else:
                 yield (
-                    f"{self._death()}, as did those before it: none is started until the end; training goes on, the "
+                    f"{self._exit_message()}, as did those before it: none is started until the end; training goes on, the "
                     f"journal keeps everything, `trackopt sync {self._log.parent}` delivers later"
                 )
 
-    def _tell_death(self) -> Iterator[str]:
+    def _report_exit(self) -> Iterator[str]:
         if not self._told:
             self._told = True
-            yield f"{self._death()}; it is started anew, and nothing is lost"
+            yield f"{self._exit_message()}; it is started anew, and nothing is lost"
 
-    def _listen(self) -> list[str]:
+    def _read_messages(self) -> list[str]:
         with contextlib.suppress(OSError):  # nothing more to read, or the recorder is gone
             while data := self._socket.recv(65536):
-                self._heard += data
-        *lines, self._heard = self._heard.split(b"\n")
+                self._receive_buffer += data
+        *lines, self._receive_buffer = self._receive_buffer.split(b"\n")
         return [line.decode(errors="replace") for line in lines]
 
-    def _last_words(self, *, wait: bool) -> Iterator[str]:
+    def _shutdown(self, *, wait: bool) -> Iterator[str]:
         """Let the recorder deliver the rest and end, and say what it says meanwhile."""
         with contextlib.suppress(OSError):  # it is dead
             self._socket.shutdown(socket.SHUT_WR)
@@ -147,7 +147,7 @@ class RecorderProcess:
                 yield from self._wait(process)
         except KeyboardInterrupt:
             yield f"the recorder goes on delivering in the background (process {process.pid})"
-        yield from self._listen()
+        yield from self._read_messages()
         if process.poll() is None:  # it becomes no zombie when it ends
             waiting = threading.Thread(target=process.wait, name="trackopt-recorder", daemon=True)
             with contextlib.suppress(RuntimeError):  # nor where python ends, and starts no thread any more
@@ -155,17 +155,17 @@ class RecorderProcess:
 
     def _wait(self, process: subprocess.Popen[bytes]) -> Iterator[str]:
         begin, told = time.monotonic(), False
-        with bar(self._log.parent) as show:
+        with progress_bar(self._log.parent) as show:
             while True:
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(_GLANCE)
+                    process.wait(_WAIT_INTERVAL_S)
                     return
                 show()
-                yield from self._listen()
-                if not told and time.monotonic() - begin > _PATIENCE:
+                yield from self._read_messages()
+                if not told and time.monotonic() - begin > _NOTICE_AFTER_S:
                     told = True
                     yield (
-                        f"waiting until everything is delivered ({share(self._log.parent):.0%} is); "
+                        f"waiting until everything is delivered ({delivered_fraction(self._log.parent):.0%} is); "
                         "Ctrl-C leaves the rest to the background"
                     )
 

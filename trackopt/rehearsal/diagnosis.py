@@ -36,17 +36,21 @@ class Cause:
     Attributes:
         kind: ``data``, ``lr``, ``rng``, ``weights``, ``object``, ``number``, ``length``, ``kernels``, ``state``,
             ``directory`` or ``unknown``.
-        seen: What was observed.
+        observation: What was observed.
         advice: What to do.
     """
 
     kind: str
-    seen: str
+    observation: str
     advice: str
+
+    def as_dict(self) -> dict[str, str]:
+        """Return the facts under the keys of ``rehearse --json``."""
+        return {"kind": self.kind, "seen": self.observation, "advice": self.advice}
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Diagnosis:
     """Why a rehearsal was not exact.
 
     Attributes:
@@ -60,7 +64,7 @@ class Verdict:
     cause: Cause
 
 
-def judge(a: Trace, b: Trace, control: Trace | None = None) -> Verdict | None:
+def diagnose(a: Trace, b: Trace, control: Trace | None = None) -> Diagnosis | None:
     """What two trainings of one run differ in, and why; ``None`` where every step was the same.
 
     Args:
@@ -68,13 +72,13 @@ def judge(a: Trace, b: Trace, control: Trace | None = None) -> Verdict | None:
         b: One that was killed and resumed; without ``control`` a second uninterrupted one.
         control: A second uninterrupted one that is the same as ``a``.
     """
-    found = divergence.first(a, b)
+    found = divergence.first_divergence(a, b)
     if found is None:
         return None
-    return Verdict(control is not None, found, _Case(a, b, found, control).cause())
+    return Diagnosis(control is not None, found, _Comparison(a, b, found, control).cause())
 
 
-class _Case:
+class _Comparison:
     """Two trainings and the step at which they part; the questions are asked in the order of cause and effect."""
 
     def __init__(self, a: Trace, b: Trace, first: Divergence, control: Trace | None) -> None:
@@ -83,16 +87,16 @@ class _Case:
         self._step = first.step or 0
         self._resumed = control is not None
         self._previous = max((step for step in a.steps if step < self._step), default=0)
-        self._restored = next((life for life in reversed(b.lives) if life.step == self._previous), None)
+        self._restored = next((life for life in reversed(b.attempts) if life.step == self._previous), None)
         common = a.steps.keys() & b.steps.keys()
-        self._parts = divergence.parts(a, b, self._step) if self._step in common else set()
+        self._parts = divergence.differing_parts(a, b, self._step) if self._step in common else set()
         at = self._step if self._step in common else max(common, default=0)
         self._steps: tuple[Step, Step] | None = (a.steps[at], b.steps[at]) if at else None
         self._control = control.steps.get(at) if control else None
 
     def cause(self) -> Cause:
         """The likely one."""
-        questions = (self._length, self._weights, self._data, self._rate, self._rng, self._outside)
+        questions = (self._length, self._weights, self._data, self._learning_rate, self._rng, self._untracked_state)
         return next(filter(None, (ask() for ask in questions)), None) or self._unknown()
 
     def _length(self) -> Cause | None:
@@ -111,7 +115,7 @@ class _Case:
 
     def _weights(self) -> Cause | None:
         a = self._traces[0]
-        before = a.steps[self._previous] if self._previous else a.lives[0]
+        before = a.steps[self._previous] if self._previous else a.attempts[0]
         if self._restored is None or self._restored.weights == before.weights:
             return None
         if not self._resumed:
@@ -124,7 +128,9 @@ class _Case:
         seen = f"the weights that training went on with were not those of step {self._previous:,}"
         if models:
             return Cause(
-                "weights", f"{seen}: {_told(models, self._traces[1])} not handed to wrap()", _hand_over(models)
+                "weights",
+                f"{seen}: {_describe_objects(models, self._traces[1])} not handed to wrap()",
+                _hand_over(models),
             )
         return Cause("weights", seen, "hand the model to wrap(…, model=model), and leave it alone afterwards")
 
@@ -137,7 +143,7 @@ class _Case:
         if self._resumed:
             seen += ": the data are not restored"
             if found := self._object("generator", "stateful"):
-                return Cause("data", f"{seen}; {found.seen}", found.advice)
+                return Cause("data", f"{seen}; {found.observation}", found.advice)
             seen += "".join(f"; {told}" for told in self._numbers())
             return Cause(
                 "data",
@@ -145,7 +151,7 @@ class _Case:
                 "let it draw from a generator that is made once, and hand that over: trackopt.wrap(…, rng=rng)",
             )
         if found := self._unseeded():
-            return Cause("data", f"{seen}: {found.seen}", found.advice)
+            return Cause("data", f"{seen}: {found.observation}", found.advice)
         return Cause(
             "data",
             f"{seen}: the order is drawn from something that is different each time, as the time, the system's "
@@ -153,7 +159,7 @@ class _Case:
             "seed what the sampler draws from",
         )
 
-    def _rate(self) -> Cause | None:
+    def _learning_rate(self) -> Cause | None:
         used = (self._first.series or "").startswith("lr/")
         if not used and self._parts != {"lr"}:
             return None
@@ -167,7 +173,7 @@ class _Case:
             begins = "they begin anew" if len(schedulers) > 1 else "it begins anew"
             return Cause(
                 "lr",
-                f"{seen}: {_told(schedulers, self._traces[1])} not handed to wrap(), so {begins} after a resume",
+                f"{seen}: {_describe_objects(schedulers, self._traces[1])} not handed to wrap(), so {begins} after a resume",
                 f"hand it over: trackopt.wrap(optimizer, {name}, …)",
             )
         seen += "".join(f"; {told}" for told in self._numbers())
@@ -182,7 +188,7 @@ class _Case:
             return None
         if not self._resumed and (found := self._unseeded()):
             return found
-        names = divergence.moved(*self._traces, *(step.before["rng"] for step in self._steps))
+        names = divergence.changed_generators(*self._traces, *(step.before["rng"] for step in self._steps))
         if not names:
             return None  # the step drew more, or less, for a reason that lies elsewhere
         libraries = " and ".join(_LIBRARIES[name] for name in names)
@@ -192,16 +198,16 @@ class _Case:
             "train inside `for epoch in run.epochs(n)`, which puts it back, and neither seed nor draw by the time",
         )
 
-    def _outside(self) -> Cause | None:
+    def _untracked_state(self) -> Cause | None:
         if not self._resumed:
             return self._unseeded()
         seen = f"step {self._step:,} began with the same weights, batch and global generators"
         if found := self._object("generator"):
-            return Cause("object", f"{seen}; {found.seen}", found.advice)
+            return Cause("object", f"{seen}; {found.observation}", found.advice)
         found, numbers = self._object("scheduler", "optimizer", "stateful", "module"), self._numbers()
         if found or numbers:
             known = "keep it in an object with state_dict() and load_state_dict(), and hand that to wrap()"
-            told = [part for part in (found and found.seen, *numbers) if part]
+            told = [part for part in (found and found.observation, *numbers) if part]
             advice = [part for part in (found and found.advice, numbers and known) if part]
             return Cause("object" if found else "number", f"{seen}; {'; '.join(told)}", "; ".join(advice))
         if self._restored is not None and self._steps is not None and self._steps[0].batch is None:
@@ -213,7 +219,7 @@ class _Case:
         if self._restored is not None and (names := self._all("iterator")):
             return Cause(
                 "object",
-                f"{seen}; {_told(names, self._traces[1])} in the middle of its data, and begins anew after a resume",
+                f"{seen}; {_describe_objects(names, self._traces[1])} in the middle of its data, and begins anew after a resume",
                 "make the iterator anew in each epoch, or take its batches from run.batches(loader)",
             )
         return None
@@ -242,10 +248,10 @@ class _Case:
         if names := self._strays("generator", "loader"):
             own = [name for name in names if strays[name]["kind"] == "generator"]
             advice = f"seed it: {_SEEDED[strays[names[0]]['label']]}" + (f"; and {_hand_over(own)}" if own else "")
-            return Cause("object", f"{_told(names, self._traces[1])} not seeded", advice)
+            return Cause("object", f"{_describe_objects(names, self._traces[1])} not seeded", advice)
         if self._steps is None:
             return None
-        names = divergence.moved(*self._traces, *(step.before["rng"] for step in self._steps))
+        names = divergence.changed_generators(*self._traces, *(step.before["rng"] for step in self._steps))
         if not names:
             return None
         libraries = " and ".join(_LIBRARIES[name] for name in names)
@@ -257,21 +263,21 @@ class _Case:
         names = self._strays(*kinds)
         if not names:
             return None
-        return Cause("object", f"{_told(names, self._traces[1])} not known to trackopt", _hand_over(names))
+        return Cause("object", f"{_describe_objects(names, self._traces[1])} not known to trackopt", _hand_over(names))
 
     def _strays(self, *kinds: str) -> list[str]:
         """What the script keeps to itself that was in another state when the step began."""
-        return [name for name in self._all(*kinds) if name in self._others("strays")]
+        return [name for name in self._all(*kinds) if name in self._changed_inputs("strays")]
 
     def _all(self, *kinds: str) -> list[str]:
         return [name for name, about in self._traces[1].strays.items() if about["kind"] in kinds]
 
     def _numbers(self) -> list[str]:
         """The user's own numbers that were others when the step began, told."""
-        found = list(self._others("numbers").items())[:_SHOWN]
+        found = list(self._changed_inputs("numbers").items())[:_SHOWN]
         return [f"`{name}` was {a} in the one and {b} in the other" for name, (a, b) in found]
 
-    def _others(self, what: str) -> dict[str, tuple[Any, Any]]:
+    def _changed_inputs(self, what: str) -> dict[str, tuple[Any, Any]]:
         """What differed when the step began, apart from what is different in every training."""
         if self._steps is None:
             return {}
@@ -282,7 +288,7 @@ class _Case:
         }
 
 
-def _told(names: list[str], trace: Trace) -> str:
+def _describe_objects(names: list[str], trace: Trace) -> str:
     """``NumPy's Generator `noise` is``, or ``the Adam `a` and the SGD `b` are``."""
     parts = [f"{trace.strays[name]['label']} `{name}`" for name in names[:_SHOWN]]
     return f"{' and '.join(parts)} {'are' if len(names) > 1 else 'is'}"

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from trackopt import journal
 from trackopt.errors import TrackoptError
 from trackopt.rehearsal import trace
-from trackopt.rundir.environment import KILLED, Plan
+from trackopt.rundir.environment import KILLED, ResumeCheckPlan
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -29,20 +29,20 @@ class CommandError(TrackoptError):
     """A command that cannot be rehearsed, or failed.
 
     Attributes:
-        said: The last lines that it wrote.
+        output_tail: The last lines that it wrote.
     """
 
     def __init__(self, message: str, said: Sequence[str] = ()) -> None:
         super().__init__(message)
-        self.said = tuple(said)
+        self.output_tail = tuple(said)
 
 
-class Training:
+class TrainingCommand:
     """A training command with a directory of its own.
 
     Args:
         command: Program and arguments; it runs in the current directory.
-        home: Where its runs go, and what it prints; it must not exist yet.
+        work_dir: Where its runs go, and what it prints; it must not exist yet.
         tell: Told the steps that are done.
 
     Attributes:
@@ -51,12 +51,12 @@ class Training:
         seconds: That the command has run.
     """
 
-    def __init__(self, command: Sequence[str], home: Path, tell: Callable[[int], None]) -> None:
+    def __init__(self, command: Sequence[str], work_dir: Path, tell: Callable[[int], None]) -> None:
         self._command = list(command)
-        self._home = home
+        self._home = work_dir
         self._tell = tell
         self._killed: Mapping[str, int] = {}
-        self.root = home / "runs"
+        self.root = work_dir / "runs"
         self.root.mkdir(parents=True)
         self.traces: dict[str, Trace] = {}
         self.seconds = 0.0
@@ -70,7 +70,7 @@ class Training:
         Raises:
             CommandError: It failed.
         """
-        plan = Plan(self.root, kill or {})
+        plan = ResumeCheckPlan(self.root, kill or {})
         mark = self.root / KILLED
         mark.unlink(missing_ok=True)
         began = time.monotonic()
@@ -87,9 +87,9 @@ class Training:
     def read(self) -> None:
         """Read what the runs wrote."""
         found = [trace.read(file.parent) for file in self.root.glob(f"*/{trace.NAME}")]
-        self.traces = {one.name: one for one in sorted(found, key=lambda one: one.began)}
+        self.traces = {one.name: one for one in sorted(found, key=lambda one: one.started_at)}
 
-    def order(self) -> list[tuple[str, int]]:
+    def runs_in_order(self) -> list[tuple[str, int]]:
         """Run and step of every record, in the order in which they were made."""
         lines = [
             (line.time, run, line.step)
@@ -126,7 +126,7 @@ class Training:
                 return process.wait(_EVERY)
             for file in self.root.glob(f"*/{journal.NAME}"):
                 for line in journal.read(file, seen.get(file, (0, 0))[0]):
-                    seen[file] = (line.end, line.step)
+                    seen[file] = (line.end_offset, line.step)
             self._tell(sum(step for _, step in seen.values()))
 
     def _said(self) -> list[str]:

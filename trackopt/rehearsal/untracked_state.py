@@ -32,12 +32,12 @@ if TYPE_CHECKING:
 
     from trackopt.training.objects import Training
 
-_MOST = 20_000  # objects to look at
-_LONGEST = 50  # items of a container to look into
-_DEEPEST = 4
+_MAX_OBJECTS = 20_000  # objects to look at
+_MAX_ITEMS = 50  # items of a container to look into
+_MAX_DEPTH = 4
 _MOST_NUMBERS = 200
-_FOREIGN = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
-_OWN = str(Path(__file__).parents[1])
+_LIBRARY_PATHS = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
+_PACKAGE_PATH = str(Path(__file__).parents[1])
 _GLOBAL = (random._inst, np.random.mtrand._rand, torch.default_generator)
 _GENERATORS = {
     np.random.Generator: "NumPy's Generator",
@@ -49,7 +49,7 @@ _DATA = "torch.utils.data."
 
 
 @dataclass(frozen=True)
-class Stray:
+class UntrackedObject:
     """An object with a state of its own.
 
     Attributes:
@@ -75,7 +75,7 @@ class Stray:
             return None
 
 
-def strays(training: Training, loader: object) -> list[Stray]:
+def find_untracked(training: Training, loader: object) -> list[UntrackedObject]:
     """Every object with a state that stands in the user's variables and is not part of the training.
 
     Args:
@@ -83,20 +83,22 @@ def strays(training: Training, loader: object) -> list[Stray]:
         loader: What the loop draws its batches from; the run saves the generators in it too.
     """
     known = _known(training)
-    drawn = {id(generator) for generator in rng.generators_of(loader)}
-    found: list[Stray] = []
+    drawn = {id(generator) for generator in rng.find_generators(loader)}
+    found: list[UntrackedObject] = []
     seen = {id(value) for value in known} | {id(value) for value in _GLOBAL}
     held = {id(tensor) for module in training.models.values() for tensor in module.state_dict(keep_vars=True).values()}
-    queue = deque((name, value, 0) for space in _spaces() for name, value in space.items() if not name.startswith("__"))
-    while queue and len(seen) < _MOST:
+    queue = deque(
+        (name, value, 0) for space in _namespaces() for name, value in space.items() if not name.startswith("__")
+    )
+    while queue and len(seen) < _MAX_OBJECTS:
         name, value, depth = queue.popleft()
         if id(value) in seen or isinstance(value, (type, types.ModuleType, torch.Tensor, np.ndarray, str, int, float)):
             continue
         kind = _kind(value, held)
         seen |= {id(part) for part in value.modules()} if kind == "module" else {id(value)}
         if kind is not None:
-            found.append(Stray(name, "loader" if id(value) in drawn else kind, _label(value), value))
-        if depth < _DEEPEST and (kind is None or kind == "module"):
+            found.append(UntrackedObject(name, "loader" if id(value) in drawn else kind, _label(value), value))
+        if depth < _MAX_DEPTH and (kind is None or kind == "module"):
             queue.extend((f"{name}{path}", part, depth + 1) for path, part in _children(value))
     return found
 
@@ -104,7 +106,7 @@ def strays(training: Training, loader: object) -> list[Stray]:
 def numbers() -> dict[str, str]:
     """The numbers among the user's running variables and in the attributes of his objects there, as text."""
     found: dict[str, str] = {}
-    for space in _running():
+    for space in _user_frames():
         for name, value in space.items():
             inner = vars(value) if _is_users(type(value)) and hasattr(value, "__dict__") else {}
             named = {name: value} | {f"{name}.{key}": part for key, part in inner.items()}
@@ -114,7 +116,7 @@ def numbers() -> dict[str, str]:
     return found
 
 
-def _running() -> Iterator[Mapping[str, Any]]:
+def _user_frames() -> Iterator[Mapping[str, Any]]:
     """The variables of the user's functions that are running, innermost first."""
     frame: types.FrameType | None = sys._getframe(1)
     while frame is not None:
@@ -123,8 +125,8 @@ def _running() -> Iterator[Mapping[str, Any]]:
         frame = frame.f_back
 
 
-def _spaces() -> Iterator[Mapping[str, Any]]:
-    yield from _running()
+def _namespaces() -> Iterator[Mapping[str, Any]]:
+    yield from _user_frames()
     for name, module in list(sys.modules.items()):
         file = getattr(module, "__file__", None)
         if name == "__main__":
@@ -134,7 +136,7 @@ def _spaces() -> Iterator[Mapping[str, Any]]:
 
 
 def _is_users_file(file: str) -> bool:
-    return not file.startswith(("<frozen", _OWN, *_FOREIGN)) and "site-packages" not in file
+    return not file.startswith(("<frozen", _PACKAGE_PATH, *_LIBRARY_PATHS)) and "site-packages" not in file
 
 
 def _is_users(cls: type) -> bool:
@@ -151,13 +153,15 @@ def _known(training: Training) -> list[Any]:
     return [*modules, *training.optimizers.values(), *schedulers, *training.stateful.values()]
 
 
-def _kind(value: Any, held: set[int]) -> str | None:
+def _kind(value: Any, model_tensors: set[int]) -> str | None:
     if rng.is_generator(value):
         return "generator"
     if isinstance(value, Optimizer):
         return "optimizer"
     if isinstance(value, nn.Module):
-        return "module" if any(id(one) not in held for one in value.state_dict(keep_vars=True).values()) else None
+        return (
+            "module" if any(id(one) not in model_tensors for one in value.state_dict(keep_vars=True).values()) else None
+        )
     if hasattr(type(value), "state_dict") and hasattr(type(value), "load_state_dict"):
         return "scheduler" if isinstance(value, LRScheduler) or hasattr(value, "optimizer") else "stateful"
     if isinstance(value, collections.abc.Iterator) and not isinstance(value, io.IOBase):
@@ -172,9 +176,9 @@ def _label(value: Any) -> str:
 
 def _children(value: Any) -> Iterator[tuple[str, Any]]:
     """What is worth looking into: containers, closures, the user's objects, modules, and torch's data classes."""
-    if isinstance(value, dict) and len(value) <= _LONGEST:
+    if isinstance(value, dict) and len(value) <= _MAX_ITEMS:
         yield from ((f"[{key!r}]", part) for key, part in list(value.items()))
-    elif isinstance(value, (list, tuple)) and len(value) <= _LONGEST:
+    elif isinstance(value, (list, tuple)) and len(value) <= _MAX_ITEMS:
         yield from ((f"[{index}]", part) for index, part in enumerate(value))
     elif isinstance(value, types.FunctionType):
         for name, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=True):

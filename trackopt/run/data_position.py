@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-class Position:
+class DataPosition:
     """The position of one run.
 
     Args:
@@ -42,9 +42,9 @@ class Position:
     def __init__(self, stateful: Mapping[str, Any]) -> None:
         self.epoch = 0
         self.in_epoch = self.in_pass = self.in_batch = False
-        self._broken_off = False
+        self._left_by_break = False
         self._generators = {name: thing for name, thing in stateful.items() if rng.is_generator(thing)}
-        self._guided = [thing for thing in stateful.values() if not rng.is_generator(thing)]
+        self._stateful_loaders = [thing for thing in stateful.values() if not rng.is_generator(thing)]
         self._pass = 0  # passes finished in this epoch
         self.batch = 0
         self._epoch_start: dict[str, Any] | None = None  # the generators when the epoch began
@@ -52,19 +52,19 @@ class Position:
         self._length: int | None = None  # batches that the pass has
         self._loaders: dict[int, object] = {}
         self._saved: dict[str, Any] | None = None  # a restored position that the loop has not reached yet
-        self._own: dict[int, Any] = {}  # restored states of loaders that are not known yet
-        self._arrive: Callable[[], None] = lambda: None
-        self._divided = False  # whether the data was divided otherwise when it was saved
+        self._loader_states: dict[int, Any] = {}  # restored states of loaders that are not known yet
+        self._on_restored: Callable[[], None] = lambda: None
+        self._world_size_changed = False  # whether the data was divided otherwise when it was saved
         # the first epoch of each shuffling sampler, and its own
-        self._orders: WeakKeyDictionary[object, tuple[int, int]] = WeakKeyDictionary()
+        self._sampler_epochs: WeakKeyDictionary[object, tuple[int, int]] = WeakKeyDictionary()
 
     @property
-    def settled(self) -> bool:
+    def is_between_epochs(self) -> bool:
         """Whether the loop over epochs has not begun or is done, so that nothing of an epoch would run twice."""
-        return not self.in_epoch and not self._broken_off and not self.returning
+        return not self.in_epoch and not self._left_by_break and not self.is_fast_forwarding
 
     @property
-    def returning(self) -> bool:
+    def is_fast_forwarding(self) -> bool:
         """Whether the loop is still to reach the place within an epoch where the checkpoint was taken."""
         return self._saved is not None and self._saved["epoch_start"] is not None
 
@@ -73,7 +73,7 @@ class Position:
         if self.in_epoch:
             raise UsageError("run.epochs() is running already; give each run one loop over its epochs")
         if self._saved is not None:  # whatever the script drew while it was set up
-            self._put_back(self._saved["epoch_start"] or self._saved["here"])
+            self._restore_rng(self._saved["epoch_start"] or self._saved["here"])
         try:
             while self.epoch < total:
                 self.in_epoch = True
@@ -82,17 +82,17 @@ class Position:
                 self.epoch += 1
                 self._pass, self._saved = 0, None
         except GeneratorExit:
-            self._broken_off = True
+            self._left_by_break = True
             raise
         finally:
             self.in_epoch = False
 
-    def repeats_order(self, loader: object) -> bool:
+    def sampler_epoch_is_stale(self, loader: object) -> bool:
         """Whether the loader's sampler shuffles as it did in an earlier epoch: nobody told it that this is another."""
         sampler = getattr(loader, "sampler", None)
         if not isinstance(sampler, DistributedSampler) or not sampler.shuffle:
             return False
-        first, order = self._orders.setdefault(sampler, (self.epoch, sampler.epoch))
+        first, order = self._sampler_epochs.setdefault(sampler, (self.epoch, sampler.epoch))
         return self.epoch > first and sampler.epoch == order
 
     def batches(self, loader: Iterable[T]) -> Iterator[T]:
@@ -116,8 +116,8 @@ class Position:
 
     def state_dict(self, *, epoch_done: bool) -> dict[str, Any]:
         """The position as plain values; ``epoch_done`` when the epoch's last line has run."""
-        own = {number: _state_of(loader) for number, loader in self._loaders.items()}
-        if epoch_done or self.settled:  # the next epoch's first lines have not run
+        own = {number: _loader_state(loader) for number, loader in self._loaders.items()}
+        if epoch_done or self.is_between_epochs:  # the next epoch's first lines have not run
             epoch = self.epoch + 1 if epoch_done else self.epoch
             return {"epoch": epoch, "pass": 0, "batch": 0, "epoch_start": None, "pass_start": None, "own": own}
         starts = {"epoch_start": self._epoch_start, "pass_start": self._pass_start, "length": self._length}
@@ -133,37 +133,37 @@ class Position:
             divided: Whether another number of processes shares the data now. Then the same part of the loader's
                 batches is passed over, rather than the same number.
         """
-        self.epoch, self._divided = state["epoch"], divided
+        self.epoch, self._world_size_changed = state["epoch"], divided
         self._saved = {**state, "here": self._capture()}
-        self._own = dict(state["own"])
-        self._arrive = arrive
+        self._loader_states = dict(state["own"])
+        self._on_restored = arrive
 
     def _begin(self, loader: Iterable[T]) -> Iterator[T]:
-        saved, own = self._saved, self._own.pop(self._pass, {"generators": [], "warm": False})
+        saved, own = self._saved, self._loader_states.pop(self._pass, {"generators": [], "warm": False})
         if saved is not None and self._pass < saved["pass"]:
             return iter(())
         if own["warm"]:
-            _warm(loader)
+            _start_workers(loader)
         self._saved = None
         if saved is not None and saved["epoch_start"] is not None:
-            self._arrive()
-            self._put_back(saved["here"])
+            self._on_restored()
+            self._restore_rng(saved["here"])
         if saved is None or saved["pass_start"] is None:
-            _put_at(loader, own)
-            self._pass_start = {**self._capture(), "own": _state_of(loader)}
+            _restore_loader(loader, own)
+            self._pass_start = {**self._capture(), "own": _loader_state(loader)}
             return iter(loader)
-        self._pass_start, self.batch = saved["pass_start"], self._part_of(saved)
-        self._put_back(self._pass_start)
-        _put_at(loader, self._pass_start["own"])
+        self._pass_start, self.batch = saved["pass_start"], self._scale_batch_index(saved)
+        self._restore_rng(self._pass_start)
+        _restore_loader(loader, self._pass_start["own"])
         iterator = iter(loader)
-        if not any(loader is guided for guided in self._guided):
-            _skip(iterator, loader, self.batch)
-        self._put_back(saved["here"])
-        rng.restore_all(rng.generators_of(loader), own["generators"])
+        if not any(loader is guided for guided in self._stateful_loaders):
+            _fast_forward(iterator, loader, self.batch)
+        self._restore_rng(saved["here"])
+        rng.restore_all(rng.find_generators(loader), own["generators"])
         return iterator
 
-    def _part_of(self, saved: Mapping[str, Any]) -> int:
-        if self._divided and self._length and saved.get("length"):
+    def _scale_batch_index(self, saved: Mapping[str, Any]) -> int:
+        if self._world_size_changed and self._length and saved.get("length"):
             return int(saved["batch"] * self._length // saved["length"])
         return int(saved["batch"])
 
@@ -171,10 +171,10 @@ class Position:
         handed = {name: rng.state_of(generator) for name, generator in self._generators.items()}
         return {"rng": rng.capture(), "handed": handed}
 
-    def _put_back(self, state: Mapping[str, Any]) -> None:
+    def _restore_rng(self, state: Mapping[str, Any]) -> None:
         rng.restore(state["rng"])
         for name, each in state["handed"].items():
-            rng.put_back(self._generators[name], each)
+            rng.set_state(self._generators[name], each)
 
 
 def length(loader: object) -> int | None:
@@ -185,30 +185,30 @@ def length(loader: object) -> int | None:
         return None
 
 
-def _state_of(loader: object) -> dict[str, Any]:
+def _loader_state(loader: object) -> dict[str, Any]:
     """Of a loader: its own generators, whether its persistent workers are running, how many passes it has counted."""
-    generators = [rng.state_of(generator) for generator in rng.generators_of(loader)]
+    generators = [rng.state_of(generator) for generator in rng.find_generators(loader)]
     counted = getattr(loader, "iteration", None) if hasattr(loader, "set_epoch") else None
     return {"generators": generators, "warm": getattr(loader, "_iterator", None) is not None, "counted": counted}
 
 
-def _put_at(loader: Any, own: Mapping[str, Any]) -> None:
+def _restore_loader(loader: Any, own: Mapping[str, Any]) -> None:
     """Put a loader where it stood when a pass began; Accelerate's shuffle by the number of the pass."""
-    rng.restore_all(rng.generators_of(loader), own["generators"])
+    rng.restore_all(rng.find_generators(loader), own["generators"])
     if (counted := own.get("counted")) is not None:
         loader.set_epoch(counted)
 
 
-def _warm(loader: Any) -> None:
+def _start_workers(loader: Any) -> None:
     """Start persistent workers as an earlier pass did: starting them draws a seed, which a later pass does not."""
     if getattr(loader, "persistent_workers", False) and loader._iterator is None:
-        before = rng.capture(), [rng.state_of(generator) for generator in rng.generators_of(loader)]
+        before = rng.capture(), [rng.state_of(generator) for generator in rng.find_generators(loader)]
         iter(loader)
         rng.restore(before[0])
-        rng.restore_all(rng.generators_of(loader), before[1])
+        rng.restore_all(rng.find_generators(loader), before[1])
 
 
-def _skip(iterator: Iterator[object], loader: object, count: int) -> None:
+def _fast_forward(iterator: Iterator[object], loader: object, count: int) -> None:
     """Pass over ``count`` batches.
 
     A loader without workers loads its samples with generators that are set afterwards, so it is enough to draw the

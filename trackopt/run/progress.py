@@ -20,14 +20,14 @@ if TYPE_CHECKING:
     from rich.live import Live
     from rich.table import Table
 
-_REDRAWN = 0.25  # seconds between two pictures on a terminal
-_FIRST, _EVERY = 10.0, 60.0  # seconds until the first plain line, and between two of them
-_WINDOW = 40  # pictures that the speed is taken over
+_REFRESH_INTERVAL_S = 0.25  # seconds between two pictures on a terminal
+_FIRST_LINE_AFTER_S, _LINE_INTERVAL_S = 10.0, 60.0  # seconds until the first plain line, and between two of them
+_SPEED_WINDOW_S = 40  # pictures that the speed is taken over
 _METRICS = 3  # of the user's own that there is room for
 
 
 @dataclass(frozen=True)
-class State:
+class Progress:
     """How far a training is.
 
     Attributes:
@@ -59,37 +59,37 @@ class State:
         return None if self.batches is None else self.epochs * self.batches
 
 
-class Display:
+class ProgressDisplay:
     """Draws a training on standard error. Nothing is drawn beside tqdm's bars, nor by any rank but the first.
 
     Args:
         name: The run's.
-        wanted: Whether anything is to be shown.
+        enabled: Whether anything is to be shown.
     """
 
-    def __init__(self, name: str, *, wanted: bool) -> None:
+    def __init__(self, name: str, *, enabled: bool) -> None:
         self._name = name
-        self._wanted = wanted and os.environ.get("RANK", "0") == "0" and sys.stderr is not None
+        self._wanted = enabled and os.environ.get("RANK", "0") == "0" and sys.stderr is not None
         self._terminal = self._wanted and sys.stderr.isatty()
-        self._next = time.monotonic() + (_REDRAWN if self._terminal else _FIRST)
-        self._times: deque[tuple[float, int, int]] = deque(maxlen=_WINDOW)
+        self._next = time.monotonic() + (_REFRESH_INTERVAL_S if self._terminal else _FIRST_LINE_AFTER_S)
+        self._times: deque[tuple[float, int, int]] = deque(maxlen=_SPEED_WINDOW_S)
         self._live: Live | None = None
 
     def is_due(self) -> bool:
         """Whether it is time for another picture."""
         return self._wanted and time.monotonic() >= self._next
 
-    def show(self, state: State) -> None:
+    def show(self, state: Progress) -> None:
         """Draw the training as it is now; where nobody can see it any more, it goes on unseen."""
         try:
             self._show(state)
         except (OSError, ValueError):  # a pipe or a terminal that is gone, a stream that is closed
             self._wanted, self._live = False, None
 
-    def _show(self, state: State) -> None:
+    def _show(self, state: Progress) -> None:
         now = time.monotonic()
-        self._next = now + (_REDRAWN if self._terminal else _EVERY)
-        if _tqdm_draws():
+        self._next = now + (_REFRESH_INTERVAL_S if self._terminal else _LINE_INTERVAL_S)
+        if _tqdm_is_active():
             self._wanted = False
             self.close(state)
             return
@@ -99,17 +99,21 @@ class Display:
         if self._terminal:
             self._draw(state)
         else:
-            print("  ".join([*self._head(state), *self._pace(state), *_facts(state)]), file=sys.stderr, flush=True)
+            print(
+                "  ".join([*self._header(state), *self._throughput(state), *_metric_fields(state)]),
+                file=sys.stderr,
+                flush=True,
+            )
 
-    def close(self, state: State) -> None:
+    def close(self, state: Progress) -> None:
         """Leave the training's last picture on the terminal."""
         live, self._live = self._live, None
         if live is not None:
             with contextlib.suppress(OSError, ValueError):
-                live.update(self._picture(state))
+                live.update(self._render(state))
                 live.stop()
 
-    def _draw(self, state: State) -> None:
+    def _draw(self, state: Progress) -> None:
         from rich.console import Console
         from rich.live import Live
 
@@ -119,9 +123,9 @@ class Display:
             self._live = Live(console=console, auto_refresh=False, redirect_stdout=sys.stdout.isatty())
             self._live.start()
             console.show_cursor()  # a killed training could not bring it back
-        self._live.update(self._picture(state), refresh=True)
+        self._live.update(self._render(state), refresh=True)
 
-    def _picture(self, state: State) -> Table:
+    def _render(self, state: Progress) -> Table:
         from rich.progress_bar import ProgressBar
         from rich.table import Column, Table
         from rich.text import Text
@@ -130,16 +134,16 @@ class Display:
             Column(no_wrap=True), Column(ratio=1), Column(no_wrap=True), padding=(0, 2, 0, 0), expand=True
         )
         bar = ProgressBar(total=state.total or None, completed=state.done)
-        first.add_row(Text("  ".join(self._head(state))), bar, Text("  ".join(self._pace(state))))
+        first.add_row(Text("  ".join(self._header(state))), bar, Text("  ".join(self._throughput(state))))
         whole = Table.grid(expand=True)
         whole.add_row(first)
-        whole.add_row(Text("   ".join(_facts(state)), no_wrap=True, overflow="ellipsis"))
+        whole.add_row(Text("   ".join(_metric_fields(state)), no_wrap=True, overflow="ellipsis"))
         return whole
 
-    def _head(self, state: State) -> list[str]:
+    def _header(self, state: Progress) -> list[str]:
         return [self._name, f"epoch {min(state.epoch + 1, state.epochs)}/{state.epochs}"]
 
-    def _pace(self, state: State) -> list[str]:
+    def _throughput(self, state: Progress) -> list[str]:
         """Iterations, their speed, and how long the rest will take."""
         found = [f"{state.done}/{state.total}" if state.total is not None else f"batch {state.done}"]
         (begin, _, first), (end, _, last) = self._times[0], self._times[-1]
@@ -151,7 +155,7 @@ class Display:
         return found
 
 
-def _facts(state: State) -> Iterator[str]:
+def _metric_fields(state: Progress) -> Iterator[str]:
     metrics = state.metrics
     own = [key for key in metrics if "/" not in key][:_METRICS]
     yield from (f"{key} {metrics[key]:.4g}" for key in own)
@@ -169,7 +173,7 @@ def _facts(state: State) -> Iterator[str]:
         yield f"saved at {state.saved}"
 
 
-def _tqdm_draws() -> bool:
+def _tqdm_is_active() -> bool:
     """Whether the script has a bar of its own on the screen, which ours would tear."""
     tqdm = getattr(sys.modules.get("tqdm.std"), "tqdm", None)
     return bool(getattr(tqdm, "_instances", None))

@@ -11,21 +11,21 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from torch.nn.parallel import DistributedDataParallel
 
 from trackopt import remote
-from trackopt.checkpoint.resume import Resumption, find, part_of_rank
+from trackopt.checkpoint.resume import PendingRestore, find_resume_checkpoint, select_rank_state
 from trackopt.checkpoint.retention import Retention
-from trackopt.checkpoint.store import Store, load_checked
-from trackopt.distributed.collectives import Ranks, here
-from trackopt.distributed.consistency import require_alike
+from trackopt.checkpoint.store import CheckpointStore, load_unverified
+from trackopt.distributed.collectives import Collectives, current_collectives
+from trackopt.distributed.consistency import check_consistency
 from trackopt.errors import RunError, UsageError
-from trackopt.run.options import SINKS, check_objects, check_options
+from trackopt.run.options import SINKS, validate_options
 from trackopt.run.run import Run
 from trackopt.rundir import environment
-from trackopt.rundir.directory import Followed, RunDirectory
+from trackopt.rundir.directory import ReadOnlyRunDirectory, RunDirectory
 from trackopt.training.objects import Training
-from trackopt.training.scheduler_config import settings
-from trackopt.training.sharding import is_spread
-from trackopt.utils.log import tell
-from trackopt.utils.mlflow_uri import mlflow_target
+from trackopt.training.scheduler_config import scheduler_config
+from trackopt.training.sharding import is_sharded
+from trackopt.utils.log import log_warnings
+from trackopt.utils.mlflow_uri import default_tracking
 
 if TYPE_CHECKING:
     import os
@@ -49,7 +49,7 @@ def wrap(
     dir: str | os.PathLike[str] | None = None,  # noqa: A002 - the word that torch and TensorBoard users expect
     resume: str | os.PathLike[str] = "auto",
     save_every: int | timedelta | None = None,
-    save_busy: str = "wait",
+    save_overlap: str = "wait",
     keep: int = 3,
     keep_best: int = 0,
     keep_every: int | None = None,
@@ -57,10 +57,10 @@ def wrap(
     stats_every: int = 1,
     histograms_every: int = 0,
     sinks: Sequence[str] = SINKS,
-    artifacts: bool = False,
+    upload_checkpoints: bool = False,
     experiment: str | None = None,
     name: str | None = None,
-    progress: bool = True,
+    progress_bar: bool = True,
     strict: bool = True,
     **stateful: Stateful | Generator,
 ) -> Run:
@@ -80,7 +80,7 @@ def wrap(
             an MLflow run.
         save_every: Optimizer steps, or a ``timedelta``, between two checkpoints. Default: only at ``run.save()``
             and ``run.close()``.
-        save_busy: What becomes of a checkpoint that ``save_every`` makes due while the one before it is still on its
+        save_overlap: What becomes of a checkpoint that ``save_every`` makes due while the one before it is still on its
             way to the disk: it can ``"wait"`` for that, and the loop with it, or ``"skip"`` its turn.
         keep: How many of the newest checkpoints to keep.
         keep_best: How many to keep of those with the lowest ``run.save(metric=…)``. Default: none.
@@ -90,11 +90,11 @@ def wrap(
         stats_every: Take them at every n-th step; what the step really changed, at every tenth of these.
         histograms_every: Take histograms of gradients and buffers at every n-th step; 0 for none.
         sinks: Where the journal goes: ``"tensorboard"``, ``"mlflow"``, both or none.
-        artifacts: Whether the recorder uploads each checkpoint to the artifacts of the MLflow run, where they stay; it
+        upload_checkpoints: Whether the recorder uploads each checkpoint to the artifacts of the MLflow run, where they stay; it
             is then to be had as ``runs:/<run id>/checkpoints/step-…``.
         experiment: MLflow's experiment. Default: ``MLFLOW_EXPERIMENT_NAME``, else MLflow's own default.
         name: The run's name. Default: the directory's.
-        progress: Whether ``epochs`` and ``batches`` show how far the training is: on a terminal in two lines that stay,
+        progress_bar: Whether ``epochs`` and ``batches`` show how far the training is: on a terminal in two lines that stay,
             elsewhere in a line a minute.
         strict: Whether a checkpoint must fit the objects in every name, shape, dtype, class and setting. With
             ``False`` what fits is loaded, and the rest is listed in a warning.
@@ -126,48 +126,57 @@ def wrap(
         ...     run.global_step
         3
     """
-    ranks = here()
-    if not ranks.leads:
+    collectives = current_collectives()
+    if not collectives.is_rank_zero:
         logger.setLevel(logging.ERROR)  # rank 0 tells whatever there is to tell
-    training = Training(_without_ddp(model), optimizer, scheduler, stateful)
+    training = Training(_unwrap_ddp(model), optimizer, scheduler, stateful)
     retention = Retention(keep, keep_best, keep_every)
     measuring: dict[str, Any] = {"stats": stats, "stats_every": stats_every, "histograms_every": histograms_every}
-    saving: dict[str, Any] = {"save_every": save_every, "save_busy": save_busy}
-    ranks.agree(lambda: _check(training, **saving, retention=retention, sinks=sinks, artifacts=artifacts, **measuring))
-    destinations = (*sinks, "artifacts") if artifacts else sinks
-    built = {name: settings(each) for name, each in training.schedulers.items()}
-    require_alike(ranks, training, built, {**saving, **measuring})
-    directory = _opened(ranks, dir)
+    saving: dict[str, Any] = {"save_every": save_every, "save_overlap": save_overlap}
+    collectives.run_on_all(
+        lambda: _check(
+            training, **saving, retention=retention, sinks=sinks, upload_checkpoints=upload_checkpoints, **measuring
+        )
+    )
+    destinations = (*sinks, "artifacts") if upload_checkpoints else sinks
+    built = {name: scheduler_config(each) for name, each in training.schedulers.items()}
+    check_consistency(collectives, training, built, {**saving, **measuring})
+    directory = _open_directory(collectives, dir)
     try:
-        store = Store(directory.checkpoints, retention, here() if is_spread(training) else None)
-        found, resumption, left_out = _found(ranks, directory, store, resume), None, []
+        store = CheckpointStore(
+            directory.checkpoints, retention, current_collectives() if is_sharded(training) else None
+        )
+        found, resumption, left_out = _find_checkpoint(collectives, directory, store, resume), None, []
         if found is not None:
-            tree = part_of_rank(found[1], training, ranks)
-            resumption = Resumption(training, found[0], tree["trackopt"], ranks=ranks, strict=strict)
-            left_out = _agreed(ranks, partial(resumption.apply, tree))
+            tree = select_rank_state(found[1], training, collectives)
+            resumption = PendingRestore(training, found[0], tree["trackopt"], collectives=collectives, strict=strict)
+            left_out = _run_on_all(collectives, partial(resumption.apply, tree))
         if not directory.identity:
-            _agreed(ranks, lambda: directory.found(name, mlflow_target(experiment)) if ranks.leads else None)
-            directory.identity = ranks.told(directory.identity)
-        run = _agreed(
-            ranks,
+            _run_on_all(
+                collectives,
+                lambda: directory.initialize(name, default_tracking(experiment)) if collectives.is_rank_zero else None,
+            )
+            directory.identity = collectives.broadcast(directory.identity)
+        run = _run_on_all(
+            collectives,
             lambda: Run(
                 training,
                 directory,
                 store,
-                ranks,
-                built=built,
-                saving=saving,
-                measuring=measuring,
-                progress=progress,
-                sinks=destinations if environment.current() is None else (),
+                collectives,
+                scheduler_configs=built,
+                save_options=saving,
+                stats_options=measuring,
+                progress_bar=progress_bar,
+                sinks=destinations if environment.from_environment() is None else (),
             ),
         )
     except BaseException:
         directory.release()
         raise
-    tell(f"left as it is here: {problem}" for problem in left_out)
+    log_warnings(f"left as it is here: {problem}" for problem in left_out)
     try:
-        _agreed(ranks, lambda: run._start(resumption))
+        _run_on_all(collectives, lambda: run._start(resumption))
     except BaseException as error:
         run._close("FAILED", error)
         raise
@@ -177,33 +186,35 @@ def wrap(
 def _check(training: Training, **options: Any) -> None:
     if not training.optimizers:
         raise UsageError("wrap() was given no optimizer; pass one, or a dict of them by name")
-    check_objects(training)
-    check_options(**options)
+    training.validate()
+    validate_options(**options)
 
 
-def _opened(ranks: Ranks, chosen: str | os.PathLike[str] | None) -> RunDirectory:
+def _open_directory(collectives: Collectives, chosen: str | os.PathLike[str] | None) -> RunDirectory:
     """The run's directory, held by rank 0; the others learn from it which one that is."""
-    directory = _agreed(ranks, lambda: RunDirectory(chosen) if ranks.leads else None)
-    path, identity = ranks.told(("", {}) if directory is None else (str(directory.path), directory.identity))
-    return directory or Followed(Path(path), identity)
+    directory = _run_on_all(collectives, lambda: RunDirectory(chosen) if collectives.is_rank_zero else None)
+    path, identity = collectives.broadcast(("", {}) if directory is None else (str(directory.path), directory.identity))
+    return directory or ReadOnlyRunDirectory(Path(path), identity)
 
 
-def _found(
-    ranks: Ranks, directory: RunDirectory, store: Store, resume: str | os.PathLike[str]
+def _find_checkpoint(
+    collectives: Collectives, directory: RunDirectory, store: CheckpointStore, resume: str | os.PathLike[str]
 ) -> tuple[Path, dict[str, Any]] | None:
     """The checkpoint that rank 0 found, read by each rank; ``None`` where the run begins anew."""
-    found = _agreed(ranks, lambda: find(directory, store, resume) if ranks.leads else None)
-    path = ranks.told(None if found is None else str(_absolute(found[0])))
+    found = _run_on_all(
+        collectives, lambda: find_resume_checkpoint(directory, store, resume) if collectives.is_rank_zero else None
+    )
+    path = collectives.broadcast(None if found is None else str(_make_absolute(found[0])))
     if path is None:
         return None
-    return _agreed(ranks, lambda: found or (Path(path), load_checked(Path(path))))
+    return _run_on_all(collectives, lambda: found or (Path(path), load_unverified(Path(path))))
 
 
-def _absolute(path: Path) -> Path:
-    return path if remote.is_address(path) else path.absolute()
+def _make_absolute(path: Path) -> Path:
+    return path if remote.is_remote(path) else path.absolute()
 
 
-def _agreed(ranks: Ranks, action: Callable[[], T]) -> T:
+def _run_on_all(collectives: Collectives, action: Callable[[], T]) -> T:
     """Do it on every rank; what a disk refuses is told as any other trouble with the run's directory."""
 
     def told() -> T:
@@ -213,11 +224,11 @@ def _agreed(ranks: Ranks, action: Callable[[], T]) -> T:
             place = error.filename or "the run's directory"
             raise RunError(f"{place}: cannot be used ({error.strerror}); check the disk and the permissions") from error
 
-    return ranks.agree(told)
+    return collectives.run_on_all(told)
 
 
-def _without_ddp(model: Any) -> Any:
+def _unwrap_ddp(model: Any) -> Any:
     """Modules as one process would have them: DDP puts ``module.`` in front of every name."""
     if isinstance(model, Mapping):
-        return {name: _without_ddp(each) for name, each in model.items()}
+        return {name: _unwrap_ddp(each) for name, each in model.items()}
     return model.module if isinstance(model, DistributedDataParallel) else model

@@ -18,7 +18,7 @@ import orjson
 from trackopt import journal
 from trackopt.errors import RunError
 from trackopt.rundir import environment
-from trackopt.utils.files import sync_directory
+from trackopt.utils.files import fsync_directory
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -28,7 +28,7 @@ IDENTITY = "run.json"
 CHECKPOINTS = "checkpoints"
 _LOCK = ".lock"
 _IDENTITY_LOCK = ".run.json.lock"
-_HANDOVER = 30.0  # seconds that torchrun gives the processes that it stops before it starts others
+_LOCK_TIMEOUT_S = 30.0  # seconds that torchrun gives the processes that it stops before it starts others
 
 
 class RunDirectory:
@@ -40,7 +40,7 @@ class RunDirectory:
 
     Attributes:
         path: The directory, absolute.
-        identity: What ``run.json`` says; empty in a new one, until ``found``.
+        identity: What ``run.json`` says; empty in a new one, until ``initialize``.
 
     Raises:
         RunError: It cannot be made or written, another process holds it, or it holds something else.
@@ -48,7 +48,7 @@ class RunDirectory:
 
     def __init__(self, path: str | os.PathLike[str] | None) -> None:
         chosen = os.environ.get("TRACKOPT_DIR") or path
-        if (rehearsal := environment.current()) is not None:
+        if (rehearsal := environment.from_environment()) is not None:
             self.path = rehearsal.directory(chosen)
         else:
             self.path = Path(chosen or Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S-%f}").absolute()
@@ -63,9 +63,9 @@ class RunDirectory:
                 f"{self.path}: cannot be used ({error.strerror}); choose a dir that can be written"
             ) from error
         try:
-            self._hold()
+            self._acquire_lock()
         except OSError as error:
-            self._drop()
+            self._release_lock()
             reason = "open in another process" if isinstance(error, BlockingIOError) else error.strerror
             raise RunError(f"{self.path}: {reason}; stop that one, or choose another dir") from error
         self.identity: dict[str, Any] = {}
@@ -75,9 +75,9 @@ class RunDirectory:
             self.release()
             raise
         # A forked data worker would hold the lock for a while after its parent was killed.
-        os.register_at_fork(after_in_child=self._drop)
+        os.register_at_fork(after_in_child=self._release_lock)
 
-    def found(self, name: str | None, mlflow: dict[str, Any]) -> None:
+    def initialize(self, name: str | None, mlflow: dict[str, Any]) -> None:
         """Make the directory that of a new run: write ``run.json``."""
         self.identity = {
             "format": FORMAT,
@@ -92,11 +92,11 @@ class RunDirectory:
         write_identity(self.path, self.identity)
         for made in self._made or [self.path]:
             with contextlib.suppress(OSError):  # who may write in a directory may still not open the one above
-                sync_directory(made.parent)
+                fsync_directory(made.parent)
 
     def begin_attempt(self, sinks: Sequence[str]) -> int:
         """Count this life of the training process, and let the recorder know where it wants to go."""
-        self.identity = change_identity(
+        self.identity = update_identity(
             self.path, lambda identity: {**identity, "attempt": identity["attempt"] + 1, "sinks": list(sinks)}
         )
         return int(self.identity["attempt"])
@@ -108,11 +108,11 @@ class RunDirectory:
                 (self.path / _LOCK).unlink(missing_ok=True)
                 if self._made:
                     self.path.rmdir()
-        self._drop()
+        self._release_lock()
 
-    def _hold(self) -> None:
+    def _acquire_lock(self) -> None:
         """Take the lock; where torchrun started this process in the place of another, that one may still let go."""
-        end = time.monotonic() + (_HANDOVER if restarts() else 0.0)
+        end = time.monotonic() + (_LOCK_TIMEOUT_S if restart_count() else 0.0)
         while True:
             try:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -123,7 +123,7 @@ class RunDirectory:
             else:
                 return
 
-    def _drop(self) -> None:
+    def _release_lock(self) -> None:
         if self._lock >= 0:
             with contextlib.suppress(OSError):  # it is closed all the same
                 os.close(self._lock)
@@ -140,7 +140,7 @@ class RunDirectory:
         return {}
 
 
-class Followed(RunDirectory):
+class ReadOnlyRunDirectory(RunDirectory):
     """The directory as the processes see it that do not write there, since rank 0 does.
 
     Args:
@@ -161,7 +161,7 @@ class Followed(RunDirectory):
         """It was never held."""
 
 
-def restarts() -> int:
+def restart_count() -> int:
     """How often torchrun has started the processes of this training again."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
@@ -193,10 +193,10 @@ def write_identity(path: Path, identity: dict[str, Any]) -> None:
     Raises:
         RunError: It cannot be written.
     """
-    replace(path / IDENTITY, orjson.dumps(identity, option=orjson.OPT_INDENT_2), durable=True)
+    atomic_write(path / IDENTITY, orjson.dumps(identity, option=orjson.OPT_INDENT_2), durable=True)
 
 
-def change_identity(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, Any]:
+def update_identity(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, Any]:
     """Write ``run.json`` anew, as ``change`` makes it of what stands there; what that is.
 
     The training and the recorder of the attempt before it may both do so at the same time: one waits for the other.
@@ -215,7 +215,7 @@ def change_identity(path: Path, change: Callable[[dict[str, Any]], dict[str, Any
     return identity
 
 
-def replace(file: Path, content: bytes, *, durable: bool = False) -> None:
+def atomic_write(file: Path, content: bytes, *, durable: bool = False) -> None:
     """Write a small file so that a reader sees the old content or the new, never a part.
 
     Args:
@@ -234,7 +234,7 @@ def replace(file: Path, content: bytes, *, durable: bool = False) -> None:
             os.fsync(stream.fileno())
         part.rename(file)
         if durable:
-            sync_directory(file.parent)
+            fsync_directory(file.parent)
     except OSError as error:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)

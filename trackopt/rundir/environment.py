@@ -13,14 +13,14 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 VARIABLE = "TRACKOPT_REHEARSAL"
-UNNAMED = "unnamed-"  # what a run is called for which the script names no directory
+UNNAMED_PREFIX = "unnamed-"  # what a run is called for which the script names no directory
 KILLED = ".killed"  # the file below ``root`` that says that the kill was the planned one
 
 _unnamed = itertools.count(1)
 
 
 @dataclass(frozen=True)
-class Plan:
+class ResumeCheckPlan:
     """Where the runs of a training process go, and when it dies.
 
     Attributes:
@@ -44,13 +44,13 @@ class Plan:
         """
         parts = Path(chosen).parts if chosen is not None else ()
         name = "-".join(part for part in parts if part not in {"/", ".."})
-        return self.root / (name or f"{UNNAMED}{next(_unnamed)}")
+        return self.root / (name or f"{UNNAMED_PREFIX}{next(_unnamed)}")
 
 
-def current() -> Plan | None:
+def from_environment() -> ResumeCheckPlan | None:
     """The plan that this process was started with; ``None`` outside of a rehearsal."""
     text = os.environ.get(VARIABLE)
     if text is None:
         return None
     given = json.loads(text)
-    return Plan(Path(given["root"]), given["kill"] or {})
+    return ResumeCheckPlan(Path(given["root"]), given["kill"] or {})

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from trackopt.archive import tree
-from trackopt.archive.tree import Opaque, Path, Tensor
+from trackopt.archive.tree import Path, Tensor, UnknownObject
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -102,13 +102,13 @@ def is_state_dict(node: Any) -> bool:
     """Whether a node is a flat dictionary of names to tensors (what modules keep besides them aside)."""
     if not isinstance(node, dict) or not node or not all(isinstance(key, str) for key in node):
         return False
-    others = [key for key, value in node.items() if not isinstance(value, Tensor | tree.Compound)]
+    others = [key for key, value in node.items() if not isinstance(value, Tensor | tree.TensorSubclass)]
     return len(others) < len(node) and all(_BESIDES.intersection(key.split(".")) for key in others)
 
 
 def is_module(node: Any) -> bool:
     """Whether a node describes a whole pickled module."""
-    return isinstance(node, Opaque) and isinstance(node.state, dict) and set(node.state) >= _MODULE
+    return isinstance(node, UnknownObject) and isinstance(node.state, dict) and set(node.state) >= _MODULE
 
 
 def find_models(key: str, path: Path, node: Any) -> tuple[Model, ...]:

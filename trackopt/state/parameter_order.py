@@ -23,7 +23,7 @@ _MAX_DEPTH = 40
 _MAX_SIBLINGS = 300
 _NUMBERED = re.compile(r"(.*?)(\d{1,9})")
 #: Siblings in the order in which modules that have all of them define them; PyTorch's, and families of transformers.
-_USUAL = tuple(
+_SIBLING_ORDERS = tuple(
     line.split()
     for line in (
         "weight bias",
@@ -43,7 +43,7 @@ _USUAL = tuple(
 )
 
 
-def deals(groups: list[Sequence], shapes: dict[str, Shape]) -> Iterator[list[dict[str, Shape]]]:
+def assignments(groups: list[Sequence], shapes: dict[str, Shape]) -> Iterator[list[dict[str, Shape]]]:
     """The ways to give each kind of parameter to one group so that each group has the shapes that it has.
 
     Args:
@@ -70,27 +70,27 @@ def _kind(name: str, shape: Shape) -> str:
     return "weight" if len(shape) > 1 else "scale"
 
 
-def in_order(groups: list[Sequence], hands: list[dict[str, Shape]]) -> dict[Any, str] | None:
+def in_order(groups: list[Sequence], assignment: list[dict[str, Shape]]) -> dict[Any, str] | None:
     """Names by id if each group takes its parameters as they come; None if the shapes say that it does not."""
     names: dict[Any, str] = {}
-    for group, hand in zip(groups, hands, strict=True):
+    for group, hand in zip(groups, assignment, strict=True):
         if [shape for _, shape in group] != list(hand.values()):
             return None
         names.update(zip((key for key, _ in group), hand, strict=True))
     return names
 
 
-def reordered(groups: list[Sequence], hands: list[dict[str, Shape]]) -> dict[Any, str] | None:
+def reordered(groups: list[Sequence], assignment: list[dict[str, Shape]]) -> dict[Any, str] | None:
     """Names by id if each group takes its parameters module by module, in whatever order of siblings.
 
     Returns:
         The names that all orders agree on which the shapes allow; None if they allow none, or it takes too long.
     """
-    where = {name: (index, shape) for index, hand in enumerate(hands) for name, shape in hand.items()}
+    where = {name: (index, shape) for index, hand in enumerate(assignment) for name, shape in hand.items()}
     if any(name.count(".") > _MAX_DEPTH for name in where):
         return None
     try:
-        found = _Orders(groups, where).of(tuple(where), 0, (0,) * len(groups))
+        found = _OrderSearch(groups, where).of(tuple(where), 0, (0,) * len(groups))
     except _TooLongError:
         return None
     return {key: name for key, name in found.items() if name} if found is not None else None
@@ -100,7 +100,7 @@ class _TooLongError(Exception):
     """There are more orders than can be tried."""
 
 
-class _Orders:
+class _OrderSearch:
     """All walks through a model's modules, depth first, that meet the shapes of the groups."""
 
     def __init__(self, groups: list[Sequence], where: dict[str, tuple[int, Shape]]) -> None:
@@ -168,7 +168,7 @@ def _earlier(siblings: list[str]) -> dict[str, set[str]]:
     for one, other in product(numbered, repeat=2):
         if one[1] == other[1] and int(one[2]) < int(other[2]):
             before[other[0]].add(one[0])
-    for usual in _USUAL:
+    for usual in _SIBLING_ORDERS:
         if before.keys() >= set(usual):
             for index, part in enumerate(usual):
                 before[part].update(usual[:index])

@@ -15,7 +15,7 @@ _NAMES = {
 _NO_GENERATORS = frozenset({"step"})
 
 
-def is_random(key: str) -> bool:
+def is_rng_key(key: str) -> bool:
     """Whether an entry holds states of random generators, by its key."""
     return any(word in key.lower() for word in _WORDS)
 

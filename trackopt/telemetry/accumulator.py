@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     Gather = Callable[[dict[str, tuple[float, int]]], list[dict[str, tuple[float, int]]]]
 
 
-def alone(value: Any) -> list[Any]:
+def single_rank_gather(value: Any) -> list[Any]:
     """What every rank gives, where there is one."""
     return [value]
 
 
-class Pending:
+class MetricAccumulator:
     """Sums of what was logged, by key; a key that was logged several times counts as its mean.
 
     What is on a device is summed there, so that nobody waits for it.
@@ -33,18 +33,18 @@ class Pending:
         recorded: The keys that the latest step's record has already: each key has one value at a step.
     """
 
-    def __init__(self, gather: Gather = alone) -> None:
+    def __init__(self, gather: Gather = single_rank_gather) -> None:
         self._sums: dict[str, tuple[float | Tensor, int]] = {}
         self._shared: set[str] = set()
         self._gather = gather
         self.recorded: set[str] = set()
 
-    def add(self, metrics: Mapping[str, Any], *, shared: bool = False) -> None:
+    def add(self, metrics: Mapping[str, Any], *, reduced: bool = False) -> None:
         """Take what the user logs.
 
         Args:
             metrics: The numbers.
-            shared: Whether their mean over all ranks counts.
+            reduced: Whether their mean over all ranks counts.
 
         Raises:
             UsageError: A value is not a number; nothing of the call is taken.
@@ -52,18 +52,18 @@ class Pending:
         for key, value in {key: _number(key, value) for key, value in metrics.items()}.items():
             total, count = self._sums.get(key, (0.0, 0))
             self._sums[key] = (total + value, count + 1)
-        if shared:
+        if reduced:
             self._shared |= metrics.keys()
 
-    def take(self) -> dict[str, float | Tensor]:
+    def pop_all(self) -> dict[str, float | Tensor]:
         """Everything that waits, for the record of a new step."""
-        self._share(self._shared)
+        self._reduce_mean(self._shared)
         taken = {key: total / count for key, (total, count) in self._sums.items()}
         self._sums.clear()
         self._shared.clear()
         return taken
 
-    def take_rest(self, *, together: bool = True) -> dict[str, float | Tensor]:
+    def pop_unrecorded(self, *, together: bool = True) -> dict[str, float | Tensor]:
         """What waits and is not recorded at the latest step yet; the rest goes on waiting for the next.
 
         Args:
@@ -72,7 +72,7 @@ class Pending:
         keys = self._sums.keys() - self.recorded
         if not together:
             keys -= self._shared
-        self._share(self._shared & keys)
+        self._reduce_mean(self._shared & keys)
         taken = {key: total / count for key, (total, count) in self._sums.items() if key in keys}
         for key in keys:
             del self._sums[key]
@@ -80,7 +80,7 @@ class Pending:
         self.recorded |= keys
         return taken
 
-    def _share(self, keys: set[str]) -> None:
+    def _reduce_mean(self, keys: set[str]) -> None:
         """Count what the other ranks logged under these keys as if it had been logged here."""
         own = {key: (float(total), count) for key, (total, count) in self._sums.items() if key in keys}
         if own:

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
 
-class Reading:
+class AsyncMetrics:
     """Metrics of one step, of which some may still be on their way from a device.
 
     Args:
@@ -34,28 +34,28 @@ class Reading:
     ) -> None:
         self._metrics = dict(metrics)
         late = {key: value for key, value in metrics.items() if isinstance(value, Tensor)}
-        self._late = list(late)
-        self._transfer = Transfer([*late.values(), *scalars])
+        self._pending_keys = list(late)
+        self._transfer = DeviceToHostCopy([*late.values(), *scalars])
         self._finish: Callable[[list[float]], dict[str, float]] | None = finish
-        if not self._transfer.distant:
+        if not self._transfer.is_async:
             self.metrics()
 
     @property
-    def arrived(self) -> bool:
+    def is_ready(self) -> bool:
         """Whether ``metrics`` would not wait."""
-        return self._finish is None or self._transfer.arrived
+        return self._finish is None or self._transfer.is_ready
 
     def metrics(self) -> dict[str, float]:
         """All metrics by name; waits for those that are on their way."""
         if self._finish is not None:
             numbers = self._transfer.numbers()
-            self._metrics.update(zip(self._late, numbers, strict=False))
-            self._metrics |= self._finish(numbers[len(self._late) :])
+            self._metrics.update(zip(self._pending_keys, numbers, strict=False))
+            self._metrics |= self._finish(numbers[len(self._pending_keys) :])
             self._finish = None
         return self._metrics  # type: ignore[return-value]  # no tensor is left
 
 
-class Transfer:
+class DeviceToHostCopy:
     """The numbers in some tensors of one element, wherever these are.
 
     From CUDA one copy for each device is started on the current stream. What is elsewhere is read at once.
@@ -65,24 +65,24 @@ class Transfer:
         places: dict[torch.device, list[int]] = {}
         for place, scalar in enumerate(scalars):
             places.setdefault(scalar.device, []).append(place)
-        self._places = list(places.values())
-        self._copies = [_send([scalars[place] for place in each]) for each in self._places]
+        self._indices = list(places.values())
+        self._copies = [_copy_to_host([scalars[place] for place in each]) for each in self._indices]
 
     @property
-    def distant(self) -> bool:
+    def is_async(self) -> bool:
         """Whether any were on a device that nobody waits for."""
         return any(event is not None for _, event in self._copies)
 
     @property
-    def arrived(self) -> bool:
+    def is_ready(self) -> bool:
         """Whether ``numbers`` would not wait."""
         # torch leaves its events untyped
         return all(event is None or event.query() for _, event in self._copies)  # type: ignore[no-untyped-call]
 
     def numbers(self) -> list[float]:
         """In the order of the tensors."""
-        found = [0.0] * sum(map(len, self._places))
-        for places, (copy, event) in zip(self._places, self._copies, strict=True):
+        found = [0.0] * sum(map(len, self._indices))
+        for places, (copy, event) in zip(self._indices, self._copies, strict=True):
             if event is not None:
                 event.synchronize()
             for place, number in zip(places, copy.tolist(), strict=True):
@@ -90,7 +90,7 @@ class Transfer:
         return found
 
 
-def _send(scalars: list[Tensor]) -> tuple[Tensor, torch.cuda.Event | None]:
+def _copy_to_host(scalars: list[Tensor]) -> tuple[Tensor, torch.cuda.Event | None]:
     """The numbers in memory of the host, and what tells that they are there, where that is not at once."""
     if len({scalar.dtype for scalar in scalars}) > 1 or not scalars[0].is_floating_point():
         wide = torch.float32 if scalars[0].is_mps else torch.float64

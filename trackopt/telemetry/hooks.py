@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch.optim import Optimizer
 
-from trackopt.telemetry.async_scalars import Reading
+from trackopt.telemetry.async_scalars import AsyncMetrics
 from trackopt.telemetry.hyperparameters import Hyperparameters
-from trackopt.telemetry.metrics import Meter
+from trackopt.telemetry.metrics import OptimizerMetrics
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -26,7 +26,7 @@ _STEP = Optimizer.profile_hook_step(lambda *_: None).__code__
 _UPDATE_EVERY = 10  # steps with statistics: the update costs a copy of the parameters
 
 
-class Observer:
+class OptimizerObserver:
     """Watches one optimizer. What the latest step did waits in it until ``take`` asks for it.
 
     Args:
@@ -62,10 +62,10 @@ class Observer:
         self._every = stats_every if stats else 0
         self._histograms_every = histograms_every
         self._hyperparameters = Hyperparameters(optimizer, prefix)
-        self._meter = Meter(optimizer, prefix, names, each=stats == "param")
+        self._meter = OptimizerMetrics(optimizer, prefix, names, per_parameter=stats == "param")
         self._depth = 0
-        self._used: dict[str, float | Tensor] = {}
-        self._latest = Reading({})
+        self._hyperparameters_used: dict[str, float | Tensor] = {}
+        self._metrics = AsyncMetrics({})
         self._histograms: dict[str, Any] = {}
         untraced: Callable[[T], T] = torch.compiler.disable
         # Dynamo must not trace the hooks of a compiled step: they read Python state that changes at every step.
@@ -74,21 +74,21 @@ class Observer:
             optimizer.register_step_post_hook(untraced(self._after)),
         ]
 
-    def take(self) -> Reading:
+    def pop_metrics(self) -> AsyncMetrics:
         """The metrics of the latest step since the last call; none when there was none."""
-        latest, self._latest = self._latest, Reading({})
+        latest, self._metrics = self._metrics, AsyncMetrics({})
         return latest
 
-    def take_histograms(self) -> dict[str, Any]:
+    def pop_histograms(self) -> dict[str, Any]:
         """The histograms of the latest step since the last call, by ``exp_avg/group0``; mostly empty."""
         histograms, self._histograms = self._histograms, {}
         return histograms
 
-    def take_news(self) -> list[NonFinite]:
+    def pop_nonfinite(self) -> list[NonFinite]:
         """What was not finite in the readings that arrived since the last call, and had been before."""
-        return self._meter.take_news()
+        return self._meter.pop_nonfinite()
 
-    def take_overflow(self) -> bool:
+    def pop_overflow(self) -> bool:
         """Whether a step was skipped because of an overflow since the last call."""
         overflowed, self._overflowed = self._overflowed, False
         return overflowed
@@ -117,12 +117,12 @@ class Observer:
             self._depth = 1
         if not self.steps:
             self._before_first()
-        self._used = self._hyperparameters.read()
+        self._hyperparameters_used = self._hyperparameters.read()
         if self._every and self.steps % (self._every * _UPDATE_EVERY) == 0:
             self._meter.before()
-        return self._with_counted_closure(args, kwargs)
+        return self._count_closure_calls(args, kwargs)
 
-    def _with_counted_closure(self, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+    def _count_closure_calls(self, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         """The step's arguments with a closure that counts its calls; ``None`` if there is none to count."""
         own, *rest = args
         closure = rest[0] if rest else kwargs.get("closure")
@@ -147,7 +147,9 @@ class Observer:
             return
         self.steps += 1
         measured = self._every and (self.steps - 1) % self._every == 0
-        self._latest = self._meter.measure(self._used) if measured else Reading(self._used)
+        self._metrics = (
+            self._meter.compute(self._hyperparameters_used) if measured else AsyncMetrics(self._hyperparameters_used)
+        )
         if self._histograms_every and (self.steps - 1) % self._histograms_every == 0:
             self._histograms = self._meter.histograms()
 

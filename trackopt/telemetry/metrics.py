@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from trackopt.telemetry import statistics_dtensor
-from trackopt.telemetry.async_scalars import Reading
+from trackopt.telemetry.async_scalars import AsyncMetrics
 from trackopt.telemetry.histogram import histogram
-from trackopt.telemetry.statistics import Measured, Statistics, begin, nonfinite, vector
-from trackopt.telemetry.tensor_index import Plan
+from trackopt.telemetry.statistics import RawStatistics, Statistics, launch, nonfinite, vector
+from trackopt.telemetry.tensor_index import TensorIndex
 from trackopt.telemetry.update import Update, cosine, cosine_terms
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 FIRST_MOMENTS = ("exp_avg", "momentum_buffer", "momentum", "mu", "m")
-_CALLED = {"grad": "gradient", "param": "parameter"}
+_DISPLAY_NAMES = {"grad": "gradient", "param": "parameter"}
 
 
 @dataclass(frozen=True)
@@ -39,58 +39,58 @@ class NonFinite:
     parameter: str | None = None
 
 
-class Meter:
+class OptimizerMetrics:
     """Measures one optimizer.
 
     Args:
         optimizer: Any.
         prefix: Put before the names of the groups.
-        names: As `Plan` takes it.
-        each: Whether each parameter is measured by itself.
+        names: As `TensorIndex` takes it.
+        per_parameter: Whether each parameter is measured by itself.
     """
 
     def __init__(
-        self, optimizer: Optimizer, prefix: str, names: Callable[[], Sequence[Sequence[str]]], *, each: bool
+        self, optimizer: Optimizer, prefix: str, names: Callable[[], Sequence[Sequence[str]]], *, per_parameter: bool
     ) -> None:
-        self._plan = Plan(optimizer, prefix, names, each=each)
+        self._plan = TensorIndex(optimizer, prefix, names, each=per_parameter)
         self._update = Update()
         self._labels: dict[str, tuple[str, ...]] = {}
-        self._ailing: set[str] = set()
-        self._news: list[NonFinite] = []
+        self._nonfinite: set[str] = set()
+        self._new_nonfinite: list[NonFinite] = []
 
     @torch.no_grad()
     def before(self) -> None:
         """Take the copy that the update of the coming step is measured against."""
         self._plan.refresh()
-        self._update.before(self._plan.units)
+        self._update.snapshot(self._plan.param_sets)
 
     def forget(self) -> None:
         """Let go of that copy: there was no step."""
-        self._update.forget()
+        self._update.discard()
 
     @torch.no_grad()
-    def measure(self, used: Mapping[str, float | Tensor]) -> Reading:
-        """Norms and statistics after a step, beside what it ``used``.
+    def compute(self, hyperparameters: Mapping[str, float | Tensor]) -> AsyncMetrics:
+        """Norms and statistics after a step, beside what it ``hyperparameters``.
 
-        They hold the update as well, if ``before`` was called before the step.
+        They hold the update as well, if ``snapshot`` was called before the step.
         """
         plan = self._plan
         plan.refresh()
-        histories, updates = plan.histories(), self._update.take(plan.units)
-        pairs = {unit: list(self._moments(each)) for unit, each in plan.units.items()} if updates else {}
-        read = statistics_dtensor.begin if plan.spread else _begin
-        scalars, finish = read(plan.buffers(), {**plan.vectors(), **histories, **updates}, pairs)
+        histories, updates = plan.list_states(), self._update.pop_delta(plan.param_sets)
+        pairs = {unit: list(self._moments(each)) for unit, each in plan.param_sets.items()} if updates else {}
+        read = statistics_dtensor.begin if plan.is_sharded else _begin
+        scalars, finish = read(plan.buffers(), {**plan.grads_and_params(), **histories, **updates}, pairs)
         counts = {f"{key}.count": float(len(tensors)) for key, tensors in histories.items() if tensors}
         compared = bool(pairs)  # the tensors themselves must not live until their numbers arrive
 
         def metrics(numbers: list[float]) -> dict[str, float]:
             found = finish(numbers)
             named = self._named(found)
-            return counts | (named | self._proportions(found) if compared else named)
+            return counts | (named | self._ratios(found) if compared else named)
 
-        return Reading(used, scalars, metrics)
+        return AsyncMetrics(hyperparameters, scalars, metrics)
 
-    def _named(self, found: Measured) -> dict[str, float]:
+    def _named(self, found: RawStatistics) -> dict[str, float]:
         metrics: dict[str, float] = {}
         for key, norm in found.norms.items():
             metrics[self._label(key)[0]] = norm
@@ -98,8 +98,8 @@ class Meter:
             metrics.update(zip(self._label(key), each, strict=True))
         bad = [key for key, norm in found.norms.items() if not math.isfinite(norm) and not key.startswith("update/")]
         bad += [key for key, each in found.statistics.items() if not math.isfinite(each.norm)]
-        if bad or self._ailing:
-            metrics |= self._examine(bad, metrics, found.missing)
+        if bad or self._nonfinite:
+            metrics |= self._nonfinite_fractions(bad, metrics, found.nonfinite_counts)
         return metrics
 
     @torch.no_grad()
@@ -109,9 +109,9 @@ class Meter:
         tensors = self._plan.buffers() | self._plan.gradients()
         return {key: found for key, each in tensors.items() if (found := histogram(each)) is not None}
 
-    def take_news(self) -> list[NonFinite]:
+    def pop_nonfinite(self) -> list[NonFinite]:
         """What was not finite since the last call, and had been before."""
-        news, self._news = self._news, []
+        news, self._new_nonfinite = self._new_nonfinite, []
         return news
 
     def _label(self, key: str) -> tuple[str, ...]:
@@ -120,10 +120,10 @@ class Meter:
             labels = self._labels[key] = tuple(f"{key}.{each}" for each in Statistics._fields)
         return labels
 
-    def _proportions(self, measured: Measured) -> dict[str, float]:
+    def _ratios(self, measured: RawStatistics) -> dict[str, float]:
         """How large the update is against the parameters, and how far the gradient points along the first moment."""
         found = {}
-        for unit, terms in measured.terms.items():
+        for unit, terms in measured.dot_products.items():
             if length := measured.norms.get(f"param/{unit}"):
                 found[f"update/{unit}.ratio"] = measured.norms[f"update/{unit}"] / length
             if (angle := cosine(terms)) is not None:
@@ -133,21 +133,21 @@ class Meter:
     def _moments(self, parameters: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         for parameter in parameters:
             gradient = parameter.grad
-            moments = (self._plan.of(parameter, name) for name in FIRST_MOMENTS)
+            moments = (self._plan.tensor_of(parameter, name) for name in FIRST_MOMENTS)
             moment = next((each for each in moments if each is not None), None)
             if gradient is None or moment is None or gradient.layout is not torch.strided:
                 continue
             if (gradient.shape, gradient.device) == (moment.shape, moment.device):  # neither projected nor offloaded
                 yield gradient, moment
 
-    def _examine(
+    def _nonfinite_fractions(
         self, bad: Iterable[str], metrics: Mapping[str, float], known: Mapping[str, tuple[float, float]]
     ) -> dict[str, float]:
         """The share of elements that are not finite; what was finite at the last look is news.
 
         Numbers that come late from a device are looked into with what is there now, which may be finite again.
         """
-        tensors = {**self._plan.vectors(), **self._plan.histories(), **self._plan.buffers()}
+        tensors = {**self._plan.grads_and_params(), **self._plan.list_states(), **self._plan.buffers()}
         shares: dict[str, float] = {}
         ailing: set[str] = set()
         for key in bad:
@@ -157,16 +157,16 @@ class Meter:
             elif not math.isnan(metrics[f"{key}.norm"]) and tensors.get(key) and all(t.is_cpu for t in tensors[key]):
                 continue  # each number is finite, only the sum of their squares is not
             kind, unit = key.split("/", 1)
-            what = _CALLED.get(kind, kind)
-            if what not in self._ailing | ailing:
-                self._news.append(NonFinite(what, self._culprit(kind, unit)))
+            what = _DISPLAY_NAMES.get(kind, kind)
+            if what not in self._nonfinite | ailing:
+                self._new_nonfinite.append(NonFinite(what, self._first_nonfinite_parameter(kind, unit)))
             ailing.add(what)
-        self._ailing = ailing
+        self._nonfinite = ailing
         return shares
 
-    def _culprit(self, kind: str, unit: str) -> str | None:
-        for parameter in self._plan.units.get(unit, ()):
-            tensor = self._plan.of(parameter, kind)
+    def _first_nonfinite_parameter(self, kind: str, unit: str) -> str | None:
+        for parameter in self._plan.param_sets.get(unit, ()):
+            tensor = self._plan.tensor_of(parameter, kind)
             if tensor is not None and nonfinite([tensor]):
                 return self._plan.name_of(parameter)
         return None
@@ -176,17 +176,17 @@ def _begin(
     buffers: Mapping[str, Sequence[Tensor]],
     vectors: Mapping[str, Sequence[Tensor]],
     pairs: Mapping[str, Sequence[tuple[Tensor, Tensor]]],
-) -> tuple[list[Tensor], Callable[[Sequence[float]], Measured]]:
-    """What `shards.begin` does, where this process has all of it."""
-    scalars, finish = begin(buffers, vectors)
+) -> tuple[list[Tensor], Callable[[Sequence[float]], RawStatistics]]:
+    """What `shards.launch` does, where this process has all of it."""
+    scalars, finish = launch(buffers, vectors)
     terms = {name: cosine_terms(each) for name, each in pairs.items()}
 
-    def measured(numbers: Sequence[float]) -> Measured:
+    def measured(numbers: Sequence[float]) -> RawStatistics:
         following = iter(numbers[len(scalars) :])
-        return Measured(
+        return RawStatistics(
             *finish(numbers[: len(scalars)]),
-            terms={name: [*islice(following, len(each))] for name, each in terms.items()},
-            missing={},
+            dot_products={name: [*islice(following, len(each))] for name, each in terms.items()},
+            nonfinite_counts={},
         )
 
     return [*scalars, *chain.from_iterable(terms.values())], measured

@@ -2,7 +2,7 @@
 
 Small tensors of the CPU are gathered (``small``), others are read piece by piece (``near``). They yield their sum and
 their sum of squares, and are read again where these do not tell their deviations. What is on a device is hardly cut,
-and not waited for (`Reading`): there the number of kernels counts. Parts are combined in float64 on the host by the
+and not waited for (`AsyncMetrics`): there the number of kernels counts. Parts are combined in float64 on the host by the
 pairwise formula of Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample
 variances" (1979).
 """
@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 
 from trackopt.telemetry import statistics_cpu
-from trackopt.telemetry.async_scalars import Transfer
+from trackopt.telemetry.async_scalars import DeviceToHostCopy
 from trackopt.telemetry.statistics_small import Totals, gather, is_plain, totals
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-_CANCELS = 0.9  # of the sum of squares: if the mean makes up more, float32 has lost the deviations
-_HIDES = 1 - 1e-6  # the same of sums in float64
+_CANCELLATION_RATIO = 0.9  # of the sum of squares: if the mean makes up more, float32 has lost the deviations
+_OUTLIER_RATIO = 1 - 1e-6  # the same of sums in float64
 _NARROW = frozenset({torch.float16, torch.bfloat16})
 _UNDERFLOWS = 1e-30  # sums of squares below this may have lost elements
 
@@ -51,20 +51,21 @@ class Statistics(NamedTuple):
     max: float
 
 
-class Measured(NamedTuple):
+class RawStatistics(NamedTuple):
     """What is known of an optimizer at a step.
 
     Attributes:
         statistics: Of buffers, by name.
         norms: Of vectors, such as gradients, by name.
-        terms: What ``cosine`` takes, by the names of pairs.
-        missing: How many elements are not finite, of how many, by name; only where this process cannot tell by itself.
+        dot_products: What ``cosine`` takes, by the names of pairs.
+        nonfinite_counts: How many elements are not finite, of how many, by name; only where this process
+            cannot tell by itself.
     """
 
     statistics: dict[str, Statistics]
     norms: dict[str, float]
-    terms: dict[str, list[float]]
-    missing: dict[str, tuple[float, float]]
+    dot_products: dict[str, list[float]]
+    nonfinite_counts: dict[str, tuple[float, float]]
 
 
 class Piece(NamedTuple):
@@ -72,7 +73,7 @@ class Piece(NamedTuple):
 
     size: int
     mean: float
-    deviations: float  # sum of squares
+    m2: float  # sum of squares
     low: float
     high: float
 
@@ -97,36 +98,36 @@ def measure(
         >>> statistics["exp_avg"].norm, statistics["exp_avg"].mean, norms["grad"]
         (5.0, 3.5, 10.0)
     """
-    scalars, finish = begin(buffers, vectors)
-    return finish(Transfer(scalars).numbers())
+    scalars, finish = launch(buffers, vectors)
+    return finish(DeviceToHostCopy(scalars).numbers())
 
 
-def begin(
+def launch(
     buffers: Mapping[str, Sequence[Tensor]], vectors: Mapping[str, Sequence[Tensor]]
 ) -> tuple[list[Tensor], Callable[[Sequence[float]], tuple[dict[str, Statistics], dict[str, float]]]]:
-    """The part of ``measure`` that reads the tensors, without waiting for a device.
+    """The part of ``compute`` that reads the tensors, without waiting for a device.
 
     Returns:
-        Numbers that are still on devices, and what makes the results of ``measure`` of them.
+        Numbers that are still on devices, and what makes the results of ``compute`` of them.
     """
     found = iter(totals([*buffers.values(), *vectors.values()]))
     small = [{name: each for name in lists if (each := next(found)) is not None} for lists in (buffers, vectors)]
-    statistics = {name: _describe(each) for name, each in small[0].items() if not _hides(each)}
+    statistics = {name: _describe(each) for name, each in small[0].items() if not _needs_second_pass(each)}
     norms = {name: math.sqrt(each.squares) for name, each in small[1].items()}
     large = {name: tensors for name, tensors in buffers.items() if name not in statistics}
     long = {name: tensors for name, tensors in vectors.items() if name not in norms}
     if not (large or long):
         return [], lambda _: (statistics, norms)
-    scattered = not all(_is_near(tensor) for each in (*large.values(), *long.values()) for tensor in each)
+    scattered = not all(_is_cpu(tensor) for each in (*large.values(), *long.values()) for tensor in each)
     here = [_chosen(each, near=True) if scattered else each for each in (large, long)]
     there = [_chosen(each, near=False) if scattered else {} for each in (large, long)]
-    pieces, lengths = _read_near(*here)
-    sizes, scalars, roots = read_far(*there)
+    pieces, lengths = _read_cpu(*here)
+    sizes, scalars, roots = launch_device(*there)
 
     def finish(numbers: Sequence[float]) -> tuple[dict[str, Statistics], dict[str, float]]:
         following = iter(numbers)
         for name, parts in pieces.items():
-            rest = [_far_piece(size, *islice(following, 4)) for size in sizes.get(name, ())]
+            rest = [_device_moments(size, *islice(following, 4)) for size in sizes.get(name, ())]
             if parts or rest:
                 statistics[name] = combine(parts + rest)
         for name, norms_here in lengths.items():
@@ -138,17 +139,17 @@ def begin(
 
 
 def _chosen(lists: Mapping[str, Sequence[Tensor]], *, near: bool) -> dict[str, list[Tensor]]:
-    return {name: [tensor for tensor in tensors if _is_near(tensor) == near] for name, tensors in lists.items()}
+    return {name: [tensor for tensor in tensors if _is_cpu(tensor) == near] for name, tensors in lists.items()}
 
 
-def _is_near(tensor: Tensor) -> bool:
+def _is_cpu(tensor: Tensor) -> bool:
     """Whether its elements are in the memory of the host."""
     return tensor.is_cpu
 
 
-def _hides(found: Totals) -> bool:
+def _needs_second_pass(found: Totals) -> bool:
     """Whether the mean makes up so much that even float64 has lost the deviations."""
-    return found.low < found.high and found.sum * found.sum / found.size > _HIDES * found.squares
+    return found.low < found.high and found.sum * found.sum / found.size > _OUTLIER_RATIO * found.squares
 
 
 def _describe(found: Totals) -> Statistics:
@@ -158,7 +159,7 @@ def _describe(found: Totals) -> Statistics:
     return Statistics(math.sqrt(found.squares), mean, math.sqrt(variance), found.low, found.high)
 
 
-def _read_near(
+def _read_cpu(
     buffers: Mapping[str, Sequence[Tensor]], vectors: Mapping[str, Sequence[Tensor]]
 ) -> tuple[dict[str, list[Piece]], dict[str, list[float]]]:
     """What is known of the parts of buffers on the CPU, and the norms of vectors there."""
@@ -174,12 +175,12 @@ def _read_near(
     return parts, lengths
 
 
-def read_far(
+def launch_device(
     buffers: Mapping[str, Sequence[Tensor]], vectors: Mapping[str, Sequence[Tensor]]
 ) -> tuple[dict[str, list[int]], list[Tensor], dict[str, int]]:
     """The sizes of the pieces of buffers on devices, the numbers that describe all, and how many norms each has."""
     parts = {name: list(_parts(tensors)) for name, tensors in buffers.items()}
-    found = {name: _far_norms(tensors) for name, tensors in vectors.items()}
+    found = {name: _device_norms(tensors) for name, tensors in vectors.items()}
     scalars = []
     for part in (part for each in parts.values() for part in each):
         whole = vector(gather(part) if len(part) > 1 else part[0])
@@ -190,7 +191,7 @@ def read_far(
     return sizes, scalars, {name: len(each) for name, each in found.items()}
 
 
-def _far_norms(tensors: Sequence[Tensor]) -> list[Tensor]:
+def _device_norms(tensors: Sequence[Tensor]) -> list[Tensor]:
     """The norm of each, which float32 holds; those of float16 and bfloat16 are not copied for it: a device is full."""
     plain = [tensor.detach() if is_plain(tensor) else vector(tensor) for tensor in tensors]
     narrow = [each for each in plain if each.numel() and each.dtype in _NARROW]
@@ -240,7 +241,7 @@ def _parts_of(tensors: Sequence[Tensor], found: Totals) -> list[Piece]:
         return [Piece(size, first / size, second, low, high)]
     if low == high:
         return [Piece(size, low, 0.0, low, high)]
-    if _UNDERFLOWS < second < math.inf and first * first / size < _CANCELS * second:
+    if _UNDERFLOWS < second < math.inf and first * first / size < _CANCELLATION_RATIO * second:
         return [Piece(size, first / size, second - first * first / size, low, high)]
     return [_looked_at(piece.double(), low, high) for piece in statistics_cpu.pieces(tensors)]
 
@@ -251,7 +252,7 @@ def _looked_at(piece: Tensor, low: float, high: float) -> Piece:
     return Piece(piece.numel(), mean.item(), torch.dot(apart, apart).item(), low, high)
 
 
-def _far_piece(size: int, mean: float, variance: float, low: float, high: float) -> Piece:
+def _device_moments(size: int, mean: float, variance: float, low: float, high: float) -> Piece:
     return Piece(size, mean, variance * size, low, high)
 
 
@@ -264,7 +265,7 @@ def combine(pieces: Sequence[Piece]) -> Statistics:
         norm = math.nan if math.isnan(low) else math.inf
         return Statistics(norm, sum(piece.mean for piece in pieces) / len(pieces), math.nan, low, high)
     mean = sum(piece.size * piece.mean for piece in pieces) / count
-    squares = sum(piece.deviations + piece.size * (piece.mean - mean) * (piece.mean - mean) for piece in pieces)
+    squares = sum(piece.m2 + piece.size * (piece.mean - mean) * (piece.mean - mean) for piece in pieces)
     return Statistics(math.sqrt(squares + count * mean * mean), mean, math.sqrt(squares / count), low, high)
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from trackopt.telemetry.statistics_small import Totals, gather, is_plain, is_spread
+from trackopt.telemetry.statistics_small import Totals, gather, is_dtensor, is_plain
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -60,7 +60,7 @@ def flat(tensor: Tensor) -> Tensor:
     """
     tensor = tensor.detach()
     if not is_plain(tensor):
-        if is_spread(tensor):
+        if is_dtensor(tensor):
             tensor = tensor.to_local()
         if tensor.layout is torch.sparse_coo:
             tensor = tensor.coalesce().values()

@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from trackopt.telemetry.statistics import Measured, Piece, combine, measure, nonfinite, read_far
-from trackopt.telemetry.statistics_small import is_spread
+from trackopt.telemetry.statistics import Piece, RawStatistics, combine, launch_device, measure, nonfinite
+from trackopt.telemetry.statistics_small import is_dtensor
 from trackopt.telemetry.update import cosine_terms
 
 if TYPE_CHECKING:
@@ -30,7 +30,9 @@ _WIDTH = len(Piece._fields) + 1  # a piece, and how many of its elements are not
 _NOTHING = (0.0, 0.0, 0.0, math.inf, -math.inf, 0.0)
 
 
-def begin(buffers: Lists, vectors: Lists, pairs: Pairs) -> tuple[list[Tensor], Callable[[Sequence[float]], Measured]]:
+def begin(
+    buffers: Lists, vectors: Lists, pairs: Pairs
+) -> tuple[list[Tensor], Callable[[Sequence[float]], RawStatistics]]:
     """Read what is here, and gather what all processes say: every one of them calls this at the same place.
 
     A device is not waited for.
@@ -44,13 +46,13 @@ def begin(buffers: Lists, vectors: Lists, pairs: Pairs) -> tuple[list[Tensor], C
         Numbers that are still on devices, and what makes the results of them.
     """
     lists = [*buffers.values(), *vectors.values()]
-    meshes = dict.fromkeys(tensor.device_mesh for each in lists for tensor in each if is_spread(tensor))
-    voices = [_Voice(mesh, lists, first=not index) for index, mesh in enumerate(meshes)]
-    tables = [voice.gathered(_table(voice, buffers, vectors, pairs)) for voice in voices]
+    meshes = dict.fromkeys(tensor.device_mesh for each in lists for tensor in each if is_dtensor(tensor))
+    voices = [_MeshReducer(mesh, lists, first=not index) for index, mesh in enumerate(meshes)]
+    tables = [voice.gathered(_local_table(voice, buffers, vectors, pairs)) for voice in voices]
     names = [*buffers, *vectors, *(name for name in pairs for _ in range(3))]
     ends = len(buffers), len(lists)  # `finish` must not keep the tensors until their numbers arrive
 
-    def finish(numbers: Sequence[float]) -> Measured:
+    def finish(numbers: Sequence[float]) -> RawStatistics:
         rows = [numbers[start : start + _WIDTH] for start in range(0, len(numbers), _WIDTH)]
         each = [(name, rows[index :: len(names)]) for index, name in enumerate(names)]
         return _measured(each[: ends[0]], each[ends[0] : ends[1]], each[ends[1] :])
@@ -58,22 +60,22 @@ def begin(buffers: Lists, vectors: Lists, pairs: Pairs) -> tuple[list[Tensor], C
     return [number for table in tables for number in table.flatten().unbind()], finish
 
 
-def _measured(buffers: Any, vectors: Any, pairs: Any) -> Measured:
-    found = Measured({}, {}, {}, {})
+def _measured(buffers: Any, vectors: Any, pairs: Any) -> RawStatistics:
+    found = RawStatistics({}, {}, {}, {})
     for name, rows in (*buffers, *vectors):
-        found.missing[name] = sum(row[-1] for row in rows), sum(row[0] for row in rows)
+        found.nonfinite_counts[name] = sum(row[-1] for row in rows), sum(row[0] for row in rows)
     for name, rows in buffers:
-        if found.missing[name][1]:
+        if found.nonfinite_counts[name][1]:
             found.statistics[name] = combine([Piece(*row[:-1]) for row in rows if row[0]])
     for name, rows in vectors:
-        if found.missing[name][1]:
+        if found.nonfinite_counts[name][1]:
             found.norms[name] = math.sqrt(sum(row[2] for row in rows))
     for name, rows in pairs:
-        found.terms.setdefault(name, []).append(sum(row[2] for row in rows))
+        found.dot_products.setdefault(name, []).append(sum(row[2] for row in rows))
     return found
 
 
-class _Voice:
+class _MeshReducer:
     """For which tensors this process speaks on a device mesh.
 
     Args:
@@ -86,35 +88,35 @@ class _Voice:
         self.device = mesh.device_type
         self._mesh = mesh
         self._first = first
-        spread = [tensor for each in lists for tensor in each if self._is_mine(tensor) and is_spread(tensor)]
+        spread = [tensor for each in lists for tensor in each if self._is_mine(tensor) and is_dtensor(tensor)]
         self._cut = [d for d in range(mesh.ndim) if any(tensor.placements[d].is_shard() for tensor in spread)]
         place = mesh.get_coordinate() or [0] * mesh.ndim
         self._later = [d for d in self._cut if place[d]]
 
     def parts(self, tensors: Iterable[Tensor]) -> list[Tensor]:
         """What is here of those among some tensors that this process speaks for."""
-        mine = [tensor for tensor in tensors if self.speaks_for(tensor)]
-        return [tensor.to_local().detach() if is_spread(tensor) else tensor.detach() for tensor in mine]
+        mine = [tensor for tensor in tensors if self.is_owner(tensor)]
+        return [tensor.to_local().detach() if is_dtensor(tensor) else tensor.detach() for tensor in mine]
 
-    def speaks_for(self, tensor: Tensor) -> bool:
+    def is_owner(self, tensor: Tensor) -> bool:
         """Whether it is of this mesh, and no process before this one holds the same elements."""
         if not self._is_mine(tensor):
             return False
-        return all(is_spread(tensor) and tensor.placements[d].is_shard() for d in self._later)
+        return all(is_dtensor(tensor) and tensor.placements[d].is_shard() for d in self._later)
 
     def gathered(self, table: Tensor) -> Tensor:
         """The table of all processes together."""
         for dimension in self._cut:
             tables = [torch.empty_like(table) for _ in range(self._mesh.size(dimension))]
             dist.all_gather(tables, table, group=self._mesh.get_group(dimension))
-            table = _merged(torch.stack(tables))
+            table = _combine_tables(torch.stack(tables))
         return table
 
     def _is_mine(self, tensor: Tensor) -> bool:
-        return tensor.device_mesh == self._mesh if is_spread(tensor) else self._first
+        return tensor.device_mesh == self._mesh if is_dtensor(tensor) else self._first
 
 
-def _table(voice: _Voice, buffers: Lists, vectors: Lists, pairs: Pairs) -> Tensor:
+def _local_table(voice: _MeshReducer, buffers: Lists, vectors: Lists, pairs: Pairs) -> Tensor:
     """What this process says: a row for each name, three for each name of pairs."""
     here = [{name: voice.parts(tensors) for name, tensors in lists.items()} for lists in (buffers, vectors)]
     both = {
@@ -122,16 +124,16 @@ def _table(voice: _Voice, buffers: Lists, vectors: Lists, pairs: Pairs) -> Tenso
         for name, each in pairs.items()
     }
     tables: list[Tensor] = []
-    for near, read in ((False, _far), (True, _near)):
+    for near, read in ((False, _device_rows), (True, _cpu_rows)):
         some, long = ({name: [t for t in each if t.is_cpu == near] for name, each in lists.items()} for lists in here)
         couples = [[pair for pair in each if pair[0].is_cpu == near] for each in both.values()]
         if any((*some.values(), *long.values())) or (near and not tables):
             table = read(some, long, [cosine_terms(each) for each in couples])
             tables.append(table if table.device.type == voice.device else table.to(voice.device))
-    return _merged(torch.stack(tables))
+    return _combine_tables(torch.stack(tables))
 
 
-def _near(buffers: Lists, vectors: Lists, terms: Sequence[Sequence[Tensor]]) -> Tensor:
+def _cpu_rows(buffers: Lists, vectors: Lists, terms: Sequence[Sequence[Tensor]]) -> Tensor:
     statistics, norms = measure(buffers, vectors)
     rows: list[tuple[float, ...]] = []
     for name, tensors in buffers.items():
@@ -148,9 +150,9 @@ def _near(buffers: Lists, vectors: Lists, terms: Sequence[Sequence[Tensor]]) -> 
     return torch.tensor(rows, dtype=torch.float64, device="cpu")
 
 
-def _far(buffers: Lists, vectors: Lists, terms: Sequence[Sequence[Tensor]]) -> Tensor:
+def _device_rows(buffers: Lists, vectors: Lists, terms: Sequence[Sequence[Tensor]]) -> Tensor:
     """The same without waiting for the device; elements that are not finite are not counted there."""
-    sizes, scalars, roots = read_far(buffers, vectors)
+    sizes, scalars, roots = launch_device(buffers, vectors)
     device = next(tensor for each in (*buffers.values(), *vectors.values()) for tensor in each).device
     following = iter(scalars)
     rows = []
@@ -160,7 +162,7 @@ def _far(buffers: Lists, vectors: Lists, terms: Sequence[Sequence[Tensor]]) -> T
             mean, variance, low, high = (next(following).double() for _ in range(4))
             count, none = _constant((float(size), 0.0), device)
             pieces.append(torch.stack([count, mean, variance * count, low, high, none]))
-        rows.append(_merged(torch.stack(pieces)))
+        rows.append(_combine_tables(torch.stack(pieces)))
     for name, count in roots.items():
         rows.append(_sum([next(following).double().square() for _ in range(count)], _size(vectors[name]), device))
     rows += [_sum([term.double() for term in each[start::3]], 0, device) for each in terms for start in range(3)]
@@ -183,7 +185,7 @@ def _size(tensors: Sequence[Tensor]) -> int:
     return sum(tensor.numel() * (2 if tensor.is_complex() else 1) for tensor in tensors)
 
 
-def _merged(tables: Tensor) -> Tensor:
+def _combine_tables(tables: Tensor) -> Tensor:
     """Tables one upon another, row by row."""
     sizes, means, deviations, low, high, missing = tables.unbind(-1)
     size = sizes.sum(0)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from torch.distributed.tensor import DTensor
 
-_MOST = 1 << 14  # elements of one list
+_MAX_ELEMENTS = 1 << 14  # elements of one list
 _CLASSES = frozenset({Tensor, nn.Parameter})
 _DTYPES = frozenset({torch.float32, torch.float64, torch.float16, torch.bfloat16})
 
@@ -62,7 +62,7 @@ def is_plain(tensor: Tensor) -> bool:
     return type(tensor) in _CLASSES and tensor.dtype in _DTYPES and tensor.layout is torch.strided
 
 
-def is_spread(tensor: Tensor) -> TypeGuard[DTensor]:
+def is_dtensor(tensor: Tensor) -> TypeGuard[DTensor]:
     """Whether it is a DTensor, of which each process has a part; torch's module for these is not imported for it."""
     return hasattr(tensor, "to_local")
 
@@ -74,6 +74,6 @@ def size_of(tensors: Sequence[Tensor]) -> int:
         if not (tensor.is_cpu and is_plain(tensor)):
             return 0
         total += tensor.numel()
-        if total > _MOST:
+        if total > _MAX_ELEMENTS:
             return 0
     return total

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from trackopt.telemetry.hyperparameters import label
-from trackopt.telemetry.statistics_small import is_spread
+from trackopt.telemetry.statistics_small import is_dtensor
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("trackopt")
 
 
-class Plan:
+class TensorIndex:
     """What to read of an optimizer after a step.
 
     Its parameters are measured in units: the parameter groups, or each parameter by itself. Where it holds another
@@ -33,24 +33,24 @@ class Plan:
         each: Whether each parameter is a unit.
 
     Attributes:
-        units: The parameters of each unit.
-        spread: Whether any parameter is a DTensor, of which each process has a part.
+        param_sets: The parameters of each unit.
+        is_sharded: Whether any parameter is a DTensor, of which each process has a part.
     """
 
     def __init__(
         self, optimizer: Optimizer, prefix: str, names: Callable[[], Sequence[Sequence[str]]], *, each: bool
     ) -> None:
-        self.units: dict[str, list[Tensor]] = {}
-        self.spread = False
+        self.param_sets: dict[str, list[Tensor]] = {}
+        self.is_sharded = False
         self._optimizer = optimizer
         self._prefix = prefix
-        self._holders = [optimizer, *(inner for inner in vars(optimizer).values() if isinstance(inner, Optimizer))]
+        self._optimizers = [optimizer, *(inner for inner in vars(optimizer).values() if isinstance(inner, Optimizer))]
         self._names = names
         self._each = each
         self._buffers: Slots = {}
         self._histories: Slots = {}
         self._known: tuple[list[Tensor], list[dict[str, Any]], int] = ([], [], -1)
-        self._settled = False
+        self._is_stable = False
         self._told: set[str] = set()
 
     def refresh(self) -> None:
@@ -60,7 +60,7 @@ class Plan:
         size = sum(map(len, states))
         known = self._known
         if (
-            not self._settled
+            not self._is_stable
             or size != known[2]
             or len(states) != len(known[1])
             or len(parameters) != len(known[0])
@@ -68,7 +68,7 @@ class Plan:
             or not all(map(is_, parameters, known[0]))
         ):
             self._known = parameters, states, size
-            self._make()
+            self._rebuild()
 
     def buffers(self) -> dict[str, list[Tensor]]:
         """The tensors of each buffer in each unit, under names like ``exp_avg/group0``."""
@@ -77,7 +77,7 @@ class Plan:
             for key, slots in self._buffers.items()
         }
 
-    def histories(self) -> dict[str, list[Tensor]]:
+    def list_states(self) -> dict[str, list[Tensor]]:
         """The same of lists of tensors, such as LBFGS keeps."""
         return {
             key: [tensor for state, name in slots for tensor in state[name] if isinstance(tensor, Tensor)]
@@ -88,14 +88,14 @@ class Plan:
         """The gradients of each unit, under names like ``grad/group0``; not every parameter needs to have one."""
         return {
             f"grad/{unit}": [gradient for p in parameters if (gradient := p.grad) is not None]
-            for unit, parameters in self.units.items()
+            for unit, parameters in self.param_sets.items()
         }
 
-    def vectors(self) -> dict[str, list[Tensor]]:
+    def grads_and_params(self) -> dict[str, list[Tensor]]:
         """The gradients and the parameters of each unit; the latter under names like ``param/group0``."""
-        return self.gradients() | {f"param/{unit}": parameters for unit, parameters in self.units.items()}
+        return self.gradients() | {f"param/{unit}": parameters for unit, parameters in self.param_sets.items()}
 
-    def of(self, parameter: Tensor, kind: str) -> Tensor | None:
+    def tensor_of(self, parameter: Tensor, kind: str) -> Tensor | None:
         """The gradient (``grad``) of a parameter, its value (``param``), or its buffer of that name."""
         if kind in {"grad", "param"}:
             return parameter.grad if kind == "grad" else parameter
@@ -113,30 +113,32 @@ class Plan:
 
     def _states(self) -> list[dict[Tensor, Any]]:
         """What the optimizers keep; two may keep it together."""
-        return list({id(holder.state): holder.state for holder in self._holders}.values())
+        return list({id(holder.state): holder.state for holder in self._optimizers}.values())
 
     def _states_of(self, parameter: Tensor) -> list[dict[str, Any]]:
         found = [states.get(parameter) for states in self._states()]
         return [state for state in found if isinstance(state, dict)]
 
-    def _make(self) -> None:
+    def _rebuild(self) -> None:
         if self._each:
-            self.units = {name: [parameter] for name, parameter in self._parameters()}
+            self.param_sets = {name: [parameter] for name, parameter in self._parameters()}
         else:
             groups = enumerate(self._optimizer.param_groups)
-            self.units = {label(index, group, self._prefix): group["params"] for index, group in groups}
-        self.spread = any(is_spread(parameter) for parameters in self.units.values() for parameter in parameters)
-        self._buffers, self._histories, self._settled = {}, {}, True
-        for unit, parameters in self.units.items():
+            self.param_sets = {label(index, group, self._prefix): group["params"] for index, group in groups}
+        self.is_sharded = any(
+            is_dtensor(parameter) for parameters in self.param_sets.values() for parameter in parameters
+        )
+        self._buffers, self._histories, self._is_stable = {}, {}, True
+        for unit, parameters in self.param_sets.items():
             for parameter in parameters:
                 for state in self._states_of(parameter):
                     for name in state:
-                        self._place(f"{str(name).replace('/', '_')}/{unit}", state, name)
+                        self._add_slot(f"{str(name).replace('/', '_')}/{unit}", state, name)
 
-    def _place(self, key: str, state: dict[str, Any], name: str) -> None:
+    def _add_slot(self, key: str, state: dict[str, Any], name: str) -> None:
         value = state[name]
         if value is None:
-            self._settled = False  # it may be a tensor after the next step
+            self._is_stable = False  # it may be a tensor after the next step
         elif isinstance(value, Tensor):
             if not value.ndim:
                 return  # a counter
@@ -146,7 +148,7 @@ class Plan:
                 self._tell(name, f"a tensor of {value.dtype}")
         elif isinstance(value, (list, tuple)):
             self._histories.setdefault(key, []).append((state, name))
-            self._settled = False
+            self._is_stable = False
         elif not isinstance(value, (int, float, complex, str)):
             self._tell(name, f"a {type(value).__name__}")
 

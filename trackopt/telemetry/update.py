@@ -24,17 +24,17 @@ class Update:
     def __init__(self) -> None:
         self._before: dict[str, list[Tensor]] = {}
 
-    def before(self, units: Mapping[str, Sequence[Tensor]]) -> None:
+    def snapshot(self, units: Mapping[str, Sequence[Tensor]]) -> None:
         """Copy the parameters of each unit."""
-        self.forget()  # what is left of a step that raised, before there is a second copy
+        self.discard()  # what is left of a step that raised, before there is a second copy
         self._before = {unit: [p.detach().clone() for p in parameters] for unit, parameters in units.items()}
 
-    def forget(self) -> None:
+    def discard(self) -> None:
         """Let go of the copy of a step that was none."""
         self._before = {}
 
-    def take(self, units: Mapping[str, Sequence[Tensor]]) -> dict[str, list[Tensor]]:
-        """The change since ``before``, with the opposite sign, under ``update/group0``; empty if it was not called."""
+    def pop_delta(self, units: Mapping[str, Sequence[Tensor]]) -> dict[str, list[Tensor]]:
+        """Return the change since ``snapshot`` with the opposite sign, under ``update/group0``; empty without one."""
         copies, self._before = self._before, {}
         found = {}
         for unit, parameters in units.items():

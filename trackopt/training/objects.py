@@ -12,6 +12,8 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from trackopt.errors import UsageError
+from trackopt.training import rng
 from trackopt.utils.version import __version__
 
 if TYPE_CHECKING:
@@ -53,17 +55,35 @@ class Training:
     @property
     def models(self) -> dict[str, nn.Module]:
         """By name; the only one is called ``model``."""
-        return _named("model", self.model)
+        return _as_dict("model", self.model)
 
     @property
     def optimizers(self) -> dict[str, Optimizer]:
         """By name; the only one is called ``optimizer``. Of one that a framework has wrapped, the real one."""
-        return {name: _bare_optimizer(one) for name, one in _named("optimizer", self.optimizer).items()}
+        return {name: _unwrap_optimizer(one) for name, one in _as_dict("optimizer", self.optimizer).items()}
 
     @property
     def schedulers(self) -> dict[str, Any]:
         """By name; the only one is called ``scheduler``. Of one that a framework has wrapped, the real one."""
-        return {name: _bare_scheduler(one) for name, one in _named("scheduler", self.scheduler).items()}
+        return {name: _unwrap_scheduler(one) for name, one in _as_dict("scheduler", self.scheduler).items()}
+
+    def validate(self) -> None:
+        """Check that every object can be tracked and saved.
+
+        Raises:
+            UsageError: An optimizer is not one of torch's, an object has no state to save, or its name is reserved.
+        """
+        for name, optimizer in self.optimizers.items():
+            if not isinstance(optimizer, Optimizer):
+                raise UsageError(f"{name} is a {type(optimizer).__name__}; pass a torch.optim.Optimizer")
+        if taken := RESERVED & self.stateful.keys():
+            raise UsageError(f"wrap(..., {min(taken)}=…): this name is reserved in checkpoints; choose another keyword")
+        for name, thing in {**self.models, **self.schedulers, **self.stateful}.items():
+            if not rng.is_generator(thing) and not (hasattr(thing, "state_dict") and hasattr(thing, "load_state_dict")):
+                kind = type(thing).__name__
+                raise UsageError(
+                    f"{name} is a {kind} without state_dict() and load_state_dict(); wrap() cannot save it"
+                )
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters of all models; where there are several, with the model's name in front."""
@@ -96,7 +116,7 @@ def class_name(thing: object) -> str:
     return f"{type(thing).__module__}.{type(thing).__qualname__}"
 
 
-def places(group: int, count: int) -> list[str]:
+def positional_names(group: int, count: int) -> list[str]:
     """What the parameters of a group are called where they have no names."""
     return [f"group{group}.{i}" for i in range(count)]
 
@@ -110,24 +130,24 @@ def versions() -> dict[str, str]:
     }
 
 
-def _named(role: str, value: Any) -> dict[str, Any]:
+def _as_dict(role: str, value: Any) -> dict[str, Any]:
     if value is None:
         return {}
     return dict(value) if isinstance(value, Mapping) else {role: value}
 
 
-def _bare_optimizer(optimizer: Any) -> Any:
+def _unwrap_optimizer(optimizer: Any) -> Any:
     """Accelerate's and Lightning's wrappers have no step hooks; the optimizer in them has."""
     inner = getattr(optimizer, "optimizer", None)
     wrapped = isinstance(inner, Optimizer) and not hasattr(optimizer, "_optimizer_step_pre_hooks")
     return inner if wrapped else optimizer
 
 
-def _bare_scheduler(scheduler: Any) -> Any:
+def _unwrap_scheduler(scheduler: Any) -> Any:
     inner = getattr(scheduler, "scheduler", None)
     return inner if isinstance(inner, LRScheduler) and not isinstance(scheduler, LRScheduler) else scheduler
 
 
 def _group_names(index: int, group: dict[str, Any], names: Mapping[int, str]) -> list[str]:
-    own = group.get("param_names") or places(index, len(group["params"]))
+    own = group.get("param_names") or positional_names(index, len(group["params"]))
     return [names.get(id(parameter), own[i]) for i, parameter in enumerate(group["params"])]

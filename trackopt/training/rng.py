@@ -1,7 +1,7 @@
 """The random number generators of python, NumPy and torch, as plain values that any reader can load.
 
 There are the global ones, and those that the user's objects keep for themselves: `is_generator` says what is one,
-`state_of` and `put_back` move their states, and `generators_of` finds those that a loader draws from.
+`state_of` and `set_state` move their states, and `find_generators` finds those that a loader draws from.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
 _KINDS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
-_DEEP = 6  # a Subset of a Subset of a dataset with a Compose of transforms
-_WIDE = 64  # more items than this are data, not parts
-_PASSING = {"_iterator"}  # what a DataLoader keeps of a pass, and not in every pass
+_MAX_DEPTH = 6  # a Subset of a Subset of a dataset with a Compose of transforms
+_MAX_ITEMS = 64  # more items than this are data, not parts
+_TRANSIENT_ATTRIBUTES = {"_iterator"}  # what a DataLoader keeps of a pass, and not in every pass
 
 
 def is_generator(thing: object) -> bool:
@@ -40,7 +40,7 @@ def state_of(generator: Any) -> Any:
     return generator.getstate()
 
 
-def put_back(generator: Any, state: Any) -> None:
+def set_state(generator: Any, state: Any) -> None:
     """Put a generator where ``state_of`` found it.
 
     Raises:
@@ -79,7 +79,7 @@ def restore(state: Mapping[str, Any]) -> None:
         torch.cuda.set_rng_state_all(state["cuda"][: torch.cuda.device_count()])
 
 
-def generators_of(loader: object) -> list[Any]:
+def find_generators(loader: object) -> list[Any]:
     """The generators that a loader, its samplers, its dataset and the transforms there keep, in a fixed order."""
     found: dict[int, Any] = {}
     _collect(loader, found, set(), 0)
@@ -89,13 +89,13 @@ def generators_of(loader: object) -> list[Any]:
 def restore_all(generators: Iterable[Any], states: Iterable[Any]) -> None:
     """Put generators where their states say; a loader that changed since may have others, which stay as they are."""
     for generator, state in zip(generators, states, strict=False):
-        put_back(generator, state)
+        set_state(generator, state)
 
 
 def _collect(thing: Any, found: dict[int, Any], seen: set[int], depth: int) -> None:
     if is_generator(thing):
         found.setdefault(id(thing), thing)
-    elif id(thing) not in seen and depth <= _DEEP:
+    elif id(thing) not in seen and depth <= _MAX_DEPTH:
         seen.add(id(thing))
         for part in _parts(thing):
             _collect(part, found, seen, depth + 1)
@@ -103,7 +103,7 @@ def _collect(thing: Any, found: dict[int, Any], seen: set[int], depth: int) -> N
 
 def _parts(thing: Any) -> Iterator[Any]:
     if isinstance(thing, (list, tuple, dict)):
-        if len(thing) <= _WIDE:
+        if len(thing) <= _MAX_ITEMS:
             yield from thing.values() if isinstance(thing, dict) else thing
     elif not isinstance(thing, (type, ModuleType, nn.Module, torch.Tensor, np.ndarray)):
         yield _own(thing, "__self__")  # a transform may be a bound method, or close over its generator
@@ -111,7 +111,7 @@ def _parts(thing: Any) -> Iterator[Any]:
         for cell in _own(thing, "__closure__") or ():
             with contextlib.suppress(ValueError):  # not filled yet
                 yield cell.cell_contents
-        yield from (part for name, part in (_own(thing, "__dict__") or {}).items() if name not in _PASSING)
+        yield from (part for name, part in (_own(thing, "__dict__") or {}).items() if name not in _TRANSIENT_ATTRIBUTES)
 
 
 def _own(thing: Any, name: str) -> Any:

@@ -23,7 +23,7 @@ _NUMBERS = (bool, int, float, complex, str, bytes, type(None))
 _PYTHON = f"python {sys.version_info.major}.{sys.version_info.minor}"  # bytecode differs from one to the next
 
 
-def settings(scheduler: Any) -> dict[str, Any]:
+def scheduler_config(scheduler: Any) -> dict[str, Any]:
     """The settings of a scheduler that was just built, by dotted path.
 
     Example:
@@ -36,7 +36,7 @@ def settings(scheduler: Any) -> dict[str, Any]:
     return dict(_flat("", vars(scheduler)))
 
 
-def changed(saved: Mapping[str, Any], live: Mapping[str, Any]) -> list[str]:
+def changed_keys(saved: Mapping[str, Any], live: Mapping[str, Any]) -> list[str]:
     """The paths at which two schedulers' settings differ; code of different Python versions is not compared."""
     return [path for path in {**saved, **live} if not _same(saved.get(path), live.get(path))]
 

@@ -20,35 +20,35 @@ if TYPE_CHECKING:
 _ZERO = "ZeroRedundancyOptimizer"
 
 
-def is_spread(training: Training) -> bool:
+def is_sharded(training: Training) -> bool:
     """Whether no single process has all of a training's state."""
-    return has_spread_parameters(training) or any(map(is_zero, training.optimizers.values()))
+    return has_sharded_parameters(training) or any(map(is_zero, training.optimizers.values()))
 
 
-def has_spread_parameters(training: Training) -> bool:
+def has_sharded_parameters(training: Training) -> bool:
     """Whether it takes all processes to measure a training's tensors."""
     groups = chain.from_iterable(optimizer.param_groups for optimizer in training.optimizers.values())
     parameters = [*training.named_parameters().values(), *chain.from_iterable(group["params"] for group in groups)]
-    return any(map(is_distributed, parameters))
+    return any(map(is_dtensor, parameters))
 
 
-def is_distributed(tensor: object) -> TypeGuard[DTensor]:
+def is_dtensor(tensor: object) -> TypeGuard[DTensor]:
     """Whether a tensor is a DTensor; torch's module for these is not imported for it."""
     return isinstance(tensor, Tensor) and hasattr(tensor, "to_local")
 
 
-def has_distributed(state: Any) -> bool:
+def contains_dtensor(state: Any) -> bool:
     """Whether a state has a DTensor in it."""
     inside = state.values() if isinstance(state, dict) else state if isinstance(state, (list, tuple)) else ()
-    return is_distributed(state) or any(map(has_distributed, inside))
+    return is_dtensor(state) or any(map(contains_dtensor, inside))
 
 
-def here(tensor: Tensor) -> Tensor:
+def to_local(tensor: Tensor) -> Tensor:
     """The part of a tensor that this process holds."""
-    return tensor.to_local() if is_distributed(tensor) else tensor
+    return tensor.to_local() if is_dtensor(tensor) else tensor
 
 
-def keeper(optimizer: Optimizer) -> Optimizer:
+def inner_optimizer(optimizer: Optimizer) -> Optimizer:
     """The optimizer that keeps the state: in a ``ZeroRedundancyOptimizer`` the one inside, for some parameters."""
     inner: Optimizer = optimizer.optim if is_zero(optimizer) else optimizer  # type: ignore[attr-defined]
     return inner

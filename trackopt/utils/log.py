@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("trackopt")
 
 
-def tell(messages: Iterable[str]) -> None:
+def log_warnings(messages: Iterable[str]) -> None:
     """Tell the user, a line each."""
     for message in messages:
         logger.warning("trackopt: %s", message)

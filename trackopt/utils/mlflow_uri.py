@@ -19,13 +19,13 @@ def tracking_uri() -> str:
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path.cwd() / 'mlruns' / 'mlflow.db'}"
 
 
-def mlflow_target(experiment: str | None) -> dict[str, str]:
+def default_tracking(experiment: str | None) -> dict[str, str]:
     """The tracking URI and the experiment of a new run."""
     name = experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME") or "Default"
     return {"tracking_uri": tracking_uri(), "experiment": name}
 
 
-def without_password(text: str) -> str:
+def redact_credentials(text: str) -> str:
     """A text whose URLs have no user and no password any more; a password may have an ``@`` in it.
 
     Example:

@@ -12,7 +12,7 @@ _CLOSE = 0.5  # of 1: how alike two names must be
 _SHOWN = 8
 
 
-def closest(name: str, names: Iterable[str], *, within: Path | None = None) -> str:
+def suggest(name: str, names: Iterable[str], *, within: Path | None = None) -> str:
     """The nearest right name as the end of a message, or the names that there are.
 
     Args:
@@ -37,10 +37,10 @@ def closest(name: str, names: Iterable[str], *, within: Path | None = None) -> s
     return f"there is {', '.join(listed[:_SHOWN])}{more}" if listed else "there is none"
 
 
-def misspelt(path: Path) -> str:
+def suggest_path(path: Path) -> str:
     """``; did you mean …?`` for a path that is not there, by the names beside it; nothing where none is alike."""
     try:
-        told = closest(path.name, [each.name for each in path.parent.iterdir()], within=path.parent)
+        told = suggest(path.name, [each.name for each in path.parent.iterdir()], within=path.parent)
     except OSError:
         return ""
     return f"; {told}" if told.startswith("did") else ""

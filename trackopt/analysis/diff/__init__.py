@@ -2,7 +2,7 @@
 
 Data goes one way: two archives, their values brought together (`alignment`, `leaves`), a stream of changes
 (`changes`) with numbers where tensors differ (`compare`), sums (`tally`), and what they mean for the training
-(`story`, `resume`).
+(`training`, `resume`).
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 from trackopt import locations
 from trackopt import state as training
 from trackopt.analysis.diff.alignment import align
-from trackopt.analysis.diff.changes import Change, Terms, changes
-from trackopt.analysis.diff.compare import Comparison
-from trackopt.analysis.diff.continuation import Reason, Verdict, judge
+from trackopt.analysis.diff.changes import Change, DiffOptions, changes
+from trackopt.analysis.diff.compare import TensorComparer
+from trackopt.analysis.diff.continuation import ContinuationFinding, ContinuationReport, check_continuation
 from trackopt.analysis.diff.numbers import Numbers, Tolerance
-from trackopt.analysis.diff.totals import Module, Tally, count
-from trackopt.analysis.diff.training_summary import Story, tell
+from trackopt.analysis.diff.totals import Module, Totals, accumulate
+from trackopt.analysis.diff.training_summary import TrainingDiff, summarize
 from trackopt.archive import Archive
 from trackopt.errors import UsageError
 
@@ -30,7 +30,17 @@ if TYPE_CHECKING:
 
     from trackopt.state import TrainingState
 
-__all__ = ["Change", "Difference", "Module", "Numbers", "Reason", "Story", "Tally", "Verdict", "diff"]
+__all__ = [
+    "Change",
+    "Difference",
+    "Module",
+    "Numbers",
+    "ContinuationFinding",
+    "TrainingDiff",
+    "Totals",
+    "ContinuationReport",
+    "diff",
+]
 
 #: Entries of trackopt's own that say which run wrote a file, and when; they are told, but are no difference.
 IDENTITY = ("run_id", "name", "attempt", "time", "journal_offset", "versions", "keep")
@@ -49,7 +59,7 @@ class Difference:
         same: How many values are equal.
         ignored: Entries that differ and only say which run wrote the file.
         tally: What all changes add up to.
-        story: The difference told as training.
+        training: The difference told as training.
         resume: Whether loading the second into the training of the first would continue the same run; None where
             only a part was compared.
     """
@@ -59,9 +69,9 @@ class Difference:
     changes: tuple[Change, ...]
     same: int
     ignored: tuple[str, ...]
-    tally: Tally
-    story: Story
-    resume: Verdict | None
+    tally: Totals
+    training: TrainingDiff
+    resume: ContinuationReport | None
 
     @property
     def equal(self) -> bool:
@@ -84,10 +94,10 @@ class Difference:
             },
             "changes": [change.as_dict() for change in self.changes],
             "ignored": list(self.ignored),
-            "close": self.tally.close,
-            "unread": self.tally.unread,
+            "close": self.tally.within_tolerance,
+            "unread": self.tally.skipped_by_checksum,
             "modules": [module.as_dict() for module in self.tally.modules.values()],
-            "story": self.story.as_dict(),
+            "training": self.training.as_dict(),
             "resume": self.resume.as_dict() if self.resume else None,
         }
 
@@ -135,16 +145,16 @@ def diff(
         >>> diff(*paths, atol=2.0).equal
         True
     """
-    terms = Terms(tuple(only), tuple(ignore), renamed or {}, Tolerance(atol, rtol), fast)
+    terms = DiffOptions(tuple(only), tuple(ignore), renamed or {}, Tolerance(atol, rtol), fast)
     with ExitStack() as stack:
         one, other = (
             side if isinstance(side, Archive) else stack.enter_context(locations.open(side)) for side in (a, b)
         )
-        comparison = stack.enter_context(Comparison(terms.tolerance, progress))
+        comparison = stack.enter_context(TensorComparer(terms.tolerance, progress))
         return _collect(one, other, terms, comparison)
 
 
-def _collect(a: Archive, b: Archive, terms: Terms, comparison: Comparison) -> Difference:
+def _collect(a: Archive, b: Archive, terms: DiffOptions, comparison: TensorComparer) -> Difference:
     states, trees = (training.read(a), training.read(b)), (a.tree, b.tree)
     alignment = align(*states, trees, terms.renamed)
     found: list[Change] = []
@@ -159,17 +169,17 @@ def _collect(a: Archive, b: Archive, terms: Terms, comparison: Comparison) -> Di
                 found.append(change)
             yield change
 
-    tally = count(sorted_out(), a, comparison)
-    verdict = None if terms.only or terms.ignore else judge(states, trees, alignment, tally)
+    tally = accumulate(sorted_out(), a, comparison)
+    verdict = None if terms.only or terms.ignore else check_continuation(states, trees, alignment, tally)
     same = sum(kinds["same"] for kinds in tally.parts.values())
     if terms.only and not (found or same or ignored):
         raise UsageError(f"{' '.join(terms.only)}: no path or parameter of either checkpoint is like that; look at "
                          "their names with trackopt inspect --tensors")  # fmt: skip
-    story = tell(states, alignment, tally)
+    story = summarize(states, alignment, tally)
     return Difference(str(a.path), str(b.path), tuple(found), same, tuple(ignored), tally, story, verdict)
 
 
 def _is_identity(path: str, states: tuple[TrainingState, TrainingState]) -> bool:
     top, _, rest = path.partition(".")
     told = IDENTITY if all("world" in (state.meta or {}) for state in states) else IDENTITY + OTHERS
-    return top == training.META and rest.partition(".")[0] in told and any(state.own for state in states)
+    return top == training.META and rest.partition(".")[0] in told and any(state.is_trackopt for state in states)

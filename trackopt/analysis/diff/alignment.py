@@ -31,7 +31,7 @@ _Part = TypeVar("_Part", "Model", "Optimizer", "Scheduler")
 
 
 @dataclass(frozen=True)
-class Place:
+class Slot:
     """What one part of a checkpoint is known by in both.
 
     Attributes:
@@ -45,7 +45,7 @@ class Place:
     groups: Mapping[int, Any] = field(default_factory=dict)
 
 
-Places = dict[Path, Place]
+Slots = dict[Path, Slot]
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,8 @@ class Alignment:
         notes: What was folded, renamed or guessed to bring them together; one line each.
     """
 
-    a: Places
-    b: Places
+    a: Slots
+    b: Slots
     models: tuple[tuple[Model, Model], ...]
     optimizers: tuple[tuple[Optimizer, Optimizer], ...]
     schedulers: tuple[tuple[Scheduler, Scheduler], ...]
@@ -93,10 +93,10 @@ def align(
     renamed = renamed or {}
     _check(renamed, a)
     models, optimizers, schedulers = (
-        _partners(a.models, b.models), _partners(a.optimizers, b.optimizers), _partners(a.schedulers, b.schedulers)
+        _match_pairs(a.models, b.models), _match_pairs(a.optimizers, b.optimizers), _match_pairs(a.schedulers, b.schedulers)
     )  # fmt: skip
-    left: Places = {}
-    right: Places = {}
+    left: Slots = {}
+    right: Slots = {}
     notes: list[str] = []
     groups = []
     for pairs in (models, optimizers, schedulers):
@@ -104,18 +104,18 @@ def align(
             if x.path != y.path:
                 notes.append(f"{_place(y.path)} in B is compared with {_place(x.path)} in A")
     for index, (model, other) in enumerate(models):
-        names = _together(list(model.tensors), list(other.tensors), renamed)
-        left[model.path], right[other.path] = Place(("model", index)), Place(("model", index), names)
+        names = _match(list(model.tensors), list(other.tensors), renamed)
+        left[model.path], right[other.path] = Slot(("model", index)), Slot(("model", index), names)
     for index, (one, another) in enumerate(optimizers):
         names = _parameters(one, another, renamed, notes)
         together = _groups(one.groups, another.groups, names)
         key = ("optimizer", index)
-        left[one.path], right[another.path] = Place(key), Place(key, names, _indices(another.groups, together))
+        left[one.path], right[another.path] = Slot(key), Slot(key, names, _indices(another.groups, together))
         groups.append(together)
     for index, (scheduler, its) in enumerate(schedulers):
-        left[scheduler.path] = right[its.path] = Place(("scheduler", index))
+        left[scheduler.path] = right[its.path] = Slot(("scheduler", index))
     for places, tree in zip((left, right), trees, strict=True):
-        places.update({path: Place(("progress", which)) for which, path in _counters(tree) if path not in places})
+        places.update({path: Slot(("progress", which)) for which, path in _counters(tree) if path not in places})
     notes += _wrapped(right.values())
     return Alignment(left, right, models, optimizers, schedulers, tuple(groups), tuple(notes))
 
@@ -133,12 +133,12 @@ def _place(path: Path) -> str:
     return ".".join(path) or "the whole file"
 
 
-def _partners(ones: Sequence[_Part], others: Sequence[_Part]) -> tuple[tuple[_Part, _Part], ...]:
+def _match_pairs(a_names: Sequence[_Part], b_names: Sequence[_Part]) -> tuple[tuple[_Part, _Part], ...]:
     """Parts with the same name; and if one is left on each side, these two."""
-    named = {other.name: other for other in others}
-    pairs = [(one, named[one.name]) for one in ones if one.name in named]
+    named = {other.name: other for other in b_names}
+    pairs = [(one, named[one.name]) for one in a_names if one.name in named]
     taken = {one.name for one, _ in pairs}
-    rest = [[part for part in side if part.name not in taken] for side in (ones, others)]
+    rest = [[part for part in side if part.name not in taken] for side in (a_names, b_names)]
     if len(rest[0]) == len(rest[1]) == 1:
         pairs.append((rest[0][0], rest[1][0]))
     return tuple(pairs)
@@ -152,7 +152,7 @@ def _counters(tree: Any) -> Iterable[tuple[str, Path]]:
     return found.items()
 
 
-def _wrapped(places: Iterable[Place]) -> Iterable[str]:
+def _wrapped(places: Iterable[Slot]) -> Iterable[str]:
     """What to say of names that are the same but for wrappers."""
     pairs = dict.fromkeys(pair for place in places for pair in place.names.items() if is_wrapped(*pair))
     for other, one in list(pairs)[:1]:
@@ -162,41 +162,41 @@ def _wrapped(places: Iterable[Place]) -> Iterable[str]:
 
 def is_wrapped(name: str, shared: object) -> bool:
     """Whether two names of a parameter are the same but for wrappers."""
-    return isinstance(shared, str) and name != shared and folded(name) == folded(shared)
+    return isinstance(shared, str) and name != shared and normalize_name(name) == normalize_name(shared)
 
 
-def _together(ones: list[str], others: list[str], renamed: Mapping[str, str]) -> dict[str, Any]:
+def _match(a_names: list[str], b_names: list[str], renamed: Mapping[str, str]) -> dict[str, Any]:
     """What the first one calls the parameters of the second one: told, the same, or the same but for wrappers."""
-    left, right = dict.fromkeys(ones), dict.fromkeys(others)
+    left, right = dict.fromkeys(a_names), dict.fromkeys(b_names)
     found: dict[str, Any] = {}
 
     def pair(one: str, other: str) -> None:
         found[other] = one
         del left[one], right[other]
 
-    for one in ones:
+    for one in a_names:
         told = _renamed(one, renamed)
         if told != one and told in right:
             pair(one, told)
     for one in [one for one in left if one in right]:
         pair(one, one)
     bare = {name: one for name, one in _unique(left).items() if one is not None}
-    for other in [name for name in _unique(right).values() if name is not None and folded(name) in bare]:
-        pair(bare[folded(other)], other)
+    for other in [name for name in _unique(right).values() if name is not None and normalize_name(name) in bare]:
+        pair(bare[normalize_name(other)], other)
     taken = set(found.values())
-    return {other: found.get(other, ("b", other) if other in taken else other) for other in others}
+    return {other: found.get(other, ("b", other) if other in taken else other) for other in b_names}
 
 
 def _unique(names: Iterable[str]) -> dict[str, str | None]:
     """Names by what is left without wrappers; None where several have the same left."""
     found: dict[str, str | None] = {}
     for name in names:
-        bare = folded(name)
+        bare = normalize_name(name)
         found[bare] = None if bare in found else name
     return found
 
 
-def folded(name: str) -> str:
+def normalize_name(name: str) -> str:
     """A parameter's name without what wrappers put into it.
 
     Example:
@@ -226,21 +226,23 @@ def _parameters(one: Optimizer, other: Optimizer, renamed: Mapping[str, str], no
         which = "B" if one.matching else "A"
         notes.append(f"{which}'s {other.name} names no parameters: they are taken to be the other one's, in its order")
         return dict(zip(others, ones, strict=True))
-    return _together(ones, others, renamed)
+    return _match(ones, others, renamed)
 
 
-def _groups(ones: Sequence[Group], others: Sequence[Group], names: Mapping[str, Any]) -> tuple[tuple[int, int], ...]:
+def _groups(
+    a_names: Sequence[Group], b_names: Sequence[Group], names: Mapping[str, Any]
+) -> tuple[tuple[int, int], ...]:
     """The groups that go together: those that share most parameters, then those that are left, in order."""
-    at = {name: index for index, group in enumerate(ones) for name in group.parameters}
+    at = {name: index for index, group in enumerate(a_names) for name in group.parameters}
     shared: Counter[tuple[int, int]] = Counter()
-    for index, group in enumerate(others):
+    for index, group in enumerate(b_names):
         shared.update((at[names[name]], index) for name in group.parameters if names.get(name) in at)
     pairs: dict[int, int] = {}
     for i, j in sorted(shared, key=lambda pair: (-shared[pair], abs(pair[0] - pair[1]), pair)):
         if i not in pairs and j not in pairs.values():
             pairs[i] = j
-    left = [i for i in range(len(ones)) if i not in pairs]
-    right = [j for j in range(len(others)) if j not in set(pairs.values())]
+    left = [i for i in range(len(a_names)) if i not in pairs]
+    right = [j for j in range(len(b_names)) if j not in set(pairs.values())]
     pairs.update(zip(left, right, strict=False))
     return tuple(sorted(pairs.items()))
 

@@ -6,18 +6,18 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
-from trackopt.analysis.diff.compare import Pair, Side
+from trackopt.analysis.diff.compare import Pair, TensorReader
 from trackopt.analysis.diff.flatten import Leaf, flatten
 from trackopt.analysis.diff.numbers import Numbers, Tolerance
 from trackopt.archive.describe import describe
-from trackopt.archive.tree import Opaque, Tensor
+from trackopt.archive.tree import Tensor, UnknownObject
 from trackopt.errors import ArchiveError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from trackopt.analysis.diff.alignment import Alignment, Places
-    from trackopt.analysis.diff.compare import Comparison
+    from trackopt.analysis.diff.alignment import Alignment, Slots
+    from trackopt.analysis.diff.compare import TensorComparer
     from trackopt.analysis.diff.flatten import Key, Role
     from trackopt.archive import Archive
     from trackopt.state import TrainingState
@@ -26,7 +26,7 @@ _LONGEST_VALUE = 16
 
 
 @dataclass(frozen=True)
-class Terms:
+class DiffOptions:
     """What is compared, and what counts as a difference.
 
     Attributes:
@@ -43,7 +43,7 @@ class Terms:
     tolerance: Tolerance = field(default_factory=Tolerance)
     fast: bool = False
 
-    def choose(self, *leaves: Leaf) -> bool:
+    def matches(self, *leaves: Leaf) -> bool:
         """Whether leaves that belong together are compared; a pattern stands for what is below, too."""
         names = [name for leaf in leaves for name in (leaf.path, leaf.role.parameter if leaf.role else "") if name]
 
@@ -97,7 +97,12 @@ class Change:
 
     def as_dict(self) -> dict[str, Any]:
         """The change under the keys of ``diff --json``."""
-        result = {"path": self.path, "kind": self.kind, "a": _told(self.a, self.kind), "b": _told(self.b, self.kind)}
+        result = {
+            "path": self.path,
+            "kind": self.kind,
+            "a": _as_json(self.a, self.kind),
+            "b": _as_json(self.b, self.kind),
+        }
         if self.path_b is not None:
             result["path_b"] = self.path_b
         if self.numbers is not None:
@@ -111,8 +116,8 @@ def changes(
     archives: tuple[Archive, Archive],
     states: tuple[TrainingState, TrainingState],
     alignment: Alignment,
-    terms: Terms,
-    comparison: Comparison,
+    terms: DiffOptions,
+    comparison: TensorComparer,
 ) -> Iterator[Change]:
     """Every pair of values of two open archives; equal ones are of kind ``same``.
 
@@ -121,7 +126,7 @@ def changes(
     one = _flattened(archives[0], states[0], alignment.a)
     other = _flattened(archives[1], states[1], alignment.b)
     if terms.only or terms.ignore:
-        kept = {key for key in (*one, *other) if terms.choose(*(side[key] for side in (one, other) if key in side))}
+        kept = {key for key in (*one, *other) if terms.matches(*(side[key] for side in (one, other) if key in side))}
         one, other = ({key: leaf for key, leaf in side.items() if key in kept} for side in (one, other))
     readable = {
         key: pair
@@ -144,13 +149,13 @@ def changes(
             kind = _kind(x, y, terms.tolerance)
             exact = kind if not terms.tolerance else _kind(x, y, Tolerance())
             yield _change(leaf, other[key], kind, close=kind != exact)
-    yield from _orders(alignment, terms)
+    yield from _group_order_changes(alignment, terms)
     for key, leaf in other.items():
         if key not in one:
             yield Change(leaf.path, "added", None, leaf.value, None, leaf.part, leaf.role)
 
 
-def _flattened(archive: Archive, state: TrainingState, places: Places) -> dict[Key, Leaf]:
+def _flattened(archive: Archive, state: TrainingState, places: Slots) -> dict[Key, Leaf]:
     try:
         return flatten(archive.tree, state, places)
     except ArchiveError as error:
@@ -166,14 +171,14 @@ def _pair(archives: tuple[Archive, Archive], x: Any, y: Any) -> Pair | None:
     """Two tensors whose values are to be compared."""
     if not (isinstance(x, Tensor) and isinstance(y, Tensor)) or x.shape != y.shape or x.meta or y.meta:
         return None
-    pair = Pair(Side(archives[0].source, x), Side(archives[1].source, y))
+    pair = Pair(TensorReader(archives[0].source, x), TensorReader(archives[1].source, y))
     return pair if x.dtype == y.dtype or pair.numeric else None
 
 
 def _tensor_kind(x: Tensor, y: Tensor, numbers: Numbers | None) -> str:
     if x.dtype != y.dtype:
         return "dtype"
-    return "tensor" if numbers is not None and numbers.beyond else "same"
+    return "tensor" if numbers is not None and numbers.beyond_tolerance else "same"
 
 
 def _kind(x: Any, y: Any, tolerance: Tolerance) -> str:
@@ -196,7 +201,7 @@ def same(a: Any, b: Any, tolerance: Tolerance | None = None) -> bool:
     """
     if isinstance(a, list | tuple) and isinstance(b, list | tuple):
         return len(a) == len(b) and all(same(x, y, tolerance) for x, y in zip(a, b, strict=True))
-    if isinstance(a, Opaque) and isinstance(b, Opaque):  # sets, whose order means nothing
+    if isinstance(a, UnknownObject) and isinstance(b, UnknownObject):  # sets, whose order means nothing
         return a.name == b.name and sorted(map(repr, a.items)) == sorted(map(repr, b.items))
     if isinstance(a, bool) or isinstance(b, bool):
         return a is b
@@ -205,7 +210,7 @@ def same(a: Any, b: Any, tolerance: Tolerance | None = None) -> bool:
     return bool(a == b or (a != a and b != b))
 
 
-def _orders(alignment: Alignment, terms: Terms) -> Iterator[Change]:
+def _group_order_changes(alignment: Alignment, terms: DiffOptions) -> Iterator[Change]:
     """The order of an optimizer's groups, where it is not the same: torch goes by it when it loads."""
     for (one, other), pairs in zip(alignment.optimizers, alignment.groups, strict=True):
         order = [i for i, _ in sorted(pairs, key=lambda pair: pair[1])]
@@ -213,11 +218,11 @@ def _orders(alignment: Alignment, terms: Terms) -> Iterator[Change]:
             path, path_b = (".".join((*side.path, "param_groups", "order")) for side in (one, other))
             a, b = ([one.groups[i].name for i in some] for some in (sorted(order), order))
             leaf, its = Leaf((), path, one.name, a), Leaf((), path_b, other.name, b)
-            if terms.choose(leaf, its):
+            if terms.matches(leaf, its):
                 yield _change(leaf, its, "value")
 
 
-def _told(value: Any, kind: str) -> Any:
+def _as_json(value: Any, kind: str) -> Any:
     """A value as JSON takes it: short ones themselves, tensors and long ones in words."""
     if isinstance(value, Tensor):
         return {"shape": list(value.shape), "dtype": value.dtype}.get(kind, describe(value))

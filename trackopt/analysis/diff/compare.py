@@ -22,14 +22,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
     from concurrent.futures import Future, ThreadPoolExecutor
 
-    from trackopt.archive.io.source import Source
+    from trackopt.archive.io.source import TensorSource
     from trackopt.archive.io.zip_reader import Record
     from trackopt.archive.tree import Storage, Tensor
 
 _PIECE = 1 << 22  # elements that one thread takes at a time
 _BLOCK = 1 << 14  # elements that it works out numbers of at a time; of larger arrays the allocator keeps nothing
-_STRETCH = 1 << 19  # bytes that it compares at a time
-_AHEAD = 8  # tasks that are under way or done before their turn
+_CHUNK = 1 << 19  # bytes that it compares at a time
+_PREFETCH = 8  # tasks that are under way or done before their turn
 #: Dtypes whose elements are numbers; those of others are packed, or indices.
 _NUMBERS = ("float64", "float32", "float16", "bfloat16", "float8_", "int", "uint", "bool", "complex")
 
@@ -37,14 +37,14 @@ _Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
-class Side:
+class TensorReader:
     """A tensor and the container to read it from."""
 
-    source: Source
+    source: TensorSource
     tensor: Tensor
 
     def raw(self, count: int) -> Iterator[bytes | memoryview]:
-        """Its stored bytes, in stretches of ``count`` elements."""
+        """Its stored bytes, in stretches of ``accumulate`` elements."""
         return values.raw(self.source, self.tensor, count * self.tensor.itemsize)
 
     def decode(self, data: bytes | memoryview) -> Any:
@@ -61,8 +61,8 @@ class Side:
 class Pair:
     """Two tensors of the same shape."""
 
-    a: Side
-    b: Side
+    a: TensorReader
+    b: TensorReader
 
     @property
     def nbytes(self) -> int:
@@ -70,7 +70,7 @@ class Pair:
         return self.a.tensor.nbytes + self.b.tensor.nbytes
 
     @property
-    def alike(self) -> bool:
+    def same_layout(self) -> bool:
         """Whether equal bytes mean equal values."""
         return self.a.tensor.dtype == self.b.tensor.dtype and self.a.reading == self.b.reading
 
@@ -85,12 +85,12 @@ class Pair:
         one, other = (_record(side.source, side.tensor.storage) for side in (self.a, self.b))
         if one is None or other is None or not one.crc or (one.crc, one.size) != (other.crc, other.size):
             return False
-        return self.alike and all(
+        return self.same_layout and all(
             getattr(self.a.tensor, name) == getattr(self.b.tensor, name) for name in ("offset", "shape", "stride")
         )
 
 
-class Comparison:
+class TensorComparer:
     """Compares pairs of tensors on all cores; use it with ``with``.
 
     Args:
@@ -103,7 +103,7 @@ class Comparison:
         self._progress = progress
         self._pool: ThreadPoolExecutor | None = None
 
-    def __enter__(self) -> Comparison:
+    def __enter__(self) -> TensorComparer:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -116,11 +116,11 @@ class Comparison:
         Raises:
             ArchiveError: Values of one of them are not in its file.
         """
-        return _in_turn(pairs, self._numbers)
+        return _ordered_results(pairs, self._numbers)
 
-    def lengths(self, sides: Iterable[Side]) -> Iterator[Numbers]:
+    def norms(self, sides: Iterable[TensorReader]) -> Iterator[Numbers]:
         """The numbers of tensors compared with themselves."""
-        return _in_turn([Pair(side, side) for side in sides], self._lengths)
+        return _ordered_results([Pair(side, side) for side in sides], self._lengths)
 
     def _numbers(self, pairs: Sequence[Pair]) -> Iterator[Numbers | None]:
         total, done = sum(pair.nbytes for pair in pairs), 0
@@ -135,7 +135,7 @@ class Comparison:
             yield self._joined(found)
 
     def _lengths(self, pairs: Sequence[Pair]) -> Iterator[Numbers]:
-        parts = self._each(_alone, pairs)
+        parts = self._each(_compare_whole, pairs)
         for pair in pairs:
             yield sum((part for _, part in zip(_pieces(pair), parts, strict=False)), Numbers())
 
@@ -143,12 +143,12 @@ class Comparison:
         """A tensor's numbers from those of its pieces; equal ones are read again if others differ."""
         if all(part is None for _, part in found):
             return None
-        lengths = self.lengths(piece.a for piece, part in found if part is None)
+        lengths = self.norms(piece.a for piece, part in found if part is None)
         return sum((next(lengths) if part is None else part for _, part in found), Numbers())
 
     def _compared(self, pair: Pair) -> Numbers | None:
-        count = _STRETCH // pair.a.tensor.itemsize
-        if pair.alike and all(x == y for x, y in zip(pair.a.raw(count), pair.b.raw(count), strict=True)):
+        count = _CHUNK // pair.a.tensor.itemsize
+        if pair.same_layout and all(x == y for x, y in zip(pair.a.raw(count), pair.b.raw(count), strict=True)):
             return None
         blocks = zip(pair.a.raw(_BLOCK), pair.b.raw(_BLOCK), strict=True)
         total = sum((self._block(pair, x, y) for x, y in blocks), Numbers())
@@ -157,14 +157,14 @@ class Comparison:
     def _block(self, pair: Pair, x: Any, y: Any) -> Numbers:
         a, b = pair.a.decode(x), pair.b.decode(y)
         dtypes = (pair.a.tensor.dtype, pair.b.tensor.dtype)
-        if not pair.alike:
-            found = numbers.between(a, b, ~elements.same_values(a, b), self._tolerance)
+        if not pair.same_layout:
+            found = numbers.measure_pair(a, b, ~elements.same_values(a, b), self._tolerance)
             return replace(found, uncast=elements.uncast(a, b, dtypes)) if dtypes[0] != dtypes[1] else found
         if x == y:
-            return numbers.alone(a)
+            return numbers.measure_one(a)
         different = elements.differing(x, y, pair.a.tensor.itemsize)
         ulp = elements.ulps(x, y, dtypes[0], pair.a.source.byteorder)
-        return replace(numbers.between(a, b, different, self._tolerance), ulp=ulp)
+        return replace(numbers.measure_pair(a, b, different, self._tolerance), ulp=ulp)
 
     def _each(self, work: Callable[[Pair], Any], pairs: Sequence[Pair]) -> Iterator[Any]:
         """The results for all pieces of all pairs, in order, a few tasks ahead; small pieces share a task."""
@@ -177,13 +177,15 @@ class Comparison:
         pending: deque[Future[list[Any]]] = deque()
         for batch in _batches(piece for pair in pairs for piece in _pieces(pair)):
             pending.append(self._pool.submit(lambda some: [work(piece) for piece in some], batch))
-            if len(pending) >= _AHEAD:
+            if len(pending) >= _PREFETCH:
                 yield from pending.popleft().result()
         while pending:
             yield from pending.popleft().result()
 
 
-def _in_turn(pairs: Sequence[Pair], results: Callable[[Sequence[Pair]], Iterator[_Result]]) -> Iterator[_Result]:
+def _ordered_results(
+    pairs: Sequence[Pair], results: Callable[[Sequence[Pair]], Iterator[_Result]]
+) -> Iterator[_Result]:
     """A result for each pair; what shows the same bytes as another pair is read once."""
     views = [_view(pair) for pair in pairs]
     fresh = results(list(dict(zip(views, pairs, strict=True)).values()))
@@ -204,8 +206,8 @@ def _view(pair: Pair) -> tuple[Any, ...]:
     )  # fmt: skip
 
 
-def _alone(pair: Pair) -> Numbers:
-    return sum((numbers.alone(pair.a.decode(data)) for data in pair.a.raw(_BLOCK)), Numbers())
+def _compare_whole(pair: Pair) -> Numbers:
+    return sum((numbers.measure_one(pair.a.decode(data)) for data in pair.a.raw(_BLOCK)), Numbers())
 
 
 def _batches(pieces: Iterable[Pair]) -> Iterator[list[Pair]]:
@@ -214,7 +216,7 @@ def _batches(pieces: Iterable[Pair]) -> Iterator[list[Pair]]:
     for piece in pieces:
         batch.append(piece)
         size += piece.a.tensor.elements
-        if size >= _PIECE or len(batch) >= _STRETCH >> 10:
+        if size >= _PIECE or len(batch) >= _CHUNK >> 10:
             yield batch
             batch, size = [], 0
     if batch:
@@ -232,8 +234,10 @@ def _pieces(pair: Pair) -> Iterator[Pair]:
         yield Pair(*(_part(side, start, min(_PIECE, count - start)) for side in (pair.a, pair.b)))
 
 
-def _part(side: Side, start: int, count: int) -> Side:
-    return Side(side.source, replace(side.tensor, shape=(count,), stride=(1,), offset=side.tensor.offset + start))
+def _part(side: TensorReader, start: int, count: int) -> TensorReader:
+    return TensorReader(
+        side.source, replace(side.tensor, shape=(count,), stride=(1,), offset=side.tensor.offset + start)
+    )
 
 
 def _in_memory_order(pair: Pair) -> Pair:
@@ -248,12 +252,12 @@ def _in_memory_order(pair: Pair) -> Pair:
     return Pair(_permuted(pair.a, order), _permuted(pair.b, order))
 
 
-def _permuted(side: Side, order: list[int]) -> Side:
+def _permuted(side: TensorReader, order: list[int]) -> TensorReader:
     shape, stride = (tuple(getattr(side.tensor, name)[axis] for axis in order) for name in ("shape", "stride"))
-    return Side(side.source, replace(side.tensor, shape=shape, stride=stride))
+    return TensorReader(side.source, replace(side.tensor, shape=shape, stride=stride))
 
 
-def _record(source: Source, storage: Storage) -> Record | None:
+def _record(source: TensorSource, storage: Storage) -> Record | None:
     """The record of a zip file that a storage is, if it is one."""
     if isinstance(storage.region, StorageRegion):
         return _record(storage.region.source, storage.region.storage)
@@ -265,6 +269,6 @@ def _record(source: Source, storage: Storage) -> Record | None:
         return None
 
 
-def _is_packed(side: Side) -> bool:
+def _is_packed(side: TensorReader) -> bool:
     record = _record(side.source, side.tensor.storage)
     return record is not None and record.method != 0

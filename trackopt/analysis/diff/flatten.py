@@ -9,17 +9,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from trackopt.archive.tree import Compound, Global, Opaque, Path, Tensor, children
+from trackopt.archive.tree import Global, Path, Tensor, TensorSubclass, UnknownObject, children
 from trackopt.errors import ArchiveError
 from trackopt.state import META
-from trackopt.state.layout import unflattened
+from trackopt.state.layout import unflatten
 from trackopt.state.matching import flat
-from trackopt.state.rng import generators, is_random
+from trackopt.state.rng import generators, is_rng_key
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from trackopt.analysis.diff.alignment import Places
+    from trackopt.analysis.diff.alignment import Slots
     from trackopt.state import TrainingState
     from trackopt.state.models import Model
     from trackopt.state.optimizers import Optimizer
@@ -69,7 +69,7 @@ class Leaf:
     role: Role | None = None
 
 
-def flatten(tree: Any, state: TrainingState, places: Places) -> dict[Key, Leaf]:
+def flatten(tree: Any, state: TrainingState, places: Slots) -> dict[Key, Leaf]:
     """All leaves by key, in the order they were saved.
 
     Args:
@@ -93,22 +93,22 @@ def flatten(tree: Any, state: TrainingState, places: Places) -> dict[Key, Leaf]:
 
 
 class _Flattener:
-    def __init__(self, state: TrainingState, places: Places) -> None:
+    def __init__(self, state: TrainingState, places: Slots) -> None:
         self._places = places
         self._models = {model.path: model for model in state.models}
         self._optimizers = {one.path: one for one in state.optimizers}
-        self._noted = {(META, what, one.name): one for one in state.optimizers for what in _NOTED}
-        self._alone = len(state.models) == 1
+        self._scheduler_paths = {(META, what, one.name): one for one in state.optimizers for what in _NOTED}
+        self._sole_optimizer = len(state.models) == 1
         self._has_rng = bool(state.rng)
 
     def leaves(self, node: Any, path: Path) -> Iterator[Leaf]:
         """The leaves at and below a node, part by part."""
         if path in self._optimizers and isinstance(node, dict):
-            yield from self._optimizer(unflattened(node), self._optimizers[path])
+            yield from self._optimizer(unflatten(node), self._optimizers[path])
         elif path in self._models:
             yield from self._model(node, self._models[path])
-        elif path in self._noted and (given := self._by_name(node, self._noted[path])) is not None:
-            place = self._places.get(self._noted[path].path)
+        elif path in self._scheduler_paths and (given := self._by_name(node, self._scheduler_paths[path])) is not None:
+            place = self._places.get(self._scheduler_paths[path].path)
             for name, value in given.items():
                 shared = place.names.get(name, name) if place else name
                 yield Leaf(("", *path, shared), ".".join((*path, name)), META, value)
@@ -119,13 +119,13 @@ class _Flattener:
                 whole = (*path, *inner)
                 yield Leaf((*key, *inner), ".".join(whole), part, value, self._random(whole))
         else:
-            if isinstance(node, Opaque):
+            if isinstance(node, UnknownObject):
                 yield Leaf(("", *path, "class"), ".".join((*path, "class")), ".".join(path[:1]), node.name)
             for name, child in children(node):
                 yield from self.leaves(child, (*path, name))
 
     def _random(self, path: Path) -> Role | None:
-        at = next((i for i, part in enumerate(path[:2]) if is_random(part)), None) if self._has_rng else None
+        at = next((i for i, part in enumerate(path[:2]) if is_rng_key(part)), None) if self._has_rng else None
         if at is None:
             return None
         inside = [part for part in path[at + 1 :] if not part.isdecimal()][:1]
@@ -143,7 +143,7 @@ class _Flattener:
 
     def _model(self, node: Any, model: Model) -> Iterator[Leaf]:
         place = self._places.get(model.path)
-        kind = "average" if model.averaged and not self._alone else "weight"
+        kind = "average" if model.averaged and not self._sole_optimizer else "weight"
         trainable = model.trainable
         for inner, value in values(node):
             name, whole = ".".join(inner), (*model.path, *inner)
@@ -195,7 +195,7 @@ def values(node: Any) -> Iterator[tuple[Path, Any]]:
             yield ("scale",), node.quantizer.scale
             yield ("zero_point",), node.quantizer.zero_point
         return
-    if isinstance(node, Opaque):
+    if isinstance(node, UnknownObject):
         yield ("class",), node.name
     for name, child in children(node):
         for inner, value in values(child):
@@ -208,6 +208,6 @@ def _is_leaf(node: Any) -> bool:
         return all(isinstance(item, _SCALARS) for item in node)
     if isinstance(node, dict):
         return not node
-    if isinstance(node, Opaque):
+    if isinstance(node, UnknownObject):
         return node.name in _SETS
-    return not isinstance(node, Compound)
+    return not isinstance(node, TensorSubclass)

@@ -36,28 +36,28 @@ class Numbers:
     """What comparing tensors adds up to; that of several tensors is the sum of theirs.
 
     Attributes:
-        aa: Sum of squares of the one.
-        bb: Sum of squares of the other.
-        ab: Sum of their products.
-        dd: Sum of squares of their difference.
+        sum_sq_a: Sum of squares of the one.
+        sum_sq_b: Sum of squares of the other.
+        dot: Sum of their products.
+        sum_sq_diff: Sum of squares of their difference.
         max_abs: Largest difference of an element; NaN if one became NaN.
         differing: Elements that differ: in a bit if the dtype is the same, in value if not.
         elements: All elements.
-        beyond: Elements that differ by more than the tolerance.
+        beyond_tolerance: Elements that differ by more than the tolerance.
         ulp: Largest distance in units in the last place; None where the dtype is none of floats, or not the same.
         uncast: Elements that still differ when one is cast to the other's dtype; None where nothing was cast.
         nan: How many appeared, and how many vanished.
         inf: The same of infinite ones.
     """
 
-    aa: float = 0.0
-    bb: float = 0.0
-    ab: float = 0.0
-    dd: float = 0.0
+    sum_sq_a: float = 0.0
+    sum_sq_b: float = 0.0
+    dot: float = 0.0
+    sum_sq_diff: float = 0.0
     max_abs: float = 0.0
     differing: int = 0
     elements: int = 0
-    beyond: int = 0
+    beyond_tolerance: int = 0
     ulp: int | None = None
     uncast: int | None = None
     nan: tuple[int, int] = (0, 0)
@@ -66,16 +66,16 @@ class Numbers:
     @property
     def rel_l2(self) -> float:
         """Length of the difference over the length of the first; infinite if that is zero."""
-        if self.aa == 0:
-            return math.inf if self.dd else 0.0
-        return math.sqrt(self.dd / self.aa)
+        if self.sum_sq_a == 0:
+            return math.inf if self.sum_sq_diff else 0.0
+        return math.sqrt(self.sum_sq_diff / self.sum_sq_a)
 
     @property
     def cosine(self) -> float | None:
         """Cosine of the angle between the two; None if one of them is zero."""
-        if self.aa == 0 or self.bb == 0:
+        if self.sum_sq_a == 0 or self.sum_sq_b == 0:
             return None
-        cosine = self.ab / math.sqrt(self.aa) / math.sqrt(self.bb)
+        cosine = self.dot / math.sqrt(self.sum_sq_a) / math.sqrt(self.sum_sq_b)
         return max(-1.0, min(1.0, cosine)) if math.isfinite(cosine) else cosine
 
     @property
@@ -93,14 +93,14 @@ class Numbers:
 
     def __add__(self, other: Numbers) -> Numbers:
         return Numbers(
-            self.aa + other.aa,
-            self.bb + other.bb,
-            self.ab + other.ab,
-            self.dd + other.dd,
+            self.sum_sq_a + other.sum_sq_a,
+            self.sum_sq_b + other.sum_sq_b,
+            self.dot + other.dot,
+            self.sum_sq_diff + other.sum_sq_diff,
             math.nan if math.isnan(self.max_abs + other.max_abs) else max(self.max_abs, other.max_abs),
             self.differing + other.differing,
             self.elements + other.elements,
-            self.beyond + other.beyond,
+            self.beyond_tolerance + other.beyond_tolerance,
             other.ulp if self.ulp is None else max(self.ulp, other.ulp or 0),
             other.uncast if self.uncast is None else self.uncast + (other.uncast or 0),
             (self.nan[0] + other.nan[0], self.nan[1] + other.nan[1]),
@@ -108,14 +108,14 @@ class Numbers:
         )
 
 
-def alone(x: Array) -> Numbers:
+def measure_one(x: Array) -> Numbers:
     """The numbers of values compared with themselves."""
     x = _wide(x)
     length = _dot(x, x)
     return Numbers(length, length, length, elements=x.size)
 
 
-def between(x: Array, y: Array, different: Array, tolerance: Tolerance) -> Numbers:
+def measure_pair(x: Array, y: Array, different: Array, tolerance: Tolerance) -> Numbers:
     """The numbers of two flat arrays.
 
     Args:
@@ -139,7 +139,7 @@ def between(x: Array, y: Array, different: Array, tolerance: Tolerance) -> Numbe
         far = np.abs(gap.view("c16")) if x.dtype.kind == "c" else gap
         max_abs = max(float(far.max()), -float(far.min()))
         beyond = int(np.count_nonzero(different & _outside(x, y, np.abs(far), tolerance))) if tolerance else count
-        nan, inf = _odd(x, y) if odd else ((0, 0), (0, 0))
+        nan, inf = _nonfinite(x, y) if odd else ((0, 0), (0, 0))
         return Numbers(aa, bb, _dot(a, b), _dot(gap, gap), max_abs, count, whole, beyond, nan=nan, inf=inf)
 
 
@@ -168,7 +168,7 @@ def _outside(x: Array, y: Array, far: Array, tolerance: Tolerance) -> Array:
     return outside
 
 
-def _odd(x: Array, y: Array) -> tuple[tuple[int, int], tuple[int, int]]:
+def _nonfinite(x: Array, y: Array) -> tuple[tuple[int, int], tuple[int, int]]:
     """How many NaN and how many infinite values appear and vanish."""
     import numpy as np
 

@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from trackopt.analysis.diff.compare import Side
+from trackopt.analysis.diff.compare import TensorReader
 from trackopt.analysis.diff.numbers import Numbers
 from trackopt.archive.tree import Tensor
 
@@ -14,25 +14,25 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from trackopt.analysis.diff.changes import Change
-    from trackopt.analysis.diff.compare import Comparison
+    from trackopt.analysis.diff.compare import TensorComparer
     from trackopt.analysis.diff.flatten import Role
     from trackopt.archive import Archive
 
 
 @dataclass
-class Moment:
+class BufferTotals:
     """One kind of buffer, over all parameters that both checkpoints keep it for.
 
     Attributes:
         numbers: Summed up.
         tensors: How many there are.
-        zeroed: How many are all 0 in the second, and are not in the first.
+        reset_to_zero: How many are all 0 in the second, and are not in the first.
         casts: How many have another dtype, by what it was and what it became.
     """
 
     numbers: Numbers = field(default_factory=Numbers)
     tensors: int = 0
-    zeroed: int = 0
+    reset_to_zero: int = 0
     casts: Counter[tuple[str, str]] = field(default_factory=Counter)
 
 
@@ -59,7 +59,7 @@ class Module:
 
 
 @dataclass
-class Tally:
+class Totals:
     """Sums over all changes.
 
     Attributes:
@@ -69,21 +69,21 @@ class Tally:
         parts: For each part of the checkpoints, its values by the kind of their change.
         tensors: Tensors in either, by the kind of their change.
         modules: What changed where.
-        unread: Tensors that were taken as equal by their checksums.
-        close: Values that differ by no more than the tolerance.
+        skipped_by_checksum: Tensors that were taken as equal by their checksums.
+        within_tolerance: Values that differ by no more than the tolerance.
     """
 
     weights: dict[tuple[str, str], Numbers] = field(default_factory=dict)
-    moments: dict[tuple[str, str], Moment] = field(default_factory=dict)
+    moments: dict[tuple[str, str], BufferTotals] = field(default_factory=dict)
     rng: dict[str, bool] = field(default_factory=dict)
     parts: dict[str, Counter[str]] = field(default_factory=dict)
     tensors: Counter[str] = field(default_factory=Counter)
     modules: dict[str, Module] = field(default_factory=dict)
-    unread: int = 0
-    close: int = 0
+    skipped_by_checksum: int = 0
+    within_tolerance: int = 0
 
 
-def count(changes: Iterable[Change], a: Archive, comparison: Comparison) -> Tally:
+def accumulate(changes: Iterable[Change], a: Archive, comparison: TensorComparer) -> Totals:
     """Sum up.
 
     Unchanged tensors count in what moved overall: they are read for their lengths, but only where others that
@@ -94,12 +94,12 @@ def count(changes: Iterable[Change], a: Archive, comparison: Comparison) -> Tall
         a: The first archive.
         comparison: What reads them.
     """
-    tally = Tally()
+    tally = Totals()
     still: list[Change] = []
     for change in changes:
         tally.parts.setdefault(change.part, Counter())[change.kind] += 1
-        tally.close += change.close
-        tally.unread += change.unread
+        tally.within_tolerance += change.close
+        tally.skipped_by_checksum += change.unread
         if change.role is not None and change.role.kind == "rng" and change.kind not in ("added", "removed"):
             tally.rng[change.role.owner] = tally.rng.get(change.role.owner, False) or change.kind != "same"
         if change.is_tensor:
@@ -108,8 +108,8 @@ def count(changes: Iterable[Change], a: Archive, comparison: Comparison) -> Tall
             if change.kind == "same" and change.numbers is None and _measured(change.role):
                 still.append(change)
     moved = {kin for kin, numbers in _summed(tally) if numbers.differing}
-    still = [change for change in still if _kin(change) in moved and not change.a.meta]
-    for change, numbers in zip(still, comparison.lengths(Side(a.source, one.a) for one in still), strict=True):
+    still = [change for change in still if _role_key(change) in moved and not change.a.meta]
+    for change, numbers in zip(still, comparison.norms(TensorReader(a.source, one.a) for one in still), strict=True):
         _sum(tally, replace(change, numbers=numbers))
     return tally
 
@@ -118,20 +118,20 @@ def _measured(role: Role | None) -> bool:
     return role is not None and role.kind in ("weight", "buffer")
 
 
-def _kin(change: Change) -> tuple[str, ...]:
+def _role_key(change: Change) -> tuple[str, ...]:
     """What plays the same part."""
     role = change.role
     return () if role is None else (role.kind,) if role.kind == "weight" else (role.kind, role.owner, role.buffer)
 
 
-def _summed(tally: Tally) -> Iterable[tuple[tuple[str, ...], Numbers]]:
+def _summed(tally: Totals) -> Iterable[tuple[tuple[str, ...], Numbers]]:
     for numbers in tally.weights.values():
         yield ("weight",), numbers
     for (optimizer, buffer), moment in tally.moments.items():
         yield ("buffer", optimizer, buffer), moment.numbers
 
 
-def _add(tally: Tally, change: Change) -> None:
+def _add(tally: Totals, change: Change) -> None:
     """A tensor, read or not, that either has."""
     module = tally.modules.setdefault(_module(change), Module(_module(change)))
     module.tensors += 1
@@ -140,16 +140,16 @@ def _add(tally: Tally, change: Change) -> None:
     if role is None or role.kind != "buffer" or not isinstance(change.a, Tensor) or not isinstance(change.b, Tensor):
         _sum(tally, change)
         return
-    moment = tally.moments.setdefault((role.owner, role.buffer), Moment())
+    moment = tally.moments.setdefault((role.owner, role.buffer), BufferTotals())
     moment.tensors += 1
     if change.kind == "dtype":
         moment.casts[change.a.dtype, change.b.dtype] += 1
-    if change.numbers is not None and change.numbers.bb == 0 < change.numbers.aa:
-        moment.zeroed += 1
+    if change.numbers is not None and change.numbers.sum_sq_b == 0 < change.numbers.sum_sq_a:
+        moment.reset_to_zero += 1
     _sum(tally, change)
 
 
-def _sum(tally: Tally, change: Change) -> None:
+def _sum(tally: Totals, change: Change) -> None:
     """The numbers of a tensor that both have, under all that it is a part of."""
     role, numbers = change.role, change.numbers
     if change.kind not in ("tensor", "dtype", "same") or not isinstance(change.a, Tensor):

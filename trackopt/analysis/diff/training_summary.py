@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from trackopt.analysis.diff.alignment import Alignment
-    from trackopt.analysis.diff.totals import Tally
+    from trackopt.analysis.diff.totals import Totals
     from trackopt.state import TrainingState
 
 #: What the story says under names of its own, and what schedulers write down beside the learning rate.
@@ -26,17 +26,17 @@ class Weights:
 
     Attributes:
         rel_l2: Of all of them together.
-        most: The name and the relative L2 of the one that moved most.
-        least: Of the one that moved least.
+        most_changed: The name and the relative L2 of the one that moved most.
+        least_changed: Of the one that moved least.
     """
 
     rel_l2: float
-    most: tuple[str, float]
-    least: tuple[str, float]
+    most_changed: tuple[str, float]
+    least_changed: tuple[str, float]
 
 
 @dataclass(frozen=True)
-class Rate:
+class LearningRate:
     """A group's learning rate in both checkpoints."""
 
     optimizer: str
@@ -57,7 +57,7 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class BufferTurn:
+class BufferChange:
     """A kind of buffer, over all parameters: how it turned and grew."""
 
     optimizer: str
@@ -78,7 +78,7 @@ class Position:
 
 
 @dataclass(frozen=True)
-class Story:
+class TrainingDiff:
     """The difference, told as training.
 
     Attributes:
@@ -100,9 +100,9 @@ class Story:
     epoch: tuple[int | None, int | None]
     same_run: bool | None
     weights: Weights | None
-    rates: tuple[Rate, ...]
+    rates: tuple[LearningRate, ...]
     settings: tuple[Setting, ...]
-    buffers: tuple[BufferTurn, ...]
+    buffers: tuple[BufferChange, ...]
     schedulers: tuple[Position, ...]
     loss_scale: tuple[Any, Any] | None
     rng_moved: tuple[str, ...]
@@ -110,11 +110,16 @@ class Story:
     notes: tuple[str, ...]
 
     def as_dict(self) -> dict[str, Any]:
-        """The story for JSON."""
-        return asdict(self)
+        """Return the facts under the keys of ``diff --json``."""
+        weights = self.weights and {
+            "rel_l2": self.weights.rel_l2,
+            "most": self.weights.most_changed,
+            "least": self.weights.least_changed,
+        }
+        return {**asdict(self), "weights": weights}
 
 
-def tell(states: tuple[TrainingState, TrainingState], alignment: Alignment, tally: Tally) -> Story:
+def summarize(states: tuple[TrainingState, TrainingState], alignment: Alignment, tally: Totals) -> TrainingDiff:
     """Put the story together.
 
     Args:
@@ -125,7 +130,7 @@ def tell(states: tuple[TrainingState, TrainingState], alignment: Alignment, tall
     a, b = states
     runs = [state.meta.get("run_id") if state.meta else None for state in states]
     scales = [_told(state.scaler[1].get("scale")) if state.scaler else None for state in states]
-    return Story(
+    return TrainingDiff(
         step=(a.step, b.step),
         epoch=(a.epoch, b.epoch),
         same_run=runs[0] == runs[1] if None not in runs else None,
@@ -133,7 +138,7 @@ def tell(states: tuple[TrainingState, TrainingState], alignment: Alignment, tall
         rates=tuple(_rates(alignment)),
         settings=tuple(_settings(alignment)),
         buffers=tuple(
-            BufferTurn(optimizer, buffer, sums.cosine, sums.aa**0.5, sums.bb**0.5)
+            BufferChange(optimizer, buffer, sums.cosine, sums.sum_sq_a**0.5, sums.sum_sq_b**0.5)
             for (optimizer, buffer), moment in tally.moments.items()
             if (sums := moment.numbers).differing
         ),
@@ -177,10 +182,10 @@ def _told(value: Any) -> Any:
     return value if flat or isinstance(value, plain) else describe(value)
 
 
-def _rates(alignment: Alignment) -> Iterator[Rate]:
+def _rates(alignment: Alignment) -> Iterator[LearningRate]:
     for one in hyperparameters(alignment):
         if one.name == "lr":
-            yield Rate(one.optimizer, one.group, one.a, one.b)
+            yield LearningRate(one.optimizer, one.group, one.a, one.b)
 
 
 def _settings(alignment: Alignment) -> Iterator[Setting]:

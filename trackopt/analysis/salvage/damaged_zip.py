@@ -18,8 +18,8 @@ from trackopt.archive.formats.torch_zip import MAX_PICKLE
 from trackopt.archive.io.checksums import crc32
 from trackopt.archive.io.zip_reader import LOCAL, MAGIC
 from trackopt.archive.unpickler import constructors
-from trackopt.archive.unpickler.limits import Broken
-from trackopt.archive.unpickler.machine import Machine
+from trackopt.archive.unpickler.limits import MalformedPickle
+from trackopt.archive.unpickler.machine import PickleMachine
 from trackopt.archive.unpickler.opcodes import OPERATIONS
 from trackopt.errors import ArchiveError
 
@@ -42,7 +42,7 @@ _KEY = re.compile(r"[^/]+/data/(.+)")
 
 
 @dataclass(frozen=True)
-class Piece:
+class FoundRecord:
     """A record that was found.
 
     Attributes:
@@ -56,7 +56,7 @@ class Piece:
     size: int
 
 
-class Partial:
+class DamagedZip:
     """A damaged zip checkpoint that is open for rescue; use it with ``with``.
 
     Args:
@@ -68,7 +68,7 @@ class Partial:
         sizes: Bytes of each storage, by key.
         pieces: The records that are whole, by name.
         byteorder: ``"little"`` or ``"big"``.
-        whole: The paths of the tensors that are whole.
+        intact_tensors: The paths of the tensors that are whole.
 
     Raises:
         ArchiveError: Not even its structure can be read.
@@ -95,17 +95,17 @@ class Partial:
         name, start = self._header(0)
         if not name.lower().endswith("/data.pkl"):
             raise ArchiveError(f"{self.path}: it does not begin with a pickle, as torch's files do; nothing is left")
-        machine = Machine(os.pread(self._file, MAX_PICKLE, start), constructors.call, constructors.storage)
+        machine = PickleMachine(os.pread(self._file, MAX_PICKLE, start), constructors.construct, constructors.storage)
         try:
             self.tree: Any = machine.run(OPERATIONS)
-        except Broken as error:
+        except MalformedPickle as error:
             raise ArchiveError(f"{self.path}: its pickle is not whole ({error}); use another checkpoint") from error
         self.tensors = [(".".join(where), tensor) for where, tensor in tree.tensors(self.tree)]
         self.sizes = {tensor.storage.key: tensor.storage.nbytes for _, tensor in self.tensors}
-        self.pieces = {name: Piece(name, start, machine.position)}
-        self._follow(start + machine.position)
+        self.pieces = {name: FoundRecord(name, start, machine.position)}
+        self._next_record(start + machine.position)
         self._storages = {match[1]: one for name, one in self.pieces.items() if (match := _KEY.fullmatch(name))}
-        self.whole = [name for name, tensor in self.tensors if self.fits(tensor)]
+        self.intact_tensors = [name for name, tensor in self.tensors if self.is_intact(tensor)]
         self.byteorder = self._byteorder()
 
     def chunks(self, key: str, size: int) -> Iterator[bytes]:
@@ -123,13 +123,13 @@ class Partial:
         said = os.pread(self._file, min(piece.size, 16), piece.start) if piece is not None else b""
         return "big" if said == b"big" else "little"
 
-    def fits(self, tensor: Tensor) -> bool:
+    def is_intact(self, tensor: Tensor) -> bool:
         """Whether a tensor's values are all there, and as many as torch can count."""
         piece = self._storages.get(tensor.storage.key)
-        end = (tensor.offset + tensor.span) * tensor.itemsize
+        end = (tensor.offset + tensor.extent) * tensor.itemsize
         return piece is not None and end <= piece.size == tensor.storage.nbytes and tensor.elements < _MAX_ELEMENTS
 
-    def _follow(self, position: int) -> None:
+    def _next_record(self, position: int) -> None:
         """Go from header to header, as far as they lead."""
         while len(self.pieces) < _MAX_RECORDS and self._scanned < _MAX_SCANNED:
             found = self._find(MAGIC, position)
@@ -143,7 +143,7 @@ class Partial:
             if start + size > self.size:
                 return
             if self._intact(found, start, size):
-                self.pieces.setdefault(name, Piece(name, start, size))
+                self.pieces.setdefault(name, FoundRecord(name, start, size))
             position = start + size
 
     def _header(self, position: int) -> tuple[str, int]:

@@ -26,7 +26,7 @@ _LARGE = 1 << 16
 _ORDERED = b"ccollections\nOrderedDict\n)R"
 
 
-class Writer:
+class SafePickler:
     """Makes one pickle.
 
     Args:
@@ -62,16 +62,16 @@ class Writer:
             self._last = bytearray()
 
     def _value(self, node: Any, path: tuple[str, ...]) -> None:
-        if isinstance(node, Tensor) and self._holds(node):
+        if isinstance(node, Tensor) and self._is_representable(node):
             self.tensors += 1
-            if not self._again(node):
+            if not self._memoized(node):
                 self._write(self._tensor(node))
                 self._remember(node)
         elif isinstance(node, dict):
             self._dictionary(node, path)
         elif isinstance(node, list | tuple):
             self._items(node, path)
-        elif type(node) in _SCALARS and _takes(node):
+        elif type(node) in _SCALARS and _opcode_for(node):
             self._scalar(node)
         else:
             self.left_out.append(".".join(path))
@@ -82,19 +82,19 @@ class Writer:
         for key, value in node.items():
             if type(value) not in _SCALARS:
                 below = (*path, key if isinstance(key, str) else repr(key))
-                if not (_takes(key) and self._holds(value)):
+                if not (_opcode_for(key) and self._is_representable(value)):
                     self.left_out.append(".".join(below))
                     continue
                 self._key(key)
                 self._value(value, below)
-            elif _takes(key) and _takes(value):
+            elif _opcode_for(key) and _opcode_for(value):
                 self._key(key)
                 self._scalar(value)
             else:
                 self.left_out.append(".".join((*path, str(key))))
         self._write(b"u")
 
-    def _holds(self, value: Any) -> bool:
+    def _is_representable(self, value: Any) -> bool:
         """Whether a dictionary's entry is kept; in a list its place would be, with nothing in it."""
         if isinstance(value, Tensor):
             return self._keep(value) and not value.dtype.startswith("q")
@@ -106,7 +106,7 @@ class Writer:
             return
         self._write(b"](" if isinstance(node, list) else b"(")
         for index, item in enumerate(node):
-            if type(item) in _SCALARS and _takes(item):
+            if type(item) in _SCALARS and _opcode_for(item):
                 self._scalar(item)
             else:
                 self._value(item, (*path, str(index)))
@@ -119,13 +119,13 @@ class Writer:
             self._scalar(key)
 
     def _scalar(self, value: Any) -> None:
-        if not self._again(value):
-            data = _bare(value)
+        if not self._memoized(value):
+            data = _is_exact_type(value)
             self._write(data)
             if len(data) > _REMEMBERED:
                 self._remember(value)
 
-    def _again(self, value: Any) -> bool:
+    def _memoized(self, value: Any) -> bool:
         """Write a reference to what was written before: a few long values may stand in very many places."""
         known = self._memo.get(id(value))
         if known is not None:
@@ -141,32 +141,43 @@ class Writer:
         typed = tensor.dtype in _KINDS
         kind = f"torch\n{_KINDS[tensor.dtype]}Storage" if typed else "torch.storage\nUntypedStorage"
         count = tensor.storage.nbytes // tensor.itemsize if typed else tensor.storage.nbytes
-        place = b"(" + _bare("storage") + f"c{kind}\n".encode() + _bare(str(number))
-        storage = place + _bare("cpu") + _bare(count) + b"tQ"
-        layout = _bare(tensor.offset) + _sizes(tensor.shape) + _sizes(tensor.stride) + _bare(tensor.requires_grad)
-        bits = b"".join(_bare(name) + b"\x88" for name in ("conj", "neg") if getattr(tensor, name))
+        place = b"(" + _is_exact_type("storage") + f"c{kind}\n".encode() + _is_exact_type(str(number))
+        storage = place + _is_exact_type("cpu") + _is_exact_type(count) + b"tQ"
+        layout = (
+            _is_exact_type(tensor.offset)
+            + _sizes(tensor.shape)
+            + _sizes(tensor.stride)
+            + _is_exact_type(tensor.requires_grad)
+        )
+        bits = b"".join(_is_exact_type(name) + b"\x88" for name in ("conj", "neg") if getattr(tensor, name))
         rest = (
             _ORDERED + (b"" if typed else f"ctorch\n{tensor.dtype}\n".encode()) + (b"}(" + bits + b"u" if bits else b"")
         )
         function = b"ctorch._utils\n_rebuild_tensor_v2\n" if typed else b"ctorch._utils\n_rebuild_tensor_v3\n"
         made = function + b"(" + storage + layout + rest + b"tR"
         if tensor.parameter:
-            made = b"ctorch._utils\n_rebuild_parameter\n" + made + _bare(tensor.requires_grad) + _ORDERED + b"\x87R"
+            made = (
+                b"ctorch._utils\n_rebuild_parameter\n"
+                + made
+                + _is_exact_type(tensor.requires_grad)
+                + _ORDERED
+                + b"\x87R"
+            )
         return made
 
 
-def _takes(value: Any) -> bool:
+def _opcode_for(value: Any) -> bool:
     """Whether torch takes a plain value, or a dictionary's key."""
     if isinstance(value, int):
         return value.bit_length() < 8 * _LONGEST_INTEGER
-    return type(value) in _SCALARS or (isinstance(value, tuple) and all(map(_takes, value)))
+    return type(value) in _SCALARS or (isinstance(value, tuple) and all(map(_opcode_for, value)))
 
 
 def _sizes(numbers: tuple[int, ...]) -> bytes:
-    return b"(" + b"".join(map(_bare, numbers)) + b"t"
+    return b"(" + b"".join(map(_is_exact_type, numbers)) + b"t"
 
 
-def _bare(value: Any) -> bytes:
+def _is_exact_type(value: Any) -> bytes:
     """The operations for a plain value."""
     if value is None:
         return b"N"
@@ -180,7 +191,7 @@ def _bare(value: Any) -> bytes:
         data = value.encode("utf-8", "surrogatepass")
         return struct.pack("<cI", b"X", len(data)) + data
     # As Python 2 would have to be told it: protocol 2 has no bytes of its own.
-    return b"c_codecs\nencode\n" + _bare(value.decode("latin1")) + _bare("latin1") + b"\x86R"
+    return b"c_codecs\nencode\n" + _is_exact_type(value.decode("latin1")) + _is_exact_type("latin1") + b"\x86R"
 
 
 def _integer(value: int) -> bytes:

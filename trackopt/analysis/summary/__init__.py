@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from trackopt import state
-from trackopt.analysis.summary.findings import LISTED, Finding, findings, of_buffer, parts_of
+from trackopt.analysis.summary.findings import MAX_LISTED, Finding, findings, of_buffer, parts_of
 from trackopt.archive.describe import describe
 from trackopt.state.models import dtypes
 
@@ -60,25 +60,25 @@ class Summary:
             "step": self.state.step,
             "epoch": self.state.epoch,
             "model": _weights(self.state.weights),
-            "averages": [{"name": model.name, **_weights((model,))} for model in averages[:LISTED]],
+            "averages": [{"name": model.name, **_weights((model,))} for model in averages[:MAX_LISTED]],
             "optimizers": [_optimizer(one, self.statistics) for one in self.state.optimizers],
             "schedulers": [_scheduler(one) for one in self.state.schedulers],
             "rng": list(self.state.rng),
-            "extras": [{"name": name, "value": describe(value)} for name, value in self.state.extras[:LISTED]],
-            "globals": list(self.globals[:LISTED]),
+            "extras": [{"name": name, "value": describe(value)} for name, value in self.state.extras[:MAX_LISTED]],
+            "globals": list(self.globals[:MAX_LISTED]),
             "findings": [{"level": one.level, "text": one.text} for one in self.findings],
         }
         if self.tensors is not None:
             result["tensors"] = [_tensor(name, tensor, self.statistics) for name, tensor in self.tensors.items()]
         return result
 
-    def together(self) -> dict[str, Statistics]:
+    def merge_statistics(self) -> dict[str, Statistics]:
         """The statistics of each model's and each buffer's tensors, as if they were one."""
-        from trackopt.analysis.summary.statistics import joined
+        from trackopt.analysis.summary.statistics import merge
 
         measured = self.statistics or {}
         parts = {what: [measured[name] for name in names] for what, names in parts_of(self.state, measured).items()}
-        return {what: joined(some) for what, some in parts.items() if some}
+        return {what: merge(some) for what, some in parts.items() if some}
 
 
 def summarize(
@@ -143,7 +143,7 @@ def _optimizer(one: Optimizer, statistics: dict[str, Statistics] | None) -> dict
         "name": one.name,
         "class": one.cls or None,
         "evidence": one.evidence,
-        "unknown": list(one.unknown[:LISTED]),
+        "unknown": list(one.unknown[:MAX_LISTED]),
         "groups": [
             {
                 "name": group.name,
@@ -159,14 +159,14 @@ def _optimizer(one: Optimizer, statistics: dict[str, Statistics] | None) -> dict
                 "elements": sum(tensor.elements for tensor in buffer.tensors.values()),
                 "bytes": sum(tensor.nbytes for tensor in buffer.tensors.values()),
                 "dtypes": dtypes(buffer.tensors.values()),
-                **_together(one, name, statistics),
+                **_merge_statistics(one, name, statistics),
             }
             for name, buffer in one.buffers.items()
         },
         "steps": {"min": one.steps[0], "max": one.steps[1]} if one.steps else None,
         "matching": one.matching or None,
-        "parameters": [_parameter(parameter) for parameter in one.parameters[:LISTED]],
-        "unmatched": list(one.unmatched[:LISTED]),
+        "parameters": [_parameter(parameter) for parameter in one.parameters[:MAX_LISTED]],
+        "unmatched": list(one.unmatched[:MAX_LISTED]),
     }
 
 
@@ -185,10 +185,10 @@ def _scheduler(one: Scheduler) -> dict[str, Any]:
         "name": one.name,
         "class": one.cls or None,
         "evidence": one.evidence,
-        "unknown": list(one.unknown[:LISTED]),
+        "unknown": list(one.unknown[:MAX_LISTED]),
         "last_epoch": one.last_epoch,
         "last_lr": list(one.last_lr),
-        "agrees": one.agrees,
+        "agrees": one.lr_matches_optimizer,
     }
 
 
@@ -197,10 +197,10 @@ def _tensor(name: str, tensor: Tensor, statistics: dict[str, Statistics] | None)
     return facts | (statistics[name].as_dict() if statistics and name in statistics else {})
 
 
-def _together(one: Optimizer, buffer: str, statistics: dict[str, Statistics] | None) -> dict[str, float]:
+def _merge_statistics(one: Optimizer, buffer: str, statistics: dict[str, Statistics] | None) -> dict[str, float]:
     """The statistics of all of a buffer's tensors, as if they were one."""
     if statistics is None:
         return {}
-    from trackopt.analysis.summary.statistics import joined
+    from trackopt.analysis.summary.statistics import merge
 
-    return joined(statistics[name] for name in of_buffer(one, buffer, statistics)).as_dict()
+    return merge(statistics[name] for name in of_buffer(one, buffer, statistics)).as_dict()

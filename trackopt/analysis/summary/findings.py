@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from trackopt.archive import verify
-from trackopt.archive.unpickler.weights_only import is_safe
+from trackopt.archive.unpickler.weights_only import is_allowed
 from trackopt.state.models import unique, unique_names
 
 if TYPE_CHECKING:
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from trackopt.state.optimizers import Optimizer
 
 #: Bytes up to which the checksums are read as well: a few hundredths of a second.
-READ_UP_TO = 48 << 20
-LISTED = 10_000  #: Extras and names that are listed at most; no honest file has as many.
+VERIFY_LIMIT_BYTES = 48 << 20
+MAX_LISTED = 10_000  #: Extras and names that are listed at most; no honest file has as many.
 _GENERATORS = ("python", "numpy", "torch")
 _MANY = 3
 _MANY_STEPS = 10
@@ -46,19 +46,26 @@ def findings(archive: Archive, found: TrainingState, measured: dict[str, Statist
         found: What was found in it.
         measured: Its tensors' statistics, if they were taken.
     """
-    read_all = archive.source.packed <= READ_UP_TO and not archive.remote
-    damage = verify.problems(archive, crc=read_all)
+    read_all = archive.source.checksummed_bytes <= VERIFY_LIMIT_BYTES and not archive.remote
+    damage = verify.find_problems(archive, crc=read_all)
     errors = [Finding("error", line) for line in _first(damage, "problems")]
-    lines = [*_missing(found), *_odd(found), *_rates(found), *_heavy(archive), *_foreign(archive), *_hidden(archive)]
-    lines += [*_unlisted(archive, found), *_unhealthy(found, measured or {})]
+    lines = [
+        *_missing(found),
+        *_inconsistencies(found),
+        *_rates(found),
+        *_size_warnings(archive),
+        *_unsafe_globals(archive),
+        *_unreferenced_storages(archive),
+    ]
+    lines += [*_unlisted(archive, found), *_nonfinite(found, measured or {})]
     warnings = [Finding("warning", line) for line in lines]
-    told = errors + warnings or [Finding("ok", _good_news(found, read_all=read_all))]
+    told = errors + warnings or [Finding("ok", _ok_message(found, read_all=read_all))]
     return told + [Finding("info", line) for line in _frozen(found)]
 
 
-def _good_news(found: TrainingState, *, read_all: bool) -> str:
+def _ok_message(found: TrainingState, *, read_all: bool) -> str:
     sums = "every checksum is right" if read_all else "the structure is sound (`trackopt verify` reads the checksums)"
-    if found.own:
+    if found.is_trackopt:
         return f"resumes exactly: everything a run needs is here, and {sums}"
     return f"weights, optimizer, scheduler and random states are here, and {sums}"
 
@@ -78,7 +85,7 @@ def _missing(found: TrainingState) -> list[str]:
     wanted = found.meta.get("scheduler_class") if found.meta is not None else True
     if not found.schedulers and wanted:
         lines.append("without the scheduler the learning rate starts over on resume")
-    absent = [name for name in _GENERATORS if name not in found.rng] if found.own else []
+    absent = [name for name in _GENERATORS if name not in found.rng] if found.is_trackopt else []
     if not found.rng:
         lines.append("no RNG state: data order and dropout will differ on resume")
     elif absent:
@@ -86,7 +93,7 @@ def _missing(found: TrainingState) -> list[str]:
     return lines
 
 
-def _odd(found: TrainingState) -> list[str]:
+def _inconsistencies(found: TrainingState) -> list[str]:
     lines = []
     for one in found.optimizers:
         parameters = [name for group in one.groups for name in group.parameters]
@@ -100,7 +107,7 @@ def _odd(found: TrainingState) -> list[str]:
     lines.extend(
         f"{scheduler.name}: its learning rate is not the optimizer's"
         for scheduler in found.schedulers
-        if scheduler.agrees is False
+        if scheduler.lr_matches_optimizer is False
     )
     return lines
 
@@ -116,7 +123,7 @@ def _frozen(found: TrainingState) -> list[str]:
     return [f"{len(left)} of {len(names)} parameters are in no optimizer, so frozen or forgotten: {listed}"]
 
 
-def _heavy(archive: Archive) -> list[str]:
+def _size_warnings(archive: Archive) -> list[str]:
     """Storages that are much larger than what their tensors show."""
     shown: Counter[str] = Counter()
     stored: dict[str, int] = {}
@@ -130,8 +137,8 @@ def _heavy(archive: Archive) -> list[str]:
     return [f"{wasted:,} of {total:,} stored bytes are in no tensor: views were saved; clone them before saving"]
 
 
-def _foreign(archive: Archive) -> list[str]:
-    refused = [name for name in archive.globals if not is_safe(name)]
+def _unsafe_globals(archive: Archive) -> list[str]:
+    refused = [name for name in archive.globals if not is_allowed(name)]
     if not refused:
         return []
     names = ", ".join(refused[:_MANY]) + (f" and {len(refused) - _MANY} more" if len(refused) > _MANY else "")
@@ -142,10 +149,12 @@ def _unlisted(archive: Archive, found: TrainingState) -> list[str]:
     """What is too much to be listed, and so may hide something."""
     counts = {"entries at the top": len(found.extras), "names of classes and functions": len(archive.globals)}
     counts |= {f"parameters in {one.name}": len(one.parameters) for one in found.optimizers}
-    return [f"{count:,} {what}, of which {LISTED:,} are listed" for what, count in counts.items() if count > LISTED]
+    return [
+        f"{count:,} {what}, of which {MAX_LISTED:,} are listed" for what, count in counts.items() if count > MAX_LISTED
+    ]
 
 
-def _hidden(archive: Archive) -> list[str]:
+def _unreferenced_storages(archive: Archive) -> list[str]:
     """Tensors that a list by path cannot tell apart, such as those under the keys 0 and "0"."""
     count = Counter(name for name, _ in archive.tensors())
     twice = [name for name, times in count.items() if times > 1]
@@ -164,7 +173,7 @@ def _rates(found: TrainingState) -> list[str]:
     return lines
 
 
-def _unhealthy(found: TrainingState, measured: dict[str, Statistics]) -> list[str]:
+def _nonfinite(found: TrainingState, measured: dict[str, Statistics]) -> list[str]:
     """Values that no sound training leaves."""
     lines = []
     for what, names in parts_of(found, measured).items():
@@ -176,11 +185,11 @@ def _unhealthy(found: TrainingState, measured: dict[str, Statistics]) -> list[st
             lines.append(f"{what}: there are negative values, and a second moment has none")
     for one in found.optimizers:
         if one.steps and one.steps[1] >= _MANY_STEPS:
-            lines += [line for buffer in one.buffers if (line := _still(one, buffer, measured))]
+            lines += [line for buffer in one.buffers if (line := _zero_buffers(one, buffer, measured))]
     return lines
 
 
-def _still(one: Optimizer, buffer: str, measured: dict[str, Statistics]) -> str:
+def _zero_buffers(one: Optimizer, buffer: str, measured: dict[str, Statistics]) -> str:
     """The finding that moments never moved."""
     parts = [part for name in of_buffer(one, buffer, measured) if (part := measured[name]).count]
     zero = [part for part in parts if part.zero == part.count]

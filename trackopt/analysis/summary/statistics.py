@@ -10,8 +10,8 @@ import threading
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from trackopt.archive.io.parallel import in_threads
-from trackopt.archive.io.source import misfit
+from trackopt.archive.io.parallel import map_threads
+from trackopt.archive.io.source import out_of_bounds_reason
 from trackopt.errors import ArchiveError
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class Statistics:
     Attributes:
         count: Finite values.
         mean: Their average.
-        spread: The sum of their squared distances from it.
+        m2: The sum of their squared distances from it.
         min: The smallest of them.
         max: The largest of them.
         nan: How many values are not a number.
@@ -50,7 +50,7 @@ class Statistics:
 
     count: int = 0
     mean: float = math.nan
-    spread: float = 0.0
+    m2: float = 0.0
     min: float = math.nan
     max: float = math.nan
     nan: int = 0
@@ -60,35 +60,35 @@ class Statistics:
     @property
     def norm(self) -> float:
         """The Euclidean norm."""
-        return math.sqrt(self.spread + self.count * self.mean**2) if self.count else math.nan
+        return math.sqrt(self.m2 + self.count * self.mean**2) if self.count else math.nan
 
     @property
     def std(self) -> float:
         """The standard deviation, of the values as a whole population."""
-        return math.sqrt(self.spread / self.count) if self.count else math.nan
+        return math.sqrt(self.m2 / self.count) if self.count else math.nan
 
     def as_dict(self) -> dict[str, float]:
         """The facts under the keys of ``inspect --json --stats``."""
         names = ("norm", "mean", "std", "min", "max", "nan", "inf", "zero")
         return {name: getattr(self, name) for name in names}
 
-    def joined(self, other: Statistics) -> Statistics:
+    def merge(self, other: Statistics) -> Statistics:
         """Those of both together, after Chan, Golub and LeVeque (1979)."""
         odd = (self.nan + other.nan, self.inf + other.inf, self.zero + other.zero)
         if not self.count or not other.count:
             full = self if self.count else other
-            return Statistics(full.count, full.mean, full.spread, full.min, full.max, *odd)
+            return Statistics(full.count, full.mean, full.m2, full.min, full.max, *odd)
         count, distance = self.count + other.count, other.mean - self.mean
         mean = self.mean + distance * other.count / count
-        spread = self.spread + other.spread + distance**2 * self.count * other.count / count
+        spread = self.m2 + other.m2 + distance**2 * self.count * other.count / count
         return Statistics(count, mean, spread, min(self.min, other.min), max(self.max, other.max), *odd)
 
 
-def joined(parts: Iterable[Statistics]) -> Statistics:
+def merge(parts: Iterable[Statistics]) -> Statistics:
     """The statistics of several tensors as if they were one."""
     result = Statistics()
     for part in parts:
-        result = result.joined(part)
+        result = result.merge(part)
     return result
 
 
@@ -104,7 +104,7 @@ def measure(archive: Archive, progress: Callable[[int, int], None] | None = None
     """
     alike: dict[tuple[Tensor, int], list[str]] = {}
     for name, tensor in archive.tensors():
-        if tensor.dtype.startswith(_MEASURED) and misfit(tensor, archive.source) is None:
+        if tensor.dtype.startswith(_MEASURED) and out_of_bounds_reason(tensor, archive.source) is None:
             alike.setdefault((_flat(tensor), id(tensor.storage.region)), []).append(name)
     pieces = [(key, piece) for key in alike for piece in _pieces(key[0])]
     tell = _counted(progress, sum(piece.nbytes for _, piece in pieces))
@@ -115,9 +115,9 @@ def measure(archive: Archive, progress: Callable[[int, int], None] | None = None
         return part
 
     found: dict[tuple[Tensor, int], Statistics | None] = {}
-    for (key, _), part in zip(pieces, in_threads(measured, [piece for _, piece in pieces]), strict=True):
+    for (key, _), part in zip(pieces, map_threads(measured, [piece for _, piece in pieces]), strict=True):
         before = found.get(key, Statistics())
-        found[key] = before.joined(part) if before is not None and part is not None else None
+        found[key] = before.merge(part) if before is not None and part is not None else None
     told = {name: part for key, part in found.items() if part is not None for name in alike[key]}
     return {name: told[name] for name, _ in archive.tensors() if name in told}
 
@@ -158,7 +158,7 @@ def _measured(archive: Archive, tensor: Tensor) -> Statistics | None:
     if not tensor.contiguous and tensor.nbytes > _GATHERED:
         return None
     try:
-        return joined(map(_block, archive.chunks(tensor, _BLOCK * min(tensor.itemsize, 4))))
+        return merge(map(_block, archive.chunks(tensor, _BLOCK * min(tensor.itemsize, 4))))
     except ArchiveError:
         return None  # `verify`, and the findings, say why
 
@@ -176,7 +176,7 @@ def _block(values: Array) -> Statistics:
             return Statistics()
         low, high = float(values.min()), float(values.max())
         if not (math.isfinite(low) and math.isfinite(high)):
-            return _odd_block(values)
+            return _nonfinite_block(values)
         if low == high:
             return Statistics(values.size, low, 0.0, low, high, zero=0 if low else values.size)
         zero = values.size - int(np.count_nonzero(values != 0)) if low <= 0 <= high else 0
@@ -211,7 +211,7 @@ def _dot(values: Array, row: Array | None = None) -> float:
     return float(products.sum(dtype="f8")) + float(np.dot(rest, rest if row is None else row[: rest.size]))
 
 
-def _odd_block(values: Array) -> Statistics:
+def _nonfinite_block(values: Array) -> Statistics:
     import numpy as np
 
     nan = int(np.count_nonzero(np.isnan(values)))

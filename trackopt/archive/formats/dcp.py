@@ -11,15 +11,15 @@ import math
 import os
 from typing import TYPE_CHECKING, Any
 
-from trackopt.archive.formats.members import renamed
-from trackopt.archive.formats.sharded_tensor import Item, Piece, Sharded
+from trackopt.archive.formats.members import prefix_storage_keys
+from trackopt.archive.formats.sharded_tensor import Chunk, ShardedRange, StorageMetadata
 from trackopt.archive.formats.torch_zip import MAX_PICKLED, ZipSource
-from trackopt.archive.io.byte_ranges import Regions
+from trackopt.archive.io.byte_ranges import RangeSource
 from trackopt.archive.io.source import Contents
-from trackopt.archive.tree import ITEMSIZE, Global, Opaque, Storage, Tensor, contiguous
+from trackopt.archive.tree import ITEMSIZE, Global, Storage, Tensor, UnknownObject, contiguous
 from trackopt.archive.unpickler import constructors
-from trackopt.archive.unpickler.limits import MAX_DEPTH, Broken, bounded
-from trackopt.archive.unpickler.machine import Machine
+from trackopt.archive.unpickler.limits import MAX_DEPTH, MalformedPickle, check_limits
+from trackopt.archive.unpickler.machine import PickleMachine
 from trackopt.archive.unpickler.opcodes import OPERATIONS
 from trackopt.errors import ArchiveError
 
@@ -27,14 +27,14 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from typing import TypeGuard
 
-    from trackopt.archive.formats.members import Files, Load
+    from trackopt.archive.formats.members import Load, OpenFiles
 
 MAX_PLAIN = 128 << 20
 _MAX_RANK = 64
 _OWN = ("torch.distributed.checkpoint.", "torch.serialization._get_layout", "pathlib.", "torch.Size", "torch.float")
 
 
-def load(files: Files, _: Load) -> Contents:
+def load(files: OpenFiles, _: Load) -> Contents:
     """Read the structure of a distributed checkpoint.
 
     Raises:
@@ -46,7 +46,7 @@ def load(files: Files, _: Load) -> Contents:
 class _Reader:
     """Puts the metadata and the files together."""
 
-    def __init__(self, files: Files) -> None:
+    def __init__(self, files: OpenFiles) -> None:
         self._files = files
         self._path = files.directory / ".metadata"
         self._globals: dict[str, None] = {}
@@ -56,7 +56,7 @@ class _Reader:
         metadata = self._metadata()
         self._described: dict[Any, Any] = _dictionary(metadata.get("state_dict_metadata"))
         self._paths = _dictionary(metadata.get("planner_data"))
-        self._items: dict[tuple[str, tuple[int, ...]], Item] = {}
+        self._items: dict[tuple[str, tuple[int, ...]], StorageMetadata] = {}
         for index, info in _dictionary(metadata.get("storage_data")).items():
             place = _state(index)
             offsets = place.get("offset")
@@ -72,23 +72,23 @@ class _Reader:
                 self._problems.append(f"{name!r} stands where another value stands")
         source = _Items(self._files, list(self._items.values()))
         try:
-            whole = bounded(_lists(tree))
-        except Broken as error:
+            whole = check_limits(_lists(tree))
+        except MalformedPickle as error:
             raise self._broken(str(error)) from error
         return Contents("DCP", whole, source, tuple(self._globals), self._problems, self._files)
 
     def _metadata(self) -> dict[Any, Any]:
-        machine = Machine(self._files.text(".metadata"), constructors.call, constructors.storage)
+        machine = PickleMachine(self._files.text(".metadata"), constructors.construct, constructors.storage)
         try:
             found = _state(machine.run(OPERATIONS))
-        except Broken as error:
+        except MalformedPickle as error:
             raise self._broken(str(error)) from error
         if not isinstance(found.get("state_dict_metadata"), dict):
             raise self._broken("they describe no state dict")
         self._globals.update({name: None for name in machine.globals if not name.startswith(_OWN)})
         return found
 
-    def _item(self, info: dict[Any, Any]) -> Item:
+    def _item(self, info: dict[Any, Any]) -> StorageMetadata:
         offset: Any = info.get("offset")
         length: Any = info.get("length")
         path, file = self._files.open(info.get("relative_path"))
@@ -97,16 +97,16 @@ class _Reader:
             raise self._broken(f"{length} bytes are said to be at {offset} in {path.name!r}, which has {end:,}")
         if info.get("transform_descriptors"):
             raise self._broken(f"{path.name!r} is compressed, which is not read")
-        return Item(path, file, offset, length)
+        return StorageMetadata(path, file, offset, length)
 
     def _value(self, name: str, described: Any) -> Any:
-        kind = described.name.rpartition(".")[2] if isinstance(described, Opaque) else ""
+        kind = described.name.rpartition(".")[2] if isinstance(described, UnknownObject) else ""
         if kind == "TensorStorageMetadata":
             return self._tensor(name, described.state)
         item = self._items.get((name, ()))
         if kind != "BytesStorageMetadata" or item is None:
             self._problems.append(f"{name!r} is described, but not in any file")
-            return Opaque("missing")
+            return UnknownObject("missing")
         self._plain += item.length
         if self._plain > MAX_PLAIN:
             raise self._broken(f"values besides tensors take more than {MAX_PLAIN:,} bytes")
@@ -116,7 +116,7 @@ class _Reader:
             raise self._broken(f"the pickles of values besides tensors take more than {MAX_PICKLED:,} bytes")
         self._globals.update(dict.fromkeys(contents.globals))
         self._problems.extend(f"{name}: {line}" for line in contents.problems)
-        return renamed(contents.tree, name, contents.source)
+        return prefix_storage_keys(contents.tree, name, contents.source)
 
     def _tensor(self, name: str, state: Any) -> Tensor:
         """A tensor that knows its parts."""
@@ -128,10 +128,10 @@ class _Reader:
             if item is None or not inside or math.prod(sizes) * ITEMSIZE[dtype] > item.length:
                 self._problems.append(f"the part of {name!r} at {list(offsets)} is in no file, or of another size")
                 continue
-            pieces.append(Piece(offsets, sizes, item))
+            pieces.append(Chunk(offsets, sizes, item))
         if sum(math.prod(piece.sizes) for piece in pieces) != math.prod(shape):
             self._problems.append(f"the parts of {name!r} do not make up its shape {list(shape)}")
-        region = Sharded(name, dtype, shape, tuple(pieces))
+        region = ShardedRange(name, dtype, shape, tuple(pieces))
         return Tensor(Storage(name, dtype, "cpu", region.size, region), dtype, shape, contiguous(shape))
 
     def _shape(self, name: str, state: Any) -> tuple[str, tuple[int, ...], list[tuple[Any, Any]]]:
@@ -151,26 +151,28 @@ class _Reader:
         return ArchiveError(f"{self._path}: {what}; the checkpoint is damaged, copy it again or use another one")
 
 
-class _Items(Regions):
+class _Items(RangeSource):
     """The checksums of all the small checkpoints."""
 
-    def __init__(self, files: Files, items: list[Item]) -> None:
+    def __init__(self, files: OpenFiles, items: list[StorageMetadata]) -> None:
         super().__init__(files.directory)
         self._items = items
-        self.packed = sum(item.length for item in items)
+        self.checksummed_bytes = sum(item.length for item in items)
 
-    def damaged(self) -> Iterator[str]:
+    def verify_checksums(self) -> Iterator[str]:
         """One line for each part whose bytes are not those that were written."""
         for item in self._items:
             try:
-                yield from (f"{item.path.name} at {item.offset:,}: {line}" for line in item.contents().source.damaged())
+                yield from (
+                    f"{item.path.name} at {item.offset:,}: {line}" for line in item.contents().source.verify_checksums()
+                )
             except ArchiveError as error:
                 yield str(error).removeprefix(f"{self.path}/")
 
 
 def _state(node: Any) -> dict[Any, Any]:
     """The attributes of a described object; none if it has no such."""
-    return _dictionary(node.state) if isinstance(node, Opaque) else {}
+    return _dictionary(node.state) if isinstance(node, UnknownObject) else {}
 
 
 def _is_path(value: Any) -> TypeGuard[tuple[Any, ...]]:
@@ -182,7 +184,7 @@ def _dictionary(value: Any) -> dict[Any, Any]:
 
 
 def _state_tuple(node: Any) -> tuple[Any, ...]:
-    return tuple(node.state) if isinstance(node, Opaque) and isinstance(node.state, tuple) else ()
+    return tuple(node.state) if isinstance(node, UnknownObject) and isinstance(node.state, tuple) else ()
 
 
 def _is_count(value: Any) -> bool:

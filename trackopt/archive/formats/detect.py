@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from trackopt.archive.formats.not_checkpoints import recognized
+from trackopt.archive.formats.not_checkpoints import explain
 
 HEAD = 512
 _MAGIC = (b"l\xfc\x9cF\xf9 j\xa8P\x19.", b"L119547037146038801333356L\n.")  # as binary and as text
@@ -26,7 +26,7 @@ def _is_zip(head: bytes) -> bool:
 
 
 def _is_stranger(head: bytes) -> bool:
-    return recognized(head) is not None
+    return explain(head) is not None
 
 
 def is_tar(head: bytes) -> bool:

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from trackopt.archive.formats import manifest
-from trackopt.archive.formats.members import Files, Members, confined, renamed
+from trackopt.archive.formats.members import MultiFileSource, OpenFiles, prefix_storage_keys, resolve_inside
 from trackopt.archive.io.source import Contents
-from trackopt.archive.unpickler.limits import Broken, bounded
+from trackopt.archive.unpickler.limits import MalformedPickle, check_limits
 from trackopt.errors import ArchiveError
 
 if TYPE_CHECKING:
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from trackopt.archive.formats.members import Load
-    from trackopt.archive.io.source import Source
+    from trackopt.archive.io.source import TensorSource
 
 #: In a run's own sharded checkpoint: everything that is not spread over processes.
-REST = "training.pt"
-_SHARDED = {".metadata", REST, manifest.NAME}
+UNSHARDED_FILE = "training.pt"
+_SHARDED = {".metadata", UNSHARDED_FILE, manifest.NAME}
 _STEP = re.compile(r"(?:checkpoint|checkpoint_|checkpoint-|global_step|step_|step-)(\d+)")
 _MODEL = re.compile(
     r"(?P<key>model|pytorch_model|adapter_model|diffusion_pytorch_model)(?P<number>_\d+)?"
@@ -57,7 +57,7 @@ def newest(directory: Path) -> Path | None:
         return directory
     latest = directory / "latest"
     if latest.is_file() and latest.stat().st_size < 256:
-        tagged = confined(directory, latest.read_text(errors="replace").strip())
+        tagged = resolve_inside(directory, latest.read_text(errors="replace").strip())
         if tagged.is_dir() and _layout(tagged) is not None:
             return tagged
     numbered = {int(match[1]): path for path in directory.iterdir() if (match := _STEP.fullmatch(path.name))}
@@ -80,7 +80,7 @@ def load(directory: Path, one: Load) -> Contents:
 
     Args:
         directory: What `newest` found.
-        one: Reads the structure of an open file.
+        load_file: Reads the structure of an open file.
 
     Raises:
         ArchiveError: A file that must be there is missing, damaged or outside of the directory.
@@ -88,20 +88,20 @@ def load(directory: Path, one: Load) -> Contents:
     layout = _layout(directory)
     if layout is None:
         raise ArchiveError(f"{directory}: there is no checkpoint in this directory; name a run's directory or a file")
-    return _closing_on_error(Files(directory), lambda files: layout(files, one))
+    return _close_on_error(OpenFiles(directory), lambda files: layout(files, one))
 
 
 def load_index(path: Path, one: Load) -> Contents:
     """Read the weights that an index spreads over several files beside it."""
 
-    def read(files: Files) -> Contents:
-        union = _Union(files, one)
+    def read(files: OpenFiles) -> Contents:
+        union = _DirectoryTree(files, one)
         return union.contents("sharded weights", union.shards(path.name))
 
-    return _closing_on_error(Files(path.parent), read)
+    return _close_on_error(OpenFiles(path.parent), read)
 
 
-def _closing_on_error(files: Files, read: Callable[[Files], Contents]) -> Contents:
+def _close_on_error(files: OpenFiles, read: Callable[[OpenFiles], Contents]) -> Contents:
     try:
         return read(files)
     except BaseException:
@@ -110,13 +110,13 @@ def _closing_on_error(files: Files, read: Callable[[Files], Contents]) -> Conten
 
 
 @dataclass
-class _Union:
+class _DirectoryTree:
     """Files that have been read so far."""
 
-    files: Files
-    one: Load
+    files: OpenFiles
+    load_file: Load
     tree: dict[str, Any] = field(default_factory=dict)
-    sources: dict[str, Source] = field(default_factory=dict)
+    sources: dict[str, TensorSource] = field(default_factory=dict)
     globals: dict[str, None] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     trees: dict[tuple[int, int], Any] = field(default_factory=dict)
@@ -132,11 +132,11 @@ class _Union:
         return self.trees[key]
 
     def _read(self, name: str, path: Path, file: int) -> Any:
-        contents = self.one(path, file)
+        contents = self.load_file(path, file)
         self.sources[name] = contents.source
         self.globals.update(dict.fromkeys(contents.globals))
         self.problems.extend(f"{name}: {line}" for line in contents.problems)
-        return renamed(contents.tree, name, contents.source)
+        return prefix_storage_keys(contents.tree, name, contents.source)
 
     def shards(self, index: str) -> dict[str, Any]:
         """The tensors that an index names, each from the file that it says."""
@@ -166,7 +166,7 @@ class _Union:
             if key not in self.tree:
                 self.tree[key] = self.member(name) if single else self.shards(name)
 
-    def rest(self, patterns: Any) -> None:
+    def extra_files(self, patterns: Any) -> None:
         """The files beside the weights; one that cannot be read is told."""
         for name in _names(self.files.directory):
             for pattern, key in patterns:
@@ -177,7 +177,7 @@ class _Union:
                         self.problems.append(f"{name}: {str(error).removeprefix(f'{self.files.directory / name}: ')}")
 
     def contents(self, form: str, tree: Any = None) -> Contents:
-        source = Members(self.files.directory, self.sources)
+        source = MultiFileSource(self.files.directory, self.sources)
         whole = self.tree if tree is None else tree
         return Contents(form, whole, source, tuple(self.globals), self.problems, self.files)
 
@@ -185,8 +185,8 @@ class _Union:
 def parsed(path: Path, data: bytes) -> Any:
     """A JSON file's content."""
     try:
-        return bounded(json.loads(data))
-    except (ValueError, RecursionError, Broken) as error:
+        return check_limits(json.loads(data))
+    except (ValueError, RecursionError, MalformedPickle) as error:
         raise ArchiveError(f"{path}: it is no sound JSON ({error}); copy it again") from error
 
 
@@ -196,13 +196,13 @@ def _names(directory: Path) -> list[str]:
     return sorted(names, key=lambda name: [int(part) if part.isdecimal() else 0 for part in re.split(r"(\d+)", name)])
 
 
-def _layout(directory: Path) -> Callable[[Files, Load], Contents] | None:
+def _layout(directory: Path) -> Callable[[OpenFiles, Load], Contents] | None:
     """How to read a directory; None if it is no checkpoint of a known layout."""
     try:
         names, sharded = _names(directory), is_sharded(directory)
     except OSError as error:
         raise ArchiveError(f"{directory}: cannot be looked at ({error.strerror}); check its permissions") from error
-    if sharded and (REST in names or manifest.NAME in names):
+    if sharded and (UNSHARDED_FILE in names or manifest.NAME in names):
         return _sharded
     if sharded:
         from trackopt.archive.formats import dcp
@@ -219,56 +219,56 @@ def _layout(directory: Path) -> Callable[[Files, Load], Contents] | None:
     return None
 
 
-def _sharded(files: Files, one: Load) -> Contents:
+def _sharded(files: OpenFiles, one: Load) -> Contents:
     """A run's own: models and optimizers as DCP has them, under the names of their parameters; the rest in a file."""
     from trackopt.archive.formats import dcp
 
     spread = dcp.load(files, one)
-    union = _Union(files, one)
+    union = _DirectoryTree(files, one)
     union.sources["DCP"] = spread.source
     union.problems.extend(spread.problems)
     union.globals.update(dict.fromkeys(spread.globals))
-    rest = union.member(REST)
+    rest = union.member(UNSHARDED_FILE)
     if not isinstance(rest, dict):
-        raise ArchiveError(f"{files.directory / REST}: it holds no dictionary; use another checkpoint")
+        raise ArchiveError(f"{files.directory / UNSHARDED_FILE}: it holds no dictionary; use another checkpoint")
     tree = {**spread.tree, **rest} if isinstance(spread.tree, dict) else rest
     optimizer = tree.get("optimizer")
     for node in (optimizer, *(optimizer.values() if isinstance(optimizer, dict) else ())):
         if isinstance(node, dict) and "param_groups" in node:
             node.setdefault("state", {})  # DCP leaves out what is empty
-    return replace(union.contents("DCP", tree), source=_Listed(files, union.sources))
+    return replace(union.contents("DCP", tree), source=_ManifestSource(files, union.sources))
 
 
-class _Listed(Members):
+class _ManifestSource(MultiFileSource):
     """The checksums of whole files, which a list among them gives."""
 
-    def __init__(self, files: Files, members: dict[str, Source]) -> None:
+    def __init__(self, files: OpenFiles, members: dict[str, TensorSource]) -> None:
         super().__init__(files.directory, members)
         self._files = files
-        self.packed = files.bytes
+        self.checksummed_bytes = files.bytes
 
-    def damaged(self) -> Iterator[str]:
+    def verify_checksums(self) -> Iterator[str]:
         """One line for each file that is not what was written."""
         try:
-            yield from manifest.damaged(self._files)
+            yield from manifest.find_damaged(self._files)
         except ArchiveError as error:
             yield str(error).removeprefix(f"{self.path}: ")
 
 
-def _plain(form: str, patterns: Any) -> Callable[[Files, Load], Contents]:
-    def read(files: Files, one: Load) -> Contents:
-        union = _Union(files, one)
+def _plain(form: str, patterns: Any) -> Callable[[OpenFiles, Load], Contents]:
+    def read(files: OpenFiles, one: Load) -> Contents:
+        union = _DirectoryTree(files, one)
         union.weights()
-        union.rest(patterns)
+        union.extra_files(patterns)
         return union.contents(form, None if patterns else union.tree.get("model"))
 
     return read
 
 
-def _deepspeed(files: Files, one: Load) -> Contents:
+def _deepspeed(files: OpenFiles, one: Load) -> Contents:
     """The model states of rank 0 stand at the top; optimizer states are shards of flat tensors, by rank."""
-    union = _Union(files, one)
-    union.rest(_DEEPSPEED)
+    union = _DirectoryTree(files, one)
+    union.extra_files(_DEEPSPEED)
     first = next((key for key in union.tree if key.startswith("mp_rank_")), None)
     states = union.tree.pop(first) if first is not None else {}
     if isinstance(states, dict):

@@ -10,12 +10,12 @@ from __future__ import annotations
 import struct
 from typing import TYPE_CHECKING, Any
 
-from trackopt.archive.io.byte_ranges import FileRegion, Region, Regions
+from trackopt.archive.io.byte_ranges import ByteRange, FileRegion, RangeSource
 from trackopt.archive.io.source import Contents
 from trackopt.archive.tree import ITEMSIZE, Global, Storage
 from trackopt.archive.unpickler import constructors
-from trackopt.archive.unpickler.limits import Broken
-from trackopt.archive.unpickler.machine import MAX_OPERATIONS, Machine
+from trackopt.archive.unpickler.limits import MalformedPickle
+from trackopt.archive.unpickler.machine import MAX_OPERATIONS, PickleMachine
 from trackopt.archive.unpickler.opcodes import OPERATIONS
 from trackopt.errors import ArchiveError
 
@@ -35,10 +35,10 @@ def load(path: Path, file: int) -> Contents:
     """
     try:
         stream = Stream(FileRegion(path, file), MAX_OPERATIONS)
-    except Broken as error:
+    except MalformedPickle as error:
         raise ArchiveError(f"{path}: its pickle cannot be read: {error}; use another checkpoint") from error
     globals_ = tuple(stream.globals)
-    return Contents("torch legacy", stream.tree, Regions(path, stream.byteorder), globals_, stream.problems)
+    return Contents("torch legacy", stream.tree, RangeSource(path, stream.byteorder), globals_, stream.problems)
 
 
 class Stream:
@@ -55,7 +55,7 @@ class Stream:
         problems: What is wrong although it can be read, one line each.
     """
 
-    def __init__(self, region: Region, limit: int) -> None:
+    def __init__(self, region: ByteRange, limit: int) -> None:
         self._region = region
         self._limit = limit
         self._position = 0
@@ -63,14 +63,16 @@ class Stream:
         self.globals: dict[str, Global] = {}
         self.problems: list[str] = []
         if self._pickle() != MAGIC or self._pickle() != _VERSION:
-            raise Broken("it is none of torch's")
+            raise MalformedPickle("it is none of torch's")
         facts = self._pickle()
         self.byteorder = "big" if isinstance(facts, dict) and facts.get("little_endian") is False else "little"
         self.tree = self._pickle()
         self._place(self._pickle())
 
     def _pickle(self) -> Any:
-        machine = Machine(self._region.part(self._position, self._region.size), constructors.call, self._persistent)
+        machine = PickleMachine(
+            self._region.slice(self._position, self._region.size), constructors.construct, self._persistent
+        )
         value = machine.run(OPERATIONS, self._limit)
         self._position += machine.offset
         self.globals.update(machine.globals)
@@ -90,20 +92,20 @@ class Stream:
     def _place(self, keys: Any) -> None:
         """Find each storage's data, in the order of their keys."""
         if not isinstance(keys, list):
-            raise Broken("it has no list of its storages")
+            raise MalformedPickle("it has no list of its storages")
         for key in keys:
             data = self._data.get(constructors.string(key))
             if data is None:
-                raise Broken(f"it lists a storage {key!r} that is used nowhere")
+                raise MalformedPickle(f"it lists a storage {key!r} that is used nowhere")
             if self._position + 8 > self._region.size:
                 self.problems.append(f"the file ends before the data of storage {key!r}, it was cut short")
                 return
             (count,) = struct.unpack("<q", self._region.read(self._position, self._position + 8))
             if not 0 <= count < 1 << 60:
-                raise Broken(f"storage {key!r} has {count} elements")
+                raise MalformedPickle(f"storage {key!r} has {count} elements")
             start = self._position + 8
             self._position = start + count * data.itemsize
-            data.place(self._region.part(start, self._position))
+            data.place(self._region.slice(start, self._position))
         if self._position < self._region.size:
             self.problems.append(f"{self._region.size - self._position:,} bytes follow the last storage; torch ignores "
                                  "them, other programs may not")  # fmt: skip
@@ -116,9 +118,9 @@ class StorageData:
         self.key = storage.key
         self.size = 0
         self.itemsize = ITEMSIZE[storage.dtype]
-        self._region: Region | None = None
+        self._region: ByteRange | None = None
 
-    def place(self, region: Region) -> None:
+    def place(self, region: ByteRange) -> None:
         """Say where the bytes are."""
         self._region = region
         self.size = region.size
@@ -130,7 +132,7 @@ class StorageData:
             raise ArchiveError(f"the data of storage {self.key!r} is missing; use another checkpoint")
         return self._region.read(start, stop)
 
-    def part(self, start: int, stop: int) -> Region:
+    def slice(self, start: int, stop: int) -> ByteRange:
         """A stretch of it, which may be asked for before the place is known."""
         return StoragePart(self, start, stop)
 
@@ -153,7 +155,7 @@ class StoragePart:
         """The bytes ``start`` to ``stop``."""
         return self._whole.read(self._start + start, self._start + stop)
 
-    def part(self, start: int, stop: int) -> Region:
+    def slice(self, start: int, stop: int) -> ByteRange:
         """A stretch of this one."""
         return StoragePart(self._whole, self._start + start, min(self._start + stop, self._stop))
 
@@ -163,16 +165,16 @@ def _viewed(whole: Storage, data: StorageData, view: Any) -> Storage:
     key, offset, count = view
     size = ITEMSIZE[whole.dtype]
     if not (constructors.is_size(offset) and constructors.is_size(count)):
-        raise Broken(f"storage {whole.key!r} is looked into at a place that makes no sense")
-    part = data.part(offset * size, (offset + count) * size)
+        raise MalformedPickle(f"storage {whole.key!r} is looked into at a place that makes no sense")
+    part = data.slice(offset * size, (offset + count) * size)
     return Storage(constructors.string(key), whole.dtype, whole.device, count * size, part)
 
 
-def embedded(region: Region) -> Any:
+def embedded(region: ByteRange) -> Any:
     """The object in a file that stands in another one's pickle: a storage."""
     stream = Stream(region, _MAX_EMBEDDED)
     if stream.byteorder != "little":
-        raise Broken("a storage in it is big-endian")
+        raise MalformedPickle("a storage in it is big-endian")
     tree = stream.tree
     if isinstance(tree, Storage) and tree.region is not None:
         return Storage(tree.region.key, tree.dtype, tree.device, tree.nbytes, tree.region)

@@ -6,14 +6,14 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from trackopt.archive.io.checksums import crc32
-from trackopt.archive.io.parallel import in_threads
+from trackopt.archive.io.parallel import map_threads
 from trackopt.errors import ArchiveError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from pathlib import Path
 
-    from trackopt.archive.formats.members import Files
+    from trackopt.archive.formats.members import OpenFiles
 
 NAME = "manifest.json"
 FORMAT = 1
@@ -34,7 +34,7 @@ def content(sums: Mapping[str, Mapping[str, Any]]) -> bytes:
     return json.dumps({"format": FORMAT, "files": dict(sorted(sums.items()))}, indent=1).encode()
 
 
-def damaged(files: Files) -> Iterator[str]:
+def find_damaged(files: OpenFiles) -> Iterator[str]:
     """One line for each file that is not what was written.
 
     Raises:
@@ -43,7 +43,7 @@ def damaged(files: Files) -> Iterator[str]:
     listed = _listed(files)
     for name in listed:
         files.open(name)  # raises where it is missing
-    found = in_threads(lambda name: checksum(files.directory / name), list(listed))
+    found = map_threads(lambda name: checksum(files.directory / name), list(listed))
     for (name, said), now in zip(listed.items(), found, strict=True):
         if said != now:
             yield (
@@ -52,7 +52,7 @@ def damaged(files: Files) -> Iterator[str]:
             )
 
 
-def _listed(files: Files) -> dict[str, dict[str, Any]]:
+def _listed(files: OpenFiles) -> dict[str, dict[str, Any]]:
     try:
         found = json.loads(files.text(NAME))["files"]
         if all(isinstance(said, dict) and isinstance(said.get("bytes"), int) for said in found.values()):

@@ -8,15 +8,15 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trackopt.archive.io.byte_ranges import BytesRegion, Regions
-from trackopt.archive.tree import Opaque, Storage
+from trackopt.archive.io.byte_ranges import BytesRegion, RangeSource
+from trackopt.archive.tree import Storage, UnknownObject
 from trackopt.errors import ArchiveError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from trackopt.archive.io.byte_ranges import Region
-    from trackopt.archive.io.source import Contents, Source
+    from trackopt.archive.io.byte_ranges import ByteRange
+    from trackopt.archive.io.source import Contents, TensorSource
 
     Load = Callable[[Path, int], Contents]
 
@@ -25,7 +25,7 @@ _ADVICE = "copy the whole directory again or use another checkpoint"
 
 
 @dataclass
-class Files:
+class OpenFiles:
     """The files of a directory that are open, until whoever asked for them closes them.
 
     Attributes:
@@ -42,7 +42,7 @@ class Files:
         Raises:
             ArchiveError: It is missing, no plain file, or outside of the directory.
         """
-        path = confined(self.directory, name)
+        path = resolve_inside(self.directory, name)
         if path not in self.descriptors:
             try:
                 file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a named pipe must not block
@@ -74,7 +74,7 @@ class Files:
             os.close(self.descriptors.popitem()[1])
 
 
-def confined(directory: Path, name: Any) -> Path:
+def resolve_inside(directory: Path, name: Any) -> Path:
     """The path of a file in a directory; links may not lead out of it.
 
     The hub's cache alone is made of links: a snapshot's files point to ``blobs`` beside ``snapshots``.
@@ -109,7 +109,7 @@ class StorageRegion:
         key: A name that no other storage in the directory has.
     """
 
-    source: Source
+    source: TensorSource
     storage: Storage
     key: str
 
@@ -124,43 +124,43 @@ class StorageRegion:
         region = self.storage.region
         return self.source.read(self.storage, start, stop) if region is None else region.read(start, stop)
 
-    def part(self, start: int, stop: int) -> Region:
+    def slice(self, start: int, stop: int) -> ByteRange:
         """A copy of a stretch of this one."""
         return BytesRegion(self.read(start, min(stop, self.size)), start)
 
 
-class Members(Regions):
+class MultiFileSource(RangeSource):
     """The checksums of all the members together."""
 
-    def __init__(self, path: Path, members: dict[str, Source]) -> None:
+    def __init__(self, path: Path, members: dict[str, TensorSource]) -> None:
         orders = {source.byteorder for source in members.values()}
         if len(orders) > 1:
             raise ArchiveError(f"{path}: its files differ in their byte order; {_ADVICE}")
         super().__init__(path, next(iter(orders), "little"))
         self._members = members
-        self.packed = sum(source.packed for source in members.values())
+        self.checksummed_bytes = sum(source.checksummed_bytes for source in members.values())
 
-    def damaged(self) -> Iterator[str]:
+    def verify_checksums(self) -> Iterator[str]:
         """One line for each part of a member whose bytes are not those that were written."""
         for name, source in self._members.items():
-            yield from (f"{name}: {line}" for line in source.damaged())
+            yield from (f"{name}: {line}" for line in source.verify_checksums())
 
 
-def renamed(node: Any, name: str, source: Source) -> Any:
+def prefix_storage_keys(node: Any, name: str, source: TensorSource) -> Any:
     """A member's tree, with storages that know which file they are in."""
-    return _Renamer(name, source).visit(node)
+    return _KeyPrefixer(name, source).visit(node)
 
 
-class _Renamer:
+class _KeyPrefixer:
     """Replaces storages. Containers that stand in several places stay one; none is nested deeply."""
 
-    def __init__(self, name: str, source: Source) -> None:
+    def __init__(self, name: str, source: TensorSource) -> None:
         self._name = name
         self._source = source
         self._done: dict[int, Any] = {}
 
     def visit(self, node: Any) -> Any:
-        if not isinstance(node, dict | list | tuple | Opaque) and not is_dataclass(node):
+        if not isinstance(node, dict | list | tuple | UnknownObject) and not is_dataclass(node):
             return node
         if id(node) not in self._done:
             self._done[id(node)] = self._change(node)
@@ -172,8 +172,8 @@ class _Renamer:
         if isinstance(node, dict | list):
             for key, value in list(node.items() if isinstance(node, dict) else enumerate(node)):
                 node[key] = self.visit(value)
-        elif isinstance(node, Opaque):
-            for part, value in node.parts():
+        elif isinstance(node, UnknownObject):
+            for part, value in node.components():
                 setattr(node, part, self.visit(value))
         elif isinstance(node, Storage):
             key = f"{self._name}/{node.key}"

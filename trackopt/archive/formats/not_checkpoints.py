@@ -16,7 +16,7 @@ _SIGNATURES = (
 _PAGES = (b"<!doctype", b"<html", b"<?xml")
 
 
-def recognized(head: bytes) -> str | None:
+def explain(head: bytes) -> str | None:
     r"""What a file is that is no checkpoint, and what to do; None where that is not known.
 
     Args:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from trackopt.archive.io.byte_ranges import FileRegion, Regions
+from trackopt.archive.io.byte_ranges import FileRegion, RangeSource
 from trackopt.archive.io.source import Contents
 from trackopt.archive.unpickler import constructors
-from trackopt.archive.unpickler.limits import Broken
-from trackopt.archive.unpickler.machine import Machine
+from trackopt.archive.unpickler.limits import MalformedPickle
+from trackopt.archive.unpickler.machine import PickleMachine
 from trackopt.archive.unpickler.opcodes import OPERATIONS
 from trackopt.errors import ArchiveError
 
@@ -23,11 +23,11 @@ def load(path: Path, file: int) -> Contents:
         ArchiveError: It is malformed.
     """
     whole = FileRegion(path, file)
-    machine = Machine(whole, constructors.call, constructors.storage)
+    machine = PickleMachine(whole, constructors.construct, constructors.storage)
     try:
         tree = machine.run(OPERATIONS)
-    except Broken as error:
+    except MalformedPickle as error:
         raise ArchiveError(f"{path}: its pickle cannot be read: {error}; use another checkpoint") from error
     rest = whole.size - machine.offset
     problems = [f"{rest:,} bytes follow the pickle"] if rest else []
-    return Contents("pickle", tree, Regions(path), tuple(machine.globals), problems)
+    return Contents("pickle", tree, RangeSource(path), tuple(machine.globals), problems)

@@ -6,11 +6,11 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from trackopt.archive.formats import torch_zip
-from trackopt.archive.formats.members import renamed
+from trackopt.archive.formats.members import prefix_storage_keys
 from trackopt.archive.io.source import Contents
-from trackopt.archive.tree import ITEMSIZE, Opaque, Storage
+from trackopt.archive.tree import ITEMSIZE, Storage, UnknownObject
 from trackopt.archive.unpickler import constructors
-from trackopt.archive.unpickler.limits import Broken
+from trackopt.archive.unpickler.limits import MalformedPickle
 from trackopt.errors import ArchiveError
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def _described(zipped: Zip, payloads: _Payloads, record: Record, kind: str) -> d
     try:
         entries = json.loads(text)["config"]
         return {name: payloads.value(name, entry, kind) for name, entry in entries.items()}
-    except (TypeError, ValueError, LookupError, AttributeError, RecursionError, Broken) as error:
+    except (TypeError, ValueError, LookupError, AttributeError, RecursionError, MalformedPickle) as error:
         raise _malformed(zipped, record, "makes no sense") from error
 
 
@@ -91,7 +91,7 @@ class _Payloads:
             except ArchiveError as error:
                 reason = str(error).removeprefix(f"{self._zip.path}: ")
                 self.problems.append(f"{name!r} is pickled, and not read: {reason}")
-                self._pickled[key] = Opaque("torch.export.payload", (entry,))
+                self._pickled[key] = UnknownObject("torch.export.payload", (entry,))
         return self._pickled[key]
 
     def _unpickled(self, key: str) -> Any:
@@ -104,9 +104,11 @@ class _Payloads:
         self._spent += record.size if inner is None else source.pickled
         if self._spent > torch_zip.MAX_PICKLED:
             raise ArchiveError(f"{self._zip.path}: its pickles have more than {torch_zip.MAX_PICKLED:,} bytes")
-        machine, tree = torch_zip.run(self._zip, record) if inner is None else torch_zip.run(inner, source.pickle)
+        machine, tree = (
+            torch_zip.unpickle(self._zip, record) if inner is None else torch_zip.unpickle(inner, source.pickle)
+        )
         self.globals.update(dict.fromkeys(machine.globals))
-        return renamed(tree, key, source)
+        return prefix_storage_keys(tree, key, source)
 
     def _tensor(self, key: str, meta: dict[str, Any], parameter: bool) -> Any:
         dtype = _DTYPES[meta["dtype"]]
@@ -114,12 +116,12 @@ class _Payloads:
         size = 0 if record is None else record.size // ITEMSIZE[dtype] * ITEMSIZE[dtype]
         shape, stride = (tuple(part["as_int"] for part in meta[name]) for name in ("sizes", "strides"))
         device = meta["device"]
-        place = Storage(key, dtype, constructors.call("torch.device", (device["type"], device.get("index"))), size)
+        place = Storage(key, dtype, constructors.construct("torch.device", (device["type"], device.get("index"))), size)
         layout = (place, meta["storage_offset"]["as_int"], shape, stride, bool(meta.get("requires_grad")))
-        tensor = constructors.call("torch._utils._rebuild_tensor", layout)
+        tensor = constructors.construct("torch._utils._rebuild_tensor", layout)
         if not parameter:
             return tensor
-        return constructors.call("torch._utils._rebuild_parameter", (tensor, tensor.requires_grad))
+        return constructors.construct("torch._utils._rebuild_parameter", (tensor, tensor.requires_grad))
 
 
 def _malformed(zipped: Zip, record: Record, what: str) -> ArchiveError:

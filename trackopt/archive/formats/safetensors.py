@@ -8,9 +8,9 @@ import struct
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from trackopt.archive.io.byte_ranges import FileRegion, Regions
+from trackopt.archive.io.byte_ranges import FileRegion, RangeSource
 from trackopt.archive.io.source import Contents
-from trackopt.archive.tree import ITEMSIZE, Opaque, Storage, Tensor, contiguous
+from trackopt.archive.tree import ITEMSIZE, Storage, Tensor, UnknownObject, contiguous
 from trackopt.errors import ArchiveError
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def load(path: Path, file: int) -> Contents:
         raise ArchiveError(f"{path}: its header has {length:,} bytes, at most {MAX_HEADER:,} are read; "
                            "use another checkpoint")  # fmt: skip
     header, problems = _header(path, whole.read(8, 8 + length))
-    data = whole.part(8 + length, whole.size)
+    data = whole.slice(8 + length, whole.size)
     header.pop(_METADATA, None)  # a few words of its writer's; no tensor, so no part of a state_dict
     tree: dict[str, Any] = {}
     spans = []
@@ -53,7 +53,7 @@ def load(path: Path, file: int) -> Contents:
             raise _malformed(path, f"its entry for {name!r} makes no sense") from error
         spans.append((*span, name))
     problems += _gaps(sorted(spans), data.size)
-    return Contents("safetensors", tree, Regions(path), (), problems)
+    return Contents("safetensors", tree, RangeSource(path), (), problems)
 
 
 def _header(path: Path, text: bytes) -> tuple[dict[str, Any], list[str]]:
@@ -82,7 +82,7 @@ def _malformed(path: Path, what: str) -> ArchiveError:
     return ArchiveError(f"{path}: {what}; the safetensors file is damaged, copy it again or use another checkpoint")
 
 
-def _tensor(entry: dict[str, Any], data: FileRegion) -> tuple[tuple[int, int], Tensor | Opaque]:
+def _tensor(entry: dict[str, Any], data: FileRegion) -> tuple[tuple[int, int], Tensor | UnknownObject]:
     start, stop = entry["data_offsets"]
     shape = tuple(entry["shape"])
     numbers = (start, stop, *shape)
@@ -91,12 +91,12 @@ def _tensor(entry: dict[str, Any], data: FileRegion) -> tuple[tuple[int, int], T
     kind = entry["dtype"]
     dtype = _DTYPES.get(kind)
     if dtype is None:
-        return (start, stop), Opaque(f"safetensors.{kind}", (shape,))
+        return (start, stop), UnknownObject(f"safetensors.{kind}", (shape,))
     if kind == "F4":  # two values share a byte, which torch counts as one element
         shape = (*shape[:-1], shape[-1] // 2) if shape else shape
     if math.prod(shape) * ITEMSIZE[dtype] != stop - start:
         raise ValueError(shape)
-    storage = Storage(f"@{start}", dtype, "cpu", stop - start, data.part(start, stop))
+    storage = Storage(f"@{start}", dtype, "cpu", stop - start, data.slice(start, stop))
     return (start, stop), Tensor(storage, dtype, shape, contiguous(shape))
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from trackopt.archive import decode
 from trackopt.archive.formats import torch_zip
 from trackopt.archive.io.byte_ranges import BytesRegion
-from trackopt.archive.io.source import stored
+from trackopt.archive.io.source import read_storage
 from trackopt.archive.tree import ITEMSIZE, Tensor, contiguous
 from trackopt.errors import ArchiveError
 
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from trackopt.archive.io.byte_ranges import Region
+    from trackopt.archive.io.byte_ranges import ByteRange
     from trackopt.archive.io.source import Contents
 
 
 @dataclass(frozen=True)
-class Item:
+class StorageMetadata:
     """A checkpoint within a file.
 
     Attributes:
@@ -44,7 +44,7 @@ class Item:
 
 
 @dataclass(frozen=True)
-class Piece:
+class Chunk:
     """A part of a tensor: a box of its elements.
 
     Attributes:
@@ -55,10 +55,10 @@ class Piece:
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
-    item: Item
+    item: StorageMetadata
 
 
-class Sharded:
+class ShardedRange:
     """All the bytes of a tensor, in the order of the whole.
 
     Attributes:
@@ -66,7 +66,7 @@ class Sharded:
         key: The tensor's name.
     """
 
-    def __init__(self, name: str, dtype: str, shape: tuple[int, ...], pieces: tuple[Piece, ...]) -> None:
+    def __init__(self, name: str, dtype: str, shape: tuple[int, ...], pieces: tuple[Chunk, ...]) -> None:
         self.key = name
         self.size = math.prod(shape) * ITEMSIZE[dtype]
         self._dtype = dtype
@@ -80,7 +80,7 @@ class Sharded:
         result = bytearray(stop - start)
         filled = 0
         for number, piece in enumerate(self._pieces):
-            runs = list(self._runs(piece, start, stop))
+            runs = list(self._contiguous_runs(piece, start, stop))
             if not runs:
                 continue
             first = runs[0][1]
@@ -92,11 +92,11 @@ class Sharded:
             raise ArchiveError(f"parts of {self.key!r} are missing or overlap; use another checkpoint")
         return bytes(result)
 
-    def part(self, start: int, stop: int) -> Region:
+    def slice(self, start: int, stop: int) -> ByteRange:
         """A copy of a stretch of this one."""
         return BytesRegion(self.read(start, min(stop, self.size)), start)
 
-    def _runs(self, piece: Piece, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+    def _contiguous_runs(self, piece: Chunk, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
         """Stretches that follow each other both in the whole and in the piece: where there, where here, length.
 
         In bytes, cut to what is asked for. The last dimensions that the piece covers fully make a run.
@@ -128,7 +128,7 @@ class Sharded:
         contents, tensor = self._open(number)
         if tensor.contiguous:
             begin = tensor.offset * tensor.itemsize
-            return stored(contents.source, tensor.storage, begin + start, begin + stop)
+            return read_storage(contents.source, tensor.storage, begin + start, begin + stop)
         return b"".join(decode.raw(contents.source, tensor))[start:stop]
 
     def _open(self, number: int) -> tuple[Contents, Tensor]:

@@ -12,12 +12,12 @@ import struct
 from typing import TYPE_CHECKING, Any
 
 from trackopt.archive.formats.detect import is_tar
-from trackopt.archive.io.byte_ranges import FileRegion, Region, Regions
+from trackopt.archive.io.byte_ranges import ByteRange, FileRegion, RangeSource
 from trackopt.archive.io.source import Contents
-from trackopt.archive.tree import ITEMSIZE, Global, Opaque, Storage, Tensor
+from trackopt.archive.tree import ITEMSIZE, Global, Storage, Tensor, UnknownObject
 from trackopt.archive.unpickler import constructors
-from trackopt.archive.unpickler.limits import Broken
-from trackopt.archive.unpickler.machine import MAX_OPERATIONS, Machine
+from trackopt.archive.unpickler.limits import MalformedPickle
+from trackopt.archive.unpickler.machine import MAX_OPERATIONS, PickleMachine
 from trackopt.archive.unpickler.opcodes import OPERATIONS
 from trackopt.errors import ArchiveError
 
@@ -52,14 +52,14 @@ def load(path: Path, file: int) -> Contents:
         reader.read_storages(found["storages"])
         reader.read_tensors(found["tensors"])
         tree, _ = reader.unpickle(found["pickle"], 0, MAX_OPERATIONS)
-    except Broken as error:
+    except MalformedPickle as error:
         raise ArchiveError(f"{path}: its pickle cannot be read: {error}; use another checkpoint") from error
-    return Contents("torch tar", tree, Regions(path), tuple(reader.globals), problems)
+    return Contents("torch tar", tree, RangeSource(path), tuple(reader.globals), problems)
 
 
-def _members(whole: FileRegion, problems: list[str]) -> dict[str, Region]:
+def _members(whole: FileRegion, problems: list[str]) -> dict[str, ByteRange]:
     """The plain files among the first members; of several with one name the last, as ``tarfile`` has it."""
-    found: dict[str, Region] = {}
+    found: dict[str, ByteRange] = {}
     position = 0
     for _ in range(_MAX_MEMBERS):
         if position + _BLOCK > whole.size:
@@ -73,7 +73,7 @@ def _members(whole: FileRegion, problems: list[str]) -> dict[str, Region]:
         if header[156:157] in _PLAIN:
             if name in found:
                 problems.append(f"two members of the tar file are named {name!r}")
-            found[name] = whole.part(position, position + size)
+            found[name] = whole.slice(position, position + size)
             position += -(-size // _BLOCK) * _BLOCK
         else:
             problems.append(f"member {name!r} of the tar file is no plain file; it was passed by")
@@ -98,14 +98,14 @@ class Reader:
         self._storages: dict[Any, Storage] = {}
         self._tensors: dict[Any, Tensor] = {}
 
-    def unpickle(self, region: Region, position: int, limit: int = _MAX_ITEM) -> tuple[Any, int]:
+    def unpickle(self, region: ByteRange, position: int, limit: int = _MAX_ITEM) -> tuple[Any, int]:
         """The value of the pickle at a position, and where it ends."""
-        machine = Machine(region.part(position, region.size), constructors.call, self._persistent)
+        machine = PickleMachine(region.slice(position, region.size), constructors.construct, self._persistent)
         value = machine.run(OPERATIONS, limit)
         self.globals.update(machine.globals)
         return value, position + machine.offset
 
-    def read_storages(self, region: Region) -> None:
+    def read_storages(self, region: ByteRange) -> None:
         """Find each storage's data."""
         position = self._each(region, self._storage)
         views, _ = self.unpickle(region, position, MAX_OPERATIONS)
@@ -113,46 +113,46 @@ class Reader:
             target, root, offset, count = _parts(view, 4)
             self._storages[target] = _viewed(self._known(root), target, offset, count)
 
-    def read_tensors(self, region: Region) -> None:
+    def read_tensors(self, region: ByteRange) -> None:
         """Read each tensor's layout."""
         self._each(region, self._tensor)
 
-    def _each(self, region: Region, read: Callable[[Region, int], int]) -> int:
+    def _each(self, region: ByteRange, read: Callable[[ByteRange, int], int]) -> int:
         count, position = self.unpickle(region, 0)
         if not constructors.is_size(count) or count > _MAX_ITEMS:
-            raise Broken(f"a member announces {count} parts")
+            raise MalformedPickle(f"a member announces {count} parts")
         for _ in range(count):
             position = read(region, position)
         return position
 
-    def _storage(self, region: Region, position: int) -> int:
+    def _storage(self, region: ByteRange, position: int) -> int:
         value, position = self.unpickle(region, position)
         key, location, kind = _parts(value, 3)
         (count,) = _numbers(region, position, 1)
         declared = constructors.storage(("storage", kind, key, location, count))
         if not isinstance(declared, Storage):
-            raise Broken(f"storage {key!r} has no class")
+            raise MalformedPickle(f"storage {key!r} has no class")
         start = position + 8
-        part = region.part(start, start + declared.nbytes)
+        part = region.slice(start, start + declared.nbytes)
         place = Storage(declared.key, declared.dtype, declared.device, declared.nbytes, part)
         self._storages[_key(key)] = place
         return start + declared.nbytes
 
-    def _tensor(self, region: Region, position: int) -> int:
+    def _tensor(self, region: ByteRange, position: int) -> int:
         value, position = self.unpickle(region, position)
         key, storage, _ = _parts(value, 3)
         (rank,) = struct.unpack("<i", region.read(position, position + 4))  # torch wrote eight bytes, reads four
         if not 0 <= rank <= 64:
-            raise Broken(f"tensor {key!r} has {rank} dimensions")
+            raise MalformedPickle(f"tensor {key!r} has {rank} dimensions")
         layout = _numbers(region, position + 8, 2 * rank + 1)
         shape, stride, offset = layout[:rank], layout[rank:-1], layout[-1]
         base = self._known(storage)
-        self._tensors[_key(key)] = constructors.call("torch._utils._rebuild_tensor", (base, offset, shape, stride))
+        self._tensors[_key(key)] = constructors.construct("torch._utils._rebuild_tensor", (base, offset, shape, stride))
         return position + 8 + 8 * len(layout)
 
     def _known(self, key: Any) -> Storage:
         if _key(key) not in self._storages:
-            raise Broken(f"storage {key!r} is used and not there")
+            raise MalformedPickle(f"storage {key!r} is used and not there")
         return self._storages[key]
 
     def _persistent(self, key: Any) -> Any:
@@ -161,29 +161,29 @@ class Reader:
         if isinstance(key, str) and key.isdecimal() and len(key) < 20:
             key = int(key)
         found = self._tensors.get(_key(key)) or self._storages.get(_key(key))
-        return Opaque("persistent id", (key,)) if found is None else found
+        return UnknownObject("persistent id", (key,)) if found is None else found
 
 
 def _key(key: Any) -> Any:
     """A key that can be looked up: old files have numbers, some have text."""
     if not isinstance(key, int | str | bytes):
-        raise Broken("a key is neither a number nor text")
+        raise MalformedPickle("a key is neither a number nor text")
     return key
 
 
 def _parts(value: Any, count: int) -> tuple[Any, ...]:
     if not isinstance(value, tuple | list) or len(value) != count:
-        raise Broken(f"something else stands where {count} values were expected")
+        raise MalformedPickle(f"something else stands where {count} values were expected")
     return tuple(value)
 
 
-def _numbers(region: Region, position: int, count: int) -> tuple[int, ...]:
+def _numbers(region: ByteRange, position: int, count: int) -> tuple[int, ...]:
     return struct.unpack(f"<{count}q", region.read(position, position + 8 * count))
 
 
 def _viewed(root: Storage, key: Any, offset: Any, count: Any) -> Storage:
     size = ITEMSIZE[root.dtype]
     if root.region is None or not (constructors.is_size(offset) and constructors.is_size(count)):
-        raise Broken(f"storage {key!r} looks into another one at a place that makes no sense")
-    part = root.region.part(offset * size, (offset + count) * size)
+        raise MalformedPickle(f"storage {key!r} looks into another one at a place that makes no sense")
+    part = root.region.slice(offset * size, (offset + count) * size)
     return Storage(constructors.string(_key(key)), root.dtype, root.device, count * size, part)

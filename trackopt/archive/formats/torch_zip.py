@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from trackopt.archive.io.source import Contents
 from trackopt.archive.io.zip_reader import Record, Zip
-from trackopt.archive.tree import Opaque
+from trackopt.archive.tree import UnknownObject
 from trackopt.archive.unpickler import constructors
-from trackopt.archive.unpickler.limits import Broken
-from trackopt.archive.unpickler.machine import Machine
+from trackopt.archive.unpickler.limits import MalformedPickle
+from trackopt.archive.unpickler.machine import PickleMachine
 from trackopt.archive.unpickler.opcodes import OPERATIONS
 from trackopt.errors import ArchiveError
 
@@ -43,7 +43,7 @@ def load(path: Path, file: int, start: int = 0, size: int | None = None) -> Cont
         from trackopt.archive.formats import pt2
 
         return pt2.contents(zipped, source, zipped.problems)
-    machine, tree = run(zipped, source.pickle)
+    machine, tree = unpickle(zipped, source.pickle)
     problems = [*zipped.problems, *source.oddities()]
     if rest := source.pickled - machine.position:
         problems.append(f"{rest:,} bytes follow the pickle in data.pkl; torch ignores them")
@@ -51,13 +51,13 @@ def load(path: Path, file: int, start: int = 0, size: int | None = None) -> Cont
     if constants is None or not any("/code/" in name for name in zipped.records):
         return Contents("torch zip", tree, source, tuple(machine.globals), problems)
     try:
-        tree = _with_constants(tree, run(zipped, constants)[1], ZipSource(zipped, "constants"))
+        tree = _with_constants(tree, unpickle(zipped, constants)[1], ZipSource(zipped, "constants"))
     except ArchiveError as error:
         problems.append(f"the constants in its code are not read: {str(error).removeprefix(f'{path}: ')}")
     return Contents("TorchScript", tree, source, tuple(machine.globals), problems)
 
 
-def run(zipped: Zip, record: Record | None) -> tuple[Machine, Any]:
+def unpickle(zipped: Zip, record: Record | None) -> tuple[PickleMachine, Any]:
     """What the pickle in a record describes, and the machine that has run it.
 
     Raises:
@@ -69,19 +69,19 @@ def run(zipped: Zip, record: Record | None) -> tuple[Machine, Any]:
     if record.size > MAX_PICKLE:
         raise ArchiveError(f"{path}: its pickle has {record.size:,} bytes, at most {MAX_PICKLE:,} are read; "
                            "save large arrays as tensors")  # fmt: skip
-    machine = Machine(zipped.read(record), constructors.call, constructors.storage)
+    machine = PickleMachine(zipped.read(record), constructors.construct, constructors.storage)
     try:
         return machine, machine.run(OPERATIONS)
-    except Broken as error:
+    except MalformedPickle as error:
         raise ArchiveError(f"{path}: its pickle cannot be read: {error}; use another checkpoint") from error
 
 
 def _with_constants(tree: Any, constants: Any, source: ZipSource) -> Any:
     """The module with its constants under the name that its code has for them: ``CONSTANTS.c0``."""
-    from trackopt.archive.formats.members import renamed
+    from trackopt.archive.formats.members import prefix_storage_keys
 
-    found = renamed(constants, "constants", source) if isinstance(constants, tuple) else ()
-    if not found or not isinstance(tree, Opaque):
+    found = prefix_storage_keys(constants, "constants", source) if isinstance(constants, tuple) else ()
+    if not found or not isinstance(tree, UnknownObject):
         return tree
     named = {"CONSTANTS": {f"c{index}": value for index, value in enumerate(found)}}
     state = tree.state if isinstance(tree.state, dict) else {}
@@ -108,7 +108,7 @@ class ZipSource:
         self._root = first.partition("/")[0] + "/" if "/" in first else ""
         self._lower = {name.lower(): record for name, record in reversed(zipped.records.items())}
         self.byteorder = self._byteorder()
-        self.packed = sum(record.packed for record in zipped.records.values())
+        self.checksummed_bytes = sum(record.packed for record in zipped.records.values())
         self.pickle = self.find("data.pkl")
         self.pickled = 0 if self.pickle is None else self.pickle.size
 
@@ -134,15 +134,15 @@ class ZipSource:
         """Bytes of a storage."""
         return self._zip.read(self.record(storage), start, stop)
 
-    def damaged(self, storages: Collection[Storage] | None = None) -> Iterator[str]:
+    def verify_checksums(self, storages: Collection[Storage] | None = None) -> Iterator[str]:
         """Compare every record's CRC-32 with the directory's; of storages only those that are asked for."""
-        from trackopt.archive.io.checksums import damaged
+        from trackopt.archive.io.checksums import find_damaged
 
         records = list(self._zip.records.values())
         if storages is not None:
             wanted = {self.record(one).name for one in storages}
             records = [one for one in records if one.name in wanted or f"/{self._folder}/" not in one.name]
-        return damaged(self._zip, records)
+        return find_damaged(self._zip, records)
 
     def oddities(self) -> Iterator[str]:
         """What torch would stumble over, or another program would read differently."""

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from trackopt.archive.tree import Storage
 
 
-class Region(Protocol):
+class ByteRange(Protocol):
     """Bytes to read from."""
 
     @property
@@ -32,7 +32,7 @@ class Region(Protocol):
     def read(self, start: int, stop: int) -> bytes:
         """The bytes ``start`` to ``stop``; raises ArchiveError if they are not there."""
 
-    def part(self, start: int, stop: int) -> Region:
+    def slice(self, start: int, stop: int) -> ByteRange:
         """A stretch of this one; what lies behind its end is left out."""
 
 
@@ -66,7 +66,7 @@ class FileRegion:
             data += more
         return data
 
-    def part(self, start: int, stop: int) -> FileRegion:
+    def slice(self, start: int, stop: int) -> FileRegion:
         """A stretch of this one."""
         stop = min(stop, self.size)
         return FileRegion(self.path, self.file, self.start + start, max(0, stop - start))
@@ -86,12 +86,12 @@ class BytesRegion:
             raise _outside("memory", start, stop, self.size)
         return self._data[start:stop]
 
-    def part(self, start: int, stop: int) -> BytesRegion:
+    def slice(self, start: int, stop: int) -> BytesRegion:
         """A copy of a stretch of this one."""
         return BytesRegion(self._data[start:stop], start)
 
 
-class Regions:
+class RangeSource:
     """The source of a format whose storages hold their own bytes; it has no checksums.
 
     Args:
@@ -99,7 +99,7 @@ class Regions:
         byteorder: ``"little"`` or ``"big"``.
     """
 
-    packed = 0
+    checksummed_bytes = 0
 
     def __init__(self, path: Path, byteorder: str = "little") -> None:
         self.path = path
@@ -109,11 +109,11 @@ class Regions:
         """Bytes of a storage."""
         raise self._missing(storage)
 
-    def read(self, storage: Storage, start: int, stop: int) -> bytes:  # noqa: ARG002 - a `Source` has these
+    def read(self, storage: Storage, start: int, stop: int) -> bytes:  # noqa: ARG002 - a `TensorSource` has these
         """Bytes of a storage."""
         raise self._missing(storage)
 
-    def damaged(self) -> Iterator[str]:
+    def verify_checksums(self) -> Iterator[str]:
         """Nothing: there are no checksums to compare with."""
         return iter(())
 

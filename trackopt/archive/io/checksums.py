@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from trackopt.archive.io.parallel import in_threads
+from trackopt.archive.io.parallel import map_threads
 from trackopt.errors import ArchiveError
 
 if TYPE_CHECKING:
@@ -17,20 +17,20 @@ try:
 except ImportError:  # no wheel for this platform
     from zlib import crc32
 
-__all__ = ["combined", "crc32", "damaged"]
+__all__ = ["crc32_combine", "crc32", "find_damaged"]
 
 _SLICE = 32 << 20
 _CHUNK = 1 << 20  # stays in a core's cache between the read and the sum, and keeps threads out of each other's way
 _POLYNOMIAL = 0xEDB88320
 
 
-def damaged(zipped: Zip, records: Iterable[Record]) -> Iterator[str]:
+def find_damaged(zipped: Zip, records: Iterable[Record]) -> Iterator[str]:
     """One line for each of the records whose data has another CRC-32 than the directory says.
 
     A 0 there with data behind it is none: torch can be told to leave the sums out.
     """
     slices = [part for record in records for part in _slices(record)]
-    yield from _compared(slices, in_threads(lambda part: _sum(zipped, *part), slices))
+    yield from _compared(slices, map_threads(lambda part: _sum(zipped, *part), slices))
 
 
 def _slices(record: Record) -> list[tuple[Record, int, int]]:
@@ -47,7 +47,7 @@ def _compared(slices: list[tuple[Record, int, int]], sums: Iterable[int | str]) 
         if isinstance(found, str):
             failed = failed or found
         else:
-            crc = combined(crc, found, stop - start) if start else found
+            crc = crc32_combine(crc, found, stop - start) if start else found
         if stop == record.size:
             if failed:
                 yield failed
@@ -73,7 +73,7 @@ def _sum(zipped: Zip, record: Record, start: int, stop: int) -> int | str:
     return crc
 
 
-def combined(first: int, second: int, length: int) -> int:
+def crc32_combine(first: int, second: int, length: int) -> int:
     """The CRC-32 of two stretches, one behind the other, from their own.
 
     Args:
@@ -92,13 +92,13 @@ def combined(first: int, second: int, length: int) -> int:
     bits = 8 * length
     while bits:
         if bits & 1:
-            power = _product(power, square)
-        square = _product(square, square)
+            power = _gf2_multiply(power, square)
+        square = _gf2_multiply(square, square)
         bits >>= 1
-    return _product(power, first) ^ second
+    return _gf2_multiply(power, first) ^ second
 
 
-def _product(a: int, b: int) -> int:
+def _gf2_multiply(a: int, b: int) -> int:
     result = 0
     for bit in range(31, -1, -1):
         if a >> bit & 1:

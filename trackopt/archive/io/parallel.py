@@ -17,7 +17,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def in_threads(work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+def map_threads(work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
     """What ``work`` makes of each item, in their order.
 
     It pays where ``work`` spends its time outside of the interpreter's lock: in long reads and sums. An error

@@ -12,22 +12,22 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from trackopt.archive.formats.members import Files
+    from trackopt.archive.formats.members import OpenFiles
     from trackopt.archive.tree import Storage, Tensor
 
 
-class Source(Protocol):
+class TensorSource(Protocol):
     """A container's storages.
 
     Attributes:
         path: The file, for messages.
         byteorder: ``"little"`` or ``"big"``.
-        packed: Bytes that its checksums cover, in the file.
+        checksummed_bytes: Bytes that its checksums cover, in the file.
     """
 
     path: Path
     byteorder: str
-    packed: int
+    checksummed_bytes: int
 
     def size(self, storage: Storage) -> int:
         """How many bytes are there; raises ArchiveError if the storage is missing."""
@@ -35,7 +35,7 @@ class Source(Protocol):
     def read(self, storage: Storage, start: int, stop: int) -> bytes:
         """The bytes ``start`` to ``stop``; raises ArchiveError if they are not there."""
 
-    def damaged(self) -> Iterator[str]:
+    def verify_checksums(self) -> Iterator[str]:
         """One line for each part whose bytes are not those that were written."""
 
 
@@ -54,22 +54,22 @@ class Contents:
 
     format: str
     tree: Any
-    source: Source
+    source: TensorSource
     globals: tuple[str, ...] = ()
     problems: list[str] = field(default_factory=list)
-    files: Files | None = None
+    files: OpenFiles | None = None
 
 
-def stored(source: Source, storage: Storage, start: int, stop: int) -> bytes:
+def read_storage(source: TensorSource, storage: Storage, start: int, stop: int) -> bytes:
     """The bytes ``start`` to ``stop`` of a storage, wherever they are."""
     place = storage.region
     data = source.read(storage, start, stop) if place is None else place.read(start, stop)
     if storage.byteorder in (None, source.byteorder):
         return data
-    return _swapped(data, storage.dtype)
+    return _byteswap(data, storage.dtype)
 
 
-def _swapped(data: bytes, dtype: str) -> bytes:
+def _byteswap(data: bytes, dtype: str) -> bytes:
     """Numbers in the other byte order."""
     size = ITEMSIZE[dtype] // (2 if dtype.startswith("complex") else 1)
     swapped = bytearray(len(data))
@@ -78,7 +78,7 @@ def _swapped(data: bytes, dtype: str) -> bytes:
     return bytes(swapped)
 
 
-def misfit(tensor: Tensor, source: Source) -> str | None:
+def out_of_bounds_reason(tensor: Tensor, source: TensorSource) -> str | None:
     """Why a tensor cannot be read from its storage, or None if it can."""
     if tensor.meta:
         return None  # it never had values
@@ -88,7 +88,7 @@ def misfit(tensor: Tensor, source: Source) -> str | None:
         return str(error)
     if size != tensor.storage.nbytes:
         return f"storage {tensor.storage.key!r} needs {tensor.storage.nbytes:,} bytes, its record has {size:,}"
-    end = (tensor.offset + tensor.span) * tensor.itemsize if tensor.elements else 0
+    end = (tensor.offset + tensor.extent) * tensor.itemsize if tensor.elements else 0
     if end > size:
         return f"a tensor reaches to byte {end:,} of storage {tensor.storage.key!r}, which has {size:,}"
     return None

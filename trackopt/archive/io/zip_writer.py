@@ -20,11 +20,11 @@ ALIGNMENT = 64  # bytes, torch's own; a mapped file has its tensors there
 FRAME = (b"1", str(ALIGNMENT).encode(), sys.byteorder.encode(), b"3\n")
 _ROOT = "archive"  # what torch.save calls it where it is given a file object
 _FULL, _FULL_COUNT = 0xFFFFFFFF, 0xFFFF
-_UTF8, _SUMMED_BEHIND = 0x0800, 0x0008
+_UTF8, _DATA_DESCRIPTOR_FLAG = 0x0800, 0x0008
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class ZipEntry:
     """Where one record stands.
 
     Attributes:
@@ -71,7 +71,7 @@ class Place:
         return ENTRY.pack(b"PK\1\2", *about) + self.name + extra
 
     def _flags(self) -> int:
-        return _UTF8 | _SUMMED_BEHIND if self.size else _UTF8
+        return _UTF8 | _DATA_DESCRIPTOR_FLAG if self.size else _UTF8
 
     def _wide(self, packed: int | None = None) -> bytes:
         sizes = [self.size, self.size if packed is None else packed] if self.size >= _FULL else []
@@ -79,7 +79,7 @@ class Place:
         return struct.pack(f"<2H{len(values)}Q", 1, 8 * len(values), *values) if values else b""
 
 
-def places(pickled: int, storages: Iterable[int]) -> list[Place]:
+def plan_entries(pickled: int, storages: Iterable[int]) -> list[ZipEntry]:
     """The records of a checkpoint, in the order of the file.
 
     Args:
@@ -93,7 +93,7 @@ def places(pickled: int, storages: Iterable[int]) -> list[Place]:
     sizes = [("data.pkl", pickled), (".format_version", version), (".storage_alignment", alignment)]
     sizes += [("byteorder", order)] + [(f"data/{key}", size) for key, size in enumerate(storages)]
     sizes += [("version", torch_format), (".data/serialization_id", 40)]
-    found: list[Place] = []
+    found: list[ZipEntry] = []
     position = 0
     for name, size in sizes:
         found.append(_place(f"{_ROOT}/{name}".encode(), size, position))
@@ -101,7 +101,7 @@ def places(pickled: int, storages: Iterable[int]) -> list[Place]:
     return found
 
 
-def directory(found: Sequence[Place], crcs: Sequence[int]) -> bytes:
+def central_directory(found: Sequence[ZipEntry], crcs: Sequence[int]) -> bytes:
     """What follows the last record: the directory, and where it is."""
     start = found[-1].end
     entries = b"".join(place.entry(crc) for place, crc in zip(found, crcs, strict=True))
@@ -113,12 +113,12 @@ def directory(found: Sequence[Place], crcs: Sequence[int]) -> bytes:
     return entries + wide + locator + narrow
 
 
-def directory_size(found: Sequence[Place]) -> int:
-    """How many bytes ``directory`` has."""
-    return len(directory(found, [0] * len(found)))
+def directory_size(found: Sequence[ZipEntry]) -> int:
+    """How many bytes ``central_directory`` has."""
+    return len(central_directory(found, [0] * len(found)))
 
 
-def _place(name: bytes, size: int, header: int) -> Place:
-    wide = len(Place(name, size, header, 0)._wide())
+def _place(name: bytes, size: int, header: int) -> ZipEntry:
+    wide = len(ZipEntry(name, size, header, 0)._wide())
     begin = header + LOCAL.size + len(name) + wide + 4
-    return Place(name, size, header, begin + -begin % ALIGNMENT)
+    return ZipEntry(name, size, header, begin + -begin % ALIGNMENT)

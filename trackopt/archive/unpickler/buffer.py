@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from trackopt.archive.tree import BYTES, Storage, Tensor
-from trackopt.archive.unpickler.limits import Broken
+from trackopt.archive.unpickler.limits import MalformedPickle
 
 if TYPE_CHECKING:
     import struct
 
-    from trackopt.archive.io.byte_ranges import Region
+    from trackopt.archive.io.byte_ranges import ByteRange
 
 MAX_COPIED = 64 << 20
 _WINDOW = 1 << 20
@@ -19,7 +19,7 @@ _AHEAD = 1 << 10  # no operation but for its text or bytes is longer
 _LARGE = 1 << 16
 
 
-class Window:
+class BufferedReader:
     """What a pickle machine reads from.
 
     Args:
@@ -29,22 +29,22 @@ class Window:
     Attributes:
         data: The bytes, or the window of them that is at hand.
         position: Where the next byte is read in ``data``.
-        low: Behind which position the window is moved before an operation is read.
+        low_watermark: Behind which position the window is moved before an operation is read.
     """
 
-    def __init__(self, data: bytes | Region, position: int = 0) -> None:
+    def __init__(self, data: bytes | ByteRange, position: int = 0) -> None:
         self.data = data if isinstance(data, bytes) else b""
         self.position = position
         self._region = None if isinstance(data, bytes) else data
         self._base = 0
-        self.low = len(self.data) if self._region is None else -1
+        self.low_watermark = len(self.data) if self._region is None else -1
         self._taken = 0
 
     def take(self, length: int) -> bytes:
         """The next bytes."""
         end = self.position + length
         if length < 0 or end > len(self.data):
-            return self._take_far(length)
+            return self._read_beyond_buffer(length)
         data = self.data[self.position : end]
         self.position = end
         return data
@@ -55,7 +55,7 @@ class Window:
         if self._region is None or length < _LARGE or start + length > self._region.size:
             return self.take(length)
         self.refill(start + length, _SHORT)
-        part = self._region.part(start, start + length)
+        part = self._region.slice(start, start + length)
         return Tensor(Storage(part.key, "uint8", "cpu", length, part), "uint8", (length,), (1,), kind=BYTES)
 
     def number(self, kind: struct.Struct) -> Any:
@@ -84,20 +84,20 @@ class Window:
             return
         self._base = self.offset if offset is None else offset
         if self._base > self._region.size:
-            raise Broken(f"it ends at byte {self._region.size}")
+            raise MalformedPickle(f"it ends at byte {self._region.size}")
         self.position = 0
         self.data = self._region.read(self._base, min(self._base + length, self._region.size))
         whole = self._base + len(self.data) == self._region.size
-        self.low = len(self.data) if whole else len(self.data) - _AHEAD
+        self.low_watermark = len(self.data) if whole else len(self.data) - _AHEAD
 
-    def _take_far(self, length: int) -> bytes:
+    def _read_beyond_buffer(self, length: int) -> bytes:
         """The next bytes, of which some are not in the window."""
         start = self.offset
         if self._region is None or length < 0 or start + length > self._region.size:
-            raise Broken(f"{length} bytes are announced at byte {start}, there are fewer")
+            raise MalformedPickle(f"{length} bytes are announced at byte {start}, there are fewer")
         self._taken += length
         if self._taken > MAX_COPIED:
-            raise Broken(f"more than {MAX_COPIED:,} bytes of text")
+            raise MalformedPickle(f"more than {MAX_COPIED:,} bytes of text")
         data = self._region.read(start, start + length)
         self.refill(start + length)
         return data
@@ -106,8 +106,8 @@ class Window:
         """Widen the window until a line ends in it."""
         length = 2 * max(len(self.data) - self.position, _WINDOW)
         if self._region is None or self.offset + len(self.data) - self.position >= self._region.size:
-            raise Broken(f"a line does not end at byte {self.offset}")
+            raise MalformedPickle(f"a line does not end at byte {self.offset}")
         if length > MAX_COPIED:
-            raise Broken(f"more than {MAX_COPIED:,} bytes of text")
+            raise MalformedPickle(f"more than {MAX_COPIED:,} bytes of text")
         self.refill(length=length)
         return self.data.find(b"\n", self.position)

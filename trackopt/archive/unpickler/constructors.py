@@ -1,7 +1,7 @@
 """What the calls in a checkpoint's pickle stand for.
 
 Each entry of the table turns a name and its arguments into a plain value or a node; those of tensors are in
-`trackopt.archive.unpickler.tensor_constructors`. Whatever is not in it is described as an `Opaque` node. Nothing here
+`trackopt.archive.unpickler.tensor_constructors`. Whatever is not in it is described as an `UnknownObject` node. Nothing here
 imports
 or calls what the file names.
 """
@@ -11,18 +11,18 @@ from __future__ import annotations
 import struct
 from typing import TYPE_CHECKING, Any
 
-from trackopt.archive.tree import Global, Opaque, contiguous
+from trackopt.archive.tree import Global, UnknownObject, contiguous
 from trackopt.archive.unpickler import numpy_constructors
-from trackopt.archive.unpickler.limits import Broken, checked_key
+from trackopt.archive.unpickler.limits import MalformedPickle, checked_key
 from trackopt.archive.unpickler.tensor_constructors import CALLS, STORAGES, is_size, storage, string
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["STORAGES", "call", "contiguous", "is_size", "storage", "string"]
+__all__ = ["STORAGES", "construct", "contiguous", "is_size", "storage", "string"]
 
 
-def call(name: str, args: tuple[Any, ...]) -> Any:
+def construct(name: str, args: tuple[Any, ...]) -> Any:
     """What stands for the result of calling ``name`` with ``args``.
 
     Raises:
@@ -30,19 +30,19 @@ def call(name: str, args: tuple[Any, ...]) -> Any:
     """
     builder = _BUILDERS.get(name)
     if builder is None:
-        return Opaque(name, args)
+        return UnknownObject(name, args)
     try:
         return builder(*args)
     except (TypeError, ValueError, LookupError, AttributeError, struct.error) as error:
-        raise Broken(f"{name} has arguments that make no sense") from error
+        raise MalformedPickle(f"{name} has arguments that make no sense") from error
 
 
-def _embedded(data: Any) -> Any:
+def _load_nested(data: Any) -> Any:
     """A storage that was pickled by itself: its bytes are a whole file of the old format."""
     from trackopt.archive.formats.legacy import embedded
 
     place = numpy_constructors.region(data)
-    return Opaque("torch.storage._load_from_bytes", (data,)) if place is None else embedded(place)
+    return UnknownObject("torch.storage._load_from_bytes", (data,)) if place is None else embedded(place)
 
 
 def _mapping(*args: Any) -> Any:
@@ -63,7 +63,7 @@ def _list(items: Any = (), *_: Any) -> Any:
     return list(items)
 
 
-def _same(value: Any, *_: Any) -> Any:
+def _identity(value: Any, *_: Any) -> Any:
     return value
 
 
@@ -78,7 +78,7 @@ def _named(name: Any) -> Any:
 
 def _encode(text: str, encoding: str = "utf-8") -> bytes:
     if encoding not in ("latin1", "latin-1", "utf-8", "ascii"):
-        raise Broken("bytes are given in an encoding that no pickle uses")
+        raise MalformedPickle("bytes are given in an encoding that no pickle uses")
     return text.encode(encoding)
 
 
@@ -86,7 +86,7 @@ def _bytes(data: Any = b"", encoding: str = "latin1") -> Any:
     if isinstance(data, str):
         return _encode(data, encoding)
     if numpy_constructors.region(data) is None:
-        raise Broken("bytes are made of something else")
+        raise MalformedPickle("bytes are made of something else")
     return data
 
 
@@ -95,13 +95,13 @@ def _complex(real: float, imaginary: float) -> complex:
 
 
 def _set(kind: str) -> Callable[..., Any]:
-    return lambda items=(): Opaque(kind, items=list(items))
+    return lambda items=(): UnknownObject(kind, items=list(items))
 
 
 def _object(kind: Global, base: Any = None, state: Any = None) -> Any:
     """``copyreg._reconstructor``: an object of protocol 0 or 1, of a class on top of a built-in one."""
     filled = () if state is None else (base, state)
-    return Opaque(kind.name, filled)
+    return UnknownObject(kind.name, filled)
 
 
 def _path(*parts: str) -> str:
@@ -111,29 +111,29 @@ def _path(*parts: str) -> str:
 def _date(data: Any, *rest: Any) -> Any:
     """``datetime.date``, whose four bytes are the year, the month and the day."""
     if not isinstance(data, bytes) or len(data) != 4:
-        return Opaque("datetime.date", (data, *rest))
+        return UnknownObject("datetime.date", (data, *rest))
     year, month, day = struct.unpack(">HBB", data)
-    return Opaque("datetime.date", (f"{year:04}-{month:02}-{day:02}",))
+    return UnknownObject("datetime.date", (f"{year:04}-{month:02}-{day:02}",))
 
 
 def _datetime(data: Any, *zone: Any) -> Any:
     """``datetime.datetime``, whose ten bytes go down to the microsecond; a time zone stands behind them."""
     if not isinstance(data, bytes) or len(data) != 10:
-        return Opaque("datetime.datetime", (data, *zone))
+        return UnknownObject("datetime.datetime", (data, *zone))
     year, month, day, hour, minute, second = struct.unpack(">HBBBBB", data[:7])
     fraction = int.from_bytes(data[7:], "big")
     text = f"{year:04}-{month & 0x7F:02}-{day:02}T{hour:02}:{minute:02}:{second:02}"
-    return Opaque("datetime.datetime", (text + (f".{fraction:06}" if fraction else ""), *zone))
+    return UnknownObject("datetime.datetime", (text + (f".{fraction:06}" if fraction else ""), *zone))
 
 
 _PATHS = ("Path", "PosixPath", "WindowsPath", "PurePath", "PurePosixPath", "PureWindowsPath")
 _BUILDERS: dict[str, Callable[..., Any]] = {
     **CALLS,
-    "torch.storage._load_from_bytes": _embedded,
+    "torch.storage._load_from_bytes": _load_nested,
     "torch.Size": _tuple,
     "torch.device": _device,
     "torch.serialization._get_layout": _named,
-    "torch.jit._pickle.restore_type_tag": _same,
+    "torch.jit._pickle.restore_type_tag": _identity,
     **{f"torch.jit._pickle.build_{kind}list": _list for kind in ("int", "double", "bool", "tensor")},
     "collections.OrderedDict": _mapping,
     "collections.Counter": _mapping,

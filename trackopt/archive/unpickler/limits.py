@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from trackopt.archive.tree import Compound, Opaque
+from trackopt.archive.tree import TensorSubclass, UnknownObject
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -14,10 +14,10 @@ MAX_NODES = 5_000_000
 MAX_SHARED = 500_000  # where most of the values are the same ones again: no training state is, and each costs a visit
 _REPEATS = 10
 _MAX_KEY = 100
-_CONTAINERS = (dict, list, tuple, Compound, Opaque)
+_CONTAINERS = (dict, list, tuple, TensorSubclass, UnknownObject)
 
 
-class Broken(Exception):
+class MalformedPickle(Exception):
     """The pickle cannot be read; the message says why, without the file's name."""
 
 
@@ -28,19 +28,19 @@ def checked_key(key: Any) -> Any:
     doubly often never ends.
     """
     if isinstance(key, list | dict):
-        raise Broken(f"a {type(key).__name__} is used as a dictionary's key")
+        raise MalformedPickle(f"a {type(key).__name__} is used as a dictionary's key")
     pending, seen = [key], 0
     while pending:
         value = pending.pop()
         seen += 1
         if seen > _MAX_KEY or isinstance(value, list | dict | bytearray):
-            raise Broken("a dictionary's key is not hashable, or has too many parts")
+            raise MalformedPickle("a dictionary's key is not hashable, or has too many parts")
         if isinstance(value, tuple):
             pending.extend(value)
     return key
 
 
-def bounded(root: Any) -> Any:
+def check_limits(root: Any) -> Any:
     """Cut what contains itself, and refuse what is too deep or, written out, too large to walk."""
     sizes: dict[int, tuple[int, int]] = {}  # a container's size written out and its depth
     path: dict[int, Any] = {id(root): root}
@@ -54,7 +54,7 @@ def bounded(root: Any) -> Any:
                 total[0] += known[0]
                 total[1] = max(total[1], known[1])
             elif id(child) in path:
-                _cut(node, key)
+                _break_cycle(node, key)
                 total[0] += 1
             else:
                 path[id(child)] = child
@@ -71,15 +71,15 @@ def bounded(root: Any) -> Any:
                 frames[-1][2][1] = max(frames[-1][2][1], total[1] + 1)
     written_out = sizes[id(root)][0]
     if written_out > max(MAX_SHARED, _REPEATS * distinct):
-        raise Broken(f"its {distinct:,} values hold each other so often that they stand for {written_out:,}")
+        raise MalformedPickle(f"its {distinct:,} values hold each other so often that they stand for {written_out:,}")
     return root
 
 
 def _check_size(size: int, depth: int) -> None:
     if size > MAX_NODES:
-        raise Broken(f"it describes more than {MAX_NODES:,} values")
+        raise MalformedPickle(f"it describes more than {MAX_NODES:,} values")
     if depth > MAX_DEPTH:
-        raise Broken(f"it is nested more than {MAX_DEPTH} levels deep")
+        raise MalformedPickle(f"it is nested more than {MAX_DEPTH} levels deep")
 
 
 def _frame(node: Any) -> tuple[Any, Iterator[tuple[Any, Any]], list[int]]:
@@ -89,25 +89,25 @@ def _frame(node: Any) -> tuple[Any, Iterator[tuple[Any, Any]], list[int]]:
         slots = node.items()
     elif isinstance(node, list | tuple):
         slots = enumerate(node)
-    elif isinstance(node, Compound):
-        slots = node.parts.items()
-    elif isinstance(node, Opaque):
-        slots = tuple(node.parts())
+    elif isinstance(node, TensorSubclass):
+        slots = node.components.items()
+    elif isinstance(node, UnknownObject):
+        slots = tuple(node.components())
     inner = [(key, part) for key, part in slots if isinstance(part, _CONTAINERS) and part]
     return node, iter(inner), [1 + _count(node) - len(inner), 0]
 
 
 def _count(node: Any) -> int:
-    if isinstance(node, Compound):
-        return len(node.parts)
+    if isinstance(node, TensorSubclass):
+        return len(node.components)
     return len(node) if isinstance(node, dict | list | tuple) else 4
 
 
-def _cut(node: Any, key: Any) -> None:
+def _break_cycle(node: Any, key: Any) -> None:
     """Replace a part that contains the node itself."""
-    if isinstance(node, Opaque):
+    if isinstance(node, UnknownObject):
         setattr(node, key, None if key == "state" else type(getattr(node, key))())
     elif isinstance(node, tuple):
-        raise Broken("a tuple contains itself")
+        raise MalformedPickle("a tuple contains itself")
     else:
-        node[key] = Opaque("cycle")
+        node[key] = UnknownObject("cycle")

@@ -11,15 +11,15 @@ from __future__ import annotations
 import struct
 from typing import TYPE_CHECKING, Any
 
-from trackopt.archive.tree import Global, Opaque
-from trackopt.archive.unpickler.buffer import MAX_COPIED, Window
-from trackopt.archive.unpickler.limits import Broken, bounded, checked_key
+from trackopt.archive.tree import Global, UnknownObject
+from trackopt.archive.unpickler.buffer import MAX_COPIED, BufferedReader
+from trackopt.archive.unpickler.limits import MalformedPickle, check_limits, checked_key
 from trackopt.archive.unpickler.numpy_constructors import built
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from trackopt.archive.io.byte_ranges import Region
+    from trackopt.archive.io.byte_ranges import ByteRange
 
 MAX_OPERATIONS = 3_000_000
 MAX_OBJECTS = 600_000
@@ -29,7 +29,7 @@ EMBEDDED = "torch.storage._load_from_bytes"
 _EMBEDDED_COST = 50
 
 
-class Machine(Window):
+class PickleMachine(BufferedReader):
     """Runs one pickle.
 
     Args:
@@ -43,7 +43,7 @@ class Machine(Window):
 
     def __init__(
         self,
-        data: bytes | Region,
+        data: bytes | ByteRange,
         call: Callable[[str, tuple[Any, ...]], Any],
         persistent: Callable[[Any], Any],
         position: int = 0,
@@ -59,7 +59,7 @@ class Machine(Window):
         self._objects = 0
         self._copied = 0
 
-    def run(self, operations: Mapping[int, Callable[[Machine], None]], limit: int = MAX_OPERATIONS) -> Any:
+    def run(self, operations: Mapping[int, Callable[[PickleMachine], None]], limit: int = MAX_OPERATIONS) -> Any:
         """The object that the pickle describes.
 
         Args:
@@ -71,20 +71,20 @@ class Machine(Window):
         """
         try:
             for _ in range(limit):
-                if self.position > self.low:
+                if self.position > self.low_watermark:
                     self.refill()
                 code = self.data[self.position]
                 self.position += 1
                 if code == _STOP:
-                    return bounded(self._stack.pop())
+                    return check_limits(self._stack.pop())
                 operations[code](self)
         except KeyError as error:
-            raise Broken(f"unknown operation or missing reference {error} at byte {self.offset}") from error
+            raise MalformedPickle(f"unknown operation or missing reference {error} at byte {self.offset}") from error
         except IndexError as error:
-            raise Broken(f"it ends, or takes more than was put in, at byte {self.offset}") from error
+            raise MalformedPickle(f"it ends, or takes more than was put in, at byte {self.offset}") from error
         except (ValueError, TypeError, AttributeError, OverflowError, struct.error, RecursionError) as error:
-            raise Broken(f"{error} at byte {self.offset}") from error
-        raise Broken(f"more than {limit:,} operations")
+            raise MalformedPickle(f"{error} at byte {self.offset}") from error
+        raise MalformedPickle(f"more than {limit:,} operations")
 
     def since_mark(self) -> list[Any]:
         """What was put in since the last mark."""
@@ -119,7 +119,7 @@ class Machine(Window):
     def put(self, key: int) -> None:
         """Remember the last value."""
         if key < 0:
-            raise Broken(f"reference {key} is negative")
+            raise MalformedPickle(f"reference {key} is negative")
         self._remember(key, self._stack[-1])
 
     def memoize(self) -> None:
@@ -128,7 +128,7 @@ class Machine(Window):
 
     def _remember(self, key: int, value: Any) -> None:
         self._memo[key] = value
-        if isinstance(value, Opaque):
+        if isinstance(value, UnknownObject):
             self._places[id(value)] = key
 
     def get(self, key: int) -> None:
@@ -138,7 +138,7 @@ class Machine(Window):
     def name(self, module: object, name: object) -> None:
         """Put a name in."""
         if not (isinstance(module, str) and isinstance(name, str)):
-            raise Broken("a name is not made of text")
+            raise MalformedPickle("a name is not made of text")
         dotted = f"{module}.{name}"
         self._stack.append(self.globals.setdefault(dotted, Global(dotted)))
 
@@ -155,7 +155,7 @@ class Machine(Window):
             if function.name == EMBEDDED:
                 self.spend(0, _EMBEDDED_COST)
             return self._call(function.name, args)
-        return Opaque("call", (function, *args))
+        return UnknownObject("call", (function, *args))
 
     def spend(self, copied: int, objects: int = 1) -> None:
         """Count new objects, and the bytes that making it may copy.
@@ -165,23 +165,23 @@ class Machine(Window):
         self._objects += objects
         self._copied += copied
         if self._objects > MAX_OBJECTS or self._copied > MAX_COPIED:
-            raise Broken(f"more than {MAX_OBJECTS:,} objects, or {MAX_COPIED:,} bytes of them")
+            raise MalformedPickle(f"more than {MAX_OBJECTS:,} objects, or {MAX_COPIED:,} bytes of them")
 
     def new_set(self, name: str, items: list[Any]) -> None:
         """Put a set in."""
         self.spend(0)
-        self.push(Opaque(name, items=items))
+        self.push(UnknownObject(name, items=items))
 
     def build(self) -> None:
         """Give the last but one value its state."""
         state = self.pop()
         target = self.top()
-        if isinstance(target, Opaque):
+        if isinstance(target, UnknownObject):
             target.state = state
             self._replace(target, built(target))
         # Attributes of a plain dictionary, such as a state_dict's `_metadata`, are no entries of it.
 
-    def _replace(self, target: Opaque, result: Any) -> None:
+    def _replace(self, target: UnknownObject, result: Any) -> None:
         """Let something else stand for an object now that its state is known."""
         if result is target:
             return
@@ -195,18 +195,18 @@ class Machine(Window):
         target = self.top()
         if isinstance(target, list):
             target.extend(items)
-        elif isinstance(target, Opaque):
+        elif isinstance(target, UnknownObject):
             target.items.extend(items)
         else:
-            raise Broken(f"a {type(target).__name__} cannot be appended to")
+            raise MalformedPickle(f"a {type(target).__name__} cannot be appended to")
 
     def set_items(self, items: list[Any]) -> None:
         """Set keys and values, one after the other, in the last value."""
         target = self.top()
-        if isinstance(target, Opaque):
+        if isinstance(target, UnknownObject):
             target = target.entries
         if not isinstance(target, dict) or len(items) % 2:
-            raise Broken("keys are set in something that is no dictionary, or one lacks its value")
+            raise MalformedPickle("keys are set in something that is no dictionary, or one lacks its value")
         for key, value in zip(items[::2], items[1::2], strict=True):
             target[checked_key(key)] = value
 

@@ -7,7 +7,7 @@ import struct
 from typing import Any
 
 from trackopt.archive.io.byte_ranges import BytesRegion
-from trackopt.archive.tree import BYTES, ITEMSIZE, Global, Opaque, Storage, Tensor, contiguous
+from trackopt.archive.tree import BYTES, ITEMSIZE, Global, Storage, Tensor, UnknownObject, contiguous
 
 KIND = "numpy.ndarray"
 _MAX_RANK = 64
@@ -23,35 +23,35 @@ _SCALARS = {
 }  # fmt: skip
 
 
-def built(node: Opaque) -> Any:
+def built(node: UnknownObject) -> Any:
     """What an object is now that its state is known: an array, or still the same.
 
     Arrays of objects, text or records are left as they are.
     """
     state = node.state
-    if not (isinstance(state, tuple) and len(state) == 5 and isinstance(state[2], Opaque)):
+    if not (isinstance(state, tuple) and len(state) == 5 and isinstance(state[2], UnknownObject)):
         return node
     _, shape, dtype, fortran, data = state
     array = _array(dtype, shape, data, fortran is True)
     return node if array is None else array
 
 
-def reconstruct(kind: Global, *_: Any) -> Opaque:
+def reconstruct(kind: Global, *_: Any) -> UnknownObject:
     """An empty array, whose state is to come."""
-    return Opaque(kind.name)
+    return UnknownObject(kind.name)
 
 
 def from_buffer(data: Any, dtype: Any, shape: Any, order: str = "C") -> Any:
     """``numpy.core.numeric._frombuffer``, which protocol 5 uses."""
     array = _array(dtype, shape, data, order == "F")
-    return Opaque(KIND, (data, dtype, shape, order)) if array is None else array
+    return UnknownObject(KIND, (data, dtype, shape, order)) if array is None else array
 
 
 def scalar(dtype: Any, data: Any = b"") -> Any:
     """A NumPy scalar as the Python number of the same value."""
     kind, big = _kind(dtype)
     if kind not in _SCALARS or not isinstance(data, bytes) or len(data) != struct.calcsize("=" + _SCALARS[kind]):
-        return Opaque("numpy.scalar", (dtype, data))
+        return UnknownObject("numpy.scalar", (dtype, data))
     return struct.unpack((">" if big else "<") + _SCALARS[kind], data)[0]
 
 
@@ -64,7 +64,7 @@ def region(data: Any) -> Any:
 
 def _kind(dtype: Any) -> tuple[str, bool]:
     """The kind and width of a plain dtype, and whether it is big-endian."""
-    if not (isinstance(dtype, Opaque) and dtype.name == "numpy.dtype" and dtype.args):
+    if not (isinstance(dtype, UnknownObject) and dtype.name == "numpy.dtype" and dtype.args):
         return "", False
     text = str(dtype.args[0])
     state = dtype.state if isinstance(dtype.state, tuple) else ()

@@ -6,9 +6,9 @@ import codecs
 import struct
 from typing import TYPE_CHECKING, Any
 
-from trackopt.archive.tree import Opaque
-from trackopt.archive.unpickler.limits import Broken
-from trackopt.archive.unpickler.machine import Machine
+from trackopt.archive.tree import UnknownObject
+from trackopt.archive.unpickler.limits import MalformedPickle
+from trackopt.archive.unpickler.machine import PickleMachine
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -22,16 +22,16 @@ def void(_: object) -> None:
 
 def _integer(data: bytes) -> Any:
     if len(data) > _MAX_INTEGER:
-        return Opaque(f"integer of {len(data)} bytes")
+        return UnknownObject(f"integer of {len(data)} bytes")
     return int.from_bytes(data, "little", signed=True)
 
 
-def _text_integer(machine: Machine) -> Any:
+def _text_integer(machine: PickleMachine) -> Any:
     line = machine.line().strip()
     return {"00": False, "01": True}[line] if line in ("00", "01") else int(line.removesuffix("L"))
 
 
-def _text(machine: Machine, length: int) -> str:
+def _text(machine: PickleMachine, length: int) -> str:
     data = machine.take(length)
     if not data.isascii():
         machine.spend(4 * length)  # one wide character makes all of them wide
@@ -43,64 +43,64 @@ def _old_string(data: bytes) -> str:
     return data.decode("utf-8", "surrogateescape")
 
 
-def _quoted(machine: Machine) -> str:
+def _quoted(machine: PickleMachine) -> str:
     line = machine.line().strip()
     if len(line) < 2 or line[0] != line[-1] or line[0] not in "'\"":
-        raise Broken("a string lacks its quotes")
+        raise MalformedPickle("a string lacks its quotes")
     return _old_string(codecs.escape_decode(line[1:-1].encode("utf-8", "surrogateescape"))[0])
 
 
-def _raw_unicode(machine: Machine) -> str:
+def _raw_unicode(machine: PickleMachine) -> str:
     return machine.line().encode("utf-8", "surrogateescape").decode("raw-unicode-escape")
 
 
-def _object(machine: Machine) -> None:
+def _object(machine: PickleMachine) -> None:
     function, *args = machine.since_mark()
     machine.push(machine.called(function, tuple(args)))
 
 
-def _instance(machine: Machine) -> None:
+def _instance(machine: PickleMachine) -> None:
     machine.name(machine.line(), machine.line())
     function = machine.pop()
     machine.push(machine.called(function, tuple(machine.since_mark())))
 
 
-def _new_object_with_keywords(machine: Machine) -> None:
+def _new_object_with_keywords(machine: PickleMachine) -> None:
     keywords, args, function = machine.pop(), machine.pop(), machine.pop()
     result = machine.called(function, args)
     if keywords:
-        result = Opaque(repr(function), tuple(args) if isinstance(args, tuple) else (args,), state=keywords)
+        result = UnknownObject(repr(function), tuple(args) if isinstance(args, tuple) else (args,), state=keywords)
     machine.push(result)
 
 
-def _dictionary(machine: Machine) -> None:
+def _dictionary(machine: PickleMachine) -> None:
     items = machine.since_mark()
     machine.push({})
     machine.set_items(items)
 
 
-def _tuple(machine: Machine, length: int) -> None:
+def _tuple(machine: PickleMachine, length: int) -> None:
     machine.push(tuple(reversed([machine.pop() for _ in range(length)])))
 
 
-def _one_item(machine: Machine) -> None:
+def _one_item(machine: PickleMachine) -> None:
     value, key = machine.pop(), machine.pop()
     machine.set_items([key, value])
 
 
-def _name_from_stack(machine: Machine) -> None:
+def _name_from_stack(machine: PickleMachine) -> None:
     name, module = machine.pop(), machine.pop()
     machine.name(module, name)
 
 
-def _append_one(machine: Machine) -> None:
+def _append_one(machine: PickleMachine) -> None:
     value = machine.pop()
     machine.append([value])
 
 
-def _refuse(what: str) -> Callable[[Machine], None]:
-    def operation(_: Machine) -> None:
-        raise Broken(f"{what}, which no checkpoint uses")
+def _refuse(what: str) -> Callable[[PickleMachine], None]:
+    def operation(_: PickleMachine) -> None:
+        raise MalformedPickle(f"{what}, which no checkpoint uses")
 
     return operation
 
@@ -108,12 +108,12 @@ def _refuse(what: str) -> Callable[[Machine], None]:
 _U1, _U2, _U4, _U8 = (struct.Struct(f"<{kind}") for kind in "BHIQ")
 _I4, _F8 = struct.Struct("<i"), struct.Struct(">d")
 
-OPERATIONS: dict[int, Callable[[Machine], None]] = {
+OPERATIONS: dict[int, Callable[[PickleMachine], None]] = {
     ord(code): operation
     for code, operation in {
         # structure
-        "(": Machine.mark,
-        "0": Machine.pop_or_unmark,
+        "(": PickleMachine.mark,
+        "0": PickleMachine.pop_or_unmark,
         "1": lambda m: void(m.since_mark()),
         "2": lambda m: m.push(m.top()),
         "\x80": lambda m: void(m.take(1)),
@@ -122,7 +122,7 @@ OPERATIONS: dict[int, Callable[[Machine], None]] = {
         "p": lambda m: m.put(int(m.line())),
         "q": lambda m: m.put(m.number(_U1)),
         "r": lambda m: m.put(m.number(_U4)),
-        "\x94": Machine.memoize,
+        "\x94": PickleMachine.memoize,
         "g": lambda m: m.get(int(m.line())),
         "h": lambda m: m.get(m.number(_U1)),
         "j": lambda m: m.get(m.number(_U4)),
@@ -171,12 +171,12 @@ OPERATIONS: dict[int, Callable[[Machine], None]] = {
         # objects
         "c": lambda m: m.name(m.line(), m.line()),
         "\x93": _name_from_stack,
-        "R": Machine.reduce,
-        "\x81": Machine.reduce,
+        "R": PickleMachine.reduce,
+        "\x81": PickleMachine.reduce,
         "\x92": _new_object_with_keywords,
         "i": _instance,
         "o": _object,
-        "b": Machine.build,
+        "b": PickleMachine.build,
         "P": lambda m: m.persist(m.line()),
         "Q": lambda m: m.persist(m.pop()),
         "\x82": _refuse("it uses an extension code"),

@@ -9,9 +9,18 @@ from dataclasses import replace
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
-from trackopt.archive.tree import ITEMSIZE, Compound, Global, Opaque, Quantizer, Storage, Tensor, contiguous
+from trackopt.archive.tree import (
+    ITEMSIZE,
+    Global,
+    Quantizer,
+    Storage,
+    Tensor,
+    TensorSubclass,
+    UnknownObject,
+    contiguous,
+)
 from trackopt.archive.unpickler import numpy_constructors
-from trackopt.archive.unpickler.limits import Broken
+from trackopt.archive.unpickler.limits import MalformedPickle
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -40,13 +49,13 @@ _serial = count()  # tensors without memory are told apart by it
 def storage(key: Any) -> Any:
     """The storage that a persistent id names, or what is known of it."""
     if not (isinstance(key, tuple) and len(key) >= 5 and string(key[0]) == "storage" and isinstance(key[1], Global)):
-        return Opaque("persistent id", (key,))
+        return UnknownObject("persistent id", (key,))
     kind, _, suffix = key[1].name.rpartition(".")[2].partition("Storage")
     dtype = STORAGES.get(kind)
     if dtype is None or suffix:
-        raise Broken(f"{key[1].name} is not a kind of storage that torch has")
+        raise MalformedPickle(f"{key[1].name} is not a kind of storage that torch has")
     if not is_size(key[4]):
-        raise Broken(f"storage {key[2]!r} has a size that makes no sense")
+        raise MalformedPickle(f"storage {key[2]!r} has a size that makes no sense")
     return Storage(string(key[2]), dtype, string(key[3]), key[4] * ITEMSIZE[dtype])
 
 
@@ -63,7 +72,7 @@ def is_size(value: Any) -> bool:
 def _tensor(base: Any, offset: int, shape: Any, stride: Any, *rest: Any) -> Any:
     """``_rebuild_tensor`` and ``_v2``: ``rest`` is requires_grad, hooks, and the conj and neg bits."""
     if not isinstance(base, Storage):
-        return Opaque("torch.Tensor", (base, offset, shape, stride, *rest))
+        return UnknownObject("torch.Tensor", (base, offset, shape, stride, *rest))
     bits = rest[2] if len(rest) > 2 and isinstance(rest[2], dict) else {}
     return _checked(base, base.dtype, (offset, shape, stride), bool(rest and rest[0]), bits)
 
@@ -71,7 +80,7 @@ def _tensor(base: Any, offset: int, shape: Any, stride: Any, *rest: Any) -> Any:
 def _tensor_v3(base: Any, offset: int, shape: Any, stride: Any, *rest: Any) -> Any:
     """``_rebuild_tensor_v3``: the dtype stands behind the hooks, since the storage is untyped."""
     if not isinstance(base, Storage):
-        return Opaque("torch.Tensor", (base, offset, shape, stride, *rest))
+        return UnknownObject("torch.Tensor", (base, offset, shape, stride, *rest))
     bits = rest[3] if len(rest) > 3 and isinstance(rest[3], dict) else {}
     return _checked(base, _dtype(rest[2]), (offset, shape, stride), bool(rest[0]), bits)
 
@@ -79,7 +88,7 @@ def _tensor_v3(base: Any, offset: int, shape: Any, stride: Any, *rest: Any) -> A
 def _dtype(name: Global) -> str:
     dtype = name.name.removeprefix("torch.")
     if dtype not in ITEMSIZE:
-        raise Broken(f"the dtype {dtype} is not known")
+        raise MalformedPickle(f"the dtype {dtype} is not known")
     return dtype
 
 
@@ -89,7 +98,7 @@ def _checked(
     offset, shape, stride = layout
     shape, stride = tuple(shape), tuple(stride)
     if len(shape) != len(stride) or len(shape) > _MAX_RANK or not all(map(is_size, (*shape, *stride, offset))):
-        raise Broken(f"a tensor in storage {base.key!r} has a shape, strides or an offset that make no sense")
+        raise MalformedPickle(f"a tensor in storage {base.key!r} has a shape, strides or an offset that make no sense")
     bits = bits or {}
     conj, neg = bits.get("conj") is True, bits.get("neg") is True
     return Tensor(base, dtype, shape, stride, offset, requires_grad=requires_grad, conj=conj, neg=neg)
@@ -97,7 +106,7 @@ def _checked(
 
 def _quantized(base: Any, offset: int, shape: Any, stride: Any, params: Any, requires_grad: Any, *_: Any) -> Any:
     if not isinstance(base, Storage):
-        return Opaque("torch.Tensor", (base, offset, shape, stride, params))
+        return UnknownObject("torch.Tensor", (base, offset, shape, stride, params))
     shape = tuple(shape)
     quantizer = _quantizer(shape, *params)
     packed = _PACKED.get(base.dtype)
@@ -107,7 +116,7 @@ def _quantized(base: Any, offset: int, shape: Any, stride: Any, params: Any, req
     parts = {"packed": _checked(base, base.dtype, (offset, rows, contiguous(rows)))}
     tensors = {"scale": quantizer.scale, "zero_point": quantizer.zero_point}
     parts |= {name: value for name, value in tensors.items() if isinstance(value, Tensor)}
-    return Compound("torch." + base.dtype, base.dtype, shape, dict(parts))
+    return TensorSubclass("torch." + base.dtype, base.dtype, shape, dict(parts))
 
 
 def _quantizer(shape: tuple[int, ...], scheme: Global, scale: Any, zero_point: Any, axis: Any = None) -> Quantizer:
@@ -117,7 +126,7 @@ def _quantizer(shape: tuple[int, ...], scheme: Global, scale: Any, zero_point: A
         return Quantizer(name, scale, zero_point)
     tensors = isinstance(scale, Tensor) and isinstance(zero_point, Tensor)
     if not tensors or not is_size(axis) or axis >= len(shape) or {scale.shape, zero_point.shape} != {(shape[axis],)}:
-        raise Broken("a quantized tensor has scales that do not fit it")
+        raise MalformedPickle("a quantized tensor has scales that do not fit it")
     return Quantizer(name, scale, zero_point, axis)
 
 
@@ -128,27 +137,27 @@ def _sparse(layout: Any, data: Any) -> Any:
     tensors = dict(zip(names, data, strict=False))
     shape = tuple(data[len(names)])
     if not all(isinstance(part, Tensor) for part in tensors.values()):
-        return Opaque(name, (layout, data))
+        return UnknownObject(name, (layout, data))
     if len(shape) > _MAX_RANK or not all(map(is_size, shape)):
-        raise Broken("a sparse tensor has a shape that makes no sense")
-    return Compound(name, tensors["values"].dtype, shape, dict(tensors))
+        raise MalformedPickle("a sparse tensor has a shape that makes no sense")
+    return TensorSubclass(name, tensors["values"].dtype, shape, dict(tensors))
 
 
 def _nested(buffer: Any, sizes: Any, strides: Any, offsets: Any) -> Any:
     tensors = {"buffer": buffer, "sizes": sizes, "strides": strides, "offsets": offsets}
-    return _compound("torch.nested", tensors) or Opaque("torch.nested", (buffer, sizes, strides, offsets))
+    return _compound("torch.nested", tensors) or UnknownObject("torch.nested", (buffer, sizes, strides, offsets))
 
 
-def _compound(kind: str, parts: Any, shape: tuple[int, ...] = ()) -> Compound | None:
+def _compound(kind: str, parts: Any, shape: tuple[int, ...] = ()) -> TensorSubclass | None:
     """A tensor made of those of some values that are tensors; None if there are none, or it is too deep."""
     found = {
         string(name): part
         for name, part in (parts.items() if isinstance(parts, dict) else ())
-        if isinstance(part, Tensor) or (isinstance(part, Compound) and not part.deep)
+        if isinstance(part, Tensor) or (isinstance(part, TensorSubclass) and not part.is_nested)
     }
     if not found or len(found) > _MAX_PARTS:
         return None
-    return Compound(kind, next(iter(found.values())).dtype, shape, found)
+    return TensorSubclass(kind, next(iter(found.values())).dtype, shape, found)
 
 
 def _meta(dtype: Global, shape: Any, stride: Any, requires_grad: Any = False) -> Tensor:
@@ -169,7 +178,7 @@ def _wrapper(kind: Global, dtype: Global, shape: Any, stride: Any, offset: Any, 
 def _device_tensor(data: Any, dtype: Any = None, device: Any = "cpu", requires_grad: Any = False) -> Any:
     """A tensor of a device without storages of its own, which was saved as one on the CPU or as an array."""
     if not isinstance(data, Tensor):
-        return Opaque("torch.Tensor", (data, dtype, device, requires_grad))
+        return UnknownObject("torch.Tensor", (data, dtype, device, requires_grad))
     base = replace(data.storage, device=string(device))
     return replace(data, storage=base, kind="torch.Tensor", requires_grad=bool(requires_grad))
 
@@ -183,10 +192,10 @@ def _parameter(data: Any, requires_grad: Any = True, *_: Any) -> Any:
 def _from_type(function: Global, kind: Global, args: tuple[Any, ...], state: Any = None) -> Any:
     """A subclass of Tensor: what it holds is what it was made from, or the tensors among its attributes."""
     known = TENSORS.get(function.name)
-    inner = known(*args) if known is not None else Opaque(kind.name, args, state)
+    inner = known(*args) if known is not None else UnknownObject(kind.name, args, state)
     if isinstance(inner, Tensor) and not inner.meta:
         return replace(inner, kind=kind.name)
-    if isinstance(inner, Compound):
+    if isinstance(inner, TensorSubclass):
         return inner
     shape = inner.shape if isinstance(inner, Tensor) else ()
     inside = args[0] if args and isinstance(args[0], dict) else {}
@@ -194,7 +203,7 @@ def _from_type(function: Global, kind: Global, args: tuple[Any, ...], state: Any
     found = _compound(kind.name, attributes, shape) or _compound(kind.name, inside, shape)
     if found is None:
         return inner
-    local = found.parts.get("_local_tensor")
+    local = found.components.get("_local_tensor")
     if isinstance(local, Tensor) and isinstance(inner, Tensor) and local.shape == shape:
         return replace(local, kind=kind.name, requires_grad=inner.requires_grad)  # a DTensor that is whole in here
     return replace(found, placements=_placements(attributes.get("_spec"))) if isinstance(attributes, dict) else found
@@ -202,13 +211,13 @@ def _from_type(function: Global, kind: Global, args: tuple[Any, ...], state: Any
 
 def _placements(spec: Any) -> tuple[str, ...]:
     """How a DTensor lies on its device mesh."""
-    state = spec.state if isinstance(spec, Opaque) else None
+    state = spec.state if isinstance(spec, UnknownObject) else None
     placements = state.get("placements") if isinstance(state, dict) else None
-    found = [node for node in placements if isinstance(node, Opaque)] if isinstance(placements, tuple) else []
+    found = [node for node in placements if isinstance(node, UnknownObject)] if isinstance(placements, tuple) else []
     return tuple(_placement(node) for node in found[:_MAX_PARTS])
 
 
-def _placement(node: Opaque) -> str:
+def _placement(node: UnknownObject) -> str:
     state = node.state if isinstance(node.state, dict) else {}
     inside = [f"{key}={value}" for key, value in state.items() if isinstance(value, int | str)]
     return f"{node.name.rpartition('.')[2]}({', '.join(inside[:_MAX_PARTS])})"

@@ -23,7 +23,7 @@ _SCHEMES = frozenset((
 ))  # fmt: skip
 
 
-def is_safe(name: str) -> bool:
+def is_allowed(name: str) -> bool:
     """Whether a name in a file is one that torch takes.
 
     Example:

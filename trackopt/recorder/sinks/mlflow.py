@@ -15,8 +15,8 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, Run, RunTag
 
 from trackopt.recorder.sinks.base import Sink
-from trackopt.recorder.sinks.mlflow_description import describe
-from trackopt.rundir.directory import CHECKPOINTS, change_identity, read_identity
+from trackopt.recorder.sinks.mlflow_description import run_description
+from trackopt.rundir.directory import CHECKPOINTS, read_identity, update_identity
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -36,7 +36,7 @@ class MLflowSink(Sink):
         directory: The run's directory; its ``run.json`` names the tracking URI and the experiment.
     """
 
-    rewinds = False
+    supports_truncation = False
 
     def __init__(self, directory: Path) -> None:
         identity = read_identity(directory)
@@ -46,7 +46,7 @@ class MLflowSink(Sink):
             self._client = MlflowClient(tracking_uri=target["tracking_uri"])
             self._run = target.get("run_id") or self._find_or_create(directory, identity)
         if "run_id" not in target:
-            change_identity(directory, lambda now: {**now, "mlflow": {**now["mlflow"], "run_id": self._run}})
+            update_identity(directory, lambda now: {**now, "mlflow": {**now["mlflow"], "run_id": self._run}})
         self._client.update_run(self._run, status="RUNNING")
 
     def begin(self, marker: Line) -> None:
@@ -88,7 +88,7 @@ class MLflowSink(Sink):
             "mlflow.source.name": identity["command"],
             "mlflow.source.type": "LOCAL",
             "mlflow.user": getpass.getuser(),
-            "mlflow.note.content": describe(directory, identity),
+            "mlflow.note.content": run_description(directory, identity),
             "trackopt.run_id": identity["id"],
             "trackopt.dir": str(directory),
             "trackopt.checkpoints": str(directory / CHECKPOINTS),

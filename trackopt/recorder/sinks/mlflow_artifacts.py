@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
     from mlflow.store.artifact.artifact_repo import ArtifactRepository
 
-_STALLED = 20.0  # seconds in which a server takes nothing
-_SLOWEST = 4 << 20  # bytes in a second with which it puts away what it took, before it answers
+_CONNECT_TIMEOUT_S = 20.0  # seconds in which a server takes nothing
+_MIN_BYTES_PER_S = 4 << 20  # bytes in a second with which it puts away what it took, before it answers
 
 
-class Uploads:
+class ArtifactUploader:
     """One thread at a time uploads what the journal says was committed, in that order.
 
     The cursor's ``offset`` moves, and is saved, when a checkpoint has arrived. One that is broken off begins anew, and
@@ -50,7 +50,7 @@ class Uploads:
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
 
-    def pump(self, limit: int) -> bool | None:
+    def deliver(self, limit: int) -> bool | None:
         """Upload what is committed in the first ``limit`` bytes of the journal; ``False`` once an upload went well.
 
         ``None`` says that one goes on. What it raised comes from the next call.
@@ -93,32 +93,32 @@ class Uploads:
             self._error = error
 
     def _upload_all(self, limit: int) -> None:
-        waiting, end = self._committed(limit)
+        waiting, end = self._pending_checkpoints(limit)
         gone = []
         try:
             for path, behind in waiting.items():
                 if not self._upload(path):
                     gone.append(path)
-                self._move(behind)
-            self._move(end)
+                self._advance_cursor(behind)
+            self._advance_cursor(end)
         finally:
             if gone:
                 which = f"{gone[0]} and {len(gone) - 1} more" if gone[1:] else gone[0]
                 self._tell(f"{which} had been let go before the upload came to it; a larger `keep` gives it more time")
 
-    def _committed(self, limit: int) -> tuple[dict[str, int], int]:
+    def _pending_checkpoints(self, limit: int) -> tuple[dict[str, int], int]:
         """Paths of checkpoints, each with the end of the line that told it last; and the end of the last line."""
         waiting: dict[str, tuple[int, int]] = {}
         end = self.cursor["offset"]
         for line in journal.read(self._directory / journal.NAME, end):
-            if line.end > limit:
+            if line.end_offset > limit:
                 break
-            end = line.end
+            end = line.end_offset
             if line.event == "resume":  # those behind its step are of a future that was given up
                 waiting = {path: one for path, one in waiting.items() if one[0] <= line.step}
             elif line.event == "checkpoint":
                 waiting.pop(line.details["path"], None)
-                waiting[line.details["path"]] = (line.step, line.end)
+                waiting[line.details["path"]] = (line.step, line.end_offset)
         return {path: behind for path, (_, behind) in waiting.items()}, end
 
     def _repository(self) -> ArtifactRepository:
@@ -141,7 +141,7 @@ class Uploads:
             return False
         return bool(files)
 
-    def _move(self, offset: int) -> None:
+    def _advance_cursor(self, offset: int) -> None:
         self.cursor = {**self.cursor, "offset": offset, "finished": False}
         self._save()
 
@@ -152,7 +152,7 @@ def _put(repository: ArtifactRepository, file: Path, folder: str) -> None:
         return
     # The time-out that the recorder has set for MLflow is one for metrics: a server that hands a file on to a store
     # answers when it has.
-    patience = (_STALLED, _STALLED + file.stat().st_size / _SLOWEST)
+    patience = (_CONNECT_TIMEOUT_S, _CONNECT_TIMEOUT_S + file.stat().st_size / _MIN_BYTES_PER_S)
     with file.open("rb") as data:
         creds, place = get_default_host_creds(repository.artifact_uri), f"/{folder}/{file.name}"
         augmented_raise_for_status(http_request(creds, place, "PUT", data=data, timeout=patience))

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 _LONGEST = 2000  # letters of a command line; MLflow takes 8,000 for the whole
 
 
-def describe(directory: Path, identity: dict[str, Any]) -> str:
+def run_description(directory: Path, identity: dict[str, Any]) -> str:
     """A run's description, in Markdown. Of its environment it tells nothing.
 
     Args:
@@ -28,12 +28,12 @@ def describe(directory: Path, identity: dict[str, Any]) -> str:
     return "\n".join(
         [
             f"The training **{identity['name']}**, logged at every step by trackopt from `{directory}`.",
-            *_block("Resume it from its newest checkpoint:", home, f"TRACKOPT_DIR={there} {command}"),
-            *_block("Reproduce it from the start, in a fresh directory:", home, f"TRACKOPT_DIR={again} {command}"),
-            *_block("Look at it:", f"trackopt inspect {there}", f"trackopt plot {there}", f"trackopt ui {above}"),
+            *_code_block("Resume it from its newest checkpoint:", home, f"TRACKOPT_DIR={there} {command}"),
+            *_code_block("Reproduce it from the start, in a fresh directory:", home, f"TRACKOPT_DIR={again} {command}"),
+            *_code_block("Look at it:", f"trackopt inspect {there}", f"trackopt plot {there}", f"trackopt ui {above}"),
         ]
     )
 
 
-def _block(head: str, *lines: str) -> list[str]:
+def _code_block(head: str, *lines: str) -> list[str]:
     return ["", head, "", "```", *lines, "```"]

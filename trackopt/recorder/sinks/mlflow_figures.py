@@ -12,7 +12,7 @@ from mlflow.exceptions import MlflowException
 
 from trackopt.errors import RunError
 from trackopt.rundir.directory import read_identity
-from trackopt.utils.mlflow_uri import without_password
+from trackopt.utils.mlflow_uri import redact_credentials
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 FOLDER = "trackopt"
 
 
-def attach(directory: Path, file: Path) -> None:
+def log_figure(directory: Path, file: Path) -> None:
     """Log a file as an artifact, in the folder ``trackopt``; one of the same name is replaced.
 
     Args:
@@ -38,7 +38,7 @@ def attach(directory: Path, file: Path) -> None:
         with _inside(identity["working_directory"]):
             MlflowClient(tracking_uri=target["tracking_uri"]).log_artifact(target["run_id"], str(file), FOLDER)
     except (MlflowException, OSError) as error:
-        reason = without_password(" ".join(str(error).split()))
+        reason = redact_credentials(" ".join(str(error).split()))
         raise RunError(f"{directory}: MLflow does not take the figure ({reason}); is its server up?") from error
 
 

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
     from trackopt.journal import Line
 
-_MARGINS = 60  # buffers that have a margin chart; with stats="param" there may be thousands
-_HEAD = 1000  # lines of the journal: among them are all buffers that a run begins with
+_MAX_MARGIN_CHARTS = 60  # buffers that have a margin chart; with stats="param" there may be thousands
+_SCAN_LINES = 1000  # lines of the journal: among them are all buffers that a run begins with
 
 
 class TensorBoardSink(Sink):
@@ -32,7 +32,7 @@ class TensorBoardSink(Sink):
         step: The first step of what comes; TensorBoard drops what older files hold from it on.
     """
 
-    rewinds = True
+    supports_truncation = True
 
     def __init__(self, directory: Path, step: int) -> None:
         self._directory = directory
@@ -56,10 +56,12 @@ class TensorBoardSink(Sink):
         """Write an event for each record, with all of its values."""
         file = self._file or self._open()
         for one in records:
-            if self._learn(one.metrics):
+            if self._register_buffers(one.metrics):
                 file.write(tensorboard_layout.layout(one.time, self._buffers))
             file.write(
-                tensorboard_events.summary(one.time, one.step, one.metrics | self._bounds(one.metrics), one.histograms)
+                tensorboard_events.summary(
+                    one.time, one.step, one.metrics | self._margin_series(one.metrics), one.histograms
+                )
             )
         _sync(file)
 
@@ -93,20 +95,20 @@ class TensorBoardSink(Sink):
         # Readers take a START as the sign to drop what is behind its step, but overlook the first that they meet:
         # so every file has one, the first attempt's too.
         self._file.write(tensorboard_events.version(now) + tensorboard_events.start(now, self._step))
-        for line in islice(journal.read(self._journal), _HEAD):
-            self._learn(line.metrics)
+        for line in islice(journal.read(self._journal), _SCAN_LINES):
+            self._register_buffers(line.metrics)
         self._file.write(tensorboard_layout.layout(now, self._buffers))
         return self._file
 
-    def _learn(self, metrics: Mapping[str, float]) -> bool:
+    def _register_buffers(self, metrics: Mapping[str, float]) -> bool:
         """Whether a record holds buffers that are new."""
         known = len(self._buffers)
-        for name in islice(tensorboard_layout.buffers(metrics), _MARGINS):
-            if len(self._buffers) < _MARGINS:
+        for name in islice(tensorboard_layout.buffers(metrics), _MAX_MARGIN_CHARTS):
+            if len(self._buffers) < _MAX_MARGIN_CHARTS:
                 self._buffers.setdefault(name)
         return len(self._buffers) > known
 
-    def _bounds(self, metrics: Mapping[str, float]) -> dict[str, float]:
+    def _margin_series(self, metrics: Mapping[str, float]) -> dict[str, float]:
         found: dict[str, float] = {}
         for name in tensorboard_layout.buffers(metrics):
             if name in self._buffers:

@@ -43,7 +43,7 @@ def summary(when: float, step: int, scalars: Mapping[str, float], histograms: Ma
     return _record(_event(when, step, field(0x2A, b"".join(values))))
 
 
-def of_plugin(when: float, plugin: str, tag: str, *, content: bytes = b"", text: bytes | None = None) -> bytes:
+def plugin_summary(when: float, plugin: str, tag: str, *, content: bytes = b"", text: bytes | None = None) -> bytes:
     """The record that a plugin is configured by, at step 0.
 
     Readers keep the first ``content`` of a tag for good, and the latest ``text``.

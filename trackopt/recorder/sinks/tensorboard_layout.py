@@ -46,7 +46,7 @@ def layout(when: float, names: Iterable[str]) -> bytes:
     lines.append(_chart("learning rate", 0x12, field(0x0A, _RATES.encode())))
     margins = [_chart(f"{name}: mean ± std", 0x1A, field(0x0A, _series(name))) for name in names]
     content = _category("loss and learning rate", lines) + _category("buffers", margins)
-    return tensorboard_events.of_plugin(when, "custom_scalars", "custom_scalars__config__", text=content)
+    return tensorboard_events.plugin_summary(when, "custom_scalars", "custom_scalars__config__", text=content)
 
 
 def session_start(when: float, group: str, params: Mapping[str, Any]) -> bytes:
@@ -54,13 +54,13 @@ def session_start(when: float, group: str, params: Mapping[str, Any]) -> bytes:
     known = {key: value for key, value in sorted(params.items()) if isinstance(value, (str, int, float))}
     entries = (field(0x0A, field(0x0A, key.encode()) + field(0x12, _value(value))) for key, value in known.items())
     info = b"".join(entries) + field(0x22, group.encode()) + b"\x29" + struct.pack("<d", when)
-    return tensorboard_events.of_plugin(when, "hparams", "_hparams_/session_start_info", content=field(0x1A, info))
+    return tensorboard_events.plugin_summary(when, "hparams", "_hparams_/session_start_info", content=field(0x1A, info))
 
 
 def session_end(when: float) -> bytes:
     """The record that says that a run came to its end."""
     info = _SUCCESS + b"\x11" + struct.pack("<d", when)
-    return tensorboard_events.of_plugin(when, "hparams", "_hparams_/session_end_info", content=field(0x22, info))
+    return tensorboard_events.plugin_summary(when, "hparams", "_hparams_/session_end_info", content=field(0x22, info))
 
 
 def results(path: Path, *, resumed: bool) -> tuple[int, float, dict[str, float]]:
