@@ -99,7 +99,7 @@ class Attempt:
             **details: What else the marker says.
         """
         if self._has_history:
-            self.mark_resume(0, offset=0, **details)
+            self.mark_resume(0, **{"offset": 0, **details})
         else:
             self._mark("start", 0, params=self.hyperparameters(params), **details)
 

@@ -70,7 +70,9 @@ class RunCheckpoints:
         meta, attempt = pending.meta, self._attempt
         self._pending = pending
         attempt.telemetry.load_state_dict(meta)
-        self.position.load_state_dict(meta["position"], self._on_position_restored, divided=pending.world_size_changed)
+        self.position.load_state_dict(
+            meta["position"], self._on_position_restored, world_size_changed=pending.world_size_changed
+        )
         self.saver.latest = (meta["step"], meta["position"])
         if meta["run_id"] == attempt.id:
             if self._collectives.is_rank_zero:
