@@ -15,7 +15,7 @@ import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from typing import TextIO
@@ -58,7 +58,7 @@ class Script:
         self.pid = int(self._receive())
 
     def _receive(self) -> bytes:
-        """Return the next line of the answers; nothing behind it is taken, so that `poll` sees whether there is more."""
+        """Return the next line of the answers, and take nothing after it, so that `poll` sees whether there is more."""
         line = b""
         while not line.endswith(b"\n"):
             line += self._connection.recv(1)
