@@ -80,8 +80,9 @@ class Script:
     def communicate(self, timeout: float = 60) -> tuple[str, str]:
         """Wait for its end; what it wrote to the pipes of `start_script`, to their ends."""
         with ThreadPoolExecutor() as pool:
-            written = [pool.submit(stream.read) for stream in (self.stdout, self.stderr)]
-            output, errors = (found.result(timeout) for found in written)
+            streams = (self.stdout, self.stderr)
+            written = [None if stream.closed else pool.submit(stream.read) for stream in streams]
+            output, errors = ("" if found is None else found.result(timeout) for found in written)
         self.stdout.close()
         self.stderr.close()
         self.wait()

@@ -240,7 +240,9 @@ def test_a_forked_process_can_be_ended():
 def test_ctrl_c_that_ends_the_reader_of_stderr_as_well_saves_and_stops(tmp_path):
     """``python train.py 2>&1 | tee log``: nobody reads what is told then."""
     process = start(
-        tmp_path, BATCHES, before="from trackopt.run import progress; progress._FIRST = progress._EVERY = 0.01"
+        tmp_path,
+        BATCHES,
+        before="from trackopt.run import progress; progress._FIRST_LINE_AFTER_S = progress._LINE_INTERVAL_S = 0.01",
     )
     process.stderr.close()
     process.send_signal(signal.SIGINT)
