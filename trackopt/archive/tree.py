@@ -99,7 +99,7 @@ class TensorSubclass:
 
     @property
     def is_nested(self) -> bool:
-        """Whether one of its components has components, too."""
+        """True if a component has components, too."""
         return any(isinstance(component, TensorSubclass) for component in self.components.values())
 
     def __repr__(self) -> str:
@@ -138,12 +138,12 @@ class Tensor:
 
     @property
     def is_meta(self) -> bool:
-        """Whether it was on the meta device, whose tensors have no values."""
+        """True if it was on the meta device, whose tensors have no values."""
         return self.storage.device == "meta"
 
     @property
     def elements(self) -> int:
-        """How many values it has."""
+        """The number of its values."""
         return math.prod(self.shape)
 
     @property
@@ -165,7 +165,7 @@ class Tensor:
 
     @property
     def is_contiguous(self) -> bool:
-        """Whether its values are in the file one after the other, in row-major order."""
+        """True if its values are in the file one after the other, in row-major order."""
         expected = 1
         for size, step in zip(reversed(self.shape), reversed(self.stride), strict=True):
             if size != 1 and step != expected:

@@ -159,7 +159,7 @@ class StoragePart:
 
     @property
     def size(self) -> int:
-        """How many of its bytes are in the file."""
+        """The number of its bytes that are in the file."""
         return max(0, min(self._stop, self._data.size) - self._start)
 
     def read(self, start: int, stop: int) -> bytes:

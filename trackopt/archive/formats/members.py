@@ -35,7 +35,7 @@ class StorageRange:
 
     @property
     def size(self) -> int:
-        """How many bytes there are; raises ArchiveError if the record is missing."""
+        """The number of bytes; raises ArchiveError if the record is missing."""
         byte_range = self.storage.byte_range
         return self.source.size(self.storage) if byte_range is None else byte_range.size
 

@@ -20,7 +20,7 @@ class ByteRange(Protocol):
 
     @property
     def size(self) -> int:
-        """How many bytes there are."""
+        """The number of bytes."""
 
     @property
     def key(self) -> str:

@@ -32,7 +32,7 @@ class File:
 
     @property
     def is_regular(self) -> bool:
-        """Whether it is a regular file: no directory, pipe or device."""
+        """True if it is a regular file: no directory, pipe or device."""
         return stat.S_ISREG(os.fstat(self.descriptor).st_mode)
 
     def read(self, offset: int, length: int) -> bytes:

@@ -1,4 +1,4 @@
-"""Where tensor bytes come from: the interface that every format offers to its readers."""
+"""The sources of tensor bytes: the interface that every format offers to its readers."""
 
 from __future__ import annotations
 

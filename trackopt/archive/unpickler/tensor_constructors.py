@@ -191,21 +191,21 @@ def _parameter(data: Any, requires_grad: Any = True, *_: Any) -> Any:
 
 def _from_type(function: Global, kind: Global, args: tuple[Any, ...], state: Any = None) -> Any:
     """Return a tensor subclass: what it was built from, or the tensors among its attributes."""
-    known = TENSORS.get(function.name)
-    inner = known(*args) if known is not None else UnknownObject(kind.name, args, state)
-    if isinstance(inner, Tensor) and not inner.is_meta:
-        return replace(inner, kind=kind.name)
-    if isinstance(inner, TensorSubclass):
-        return inner
-    shape = inner.shape if isinstance(inner, Tensor) else ()
-    inside = args[0] if args and isinstance(args[0], dict) else {}
+    builder = TENSORS.get(function.name)
+    base = builder(*args) if builder is not None else UnknownObject(kind.name, args, state)
+    if isinstance(base, Tensor) and not base.is_meta:
+        return replace(base, kind=kind.name)
+    if isinstance(base, TensorSubclass):
+        return base
+    shape = base.shape if isinstance(base, Tensor) else ()
+    components = args[0] if args and isinstance(args[0], dict) else {}
     attributes = state[-1] if isinstance(state, tuple) and state else state  # of a class with __slots__
-    subclass = _subclass(kind.name, attributes, shape) or _subclass(kind.name, inside, shape)
+    subclass = _subclass(kind.name, attributes, shape) or _subclass(kind.name, components, shape)
     if subclass is None:
-        return inner
+        return base
     local = subclass.components.get("_local_tensor")
-    if isinstance(local, Tensor) and isinstance(inner, Tensor) and local.shape == shape:
-        return replace(local, kind=kind.name, requires_grad=inner.requires_grad)  # an unsharded DTensor
+    if isinstance(local, Tensor) and isinstance(base, Tensor) and local.shape == shape:
+        return replace(local, kind=kind.name, requires_grad=base.requires_grad)  # an unsharded DTensor
     if not isinstance(attributes, dict):
         return subclass
     return replace(subclass, placements=_placements(attributes.get("_spec")))
@@ -215,14 +215,16 @@ def _placements(spec: Any) -> tuple[str, ...]:
     """Return the placements of a DTensor on its device mesh."""
     state = spec.state if isinstance(spec, UnknownObject) else None
     placements = state.get("placements") if isinstance(state, dict) else None
-    found = [node for node in placements if isinstance(node, UnknownObject)] if isinstance(placements, tuple) else []
-    return tuple(_placement(node) for node in found[:_MAX_COMPONENTS])
+    if not isinstance(placements, tuple):
+        return ()
+    nodes = [node for node in placements if isinstance(node, UnknownObject)]
+    return tuple(_placement(node) for node in nodes[:_MAX_COMPONENTS])
 
 
 def _placement(node: UnknownObject) -> str:
     state = node.state if isinstance(node.state, dict) else {}
-    inside = [f"{key}={value}" for key, value in state.items() if isinstance(value, int | str)]
-    return f"{node.name.rpartition('.')[2]}({', '.join(inside[:_MAX_COMPONENTS])})"
+    arguments = [f"{key}={value}" for key, value in state.items() if isinstance(value, int | str)]
+    return f"{node.name.rpartition('.')[2]}({', '.join(arguments[:_MAX_COMPONENTS])})"
 
 
 _REBUILD: dict[str, Callable[..., Any]] = {
