@@ -98,7 +98,7 @@ def infer_class(groups: Any, state: dict[Any, Any]) -> InferredClass:
         state: Its ``state``.
 
     Example:
-        >>> infer([{"lr": 0.1, "momentum": 0.9, "dampening": 0, "nesterov": False, "params": [0]}], {}).cls
+        >>> infer_class([{"lr": 0.1, "momentum": 0.9, "dampening": 0, "nesterov": False, "params": [0]}], {}).cls
         'SGD'
     """
     group = groups[0] if groups else {}

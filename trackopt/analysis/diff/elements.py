@@ -34,7 +34,7 @@ def max_ulp_distance(x: Bytes, y: Bytes, dtype: str, byteorder: str) -> int | No
 
     Example:
         >>> import numpy as np
-        >>> ulps(np.float32([1, -1]).tobytes(), np.float32([1 + 2**-23, -1]).tobytes(), "float32", "little")
+        >>> max_ulp_distance(np.float32([1, -1]).tobytes(), np.float32([1 + 2**-23, -1]).tobytes(), "float32", "little")
         1
     """
     import numpy as np
