@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from trackopt.archive.tree import Path, Tensor, tensors
 from trackopt.errors import ArchiveError
-from trackopt.state.inference import infer_class
+from trackopt.state.inference import InferredClass, infer_class
 from trackopt.state.matching import find_same_shape_buffer, flatten_groups, match_names
 
 if TYPE_CHECKING:
@@ -134,12 +134,14 @@ def read_optimizer(
     groups, state = node["param_groups"], _restore_ids(node["state"], node["param_groups"])
     known, matching = match_names(groups, state, models, _saved_entry(meta, "param_names", name))
     names = {key: known.get(key, str(key)) for group in groups for key in group["params"]}
-    inferred = infer_class(groups, state)
-    saved_class = _saved_entry(meta, "optimizer_class", name)
-    if isinstance(saved_class, str):
-        inferred = replace(inferred, cls=saved_class.rpartition(".")[2], evidence="saved beside it")
+    inferred = _find_class(groups, state, _saved_entry(meta, "optimizer_class", name))
     shapes = _find_shapes(groups, state, names, models, _saved_entry(meta, "param_shapes", name))
     parts = tuple(_read_group(archive, i, group, names, shapes) for i, group in enumerate(groups))
+    parameters = tuple(
+        Parameter(key, known.get(key), part.name, shapes.get(key), _buffer_names(state.get(key)))
+        for part, group in zip(parts, groups, strict=True)
+        for key in group["params"]
+    )
     return Optimizer(
         name=name,
         path=path,
@@ -147,11 +149,7 @@ def read_optimizer(
         evidence=inferred.evidence,
         unknown=inferred.unknown,
         groups=parts,
-        parameters=tuple(
-            Parameter(key, known.get(key), part.name, shapes.get(key), _buffer_names(state.get(key)))
-            for part, group in zip(parts, groups, strict=True)
-            for key in group["params"]
-        ),
+        parameters=parameters,
         buffers=_collect_buffers(state, names),
         steps=_step_range(archive, state),
         names=names,
@@ -159,6 +157,13 @@ def read_optimizer(
         stateful=tuple(names[key] for key, entry in state.items() if key in names and entry),
         unmatched=tuple(str(key) for key in state if key not in known),
     )
+
+
+def _find_class(groups: Any, state: Any, saved_class: Any) -> InferredClass:
+    inferred = infer_class(groups, state)
+    if isinstance(saved_class, str):
+        return replace(inferred, cls=saved_class.rpartition(".")[2], evidence="saved beside it")
+    return inferred
 
 
 def _restore_ids(state: dict[Any, Any], groups: Any) -> dict[Any, Any]:

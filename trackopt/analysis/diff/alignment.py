@@ -95,12 +95,7 @@ def align(
     models = _match_pairs(a.models, b.models)
     optimizers = _match_pairs(a.optimizers, b.optimizers)
     schedulers = _match_pairs(a.schedulers, b.schedulers)
-    notes = [
-        f"{_format_path(y.path)} in B is compared with {_format_path(x.path)} in A"
-        for pairs in (models, optimizers, schedulers)
-        for x, y in pairs
-        if x.path != y.path
-    ]
+    notes = _path_notes((*models, *optimizers, *schedulers))
     a_slots: Slots = {}
     b_slots: Slots = {}
     groups = []
@@ -133,8 +128,11 @@ def _check_renamed(renamed: Mapping[str, str], a: TrainingState) -> None:
             )
 
 
-def _format_path(path: Path) -> str:
-    return ".".join(path) or "the whole file"
+def _path_notes(
+    pairs: Iterable[tuple[Model, Model] | tuple[Optimizer, Optimizer] | tuple[Scheduler, Scheduler]],
+) -> list[str]:
+    paths = [[".".join(part.path) or "the whole file" for part in pair] for pair in pairs]
+    return [f"{b_path} in B is compared with {a_path} in A" for a_path, b_path in paths if a_path != b_path]
 
 
 def _match_pairs(a_parts: Sequence[_Part], b_parts: Sequence[_Part]) -> tuple[tuple[_Part, _Part], ...]:

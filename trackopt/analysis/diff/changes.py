@@ -128,11 +128,7 @@ def iter_changes(
     if options.only or options.ignore:
         selected = {key for key in (*a, *b) if options.matches(*(side[key] for side in (a, b) if key in side))}
         a, b = ({key: leaf for key, leaf in side.items() if key in selected} for side in (a, b))
-    pairs = {
-        key: pair
-        for key, leaf in a.items()
-        if key in b and (pair := _make_pair(archives, leaf.value, b[key].value)) is not None
-    }
+    pairs = _readable_pairs(archives, a, b)
     skipped = {key for key, pair in pairs.items() if options.fast and pair.has_same_checksum}
     results = comparer.compare([pair for key, pair in pairs.items() if key not in skipped])
     for key, leaf in a.items():
@@ -163,17 +159,21 @@ def _flatten(archive: Archive, state: TrainingState, slots: Slots) -> dict[Key, 
         raise ArchiveError(f"{archive.path}: {error}") from error
 
 
+def _readable_pairs(archives: tuple[Archive, Archive], a: dict[Key, Leaf], b: dict[Key, Leaf]) -> dict[Key, Pair]:
+    """Return the pairs of tensors of one shape whose elements can be compared."""
+    pairs = {}
+    for key, leaf in a.items():
+        x, y = leaf.value, b[key].value if key in b else None
+        if isinstance(x, Tensor) and isinstance(y, Tensor) and x.shape == y.shape and not (x.meta or y.meta):
+            pair = Pair(TensorReader(archives[0].source, x), TensorReader(archives[1].source, y))
+            if x.dtype == y.dtype or pair.is_numeric:
+                pairs[key] = pair
+    return pairs
+
+
 def _make_change(a: Leaf, b: Leaf, kind: str, numbers: Numbers | None = None, **flags: bool) -> Change:
     path_b = b.path if b.path != a.path else None
     return Change(a.path, kind, a.value, b.value, numbers, a.part, a.role or b.role, path_b, **flags)
-
-
-def _make_pair(archives: tuple[Archive, Archive], x: Any, y: Any) -> Pair | None:
-    """Return the pair of two tensors whose elements can be compared; None for other values."""
-    if not (isinstance(x, Tensor) and isinstance(y, Tensor)) or x.shape != y.shape or x.meta or y.meta:
-        return None
-    pair = Pair(TensorReader(archives[0].source, x), TensorReader(archives[1].source, y))
-    return pair if x.dtype == y.dtype or pair.is_numeric else None
 
 
 def _tensor_kind(x: Tensor, y: Tensor, numbers: Numbers | None) -> str:

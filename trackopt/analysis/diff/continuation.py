@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from trackopt.analysis.diff.alignment import is_wrapped
 from trackopt.analysis.diff.changes import is_same
@@ -16,7 +16,7 @@ from trackopt.analysis.diff.flatten import walk_leaves
 from trackopt.analysis.diff.training_summary import pair_hyperparameters
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from trackopt.analysis.diff.alignment import Alignment
     from trackopt.analysis.diff.totals import Totals
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from trackopt.state.models import Model
     from trackopt.state.optimizers import Optimizer
     from trackopt.state.schedulers import Scheduler
+
+_Part = TypeVar("_Part", "Model", "Optimizer", "Scheduler")
 
 _MAX_LISTED = 3
 #: Keys of a scheduler that hold its position, in contrast to its configuration.
@@ -111,11 +113,19 @@ def check_continuation(
     return ContinuationReport(not any(reason.level == "error" for reason in reasons), tuple(reasons))
 
 
+def _unpaired(parts: Iterable[_Part], pairs: Iterable[tuple[_Part, _Part]]) -> list[_Part]:
+    """Return A's parts that have no counterpart in B."""
+    paired = {a_part.path for a_part, _ in pairs}
+    return [part for part in parts if part.path not in paired]
+
+
+def _class_mismatch(a: Optimizer | Scheduler, b: Optimizer | Scheduler) -> str:
+    return f"{a.name} is {a.cls} in A and {b.cls} in B" if a.cls and b.cls and a.cls != b.cls else ""
+
+
 def _check_models(context: _Context) -> Iterator[ContinuationFinding]:
-    paired = {a_model.path for a_model, _ in context.alignment.models}
-    for model in context.a.models:
-        if model.path not in paired:
-            yield _error(f"B has no weights of {model.name}")
+    for model in _unpaired(context.a.models, context.alignment.models):
+        yield _error(f"B has no weights of {model.name}")
     for a_model, b_model in context.alignment.models:
         yield from _check_model(context, a_model, b_model)
     became_nan = [name for (_, name), numbers in context.totals.weights.items() if numbers.nan[0]]
@@ -145,14 +155,11 @@ def _check_model(context: _Context, a_model: Model, b_model: Model) -> Iterator[
 
 
 def _check_optimizers(context: _Context) -> Iterator[ContinuationFinding]:
-    paired = {a_optimizer.path for a_optimizer, _ in context.alignment.optimizers}
-    for optimizer in context.a.optimizers:
-        if optimizer.path not in paired:
-            yield _error(f"B has no state of {optimizer.name}: moments and step counters start from nothing")
+    for optimizer in _unpaired(context.a.optimizers, context.alignment.optimizers):
+        yield _error(f"B has no state of {optimizer.name}: moments and step counters start from nothing")
     for a_optimizer, b_optimizer in context.alignment.optimizers:
-        if a_optimizer.cls and b_optimizer.cls and a_optimizer.cls != b_optimizer.cls:
-            classes = f"{a_optimizer.cls} in A and {b_optimizer.cls} in B"
-            yield _error(f"{a_optimizer.name} is {classes}: the state of one does not fit")
+        if mismatch := _class_mismatch(a_optimizer, b_optimizer):
+            yield _error(f"{mismatch}: the state of one does not fit")
             continue
         yield from _check_parameter_order(context, a_optimizer, b_optimizer)
         yield from _check_stateful(context, a_optimizer, b_optimizer)
@@ -264,14 +271,11 @@ def _check_hyperparameters(context: _Context) -> Iterator[ContinuationFinding]:
 
 
 def _check_schedulers(context: _Context) -> Iterator[ContinuationFinding]:
-    paired = {a_scheduler.path for a_scheduler, _ in context.alignment.schedulers}
-    for scheduler in context.a.schedulers:
-        if scheduler.path not in paired:
-            yield _error(f"B has no state of {scheduler.name}: the learning rate starts over")
+    for scheduler in _unpaired(context.a.schedulers, context.alignment.schedulers):
+        yield _error(f"B has no state of {scheduler.name}: the learning rate starts over")
     for a_scheduler, b_scheduler in context.alignment.schedulers:
-        if a_scheduler.cls and b_scheduler.cls and a_scheduler.cls != b_scheduler.cls:
-            classes = f"{a_scheduler.cls} in A and {b_scheduler.cls} in B"
-            yield _error(f"{a_scheduler.name} is {classes}: another schedule")
+        if mismatch := _class_mismatch(a_scheduler, b_scheduler):
+            yield _error(f"{mismatch}: another schedule")
         else:
             yield from _check_schedule(context, a_scheduler, b_scheduler)
     if context.b.schedulers and not context.a.schedulers:

@@ -126,7 +126,7 @@ def summarize(
 ) -> Summary:
     """Summarize a checkpoint.
 
-    Checksums are read too if the file is small; of a large one only the structure is, in milliseconds.
+    Checksums are read only if the file is small; otherwise it takes milliseconds.
 
     Args:
         archive: An open archive.
