@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from trackopt import locations
 from trackopt.archive.verify import find_problems
@@ -12,6 +12,8 @@ from trackopt.errors import ArchiveError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from trackopt.analysis import JsonObject
 
 SOUND, DAMAGED, UNREADABLE = "sound", "damaged", "unreadable"
 _ZIP_MAGIC = b"PK\x03\x04"
@@ -38,7 +40,7 @@ class FileReport:
     problems: tuple[str, ...] = ()
     salvageable: str = ""
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> JsonObject:
         """Return the facts under the keys of ``verify --json``."""
         return {
             "path": self.path,

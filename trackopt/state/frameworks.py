@@ -22,6 +22,9 @@ _STEP_KEYS = (
 _EPOCH_KEYS = ("epoch", "current_epoch", "last_epoch", "epochs", "epoch_idx", "epoch_num")
 
 
+Tree = dict[str, Any]
+
+
 @dataclass(frozen=True)
 class Framework:
     """A framework, recognized by the keys at the top of its checkpoints.
@@ -35,8 +38,8 @@ class Framework:
 
     name: str
     evidence: str
-    matches: Callable[[dict[str, Any]], bool]
-    counters: Callable[[dict[str, Any]], tuple[Any, ...]] = lambda _: ()
+    matches: Callable[[Tree], bool]
+    counters: Callable[[Tree], tuple[Any, ...]] = lambda _: ()
 
 
 def _framework_by_keys(name: str, *keys: str) -> Framework:
@@ -59,7 +62,7 @@ def _last_item(value: Any) -> Any:
     return value[-1] if isinstance(value, list) and value else None
 
 
-def _ignite_engines(tree: dict[str, Any]) -> tuple[Any, ...]:
+def _ignite_engines(tree: Tree) -> tuple[Any, ...]:
     """Return the states of ignite's engines, each with the epoch that its iteration is in or has just completed."""
     engines = []
     for node in tree.values():
@@ -70,7 +73,7 @@ def _ignite_engines(tree: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(engines)
 
 
-def _composer_timestamp(tree: dict[str, Any]) -> tuple[Any, ...]:
+def _composer_timestamp(tree: Tree) -> tuple[Any, ...]:
     """Return Composer's counters; its batches are optimizer steps."""
     timestamp = _get_path(tree, "state", "timestamp")
     timestamp = _get_path(timestamp, "Timestamp") if _has_key(timestamp, "Timestamp") else timestamp
@@ -116,7 +119,7 @@ _DIRECTORY_COUNTERS = {
 }
 
 
-def recognize(archive_format: str, tree: dict[str, Any]) -> tuple[str | None, str, tuple[Any, ...]]:
+def recognize(archive_format: str, tree: Tree) -> tuple[str | None, str, tuple[Any, ...]]:
     """Return the framework's name, the evidence for it, and the dictionaries of its counters, most reliable first.
 
     Args:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 Entry = tuple[str, Path, Any]
+_Group = dict[str, Any]
 
 _WORDS = re.compile(r"(?i)optimi[sz]ers?|optims?|opts?|lr|param|schedulers?|scheds?|states?|dict|last|model")
 
@@ -62,7 +63,7 @@ def unflatten(node: Any) -> Any:
     ):  # fmt: skip
         return node
     state: dict[str, Any] = {}
-    hyperparameters: dict[str, Any] = {}
+    hyperparameters: dict[str, _Group] = {}
     for key, value in node.items():
         kind, _, rest = key.partition(".")
         name, _, last = rest.rpartition(".")
@@ -70,8 +71,8 @@ def unflatten(node: Any) -> Any:
     return {"state": state, "param_groups": _make_groups(hyperparameters)}
 
 
-def _make_groups(hyperparameters: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    groups: list[dict[str, Any]] = []
+def _make_groups(hyperparameters: dict[str, _Group]) -> list[_Group]:
+    groups: list[_Group] = []
     for name, values in hyperparameters.items():
         if groups and _is_same_group({key: groups[-1][key] for key in groups[-1] if key != "params"}, values):
             groups[-1]["params"].append(name)
@@ -80,6 +81,6 @@ def _make_groups(hyperparameters: dict[str, dict[str, Any]]) -> list[dict[str, A
     return groups
 
 
-def _is_same_group(a: dict[str, Any], b: dict[str, Any]) -> bool:
+def _is_same_group(a: _Group, b: _Group) -> bool:
     has_tensors = any(isinstance(value, Tensor) for value in (*a.values(), *b.values()))
     return not has_tensors and a == b

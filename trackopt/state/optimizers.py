@@ -12,6 +12,8 @@ from trackopt.state.inference import InferredClass, infer_class
 from trackopt.state.matching import find_same_shape_buffer, flatten_groups, match_names
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from trackopt.archive import Archive
     from trackopt.state.models import Model
 
@@ -119,7 +121,7 @@ def read_optimizer(
     name: str,
     path: Path,
     node: Any,
-    context: tuple[tuple[Model, ...], dict[str, Any] | None],
+    context: tuple[tuple[Model, ...], Mapping[str, Any] | None],
 ) -> Optimizer:
     """Read an optimizer's state dict.
 
@@ -172,7 +174,7 @@ def _restore_ids(state: dict[Any, Any], groups: Any) -> dict[Any, Any]:
     return {ids.get(key, key) if isinstance(key, str) else key: entry for key, entry in state.items()}
 
 
-def _saved_entry(meta: dict[str, Any] | None, key: str, name: str) -> Any:
+def _saved_entry(meta: Mapping[str, Any] | None, key: str, name: str) -> Any:
     """Return what trackopt saved under a key for one optimizer."""
     entry = meta.get(key) if meta else None
     return entry.get(name) if isinstance(entry, dict) else None

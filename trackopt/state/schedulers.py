@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from trackopt.archive.tree import Path
     from trackopt.state.optimizers import Optimizer
 
@@ -71,7 +73,7 @@ def is_scheduler(node: Any) -> bool:
 
 
 def read_scheduler(
-    name: str, path: Path, node: Any, optimizers: tuple[Optimizer, ...], meta: dict[str, Any] | None
+    name: str, path: Path, node: Any, optimizers: tuple[Optimizer, ...], meta: Mapping[str, Any] | None
 ) -> Scheduler:
     """Read a scheduler's state dict.
 

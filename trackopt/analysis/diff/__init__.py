@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from trackopt import locations
 from trackopt import state as training_state
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
+    from trackopt.analysis import JsonObject
     from trackopt.state import TrainingState
 
 __all__ = [
@@ -78,7 +79,7 @@ class Difference:
         """True if nothing differs except what identifies the run."""
         return not self.changes
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> JsonObject:
         """Return the facts under the keys of ``diff --json``."""
         kinds = Counter(change.kind for change in self.changes)
         added, removed = kinds["added"], kinds["removed"]

@@ -16,6 +16,7 @@ from trackopt.errors import ArchiveError
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+    from trackopt.analysis import JsonObject
     from trackopt.analysis.diff.alignment import Alignment, Slots
     from trackopt.analysis.diff.compare import TensorComparer
     from trackopt.analysis.diff.flatten import Key, Role
@@ -95,7 +96,7 @@ class Change:
             return "equal"
         return "rounded" if self.numbers.differing_after_cast == 0 else "different"
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> JsonObject:
         """Return the change under the keys of ``diff --json``."""
         result = {
             "path": self.path,

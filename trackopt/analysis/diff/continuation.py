@@ -18,6 +18,7 @@ from trackopt.analysis.diff.training_summary import pair_hyperparameters
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
+    from trackopt.analysis import JsonObject
     from trackopt.analysis.diff.alignment import Alignment
     from trackopt.analysis.diff.totals import Totals
     from trackopt.archive.tree import Path
@@ -72,7 +73,7 @@ class ContinuationReport:
     continues: bool
     reasons: tuple[ContinuationFinding, ...]
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> JsonObject:
         """Return the report under the keys of ``diff --json``."""
         return asdict(self)
 

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from trackopt.analysis import JsonObject
     from trackopt.archive.decode import Array
 
 
@@ -85,7 +86,7 @@ class Numbers:
         """Fraction of the elements that differ."""
         return self.differing / self.elements if self.elements else 0.0
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> JsonObject:
         """Return the numbers under the keys of ``diff --json``."""
         result = {name: getattr(self, name) for name in ("max_abs", "rel_l2", "cosine", "differing", "elements")}
         result |= {"share": self.share, "ulp": self.ulp}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from trackopt.analysis.diff.compare import TensorReader
 from trackopt.analysis.diff.numbers import Numbers
@@ -13,6 +13,7 @@ from trackopt.archive.tree import Tensor
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
+    from trackopt.analysis import JsonObject
     from trackopt.analysis.diff.changes import Change
     from trackopt.analysis.diff.compare import TensorComparer
     from trackopt.analysis.diff.flatten import Role
@@ -52,7 +53,7 @@ class ModuleTotals:
     changed: int = 0
     numbers: Numbers = field(default_factory=Numbers)
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> JsonObject:
         """Return the module under the keys of ``diff --json``."""
         rel_l2 = self.numbers.rel_l2 if self.numbers.differing else None
         return {"name": self.name, "tensors": self.tensors, "changed": self.changed, "rel_l2": rel_l2}

@@ -12,6 +12,7 @@ from trackopt.archive.describe import describe
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+    from trackopt.analysis import JsonObject
     from trackopt.analysis.diff.alignment import Alignment
     from trackopt.analysis.diff.totals import Totals
     from trackopt.state import TrainingState
@@ -109,7 +110,7 @@ class TrainingDiff:
     rng_same: tuple[str, ...]
     notes: tuple[str, ...]
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> JsonObject:
         """Return the facts under the keys of ``diff --json``."""
         weights = self.weights and {
             "rel_l2": self.weights.rel_l2,

@@ -6,7 +6,7 @@ Imports neither torch nor NumPy, and prints nothing.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from trackopt import state as training_state
 from trackopt.analysis.summary.findings import MAX_LISTED, Finding, buffer_tensors, find_findings, tensors_by_part
@@ -16,6 +16,7 @@ from trackopt.state.models import count_dtypes
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from trackopt.analysis import JsonObject
     from trackopt.analysis.summary.statistics import TensorStatistics
     from trackopt.archive import Archive
     from trackopt.archive.tree import Tensor
@@ -49,7 +50,7 @@ class Summary:
     tensors: dict[str, Tensor] | None
     statistics: dict[str, TensorStatistics] | None = None
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> JsonObject:
         """Return the facts under the keys of ``inspect --json``."""
         state = self.state
         averages = [model for model in state.models if model.averaged]
@@ -82,7 +83,7 @@ class Summary:
         parts = tensors_by_part(self.state, measured)
         return {name: merge(measured[path] for path in paths) for name, paths in parts.items() if paths}
 
-    def _optimizer_as_dict(self, optimizer: Optimizer) -> dict[str, Any]:
+    def _optimizer_as_dict(self, optimizer: Optimizer) -> JsonObject:
         return {
             "name": optimizer.name,
             "class": optimizer.cls or None,
@@ -96,7 +97,7 @@ class Summary:
             "unmatched": list(optimizer.unmatched[:MAX_LISTED]),
         }
 
-    def _buffer_as_dict(self, optimizer: Optimizer, name: str) -> dict[str, Any]:
+    def _buffer_as_dict(self, optimizer: Optimizer, name: str) -> JsonObject:
         tensors = optimizer.buffers[name].tensors.values()
         facts = {
             "tensors": len(tensors),
@@ -111,7 +112,7 @@ class Summary:
         paths = buffer_tensors(optimizer, name, self.statistics)
         return facts | merge(self.statistics[path] for path in paths).as_dict()
 
-    def _tensor_as_dict(self, path: str, tensor: Tensor) -> dict[str, Any]:
+    def _tensor_as_dict(self, path: str, tensor: Tensor) -> JsonObject:
         facts = {"name": path, "shape": list(tensor.shape), "dtype": tensor.dtype, "bytes": tensor.nbytes}
         measured = (self.statistics or {}).get(path)
         return facts | measured.as_dict() if measured is not None else facts
@@ -160,7 +161,7 @@ def summarize(
     )
 
 
-def _weights_as_dict(models: tuple[Model, ...]) -> dict[str, Any]:
+def _weights_as_dict(models: tuple[Model, ...]) -> JsonObject:
     tensors = [tensor for model in models for tensor in model.tensors.values()]
     return {
         "tensors": len(tensors),
@@ -170,7 +171,7 @@ def _weights_as_dict(models: tuple[Model, ...]) -> dict[str, Any]:
     }
 
 
-def _group_as_dict(group: Group) -> dict[str, Any]:
+def _group_as_dict(group: Group) -> JsonObject:
     return {
         "name": group.name,
         "parameters": group.elements,
@@ -179,7 +180,7 @@ def _group_as_dict(group: Group) -> dict[str, Any]:
     }
 
 
-def _parameter_as_dict(parameter: Parameter) -> dict[str, Any]:
+def _parameter_as_dict(parameter: Parameter) -> JsonObject:
     return {
         "id": parameter.id,
         "name": parameter.name,
@@ -189,7 +190,7 @@ def _parameter_as_dict(parameter: Parameter) -> dict[str, Any]:
     }
 
 
-def _scheduler_as_dict(scheduler: Scheduler) -> dict[str, Any]:
+def _scheduler_as_dict(scheduler: Scheduler) -> JsonObject:
     return {
         "name": scheduler.name,
         "class": scheduler.cls or None,

@@ -18,6 +18,7 @@ from trackopt.utils.moments import Moments, merge_moments
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
+    from trackopt.analysis import JsonObject
     from trackopt.archive import Archive
     from trackopt.archive.decode import Array
     from trackopt.archive.tree import Tensor
@@ -46,7 +47,7 @@ class TensorStatistics(Moments):
     inf: int = 0
     zero: int = 0
 
-    def as_dict(self) -> dict[str, float]:
+    def as_dict(self) -> JsonObject:
         """Return the facts under the keys of ``inspect --json --stats``."""
         names = ("norm", "mean", "std", "min", "max", "nan", "inf", "zero")
         return {name: getattr(self, name) for name in names}
