@@ -138,7 +138,7 @@ def _stat(found: Difference, _: int) -> Iterator[RenderableType]:
 
 
 def _equal(found: Difference) -> RenderableType:
-    tally = found.tally
+    tally = found.totals
     same = tally.tensors["same"]
     how = ", bit for bit" if not (tally.within_tolerance or tally.skipped_by_checksum) else ""
     text = f"the same{how}: {same:,} tensors and {found.same - same:,} other values"

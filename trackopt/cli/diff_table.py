@@ -34,7 +34,7 @@ def modules(found: Difference) -> Iterator[RenderableType]:
     """A line for each module and each kind of buffer."""
     rows = [
         [one.name, _bar(one.numbers), f"{one.changed:,} of {one.tensors:,}", _far(one.numbers)]
-        for one in found.tally.modules.values()
+        for one in found.totals.modules.values()
         if one.changed
     ]
     if rows:
@@ -147,7 +147,7 @@ def _grouped(found: Difference, changes: Iterable[Change]) -> list[list[str]]:
             groups.setdefault(_place(found, change), []).append(change)
     rows = []
     for (place, kind, cast), members in groups.items():
-        whole = found.tally.parts[members[0].part] == {kind: len(members)}
+        whole = found.totals.parts[members[0].part] == {kind: len(members)}
         if len(members) <= (1 if whole else _FEW):
             rows += [[change.path, _value(change)] for change in members]
         elif kind in ("added", "removed"):
@@ -159,7 +159,7 @@ def _grouped(found: Difference, changes: Iterable[Change]) -> list[list[str]]:
 
 def _place(found: Difference, change: Change) -> tuple[str, str, str]:
     """What one row may stand for: a whole part or a place in it, the kind of change, and the cast."""
-    lone = len(found.tally.parts[change.part]) == 1 and change.kind in ("added", "removed")
+    lone = len(found.totals.parts[change.part]) == 1 and change.kind in ("added", "removed")
     in_model = change.role is not None and change.role.kind in ("weight", "average", "statistic")
     place = change.part if lone or in_model else ".".join(change.path.split(".")[:2])
     return place, change.kind, _dtypes(change) if change.kind == "dtype" else ""
@@ -205,7 +205,7 @@ def count(found: Difference, hidden: Sequence[Change] = (), hint: str = "") -> T
     """How many tensors changed; what is hidden does not count."""
     from rich.text import Text
 
-    kinds = found.tally.tensors - Counter(change.kind for change in hidden if change.is_tensor)
+    kinds = found.totals.tensors - Counter(change.kind for change in hidden if change.is_tensor)
     added, removed, total = kinds["added"], kinds["removed"], kinds.total()
     changed = total - added - removed - kinds["same"]
     text = f"  {changed:,} of {total - added:,} tensors changed, {added:,} added, {removed:,} removed"

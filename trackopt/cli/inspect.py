@@ -16,7 +16,7 @@ from trackopt import locations
 from trackopt.analysis.summary import Summary, summarize
 from trackopt.cli import console
 from trackopt.cli.outline import outline
-from trackopt.state.models import dtypes
+from trackopt.state.models import count_dtypes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.text import Text
 
-    from trackopt.analysis.summary.statistics import Statistics
+    from trackopt.analysis.summary.statistics import TensorStatistics
     from trackopt.state.models import Model
     from trackopt.state.optimizers import Group, Optimizer
     from trackopt.state.schedulers import Scheduler
@@ -153,7 +153,7 @@ def _model(model: Model) -> list[str]:
         _count(len(model.tensors), "tensor"),
         _count(model.parameters, "parameter"),
         console.size(model.nbytes),
-        ", ".join(dtypes(model.tensors.values())),
+        ", ".join(count_dtypes(model.tensors.values())),
         "(an average of the weights)" if model.averaged else "",
         f"(names start with {model.prefix})" if model.prefix else "",
     ]
@@ -281,5 +281,5 @@ def _statistics(summary: Summary) -> Text:
     return console.table(["values", *_VALUES], rows)
 
 
-def _values(one: Statistics | None) -> list[str]:
+def _values(one: TensorStatistics | None) -> list[str]:
     return [f"{getattr(one, name):.3g}" for name in _VALUES] if one is not None else [""] * len(_VALUES)

@@ -83,7 +83,7 @@ def test_a_lost_optimizer_is_one_line(tmp_path: Path) -> None:
     assert len(re.findall(r"^  optimizer +removed: 18 tensors and 27 other values$", text, re.MULTILINE)) == 1
     assert "optimizer.state" not in text
     assert "the whole file in B is compared with model in A" in text
-    assert " more names are folded like" in text
+    assert " more names differ in the same way" in text
     assert "0 of 28 tensors changed, 0 added, 19 removed" in text
 
 
