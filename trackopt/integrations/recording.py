@@ -19,6 +19,7 @@ from torch import Tensor
 
 from trackopt import journal
 from trackopt.checkpoint.retention import Retention
+from trackopt.checkpoint.saver import SaveOptions
 from trackopt.errors import UsageError
 from trackopt.journal import Journal
 from trackopt.recorder.child_process import RecorderProcess
@@ -27,6 +28,7 @@ from trackopt.rundir import environment
 from trackopt.rundir.directory import RunDirectory
 from trackopt.telemetry.collector import MetricsCollector
 from trackopt.telemetry.hyperparameters import params as hyperparameters
+from trackopt.telemetry.options import StatsOptions
 from trackopt.training.objects import versions
 from trackopt.training.sharding import has_sharded_parameters
 from trackopt.utils.log import log_warnings
@@ -57,14 +59,12 @@ class Options:
     name: str | None = None
 
     def __post_init__(self) -> None:
-        validate_options(
-            save_every=None, save_overlap="wait", retention=Retention(1), sinks=self.sinks, **self.measuring
-        )
+        validate_options(SaveOptions(), self.stats_options, Retention(1), self.sinks)
 
     @property
-    def measuring(self) -> dict[str, Any]:
+    def stats_options(self) -> StatsOptions:
         """What is measured, and how often."""
-        return {"stats": self.stats, "stats_every": self.stats_every, "histograms_every": self.histograms_every}
+        return StatsOptions(self.stats, self.stats_every, self.histograms_every)
 
 
 class TelemetrySession:
@@ -94,7 +94,7 @@ class TelemetrySession:
                 self._directory.begin_attempt(self._sinks)
                 self._identity = self._directory.identity
             self._journal = Journal(Path(os.devnull) if self._directory is None else self._directory.journal)
-            self._telemetry = MetricsCollector(training, self._journal, **options.measuring)
+            self._telemetry = MetricsCollector(training, self._journal, options.stats_options)
         except BaseException:
             self._release()
             raise

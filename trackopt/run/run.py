@@ -12,6 +12,7 @@ import logging
 import os
 import signal
 import sys
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from trackopt.checkpoint.resume import gather_rank_states
@@ -37,9 +38,11 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from trackopt.checkpoint.resume import PendingRestore
+    from trackopt.checkpoint.saver import SaveOptions
     from trackopt.checkpoint.store import CheckpointStore
     from trackopt.distributed.collectives import Collectives
     from trackopt.rundir.directory import RunDirectory
+    from trackopt.telemetry.options import StatsOptions
     from trackopt.telemetry.step_counts import StepCounts
     from trackopt.training.objects import Training
 
@@ -65,8 +68,8 @@ class Run:
         collectives: Collectives,
         *,
         scheduler_configs: dict[str, dict[str, Any]],
-        save_options: dict[str, Any],
-        stats_options: dict[str, Any],
+        save_options: SaveOptions,
+        stats_options: StatsOptions,
         progress_bar: bool,
         sinks: Sequence[str],
     ) -> None:
@@ -79,19 +82,18 @@ class Run:
         self._scheduler_configs = scheduler_configs
         self._sinks = sinks if collectives.is_rank_zero else ()
         if not collectives.is_rank_zero:
-            own = (
-                stats_options["stats"] if has_sharded_parameters(training) else None
-            )  # all of them measure these together
-            stats_options = {**stats_options, "stats": own, "histograms_every": 0}
+            # All ranks measure sharded parameters together.
+            stats = stats_options.stats if has_sharded_parameters(training) else None
+            stats_options = replace(stats_options, stats=stats, histograms_every=0)
         self._position = DataPosition(training.stateful)
         self._group_counts: dict[str, int] = {}  # parameter groups when the epoch began
         self._journal = Journal(directory.journal)
-        self._telemetry = MetricsCollector(training, self._journal, collectives.all_gather_object, **stats_options)
+        self._telemetry = MetricsCollector(training, self._journal, stats_options, collectives.all_gather_object)
         rehearsing = (
             environment.from_environment() is not None
         )  # which step a kill leads back to must not depend on the disk
         self._saving = CheckpointSaver(
-            training, store, self._journal, collectives, **save_options, background=not rehearsing
+            training, store, self._journal, collectives, save_options, background=not rehearsing
         )
         self._display = ProgressDisplay(
             directory.identity["name"], enabled=progress_bar and not rehearsing and collectives.is_rank_zero

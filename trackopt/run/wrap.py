@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from trackopt import remote
 from trackopt.checkpoint.resume import PendingRestore, find_resume_checkpoint, select_rank_state
 from trackopt.checkpoint.retention import Retention
+from trackopt.checkpoint.saver import SaveOptions
 from trackopt.checkpoint.store import CheckpointStore, load_unverified
 from trackopt.distributed.collectives import Collectives, current_collectives
 from trackopt.distributed.consistency import check_consistency
@@ -21,6 +22,7 @@ from trackopt.run.options import SINKS, validate_options
 from trackopt.run.run import Run
 from trackopt.rundir import environment
 from trackopt.rundir.directory import ReadOnlyRunDirectory, RunDirectory
+from trackopt.telemetry.options import StatsOptions
 from trackopt.training.objects import Training
 from trackopt.training.scheduler_config import scheduler_config
 from trackopt.training.sharding import is_sharded
@@ -131,16 +133,14 @@ def wrap(
         logger.setLevel(logging.ERROR)  # rank 0 tells whatever there is to tell
     training = Training(_unwrap_ddp(model), optimizer, scheduler, stateful)
     retention = Retention(keep, keep_best, keep_every)
-    measuring: dict[str, Any] = {"stats": stats, "stats_every": stats_every, "histograms_every": histograms_every}
-    saving: dict[str, Any] = {"save_every": save_every, "save_overlap": save_overlap}
+    stats_options = StatsOptions(stats, stats_every, histograms_every)
+    save_options = SaveOptions(save_every, save_overlap)
     collectives.run_on_all(
-        lambda: _check(
-            training, **saving, retention=retention, sinks=sinks, upload_checkpoints=upload_checkpoints, **measuring
-        )
+        lambda: _check(training, save_options, stats_options, retention, sinks, upload_checkpoints=upload_checkpoints)
     )
     destinations = (*sinks, "artifacts") if upload_checkpoints else sinks
     built = {name: scheduler_config(each) for name, each in training.schedulers.items()}
-    check_consistency(collectives, training, built, {**saving, **measuring})
+    check_consistency(collectives, training, built, [save_options, stats_options])
     directory = _open_directory(collectives, dir)
     try:
         store = CheckpointStore(
@@ -165,8 +165,8 @@ def wrap(
                 store,
                 collectives,
                 scheduler_configs=built,
-                save_options=saving,
-                stats_options=measuring,
+                save_options=save_options,
+                stats_options=stats_options,
                 progress_bar=progress_bar,
                 sinks=destinations if environment.from_environment() is None else (),
             ),
@@ -183,11 +183,11 @@ def wrap(
     return run
 
 
-def _check(training: Training, **options: Any) -> None:
+def _check(training: Training, *options: Any, upload_checkpoints: bool) -> None:
     if not training.optimizers:
         raise UsageError("wrap() was given no optimizer; pass one, or a dict of them by name")
     training.validate()
-    validate_options(**options)
+    validate_options(*options, upload_checkpoints=upload_checkpoints)
 
 
 def _open_directory(collectives: Collectives, chosen: str | os.PathLike[str] | None) -> RunDirectory:

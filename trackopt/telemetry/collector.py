@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from trackopt.journal import Journal
     from trackopt.telemetry.accumulator import Gather
+    from trackopt.telemetry.options import StatsOptions
     from trackopt.training.objects import Training
 
 _WARN_AFTER_STEPS = 100  # steps without the end of an iteration, after which the user is reminded of it
@@ -52,8 +53,8 @@ class MetricsCollector:
     Args:
         training: Whose optimizers and schedulers to watch.
         journal: Where the records go.
+        options: What is measured, and how often.
         gather: As `MetricAccumulator` takes it.
-        **options: ``stats``, ``stats_every`` and ``histograms_every`` as `OptimizerObserver` takes them.
 
     Attributes:
         recorded: The step of the latest record, which may still wait for its numbers.
@@ -61,7 +62,7 @@ class MetricsCollector:
     """
 
     def __init__(
-        self, training: Training, journal: Journal, gather: Gather = single_rank_gather, **options: Any
+        self, training: Training, journal: Journal, options: StatsOptions, gather: Gather = single_rank_gather
     ) -> None:
         self.recorded = 0
         self.latest: Mapping[str, float] = {}
@@ -73,10 +74,10 @@ class MetricsCollector:
         self._observers = {
             name: OptimizerObserver(
                 optimizer,
+                options,
                 prefix=f"{name}." if len(optimizers) > 1 else "",
                 names=partial(_names, training, name),
                 before_first=self._scheduler_check.before_first_step,
-                **options,
             )
             for name, optimizer in optimizers.items()
         }

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from trackopt.telemetry.metrics import NonFinite
+    from trackopt.telemetry.options import StatsOptions
 
 T = TypeVar("T")
 # Every `step` of every optimizer runs inside this one function: it is how a nested call is recognised.
@@ -31,11 +32,8 @@ class OptimizerObserver:
 
     Args:
         optimizer: Any ``torch.optim.Optimizer``; it is neither replaced nor patched.
+        options: What is measured, and how often.
         prefix: Put before the names of the groups (``"gen."`` where there are several optimizers).
-        stats: ``"group"`` for statistics of the parameters, gradients and buffers of each parameter group,
-            ``"param"`` for those of each parameter, ``None`` for none.
-        stats_every: Take them at steps 1, 1 + n, 1 + 2n, …; the true update at every tenth of these.
-        histograms_every: Take histograms at steps 1, 1 + n, 1 + 2n, …; 0 for none.
         names: Returns the names of the parameters of each group, in order.
         before_first: Called when the optimizer is about to take its very first step.
 
@@ -47,11 +45,9 @@ class OptimizerObserver:
     def __init__(
         self,
         optimizer: Optimizer,
+        options: StatsOptions,
         *,
         prefix: str = "",
-        stats: str | None = "group",
-        stats_every: int = 1,
-        histograms_every: int = 0,
         names: Callable[[], Sequence[Sequence[str]]],
         before_first: Callable[[], None] = lambda: None,
     ):
@@ -59,10 +55,10 @@ class OptimizerObserver:
         self.steps = self.evaluations = 0
         self._before_first = before_first
         self._overflowed = False
-        self._every = stats_every if stats else 0
-        self._histograms_every = histograms_every
+        self._every = options.stats_every if options.stats else 0
+        self._histograms_every = options.histograms_every
         self._hyperparameters = Hyperparameters(optimizer, prefix)
-        self._meter = OptimizerMetrics(optimizer, prefix, names, per_parameter=stats == "param")
+        self._meter = OptimizerMetrics(optimizer, prefix, names, per_parameter=options.stats == "param")
         self._depth = 0
         self._hyperparameters_used: dict[str, float | Tensor] = {}
         self._metrics = AsyncMetrics({})

@@ -16,6 +16,7 @@ from trackopt import journal
 from trackopt.telemetry import statistics_cpu, statistics_dtensor
 from trackopt.telemetry.hooks import OptimizerObserver
 from trackopt.telemetry.hyperparameters import numeric, params
+from trackopt.telemetry.options import StatsOptions
 from trackopt.telemetry.statistics import launch_device, measure
 from trackopt.telemetry.update import cosine_terms
 
@@ -239,7 +240,7 @@ def test_a_step_within_a_step_counts_once():
             return super().step(closure)
 
     model, optimizer, _ = make_training(Mine)
-    observer = OptimizerObserver(optimizer, names=list)
+    observer = OptimizerObserver(optimizer, StatsOptions(), names=list)
     train_step(model, optimizer)
     assert observer.steps == 1
     optimizer.fail = True
@@ -309,7 +310,7 @@ def test_the_optimizer_is_left_as_it_was():
 def test_a_compiled_step_is_observed():
     """torch.compile neither traces the hooks nor loses them."""
     model, optimizer, _ = make_training()
-    observer = OptimizerObserver(optimizer, names=list)
+    observer = OptimizerObserver(optimizer, StatsOptions(), names=list)
     step = torch.compile(optimizer.step, backend="eager")
     for _ in range(3):
         model(torch.randn(5, 4)).sum().backward()
@@ -400,7 +401,7 @@ def test_a_step_is_given_what_it_was_called_with():
 def test_an_lr_that_requires_grad_is_read_without_a_warning():
     rate = torch.tensor(0.5, requires_grad=True)
     optimizer = torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=rate)
-    observer = OptimizerObserver(optimizer, names=lambda: [["a"]])
+    observer = OptimizerObserver(optimizer, StatsOptions(), names=lambda: [["a"]])
     optimizer.step()
     assert observer.pop_metrics().metrics()["lr/group0"] == 0.5
 

@@ -11,6 +11,7 @@ from tests.helpers.training import make_training, train_step
 from trackopt import journal
 from trackopt.telemetry.histogram import histogram
 from trackopt.telemetry.hooks import OptimizerObserver
+from trackopt.telemetry.options import StatsOptions
 from trackopt.telemetry.statistics import measure
 from trackopt.telemetry.update import cosine
 
@@ -18,7 +19,9 @@ from trackopt.telemetry.update import cosine
 def observed(optimizer, **options):
     """An observer that calls parameters by letters."""
     counts = [len(group["params"]) for group in optimizer.param_groups]
-    return OptimizerObserver(optimizer, names=lambda: [list("abcdefgh"[:count]) for count in counts], **options)
+    return OptimizerObserver(
+        optimizer, StatsOptions(**options), names=lambda: [list("abcdefgh"[:count]) for count in counts]
+    )
 
 
 def flat(tensors):
@@ -141,7 +144,7 @@ def test_a_state_that_changes_is_found_again():
     """A group that is added, a buffer that appears, a state that is loaded: the next step measures what is there."""
     model, more = nn.Linear(2, 2), nn.Linear(2, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    observer = OptimizerObserver(optimizer, names=list)
+    observer = OptimizerObserver(optimizer, StatsOptions(), names=list)
 
     def step():
         (model(torch.ones(1, 2)) + more(torch.ones(1, 2))).sum().backward()
