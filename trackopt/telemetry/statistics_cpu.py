@@ -127,8 +127,10 @@ def _pieces(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
             yield widen(gather([t if is_plain(t) else widen(t) for t in batch]))  # float8 is not gathered with others
         else:
             flat = _flatten_in_memory_order(batch[0])
-            size = flat.numel()
-            yield from (widen(flat[start : start + _PIECE]) for start in range(0, size, _PIECE))
+            if (size := flat.numel()) <= _PIECE:  # a slice costs as much as a small kernel
+                yield widen(flat)
+            else:
+                yield from (widen(flat[start : start + _PIECE]) for start in range(0, size, _PIECE))
 
 
 def _flatten_in_memory_order(tensor: Tensor) -> Tensor:
@@ -144,9 +146,11 @@ def _row_norms(piece: Tensor) -> list[Tensor]:
 
     The norm of a long vector would lose digits of similar numbers.
     """
-    end = piece.numel() // _ROW * _ROW
-    norms = torch.linalg.vector_norm(piece[:end].view(-1, _ROW), dim=1)
-    return [norms, piece[end:]] if end < piece.numel() else [norms]
+    size = piece.numel()
+    if size % _ROW == 0:
+        return [torch.linalg.vector_norm(piece.view(-1, _ROW), dim=1)]
+    end = size - size % _ROW
+    return [torch.linalg.vector_norm(piece[:end].view(-1, _ROW), dim=1), piece[end:]]
 
 
 def _sum_of_squares(rows: list[Tensor]) -> Tensor:

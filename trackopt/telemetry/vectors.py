@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
 _CLASSES = frozenset({Tensor, nn.Parameter})
-_DTYPES = frozenset({torch.float32, torch.float64, torch.float16, torch.bfloat16})
+_WIDE_DTYPES = frozenset({torch.float32, torch.float64})
+_DTYPES = _WIDE_DTYPES | {torch.float16, torch.bfloat16}
 
 
 def is_plain(tensor: Tensor) -> bool:
@@ -41,7 +42,7 @@ def flatten(tensor: Tensor) -> Tensor:
 
 def widen(vector: Tensor) -> Tensor:
     """Convert to float32 unless the vector is of float32 or float64."""
-    return vector if vector.dtype in {torch.float32, torch.float64} else vector.float()
+    return vector if vector.dtype in _WIDE_DTYPES else vector.float()
 
 
 def gather(tensors: Sequence[Tensor]) -> Tensor:

@@ -64,9 +64,9 @@ def test_a_metric_that_requires_grad_does_not_keep_its_graph():
         ({"stats": "everything"}, "choose 'group', 'param' or None"),
         ({"save_every": 0}, "count from 1"),
         ({"keep": 0}, "count from 1"),
-        ({"rng": torch.Generator()}, "taken in checkpoints"),
+        ({"rng": torch.Generator()}, "reserved in checkpoints"),
         ({"ema": 3}, "without state_dict"),
-        ({"trackopt": torch.nn.Linear(1, 1)}, "taken in checkpoints"),
+        ({"trackopt": torch.nn.Linear(1, 1)}, "reserved in checkpoints"),
     ],
 )
 def test_arguments_that_make_no_sense_are_refused(options, said, tmp_path):
