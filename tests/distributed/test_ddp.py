@@ -159,7 +159,7 @@ SMALL = """
 import gc, os, signal, sys
 import torch, torch.distributed as dist
 import trackopt
-from tests import several
+from tests.scripts import train_ddp
 
 class Averaged:  # no module
     def __init__(self, value):
@@ -171,9 +171,9 @@ class Averaged:  # no module
     def load_state_dict(self, state):
         self.value = state["value"]
 
-dist.init_process_group("gloo", timeout=several.PATIENCE)
+dist.init_process_group("gloo", timeout=train_ddp.TIMEOUT)
 rank = dist.get_rank()
-model = several.network()
+model = train_ddp.network()
 held = []
 for turn in range(2):  # the second one resumes
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -240,10 +240,10 @@ ALONE = """
 import os, signal, sys, time
 import torch, torch.distributed as dist
 import trackopt
-from tests import several
+from tests.scripts import train_ddp
 
-dist.init_process_group("gloo", timeout=several.PATIENCE)
-model = several.network()
+dist.init_process_group("gloo", timeout=train_ddp.TIMEOUT)
+model = train_ddp.network()
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 run = trackopt.wrap(optimizer, model=model, dir=sys.argv[1], sinks=())
 for epoch in run.epochs(50):
@@ -281,11 +281,11 @@ TIMED = """
 import sys, time
 from datetime import timedelta
 import torch.distributed as dist
-from tests import several
+from tests.scripts import train_ddp
 
-dist.init_process_group("gloo", timeout=several.PATIENCE)
+dist.init_process_group("gloo", timeout=train_ddp.TIMEOUT)
 time.sleep(dist.get_rank() / 2)  # their clocks differ
-several.train(sys.argv[1], save_every=timedelta(seconds=0.5), keep=100)
+train_ddp.train(sys.argv[1], save_every=timedelta(seconds=0.5), keep=100)
 dist.destroy_process_group()
 """
 
@@ -302,11 +302,11 @@ BAD = """
 import sys
 import torch, torch.distributed as dist
 import trackopt
-from tests import several
+from tests.scripts import train_ddp
 
-dist.init_process_group("gloo", timeout=several.PATIENCE)
+dist.init_process_group("gloo", timeout=train_ddp.TIMEOUT)
 rank = dist.get_rank()
-model = several.network()
+model = train_ddp.network()
 
 def attempt(number, optimizer=torch.optim.AdamW, **options):
     try:

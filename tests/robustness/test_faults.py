@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from tests.robustness.faults.forks import lack
-from tests.robustness.faults.report import STRACE, WITHOUT, Extent, lines, prove
+from tests.robustness.faults.forks import missing_tools
+from tests.robustness.faults.report import STRACE, WITHOUT, Budget, lines, prove
 
 pytestmark = pytest.mark.timeout(900)  # many trainings, some of them under strace
-SAMPLE = Extent(seed=7, kills=40, flips=1, states=1, most=20, lanes=1)
+SAMPLE = Budget(seed=7, kills=40, flips=1, states=1, most=20, workers=1)
 
 
 def proven(kinds, record_property):
@@ -26,7 +26,7 @@ def test_nothing_is_lost_by_kills_short_writes_and_flips(record_property):
     assert count["flips in a checkpoint"] + count["flips in the journal"] == SAMPLE.most
 
 
-@pytest.mark.skipif(bool(lack()), reason=f"on this machine {lack()}")
+@pytest.mark.skipif(bool(missing_tools()), reason=f"on this machine {missing_tools()}")
 def test_nothing_is_lost_at_system_calls_and_in_crashes(record_property):
     """Killed before a system call, refused by one, cut off by a crash of the machine: resumed to the same last bit."""
     count = proven(STRACE, record_property)

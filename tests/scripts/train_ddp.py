@@ -23,7 +23,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 import trackopt
 
-PATIENCE = timedelta(seconds=30)
+TIMEOUT = timedelta(seconds=30)
 
 
 class Noisy(Dataset):
@@ -48,10 +48,10 @@ def network():
     return nn.Sequential(nn.Linear(4, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.3), nn.Linear(16, 2))
 
 
-def strike(rank, step):
+def fail_if_planned(rank, step):
     """What is planned for this rank at this step."""
-    deaths = os.environ.get("KILL", "").split(":")
-    mine = deaths[2 * int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) :][:2]
+    planned_kills = os.environ.get("KILL", "").split(":")
+    mine = planned_kills[2 * int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) :][:2]
     if mine == [str(rank), str(step)]:
         os.kill(os.getpid(), signal.SIGKILL)
     who, when, name = os.environ.get("SIGNAL", "::").split(":")
@@ -78,7 +78,7 @@ def train(directory, epochs=4, **options):
             optimizer.zero_grad()
             loss = nn.functional.cross_entropy(model(x + noise.normal() / 10), y)
             loss.backward()
-            strike(rank, run.global_step)
+            fail_if_planned(rank, run.global_step)
             optimizer.step()
             scheduler.step()
             run.log(loss=loss, rank=rank)
@@ -90,7 +90,7 @@ def train(directory, epochs=4, **options):
 
 if __name__ == "__main__":
     if "WORLD_SIZE" in os.environ:
-        dist.init_process_group("gloo", timeout=PATIENCE)
+        dist.init_process_group("gloo", timeout=TIMEOUT)
     train(sys.argv[1])
     if dist.is_initialized():
         dist.destroy_process_group()

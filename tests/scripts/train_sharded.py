@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import trackopt
 
-PATIENCE = timedelta(seconds=20)
+TIMEOUT = timedelta(seconds=20)
 OPTIONS = {"sinks": (), "save_every": 3, "keep": 9, "progress_bar": False}
 
 
@@ -75,7 +75,7 @@ def train(*, directory, kind="fsdp", epochs=2, dropout=0.0, kill=None, state=Non
     """
     rank = int(os.environ["RANK"])
     if kind != "plain":
-        dist.init_process_group("gloo", timeout=PATIENCE)
+        dist.init_process_group("gloo", timeout=TIMEOUT)
     if limit and limit[0] == rank:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit[1], limit[1]))
     model, optimizer, scheduler = make_training(kind, dropout)

@@ -7,23 +7,22 @@ import sys
 import time
 from dataclasses import fields
 
-from tests.robustness.faults.report import Extent, lines, prove
+from tests.robustness.faults.report import Budget, lines, prove
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.robustness.faults", description=__doc__)
-    for each in fields(Extent):
+    for each in fields(Budget):
         parser.add_argument(f"--{each.name}", type=str if each.name == "only" else int, default=each.default)
-    extent = Extent(**vars(parser.parse_args()))
+    budget = Budget(**vars(parser.parse_args()))
     begin = time.monotonic()
-    tally, left = prove(extent, tell=lambda text: _say(f"  … {text}, {time.monotonic() - begin:.0f} s"))
-    _say(f"the proving ground, seed {extent.seed}, in {time.monotonic() - begin:.0f} s")
+    tally, left = prove(budget, tell=lambda text: _say(f"  … {text}, {time.monotonic() - begin:.0f} s"))
+    _say(f"fault injection, seed {budget.seed}, in {time.monotonic() - begin:.0f} s")
     for line in lines(tally):
         _say(line)
     for name, finding in tally.findings[:20]:
-        _say(
-            f"\n{finding.kind}: {finding.text}\n  again: python -m tests.robustness.faults --seed {extent.seed} --only {name}"
-        )
+        again = f"python -m tests.robustness.faults --seed {budget.seed} --only {name}"
+        _say(f"\n{finding.kind}: {finding.text}\n  again: {again}")
     if tally.findings:
         _say(f"\nwhat they left: {left}")
     return 1 if tally.findings else 0

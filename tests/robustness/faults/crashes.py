@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING
 
 from tests.robustness.faults.disk import Disk
 from tests.robustness.faults.replay import TRACE, Line, Replay, lines
-from tests.robustness.faults.runner import Lane, Trial
+from tests.robustness.faults.runner import Trial, Worker
 from tests.robustness.faults.server import Case
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from tests.robustness.faults.fixtures import Finding, Ground, Start
+    from tests.robustness.faults.fixtures import Fixtures, Scenario, Violation
     from tests.robustness.faults.forks import Server
 
 
-def recorded(start: Start, server: Server, folder: Path) -> tuple[Disk, list[Line], Path]:
+def recorded(start: Scenario, server: Server, folder: Path) -> tuple[Disk, list[Line], Path]:
     """A training under strace: the disk before it, the log of what it did, and the folder in which it did that."""
     place = folder / "place"
     place.mkdir(parents=True)
@@ -31,10 +31,10 @@ def recorded(start: Start, server: Server, folder: Path) -> tuple[Disk, list[Lin
     return before, list(lines(log.read_text())), place
 
 
-def trials(ground: Ground, server: Server, folder: Path, seed: int, states: int) -> list[Trial]:
+def trials(fixtures: Fixtures, server: Server, folder: Path, seed: int, states: int) -> list[Trial]:
     """So many states for each moment at which the disk was changed, or something was acknowledged."""
     found = []
-    for name, start in ground.starts.items():
+    for name, start in fixtures.starts.items():
         before, log, place = recorded(start, server, folder / name)
         replay = Replay(before, place, start)
         moments = [moment for moment, line in enumerate(log) if replay.take(*line)]
@@ -50,11 +50,11 @@ def trials(ground: Ground, server: Server, folder: Path, seed: int, states: int)
 
 
 def _crashed(
-    story: tuple[Disk, list[Line], Path, Start], seed: str, lane: Lane, directory: Path
-) -> tuple[Counter[str], list[Finding]]:
+    story: tuple[Disk, list[Line], Path, Scenario], seed: str, worker: Worker, directory: Path
+) -> tuple[Counter[str], list[Violation]]:
     replay = Replay(story[0], *story[2:])
     for line in story[1]:
         replay.take(*line)
     replay.disk.after_crash(Random(seed), directory.parent)
-    judged = lane.ground.judge(lane.sound, directory, checkpoint=replay.checkpoint, records=replay.records)
+    judged = worker.fixtures.judge(worker.sound, directory, checkpoint=replay.checkpoint, records=replay.records)
     return Counter(["crash states"]), judged

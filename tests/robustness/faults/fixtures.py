@@ -23,7 +23,7 @@ LONG = 60  # where a training is killed many times
 
 
 @dataclass(frozen=True)
-class Start:
+class Scenario:
     """A directory in which a training is started.
 
     Attributes:
@@ -45,7 +45,7 @@ class Start:
 
 
 @dataclass(frozen=True)
-class Finding:
+class Violation:
     """What should not be.
 
     Attributes:
@@ -72,7 +72,7 @@ class Whole:
     seconds: float
 
 
-class Ground:
+class Fixtures:
     """Trainings that nothing happened to, and directories to begin in.
 
     Args:
@@ -105,8 +105,8 @@ class Ground:
         with (resumed / journal.NAME).open("ab") as file:
             file.write(b'{"step":5,"ti')
         self.starts = {
-            "fresh": Start(None, 2),
-            "resumed": Start(resumed, EPOCHS, step_of(newest_sound), tuple(losses(resumed))),
+            "fresh": Scenario(None, 2),
+            "resumed": Scenario(resumed, EPOCHS, step_of(newest_sound), tuple(losses(resumed))),
         }
 
     def judge(
@@ -118,7 +118,7 @@ class Ground:
         records: Iterable[Iterable[float]],
         epochs: int = EPOCHS,
         series: bool = True,
-    ) -> list[Finding]:
+    ) -> list[Violation]:
         """Resume, train to the end, and compare.
 
         Args:
@@ -133,18 +133,18 @@ class Ground:
         done = server.ask(Case(str(directory), epochs))
         found = list(_missing(directory, before, records))
         if not done.through:
-            return [*found, Finding("unable to resume", done.error or done.ill or f"ended with {done.status}")]
+            return [*found, Violation("unable to resume", done.error or done.ill or f"ended with {done.status}")]
         if done.resumed < checkpoint:
             text = f"went on from step {done.resumed}, though {checkpoint} was on the disk; {done.messages}"
-            found.append(Finding("checkpoints lost", text))
+            found.append(Violation("checkpoints lost", text))
         if done.digest != self.whole[epochs].digest:
-            found.append(Finding("other results", "the state at the end is another"))
+            found.append(Violation("other results", "the state at the end is another"))
         if series and journal.series(directory) != self.whole[epochs].series:
-            found.append(Finding("other results", "the series are others"))
+            found.append(Violation("other results", "the series are others"))
         left = [path.name for path in (directory / CHECKPOINTS).glob(".*")]
         bad = [path.name for path in locations.checkpoints(directory).values() if verify.verify_checkpoint(path)]
         if left or bad:
-            found.append(Finding("other results", f"left behind: {left}; damaged: {bad}"))
+            found.append(Violation("other results", f"left behind: {left}; damaged: {bad}"))
         return found
 
 
@@ -168,19 +168,19 @@ def losses(directory: Path) -> list[tuple[float, float]]:
     return [(line.step, line.metrics["loss"]) for line in journal.read(path) if "loss" in line.metrics]
 
 
-def _missing(directory: Path, before: bytes, records: Iterable[Iterable[float]]) -> Iterable[Finding]:
+def _missing(directory: Path, before: bytes, records: Iterable[Iterable[float]]) -> Iterable[Violation]:
     if not _content(directory / journal.NAME).startswith(before):
-        yield Finding("records lost", "the journal was changed where it was written already")
+        yield Violation("records lost", "the journal was changed where it was written already")
     gone = {tuple(record) for record in records} - set(losses(directory))
     if gone:
-        yield Finding("records lost", f"steps {sorted(int(step) for step, _ in gone)}")
+        yield Violation("records lost", f"steps {sorted(int(step) for step, _ in gone)}")
 
 
 def _content(path: Path) -> bytes:
     return path.read_bytes() if path.exists() else b""
 
 
-def told(outcome: Outcome, start: Start) -> dict:
+def told(outcome: Outcome, start: Scenario) -> dict:
     """What must be there after an attempt: what it began with, and what it told to be done."""
     records = [*start.records, *map(tuple, outcome.records)]
     return {"checkpoint": max(outcome.checkpoint, start.checkpoint), "records": records}

@@ -10,28 +10,28 @@ from functools import partial
 from random import Random
 from typing import TYPE_CHECKING
 
-from tests.robustness.faults.fixtures import EPOCHS, Finding, flip, losses, step_of
-from tests.robustness.faults.runner import Lane, Trial
+from tests.robustness.faults.fixtures import EPOCHS, Violation, flip, losses, step_of
+from tests.robustness.faults.runner import Trial, Worker
 from trackopt import journal, locations
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from tests.robustness.faults.fixtures import Ground
+    from tests.robustness.faults.fixtures import Fixtures
 
 _LOCAL, _ENTRY, _DESCRIPTOR = 30, 46, 16  # bytes of a zip's structures
 
 
-def trials(ground: Ground, seed: int, each: int) -> list[Trial]:
+def trials(fixtures: Fixtures, seed: int, each: int) -> list[Trial]:
     """So many flips in each region."""
     random, found = Random(seed), []
-    checkpoint = list(locations.checkpoints(ground.sound).values())[-1]
+    checkpoint = list(locations.checkpoints(fixtures.sound).values())[-1]
     for name, region in _regions(checkpoint):
         for offset in sorted(random.sample(region, min(each, len(region)))):
             run = partial(_in_checkpoint, offset, 1 << random.randrange(8), name.endswith("data"))
             found.append(Trial(f"flip-{name.replace('/', '.')}-{offset}", run))
-    for name, line, region in _lines(ground.sound / journal.NAME):
+    for name, line, region in _lines(fixtures.sound / journal.NAME):
         for offset in sorted(random.sample(region, min(each, len(region)))):
             run = partial(_in_journal, offset, 1 << random.randrange(8), line)
             found.append(Trial(f"flip-{name}-{offset}", run))
@@ -71,24 +71,26 @@ def _lines(path: Path) -> Iterator[tuple[str, journal.Line, range]]:
 
 
 def _in_checkpoint(
-    offset: int, bit: int, sure: bool, lane: Lane, directory: Path
-) -> tuple[Counter[str], list[Finding]]:
+    offset: int, bit: int, sure: bool, worker: Worker, directory: Path
+) -> tuple[Counter[str], list[Violation]]:
     """The one before it is gone on from, unless it means the same as before."""
-    shutil.copytree(lane.ground.sound, directory, symlinks=True)
+    shutil.copytree(worker.fixtures.sound, directory, symlinks=True)
     _, before, newest = locations.checkpoints(directory).values()
     flip(newest, offset, bit)
-    found = lane.ground.judge(lane.sound, directory, checkpoint=step_of(before), records=losses(lane.ground.sound))
+    found = worker.fixtures.judge(
+        worker.sound, directory, checkpoint=step_of(before), records=losses(worker.fixtures.sound)
+    )
     aside = newest.with_name(f"{newest.name}.damaged").exists()
     if sure and not aside:
-        found.append(Finding("other results", "data that was changed was taken for sound"))
+        found.append(Violation("other results", "data that was changed was taken for sound"))
     return Counter(["flips in a checkpoint", "set aside" if aside else "flips that change nothing"]), found
 
 
 def _in_journal(
-    offset: int, bit: int, touched: journal.Line, lane: Lane, directory: Path
-) -> tuple[Counter[str], list[Finding]]:
+    offset: int, bit: int, touched: journal.Line, worker: Worker, directory: Path
+) -> tuple[Counter[str], list[Violation]]:
     """At most the line is lost, and with its newline the next one."""
-    shutil.copytree(lane.ground.sound, directory, symlinks=True)
+    shutil.copytree(worker.fixtures.sound, directory, symlinks=True)
     path = directory / journal.NAME
     whole = list(journal.read(path))
     spoilt = {touched.start_offset, touched.end_offset} if offset == touched.end_offset - 1 else {touched.start_offset}
@@ -96,15 +98,15 @@ def _in_journal(
     kept = [line for line in whole if line.start_offset not in spoilt]
     records = [(line.step, line.metrics["loss"]) for line in kept if "loss" in line.metrics]
     newest = step_of(list(locations.checkpoints(directory).values())[-1])
-    found = lane.ground.judge(lane.sound, directory, checkpoint=newest, records=records, series=False)
+    found = worker.fixtures.judge(worker.sound, directory, checkpoint=newest, records=records, series=False)
     now = list(journal.read(path))
     if any(line not in now for line in kept):
-        found.append(Finding("records lost", "a line that was not touched reads differently"))
+        found.append(Violation("records lost", "a line that was not touched reads differently"))
     gone = {line.step for line in whole if line.start_offset in spoilt}
-    if touched.event != "resume" and not _points(lane, gone) <= set(journal.series(directory)["loss"]):
-        found.append(Finding("other results", "the series lacks points of lines that were not touched"))
+    if touched.event != "resume" and not _points(worker, gone) <= set(journal.series(directory)["loss"]):
+        found.append(Violation("other results", "the series lacks points of lines that were not touched"))
     return Counter(["flips in the journal"]), found
 
 
-def _points(lane: Lane, gone: set[int]) -> set[tuple[int, float]]:
-    return {point for point in lane.ground.whole[EPOCHS].series["loss"] if point[0] not in gone}
+def _points(worker: Worker, gone: set[int]) -> set[tuple[int, float]]:
+    return {point for point in worker.fixtures.whole[EPOCHS].series["loss"] if point[0] not in gone}

@@ -109,7 +109,7 @@ class Server:
 
 
 @cache
-def lack() -> str:
+def missing_tools() -> str:
     """Why strace cannot be used on this machine; empty if it can."""
     if sys.platform != "linux" or shutil.which("strace") is None:
         return "strace is not installed"

@@ -13,7 +13,7 @@ from tests.robustness.faults.disk import FOLDER, Disk
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from tests.robustness.faults.fixtures import Start
+    from tests.robustness.faults.fixtures import Scenario
 
 _CALLS = ("open", "openat", "write", "pwrite64", "ftruncate", "fallocate", "fsync", "fdatasync", "mkdir", "mkdirat")
 _NAMES = ("rename", "renameat", "renameat2", "unlink", "unlinkat", "symlink", "symlinkat", "link", "linkat", "rmdir")
@@ -53,7 +53,7 @@ class Replay:
         records: Step and loss of the records that were acknowledged by then.
     """
 
-    def __init__(self, disk: Disk, folder: Path, start: Start) -> None:
+    def __init__(self, disk: Disk, folder: Path, start: Scenario) -> None:
         self.disk = copy.deepcopy(disk)
         self.checkpoint = start.checkpoint
         self.records = list(start.records)

@@ -16,16 +16,16 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
-    from tests.robustness.faults.fixtures import Finding, Ground
+    from tests.robustness.faults.fixtures import Fixtures, Violation
 
 _BATCH = 60  # the server of forks makes some calls for each, and must stay far below the one that strace hits
 
 
 @dataclass(frozen=True)
-class Lane:
+class Worker:
     """Two servers: one whose children are harmed, and one whose children resume; and what they are judged by."""
 
-    ground: Ground
+    fixtures: Fixtures
     harmed: Server
     sound: Server
 
@@ -41,7 +41,7 @@ class Trial:
     """
 
     name: str
-    run: Callable[[Lane, Path], tuple[Counter[str], list[Finding]]]
+    run: Callable[[Worker, Path], tuple[Counter[str], list[Violation]]]
     strace: tuple[str, ...] = ()
 
 
@@ -55,9 +55,9 @@ class Tally:
     """
 
     count: Counter[str] = field(default_factory=Counter)
-    findings: list[tuple[str, Finding]] = field(default_factory=list)
+    findings: list[tuple[str, Violation]] = field(default_factory=list)
 
-    def add(self, name: str, count: Counter[str], findings: list[Finding]) -> None:
+    def add(self, name: str, count: Counter[str], findings: list[Violation]) -> None:
         """Count one trial in."""
         self.count += count
         self.findings += [(name, finding) for finding in findings]
@@ -70,40 +70,40 @@ def servers(count: int) -> Iterator[list[Server]]:
         yield [stack.enter_context(each) for each in [Server() for _ in range(count)]]
 
 
-def drive(trials: Sequence[Trial], lanes: Sequence[Lane], folder: Path, tally: Tally) -> None:
-    """Run all, as many at a time as there are lanes; what one leaves is kept where something was found."""
+def drive(trials: Sequence[Trial], workers: Sequence[Worker], folder: Path, tally: Tally) -> None:
+    """Run all, as many at a time as there are workers; what one leaves is kept where something was found."""
     waiting: queue.SimpleQueue[list[Trial]] = queue.SimpleQueue()
     for options in dict.fromkeys(trial.strace for trial in trials):
-        alike = [trial for trial in trials if trial.strace == options]
-        for begin in range(0, len(alike), _BATCH):
-            waiting.put(alike[begin : begin + _BATCH])
+        same = [trial for trial in trials if trial.strace == options]
+        for begin in range(0, len(same), _BATCH):
+            waiting.put(same[begin : begin + _BATCH])
     broken: list[BaseException] = []
 
-    def work(lane: Lane) -> None:
+    def work(worker: Worker) -> None:
         try:
             while not broken:
-                _batch(waiting.get_nowait(), lane, folder, tally)
+                _batch(waiting.get_nowait(), worker, folder, tally)
         except queue.Empty:
             return
         except BaseException as error:  # noqa: BLE001 - raised below
             broken.append(error)
 
-    workers = [threading.Thread(target=work, args=(lane,)) for lane in lanes]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
+    threads = [threading.Thread(target=work, args=(worker,)) for worker in workers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
     if broken:
         raise broken[0]
 
 
-def _batch(trials: list[Trial], lane: Lane, folder: Path, tally: Tally) -> None:
+def _batch(trials: list[Trial], worker: Worker, folder: Path, tally: Tally) -> None:
     options = trials[0].strace
-    with lane.harmed.traced(*options) if options else contextlib.nullcontext():
+    with worker.harmed.traced(*options) if options else contextlib.nullcontext():
         for trial in trials:
             place = folder / trial.name
             place.mkdir()
-            count, findings = trial.run(lane, place / "run")
+            count, findings = trial.run(worker, place / "run")
             tally.add(trial.name, count, findings)
             if not findings:
                 shutil.rmtree(place)
