@@ -62,8 +62,8 @@ def test_a_metric_that_requires_grad_does_not_keep_its_graph():
     [
         ({"sinks": ("wandb",)}, "choose from tensorboard, mlflow"),
         ({"stats": "everything"}, "choose 'group', 'param' or None"),
-        ({"save_every": 0}, "count from 1"),
-        ({"keep": 0}, "count from 1"),
+        ({"save_every": 0}, "must be 1 or more"),
+        ({"keep": 0}, "must be 1 or more"),
         ({"rng": torch.Generator()}, "reserved in checkpoints"),
         ({"ema": 3}, "without state_dict"),
         ({"trackopt": torch.nn.Linear(1, 1)}, "reserved in checkpoints"),
@@ -169,7 +169,7 @@ def test_a_run_that_died_before_its_first_checkpoint_starts_again():
     assert [s for s, _ in journal.series("run")["loss"]] == [1]
 
 
-@pytest.mark.parametrize("place", ["os.open", "locations.checkpoints", "verify.problems"])
+@pytest.mark.parametrize("place", ["os.open", "locations.checkpoints", "verify.find_problems"])
 def test_a_disk_that_cannot_read_now_costs_no_checkpoint(place, monkeypatch):
     """A run that cannot be opened for that says so in one line, and the next attempt goes on from the newest."""
     run, step = wrapped(save_every=1)
@@ -450,7 +450,7 @@ def test_a_forked_child_leaves_the_run_to_its_parent():
             try:
                 run.__exit__(None, None, None)
             finally:
-                os._exit(0 if run._is_open else 1)
+                os._exit(0 if run._loop.is_open else 1)
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
         run.step(loss=train_step(model, optimizer))
     events = [line.event for line in journal.read(run.dir / "metrics.jsonl") if line.event]
@@ -460,6 +460,6 @@ def test_a_forked_child_leaves_the_run_to_its_parent():
 def test_what_cannot_be_begun_is_told_as_it_is(monkeypatch):
     """The error that ends the beginning is not covered by another one."""
     model, optimizer, _ = make_training()
-    monkeypatch.setattr("trackopt.run.run.params", lambda *_: {}["missing"])
+    monkeypatch.setattr("trackopt.run.attempt.hyperparameters", lambda *_: {}["missing"])
     with pytest.raises(KeyError, match="missing"):
         trackopt.wrap(optimizer, model=model, dir="run", sinks=())
