@@ -129,7 +129,7 @@ class Attempt:
     def mark_close(self, status: str, error: BaseException | None = None) -> None:
         """Mark the end of the attempt in the journal."""
         details = {} if error is None else {"error": f"{type(error).__name__}: {error}"}
-        self.journal.mark("close", self.step, status=status, ledger=self.telemetry.ledger.as_dict(), **details)
+        self.journal.mark("close", self.step, status=status, ledger=self.telemetry.step_counts.as_dict(), **details)
 
     def close(self, *, wait: bool) -> None:
         """Remove the hooks, let the recorder deliver the rest, and release the directory.

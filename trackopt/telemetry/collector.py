@@ -91,7 +91,7 @@ class MetricsCollector:
         return max(observer.steps for observer in self._observers.values())
 
     @property
-    def ledger(self) -> StepCounts:
+    def step_counts(self) -> StepCounts:
         """The iterations and steps so far, by kind."""
         observers = self._observers.values()
         return StepCounts(
@@ -101,13 +101,13 @@ class MetricsCollector:
             closure_calls=sum(observer.closure_calls for observer in observers),
         )
 
-    def log(self, metrics: Mapping[str, Any], *, shared: bool = False) -> None:
-        """Add metrics of the user; with ``shared``, their mean over all ranks is recorded.
+    def log(self, metrics: Mapping[str, Any], *, reduced: bool = False) -> None:
+        """Add metrics of the user; with ``reduced``, their mean over all ranks is recorded.
 
         Raises:
             UsageError: A value is not a number.
         """
-        self._accumulator.add(metrics, reduced=shared)
+        self._accumulator.add(metrics, reduced=reduced)
         if not self._warned and self.step - self.recorded > _WARN_AFTER_STEPS:
             self._warned = True
             logger.warning(

@@ -13,7 +13,7 @@ from torch import Tensor
 from trackopt.telemetry import statistics_dtensor
 from trackopt.telemetry.async_scalars import AsyncMetrics
 from trackopt.telemetry.histogram import histogram
-from trackopt.telemetry.statistics import RawStatistics, Statistics, launch, nonfinite
+from trackopt.telemetry.statistics import RawStatistics, Statistics, count_nonfinite, launch
 from trackopt.telemetry.tensor_index import TensorIndex
 from trackopt.telemetry.update import Update, cosine, cosine_terms
 from trackopt.telemetry.vectors import vector
@@ -154,7 +154,7 @@ class OptimizerMetrics:
         fractions: dict[str, float] = {}
         nonfinite: set[str] = set()
         for key in suspects:
-            count, total = counts.get(key) or _count_nonfinite(tensors.get(key, ()))
+            count, total = counts.get(key) or _count_nonfinite_and_all(tensors.get(key, ()))
             if count:
                 fractions[f"{key}.nonfinite"] = count / total
             elif not math.isnan(metrics[f"{key}.norm"]) and tensors.get(key) and all(t.is_cpu for t in tensors[key]):
@@ -170,7 +170,7 @@ class OptimizerMetrics:
     def _first_nonfinite_parameter(self, kind: str, unit: str) -> str | None:
         for parameter in self._index.param_sets.get(unit, ()):
             tensor = self._index.tensor_of(parameter, kind)
-            if tensor is not None and nonfinite([tensor]):
+            if tensor is not None and count_nonfinite([tensor]):
                 return self._index.name_of(parameter)
         return None
 
@@ -195,6 +195,6 @@ def _launch(
     return [*scalars, *chain.from_iterable(terms.values())], finish_all
 
 
-def _count_nonfinite(tensors: Sequence[Tensor]) -> tuple[int, int]:
+def _count_nonfinite_and_all(tensors: Sequence[Tensor]) -> tuple[int, int]:
     """Return the number of elements that are not finite, and of all elements."""
-    return nonfinite(tensors), sum(vector(tensor).numel() for tensor in tensors)
+    return count_nonfinite(tensors), sum(vector(tensor).numel() for tensor in tensors)

@@ -150,6 +150,6 @@ def combine(parts: Iterable[Moments]) -> Statistics:
     return Statistics(norm, total.mean, total.std, total.min, total.max)
 
 
-def nonfinite(tensors: Iterable[Tensor]) -> int:
+def count_nonfinite(tensors: Iterable[Tensor]) -> int:
     """Return the number of elements that are not finite."""
     return sum(flat.numel() - int(torch.isfinite(flat).sum()) for flat in map(vector, tensors))

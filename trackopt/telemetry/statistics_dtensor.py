@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from trackopt.telemetry import statistics_device
-from trackopt.telemetry.statistics import RawStatistics, combine, measure, nonfinite
+from trackopt.telemetry.statistics import RawStatistics, combine, count_nonfinite, measure
 from trackopt.telemetry.update import cosine_terms
 from trackopt.training.sharding import is_dtensor, to_local
 from trackopt.utils.moments import Moments
@@ -145,11 +145,13 @@ def _cpu_rows(buffers: Lists, vectors: Lists, terms: Sequence[Sequence[Tensor]])
         if (result := statistics.get(name)) is None:
             rows.append(_EMPTY_ROW)
             continue
-        size, missing = _size(tensors), 0 if math.isfinite(result.norm) else nonfinite(tensors)
+        size, missing = _size(tensors), 0 if math.isfinite(result.norm) else count_nonfinite(tensors)
         rows.append((size, result.mean, result.std * result.std * size, result.min, result.max, missing))
     for name, tensors in vectors.items():
         norm = norms.get(name, 0.0)
-        rows.append((_size(tensors), 0.0, norm * norm, 0.0, 0.0, 0 if math.isfinite(norm) else nonfinite(tensors)))
+        rows.append(
+            (_size(tensors), 0.0, norm * norm, 0.0, 0.0, 0 if math.isfinite(norm) else count_nonfinite(tensors))
+        )
     rows += [(0.0, 0.0, sum(term.item() for term in column[start::3]), 0.0, 0.0, 0.0)
              for column in terms for start in range(3)]  # fmt: skip
     return torch.tensor(rows, dtype=torch.float64, device="cpu")
