@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "distributed": {"training", "utils"},
     "locations": {"archive", "journal", "remote", "rundir", "utils"},
     "recorder": {"journal", "rundir", "utils"},
-    "telemetry": {"journal", "training"},
+    "telemetry": {"journal", "training", "utils"},
     "analysis": {"archive", "journal", "locations", "remote", "rundir", "state"},
     "checkpoint": {"archive", "distributed", "journal", "locations", "remote", "rundir", "state", "training", "utils"},
     "schedule": {"telemetry", "utils"},
