@@ -20,13 +20,7 @@ T = TypeVar("T")
 
 
 class DeliveryStrategy(ABC):
-    """Read the journal for one open sink, and send what it does not have yet.
-
-    Args:
-        path: The journal's file.
-        sink: The open sink.
-        cursor: Where to continue.
-        notify: Called with messages for the user.
+    """Read the journal from a cursor for one open sink, and send what the sink does not have.
 
     Attributes:
         cursor: What the sink has stored.

@@ -46,11 +46,7 @@ class ArtifactUploader:
     """
 
     def __init__(
-        self,
-        directory: Path,
-        cursor: UploadCursor,
-        notify: Callable[[str], None],
-        save_cursor: Callable[[], None],
+        self, directory: Path, cursor: UploadCursor, notify: Callable[[str], None], save_cursor: Callable[[], None]
     ) -> None:
         self.cursor = cursor
         self._directory = directory
@@ -135,7 +131,7 @@ class ArtifactUploader:
                 pending[line.details["path"]] = (line.step, line.end_offset)
         return {path: offset for path, (_, offset) in pending.items()}, end_offset
 
-    def _repository(self) -> ArtifactRepository:
+    def _open_repository(self) -> ArtifactRepository:
         target = read_identity(self._directory)["mlflow"]
         if "run_id" not in target:
             raise RunError("the MLflow run does not exist yet")
@@ -144,7 +140,7 @@ class ArtifactUploader:
 
     def _upload(self, path: str) -> bool:
         """Upload a checkpoint; return whether it still exists. A directory's files keep the order of their writing."""
-        checkpoint, repository = self._directory / path, self._repository()
+        checkpoint, repository = self._directory / path, self._open_repository()
         try:
             files = [file for file in checkpoint.rglob("*") if file.is_file()] if checkpoint.is_dir() else [checkpoint]
             for file in sorted(files, key=lambda file: file.stat().st_mtime_ns):

@@ -61,7 +61,7 @@ class TensorBoardSink(Sink):
         for record in records:
             if self._register_buffers(record.metrics):
                 file.write(tensorboard_layout.encode_layout(record.time, self._charted_buffers))
-            scalars = record.metrics | self._margin_series(record.metrics)
+            scalars = record.metrics | self._compute_margins(record.metrics)
             file.write(tensorboard_events.encode_summary(record.time, record.step, scalars, record.histograms))
         _sync(file)
 
@@ -71,14 +71,14 @@ class TensorBoardSink(Sink):
         Only a finished run gets a status: readers keep the first one, and a killed or failed run may be resumed.
         """
         resumed = read_identity(self._directory)["attempt"] > 1
-        losses = tensorboard_layout.summarize_losses(self._journal, resumed=resumed)
+        results = tensorboard_layout.summarize_losses(self._journal, resumed=resumed)
         if self._file is None:
-            self._step = losses.step + 1  # earlier files hold all other steps
+            self._step = results.step + 1  # earlier files hold all other steps
         file = self._file or self._open()
-        if losses.scalars:
-            file.write(tensorboard_events.encode_summary(losses.time, losses.step + 1, losses.scalars))
+        if results.metrics:
+            file.write(tensorboard_events.encode_summary(results.time, results.step + 1, results.metrics))
         if status == "FINISHED":
-            file.write(tensorboard_layout.encode_hparams_end(losses.time))
+            file.write(tensorboard_layout.encode_hparams_end(results.time))
         _sync(file)
 
     def close(self) -> None:
@@ -109,7 +109,7 @@ class TensorBoardSink(Sink):
                 self._charted_buffers.setdefault(name)
         return len(self._charted_buffers) > known
 
-    def _margin_series(self, metrics: Mapping[str, float]) -> dict[str, float]:
+    def _compute_margins(self, metrics: Mapping[str, float]) -> dict[str, float]:
         series: dict[str, float] = {}
         for buffer in tensorboard_layout.find_buffers(metrics):
             if buffer in self._charted_buffers:

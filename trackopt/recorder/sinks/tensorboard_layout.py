@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from tensorboard.plugins.custom_scalar.layout_pb2 import (
@@ -74,24 +74,10 @@ def encode_hparams_end(time: float) -> bytes:
     return _encode_hparams(time, "session_end_info", SessionEndInfo(status=STATUS_SUCCESS, end_time_secs=time))
 
 
-@dataclass(frozen=True)
-class LossSummary:
-    """The end of a run.
+def summarize_losses(path: Path, *, resumed: bool) -> journal.Line:
+    """Return a record of a run's last step that holds the best and final value of each loss.
 
-    Attributes:
-        step: Its last step.
-        time: The time of that step, in Unix seconds.
-        scalars: The best and the final value of each loss. HParams shows the first five series by name, so their
-            names begin with a capital letter.
-    """
-
-    step: int = 0
-    time: float = 0.0
-    scalars: dict[str, float] = field(default_factory=dict)
-
-
-def summarize_losses(path: Path, *, resumed: bool) -> LossSummary:
-    """Return the last step of a run and the best and final value of each loss.
+    HParams shows the first five series by name, so these names begin with a capital letter.
 
     Args:
         path: The journal.
@@ -106,7 +92,7 @@ def summarize_losses(path: Path, *, resumed: bool) -> LossSummary:
             scalars[f"Result/final {key}"] = value
             if math.isfinite(value):
                 scalars[f"Result/best {key}"] = min(value, scalars.get(f"Result/best {key}", math.inf))
-    return LossSummary(step, time, scalars)
+    return journal.Line(step, time, scalars)
 
 
 def _read_losses(path: Path) -> Iterator[journal.Line]:
