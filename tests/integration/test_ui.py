@@ -187,7 +187,7 @@ def test_sync_delivers_a_run_from_elsewhere_and_one_killed_at_its_start(change):
     write_identity(run.dir, {key: value for key, value in identity.items() if value != ()})
     done = trackopt_command("sync", "runs/moved")
     assert (done.returncode, done.stdout) == (0, "moved: everything is delivered\n"), done.stderr
-    assert ("/nowhere is gone" in done.stderr) == ("working_directory" in change)
+    assert ("working directory /nowhere does not exist" in done.stderr) == ("working_directory" in change)
     assert bool(list(run.dir.glob("events.out.*"))) == ("sinks" not in change)
 
 

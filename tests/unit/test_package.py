@@ -48,6 +48,8 @@ BACKENDS = {
     "recorder/sinks/mlflow.py": {"mlflow"},
     "recorder/sinks/mlflow_figures.py": {"mlflow"},
     "recorder/sinks/mlflow_artifacts.py": {"mlflow"},
+    "recorder/sinks/tensorboard_events.py": {"tensorboard"},
+    "recorder/sinks/tensorboard_layout.py": {"tensorboard"},
     "remote/artifacts.py": {"mlflow"},
     "rehearsal/fingerprint.py": {"torch"},  # these two are the training process's side
     "rehearsal/untracked_state.py": {"torch"},
