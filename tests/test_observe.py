@@ -15,9 +15,10 @@ from tests.conftest import build, train_step
 from trackopt import journal
 from trackopt.telemetry import statistics_cpu, statistics_dtensor
 from trackopt.telemetry.hooks import OptimizerObserver
-from trackopt.telemetry.hyperparameters import numeric, params
+from trackopt.telemetry.hyperparameters import params
 from trackopt.telemetry.statistics import launch_device, measure
 from trackopt.telemetry.update import cosine_terms
+from trackopt.training.param_groups import numeric
 
 OPTIMIZERS = sorted(
     name

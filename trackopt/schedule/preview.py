@@ -16,7 +16,7 @@ import torch
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from trackopt.errors import UsageError
-from trackopt.telemetry.hyperparameters import label, numeric
+from trackopt.training.param_groups import label, numeric
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -84,9 +84,9 @@ def preview(
         # torch warns of a scheduler that is stepped without its optimizer, and of its own nested ones.
         warnings.simplefilter("ignore", UserWarning)
         if isinstance(scheduler, type) or not hasattr(scheduler, "step"):
-            built = _built(scheduler, dummy_optimizer(lr) if optimizer is None else _clone(optimizer, optimizer))
+            built = _build(scheduler, dummy_optimizer(lr) if optimizer is None else _clone(optimizer, optimizer))
         else:
-            built = _clone(scheduler, _optimizer_of(scheduler))
+            built = _clone(scheduler, _get_optimizer(scheduler))
         return _simulate(built, steps, metric)
 
 
@@ -99,16 +99,16 @@ def dummy_optimizer(lr: float | Sequence[float]) -> Optimizer:
     return torch.optim.SGD(groups, lr=rates[0], momentum=MOMENTUM)
 
 
-def _built(factory: Any, optimizer: Optimizer) -> Any:
+def _build(factory: Any, optimizer: Optimizer) -> Any:
     if not callable(factory):
         raise UsageError(f"preview(): {factory!r} is neither a scheduler nor a function that builds one")
     scheduler = factory(optimizer)
-    if _optimizer_of(scheduler) is not optimizer:
+    if _get_optimizer(scheduler) is not optimizer:
         raise UsageError("preview(): the factory must build its scheduler on the optimizer that it is given")
     return scheduler
 
 
-def _optimizer_of(scheduler: Any) -> Any:
+def _get_optimizer(scheduler: Any) -> Any:
     optimizer = getattr(scheduler, "optimizer", None)
     if not callable(getattr(scheduler, "step", None)) or not hasattr(optimizer, "param_groups"):
         raise UsageError(
@@ -132,19 +132,19 @@ def _clone(original: Any, optimizer: Optimizer) -> Any:
 
 def _simulate(scheduler: Any, steps: int, metric: Sequence[float] | Callable[[int], float] | None) -> Preview:
     first = _steps_taken(scheduler) + 1
-    values = _metric(scheduler, range(first, first + steps), metric)
-    rates: dict[str, list[float]] = {}
-    others: dict[str, list[float]] = {}
+    values = _metric_arguments(scheduler, range(first, first + steps), metric)
+    lr: dict[str, list[float]] = {}
+    hyper: dict[str, list[float]] = {}
     for left in reversed(range(steps)):
         for index, group in enumerate(scheduler.optimizer.param_groups):
             name = label(index, group)
-            rates.setdefault(name, []).append(float(group["lr"]))
+            lr.setdefault(name, []).append(float(group["lr"]))
             for key, value in numeric(group).items():
-                others.setdefault(f"{name}.{key}", []).append(value)
+                hyper.setdefault(f"{name}.{key}", []).append(value)
         if left:
             scheduler.step(*next(values))
-    moved = {name: series for name, series in others.items() if min(series) != max(series)}
-    return Preview(range(first, first + steps), rates, moved)
+    changed = {name: series for name, series in hyper.items() if min(series) != max(series)}
+    return Preview(range(first, first + steps), lr, changed)
 
 
 def _steps_taken(scheduler: Any) -> int:
@@ -156,16 +156,16 @@ def _steps_taken(scheduler: Any) -> int:
     return max(0, int(count or 0))
 
 
-def _metric(
+def _metric_arguments(
     scheduler: Any, steps: range, metric: Sequence[float] | Callable[[int], float] | None
 ) -> Iterator[tuple[float, ...]]:
     """What to hand to each call of ``scheduler.step``."""
-    wanted = isinstance(scheduler, ReduceLROnPlateau) or any(
+    needs_metric = isinstance(scheduler, ReduceLROnPlateau) or any(
         parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
         for parameter in inspect.signature(scheduler.step).parameters.values()
     )
     name = type(scheduler).__name__
-    if not wanted:
+    if not needs_metric:
         return iter(lambda: (), None)
     if metric is None:
         raise UsageError(f"{name}: goes by a metric; pass metric, the values after each step or a function of the step")

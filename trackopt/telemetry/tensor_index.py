@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from trackopt.telemetry.hyperparameters import label
 from trackopt.telemetry.statistics_small import is_dtensor
+from trackopt.training.param_groups import label
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
