@@ -378,7 +378,7 @@ def test_the_version_is_printed() -> None:
     [(0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (1 << 30, "1.0 GiB"), (5 << 40, "5.0 TiB")],
 )
 def test_sizes_have_units(count: int, text: str) -> None:
-    assert console.size(count) == text
+    assert console.format_size(count) == text
 
 
 @pytest.mark.parametrize(

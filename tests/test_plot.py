@@ -19,7 +19,7 @@ from tests.test_cli import ESCAPE, fails
 from tests.test_cli import trackopt as run
 from trackopt import journal
 from trackopt.errors import RunError, UsageError
-from trackopt.plotting.panels import panels
+from trackopt.plotting.panels import build_panels
 from trackopt.plotting.run_series import RunReader, RunSeries
 from trackopt.rundir.directory import RunDirectory
 
@@ -83,7 +83,7 @@ def test_a_lone_curve_of_several_runs_says_whose_it_is():
     """As of a buffer that only one of two optimizers has."""
     curves = {"loss": [(1, 0.5)]}, {"loss": [(1, 0.4)], "exp_avg/group0.mean": [(1, 0.0)]}
     runs = [RunSeries(name, name, None, {}, found, [], frozenset()) for name, found in zip("ab", curves, strict=True)]
-    assert [panel.title for panel in panels(runs, ["loss"])] == ["loss", "exp_avg: mean ± std (b)"]
+    assert [panel.title for panel in build_panels(runs, ["loss"])] == ["loss", "exp_avg: mean ± std (b)"]
 
 
 def test_pictures_can_be_opened(runs, typed, tmp_path):
@@ -160,7 +160,7 @@ def test_a_resumed_run_is_what_counts(tmp_path):
     reader = RunReader(tmp_path, select=lambda key: key == "loss")
     assert reader.update()
     assert not reader.update()
-    tracked = reader.run()
+    tracked = reader.build_series()
     assert tracked.series == {"loss": [(1, 2.0), (2, 1.0), (3, 0.5)]}
     assert tracked.seconds == [(1, 1.0), (2, 1.0), (3, 2.0)]
     assert (tracked.status, tracked.keys) == (None, {"loss", "other"})

@@ -16,7 +16,7 @@ import trackopt
 from tests.test_cli import ESCAPE, fails
 from tests.test_matrix import SCHEDULERS
 from trackopt.errors import UsageError
-from trackopt.schedule.classes import classes, factory
+from trackopt.schedule.classes import find_classes, make_factory
 from trackopt.schedule.expression import Call, Reference, parse
 
 EVERY_CLASS = [
@@ -41,19 +41,19 @@ EVERY_CLASS = [
 @pytest.mark.parametrize("text", EVERY_CLASS)
 def test_each_class_can_be_written(text):
     """With its own arguments, positional or by name, nested ones too; the optimizer is supplied."""
-    seen = trackopt.preview(factory(parse(text)), 12, lr=[0.1, 0.2])
+    seen = trackopt.preview(make_factory(parse(text)), 12, lr=[0.1, 0.2])
     assert [len(rates) for rates in seen.lr.values()] == [12, 12]
 
 
 def test_no_class_is_missing():
     """Neither from the command line nor from the list above."""
     written = {parse(text).name for text in EVERY_CLASS} | {"ReduceLROnPlateau"}
-    assert written == set(classes()) == {name for name in SCHEDULERS if " in " not in name}
+    assert written == set(find_classes()) == {name for name in SCHEDULERS if " in " not in name}
 
 
 def test_a_call_is_what_python_would_have_built():
     """Positional and named arguments arrive where they belong."""
-    seen = trackopt.preview(factory(parse("CosineAnnealingLR(40, eta_min=0.2)")), 100, lr=0.5)
+    seen = trackopt.preview(make_factory(parse("CosineAnnealingLR(40, eta_min=0.2)")), 100, lr=0.5)
     assert seen == trackopt.preview(lambda o: lr_scheduler.CosineAnnealingLR(o, 40, eta_min=0.2), 100, lr=0.5)
 
 
@@ -135,7 +135,7 @@ def test_the_screen_reads_at_80_and_120_columns(typed):
 def test_json_and_csv_are_the_numbers_of_preview(typed):
     """Alone on stdout, for each group, and the momentum where it moves."""
     text = "OneCycleLR([0.1, 0.2], 12)"
-    right = trackopt.preview(factory(parse(text)), 12, lr=[0.1, 0.2])
+    right = trackopt.preview(make_factory(parse(text)), 12, lr=[0.1, 0.2])
     arguments = ["schedule", text, "--lr", 0.1, "--lr", 0.2, "--steps", 12]
     (found,) = json.loads(typed(*arguments, "--json").out)["schedules"]
     assert found == {"schedule": text, "first_step": 1, "lr": right.lr, "hyper": right.hyper}

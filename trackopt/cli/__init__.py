@@ -30,8 +30,8 @@ _COMMANDS = {
     "sync": "Deliver a journal that was left behind to TensorBoard and MLflow.",
     "ui": "TensorBoard and the MLflow UI for the runs in a directory.",
 }
-_LONGEST = 2000  # characters of a message: behind a long path it still says what is wrong
-_BROKEN_PIPE = 141  # what a shell reports for a program that SIGPIPE ended
+_MAX_MESSAGE_LENGTH = 2000  # characters of a message: behind a long path it still says what is wrong
+_BROKEN_PIPE_EXIT_CODE = 141  # what a shell reports for a program that SIGPIPE ended
 
 
 class _Commands(click.Group):
@@ -99,17 +99,17 @@ def main() -> None:
     except TrackoptError as error:
         code = _report(str(error))
     except (BrokenPipeError, SystemExit):  # click makes of the one the other, with a code that means something else
-        _forget_stdout()
-        code = _BROKEN_PIPE
+        _discard_stdout()
+        code = _BROKEN_PIPE_EXIT_CODE
     except OSError as error:  # a full disk, a name that is too long, a place that is not ours
-        _forget_stdout()
+        _discard_stdout()
         code = _report(
             f"{error.filename or 'output'}: {error.strerror or error}; check the path, its disk and permissions"
         )
     sys.exit(code)
 
 
-def _forget_stdout() -> None:
+def _discard_stdout() -> None:
     """Or the interpreter's last flush fails again, with a message."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
@@ -117,5 +117,5 @@ def _forget_stdout() -> None:
 def _report(message: str) -> int:
     from trackopt.cli.console import sanitize
 
-    click.echo(f"trackopt: {sanitize(message, _LONGEST)}", err=True)
+    click.echo(f"trackopt: {sanitize(message, _MAX_MESSAGE_LENGTH)}", err=True)
     return 2

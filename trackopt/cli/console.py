@@ -26,16 +26,16 @@ if TYPE_CHECKING:
 
 #: The sign and the colour of each level of finding.
 LEVELS = {"info": ("·", "dim"), "ok": ("●", "green"), "warning": ("▲", "yellow"), "error": ("✗", "red")}
-LABEL = 12  # columns in which "optimizer" and its like stand
-_LONGEST = 200
-_LONGEST_FINDING = 2000
+LABEL_WIDTH = 12  # columns in which "optimizer" and its like stand
+_MAX_LENGTH = 200
+_MAX_FINDING_LENGTH = 2000
 _MIN_WIDTH = 40
-_UNLIMITED = 1_000_000
-_GAPS = 3, 2, 1  # blanks between the columns of a table; fewer where it is wider than the screen
+_UNLIMITED_WIDTH = 1_000_000
+_COLUMN_GAPS = 3, 2, 1  # blanks between the columns of a table; fewer where it is wider than the screen
 _MIN_COLUMN = 8  # columns that a folding column of a table keeps
 
 
-def sanitize(text: object, longest: int = _LONGEST) -> str:
+def sanitize(text: object, max_length: int = _MAX_LENGTH) -> str:
     r"""A text without anything that a terminal would act on or show in another order than it is stored.
 
     Example:
@@ -43,18 +43,18 @@ def sanitize(text: object, longest: int = _LONGEST) -> str:
         a\x1b[31mb
     """
     string = str(text)
-    if len(string) > longest:
-        string = f"{string[: longest - 1]}…"
+    if len(string) > max_length:
+        string = f"{string[: max_length - 1]}…"
     if string.isprintable():
         return string
-    return "".join(char if char.isprintable() else _escaped(char) for char in string)
+    return "".join(char if char.isprintable() else _escape(char) for char in string)
 
 
-def _escaped(char: str) -> str:
+def _escape(char: str) -> str:
     return char.encode("unicode_escape", "surrogatepass").decode("ascii")
 
 
-def size(count: float) -> str:
+def format_size(count: float) -> str:
     """Bytes with a unit, as ``1.6 MiB``."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if count < 1024:
@@ -63,7 +63,7 @@ def size(count: float) -> str:
     return f"{count:.1f} TiB"
 
 
-def age(seconds: float) -> str:
+def _format_seconds_ago(seconds: float) -> str:
     """How long ago, as ``2 min ago``."""
     if seconds < 0:
         return "in the future"
@@ -76,11 +76,11 @@ def age(seconds: float) -> str:
 def format_age(moment: Any) -> str:
     """How long ago a Unix time was; nothing for what is none."""
     if isinstance(moment, int | float) and math.isfinite(moment):
-        return age(time.time() - moment)
+        return _format_seconds_ago(time.time() - moment)
     return ""
 
 
-def number(value: Any) -> str:
+def format_number(value: Any) -> str:
     """A hyperparameter or a metric, short."""
     if isinstance(value, bool) or value is None:
         return str(value)
@@ -89,7 +89,7 @@ def number(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
     if isinstance(value, list | tuple) and value and all(isinstance(item, int | float) for item in value):
-        return ", ".join(map(number, value[:4])) + (f", … {len(value)}" if len(value) > 4 else "")
+        return ", ".join(map(format_number, value[:4])) + (f", … {len(value)}" if len(value) > 4 else "")
     return sanitize(describe(value), 60)
 
 
@@ -110,16 +110,16 @@ def width() -> int:
 
 def text_width() -> int:
     """Return the columns to wrap text at; without limit in a pipe or file, where a reader searches for whole lines."""
-    return width() if sys.stdout.isatty() or "COLUMNS" in os.environ else _UNLIMITED
+    return width() if sys.stdout.isatty() or "COLUMNS" in os.environ else _UNLIMITED_WIDTH
 
 
 def show(parts: Iterable[RenderableType]) -> None:
     """Write lines and tables to stdout, in one go; a pipe gets no escapes."""
-    sys.stdout.write(lines(parts))
+    sys.stdout.write(render_lines(parts))
     sys.stdout.flush()
 
 
-def lines(parts: Iterable[RenderableType]) -> str:
+def render_lines(parts: Iterable[RenderableType]) -> str:
     """Lines and tables as they are shown on stdout."""
     from rich.console import Console
 
@@ -130,7 +130,7 @@ def lines(parts: Iterable[RenderableType]) -> str:
     return "\n".join(line.rstrip() for line in captured.get().split("\n"))
 
 
-def row(label: str, facts: Iterable[str], *, style: str = "bold") -> Text:
+def render_row(label: str, facts: Iterable[str], *, style: str = "bold") -> Text:
     """A labelled line of facts, broken between facts where it can be, and indented where it goes on.
 
     Args:
@@ -140,11 +140,11 @@ def row(label: str, facts: Iterable[str], *, style: str = "bold") -> Text:
     """
     from rich.text import Text
 
-    name = sanitize(label, LABEL - 2).ljust(LABEL)
-    return Text("  ").append(name, style=style).append(wrap_fields(facts, indent=2 + LABEL))
+    name = sanitize(label, LABEL_WIDTH - 2).ljust(LABEL_WIDTH)
+    return Text("  ").append(name, style=style).append(wrap_fields(facts, indent=2 + LABEL_WIDTH))
 
 
-def wrap_fields(facts: Iterable[str], *, indent: int, first: int | None = None, gap: str = "   ") -> str:
+def wrap_fields(fields: Iterable[str], *, indent: int, first: int | None = None, gap: str = "   ") -> str:
     """Facts side by side, on as many lines as it takes.
 
     Args:
@@ -156,36 +156,36 @@ def wrap_fields(facts: Iterable[str], *, indent: int, first: int | None = None, 
     from rich.cells import cell_len
 
     mark = gap.rstrip()
-    rooms = [text_width() - len(mark) - (indent if first is None else first), text_width() - len(mark) - indent]
+    widths = [text_width() - len(mark) - (indent if first is None else first), text_width() - len(mark) - indent]
     lines: list[str] = []
-    for fact in filter(None, map(sanitize, facts)):
-        if lines and cell_len(lines[-1]) + len(gap) + cell_len(fact) <= rooms[len(lines) > 1]:
+    for fact in filter(None, map(sanitize, fields)):
+        if lines and cell_len(lines[-1]) + len(gap) + cell_len(fact) <= widths[len(lines) > 1]:
             lines[-1] += gap + fact
         else:
             if lines:
                 lines[-1] += mark
-            lines += _fold(fact, rooms[bool(lines)])
+            lines += _fold(fact, widths[bool(lines)])
     return ("\n" + " " * indent).join(lines)
 
 
-def finding(level: str, text: str) -> Text:
+def render_finding(level: str, text: str) -> Text:
     """A finding with its sign, wrapped under itself."""
     from rich.text import Text
 
     sign, style = LEVELS[level]
-    lines = _fold(sanitize(text, _LONGEST_FINDING), text_width() - 4)
+    lines = _fold(sanitize(text, _MAX_FINDING_LENGTH), text_width() - 4)
     return Text("  ").append(sign, style=style).append(" " + "\n    ".join(lines))
 
 
-def indented(text: str) -> Text:
+def render_indented(text: str) -> Text:
     """A line below a finding, wrapped under itself."""
     from rich.text import Text
 
-    lines = _fold(sanitize(text, _LONGEST_FINDING), text_width() - 6)
+    lines = _fold(sanitize(text, _MAX_FINDING_LENGTH), text_width() - 6)
     return Text("    " + "\n      ".join(lines))
 
 
-def table(heads: Iterable[str], rows: Iterable[Iterable[str]], *, indent: int = 2, left: int = 1) -> Text:
+def render_table(heads: Iterable[str], rows: Iterable[Iterable[str]], *, indent: int = 2, left: int = 1) -> Text:
     """A table without lines; rich's own takes 0.7 ms for a row, and a checkpoint may have 100,000 tensors.
 
     Args:
@@ -200,7 +200,7 @@ def table(heads: Iterable[str], rows: Iterable[Iterable[str]], *, indent: int = 
     cells = [[sanitize(cell) for cell in row] for row in (heads, *rows)]
     widths = [max(map(cell_len, column)) for column in zip(*cells, strict=True)]
     least = indent + sum(min(each, _MIN_COLUMN) for each in widths[:left]) + sum(widths[left:])
-    gap = next((gap for gap in _GAPS if least + gap * (len(widths) - 1) <= text_width()), _GAPS[-1])
+    gap = next((gap for gap in _COLUMN_GAPS if least + gap * (len(widths) - 1) <= text_width()), _COLUMN_GAPS[-1])
     room = text_width() - indent - sum(widths[left:]) - gap * (len(widths) - 1)
     for wider, index in enumerate(sorted(range(left), key=widths.__getitem__)):
         widths[index] = min(widths[index], max(_MIN_COLUMN, room // (left - wider)))
@@ -233,7 +233,7 @@ def _fold(cell: str, room: int) -> list[str]:
 
 
 @contextmanager
-def progress(what: str, *, shown: bool) -> Iterator[Callable[[int, int], None] | None]:
+def progress_bar(description: str, *, shown: bool) -> Iterator[Callable[[int, int], None] | None]:
     """A bar on stderr, if that is a terminal: what it gives is told how much is done, and of how much."""
     if not (shown and sys.stderr.isatty()):
         yield None
@@ -243,24 +243,24 @@ def progress(what: str, *, shown: bool) -> Iterator[Callable[[int, int], None] |
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(what, total=None)
+        task = bar.add_task(description, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def write_json(value: Any) -> None:
     """Write data to stdout as JSON; what JSON has no number for is the string ``"NaN"`` or ``"Infinity"``."""
-    sys.stdout.write(json.dumps(plain(value), indent=2) + "\n")
+    sys.stdout.write(json.dumps(to_plain(value), indent=2) + "\n")
     sys.stdout.flush()
 
 
-def plain(value: Any) -> Any:
+def to_plain(value: Any) -> Any:
     """A value as JSON knows it; nodes of a checkpoint's tree in words."""
     if isinstance(value, float):
         return value if math.isfinite(value) else {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}[str(value)]
     if value is None or isinstance(value, str | int):
         return value
     if isinstance(value, dict):
-        return {str(key): plain(part) for key, part in value.items()}
+        return {str(key): to_plain(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(part) for part in value]
+        return [to_plain(part) for part in value]
     return describe(value)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from trackopt.plotting.figure import Panel
 
 _HEIGHTS = 12, 7
-_LOWEST = 4
+_MIN_HEIGHT = 4
 _RESERVED_ROWS = 5  # rows of a title, a legend, an axis and a blank line
 _FILE = click.Path(path_type=Path, dir_okay=False)
 
@@ -39,18 +39,18 @@ def write_pictures(panels: Sequence[Panel], *, png: Path | None, svg: Path | Non
         if file is not None:
             from trackopt.plotting.matplotlib import save
 
-            save([_clean(panel) for panel in panels], file, kind, title=title)
+            save([_sanitize_panel(panel) for panel in panels], file, kind, title=title)
             click.echo(f"wrote {console.sanitize(file)}", err=True)
 
 
-def attach(panels: Sequence[Panel], directories: Sequence[Path], *, name: str, title: str) -> None:
+def attach_picture(panels: Sequence[Panel], directories: Sequence[Path], *, name: str, title: str) -> None:
     """Attach the curves, as ``NAME.png``, to the MLflow run of each of these runs, and say so on stderr."""
     from trackopt.plotting.matplotlib import save
     from trackopt.recorder.sinks.mlflow_figures import FOLDER, log_figure
 
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / f"{name}.png"
-        save([_clean(panel) for panel in panels], file, "png", title=title)
+        save([_sanitize_panel(panel) for panel in panels], file, "png", title=title)
         for directory in directories:
             log_figure(directory, file)
             click.echo(f"attached {FOLDER}/{file.name} to {console.sanitize(directory.name)} in MLflow", err=True)
@@ -58,31 +58,31 @@ def attach(panels: Sequence[Panel], directories: Sequence[Path], *, name: str, t
 
 def render(panels: Iterable[tuple[Panel, int]], *, legend: bool = True) -> Iterator[Text]:
     """Panels, each of so many rows, as they stand on the screen."""
-    from trackopt.plotting.terminal import draw
+    from trackopt.plotting.terminal import render
 
-    coloured = _coloured()
+    coloured = _has_colours()
     for panel, height in panels:
-        yield draw(_clean(panel), width=console.width(), height=height, coloured=coloured, legend=legend)
+        yield render(_sanitize_panel(panel), width=console.width(), height=height, coloured=coloured, legend=legend)
 
 
-def panel_height(panels: Sequence[Panel], rows: int | None = None) -> list[tuple[Panel, int]]:
+def fit_panels(panels: Sequence[Panel], rows: int | None = None) -> list[tuple[Panel, int]]:
     """The panels with their heights, the first the highest; where rows are few, lower ones, and no more than fit."""
     if rows is not None:
-        panels = panels[: max(1, rows // (_RESERVED_ROWS + _LOWEST))]
+        panels = panels[: max(1, rows // (_RESERVED_ROWS + _MIN_HEIGHT))]
     wanted = [_HEIGHTS[min(number, 1)] for number in range(len(panels))]
     spare = 0 if rows is None else max(0, sum(wanted) + _RESERVED_ROWS * len(panels) - rows)
-    heights = [max(_LOWEST, height - math.ceil(spare * height / sum(wanted))) for height in wanted]
+    heights = [max(_MIN_HEIGHT, height - math.ceil(spare * height / sum(wanted))) for height in wanted]
     return list(zip(panels, heights, strict=True))
 
 
-def _clean(panel: Panel) -> Panel:
+def _sanitize_panel(panel: Panel) -> Panel:
     """A panel whose names, which come from files, do nothing to a terminal."""
-    panel = panel.downsampled()
+    panel = panel.downsample()
     curves = tuple(replace(curve, name=console.sanitize(curve.name)) for curve in panel.curves)
     return replace(panel, title=console.sanitize(panel.title), curves=curves)
 
 
-def _coloured() -> bool:
+def _has_colours() -> bool:
     from rich.console import Console
 
     screen = Console(file=sys.stdout)

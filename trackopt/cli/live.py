@@ -18,29 +18,29 @@ if TYPE_CHECKING:
 
     from rich.console import RenderableType
 
-_LONG = 8 << 20  # bytes of a journal that take a moment
+_PROGRESS_BAR_MIN_BYTES = 8 << 20  # bytes of a journal that take a moment
 _MIN_INTERVAL_S = 1.0  # seconds between two looks at the journals
 _DUTY_FACTOR = 9  # times as long as a look took: the training needs the cores
 
 
-def read(places: Sequence[str], wanted: Callable[[str], bool]) -> list[RunReader]:
+def open_runs(paths: Sequence[str], select: Callable[[str], bool]) -> list[RunReader]:
     """Read the journals of runs, with a bar for long ones."""
-    readers = [RunReader(place, wanted) for place in dict.fromkeys(places)]
+    readers = [RunReader(place, select) for place in dict.fromkeys(paths)]
     for reader in readers:
-        long = reader.journal.stat().st_size > _LONG
-        with console.progress(f"reading {console.sanitize(reader.directory.name)}", shown=long) as progress:
+        is_long = reader.journal.stat().st_size > _PROGRESS_BAR_MIN_BYTES
+        with console.progress_bar(f"reading {console.sanitize(reader.directory.name)}", shown=is_long) as progress:
             reader.update(progress)
     return readers
 
 
 def read_runs(readers: Iterable[RunReader]) -> list[RunSeries]:
     """The runs as far as they were read; one that nobody holds and that was never closed was killed."""
-    found = []
+    runs = []
     for reader in readers:
-        run = reader.run()
-        killed = run.steps and not reader.closed and not is_running(reader.directory)
-        found.append(replace(run, status="killed") if killed else run)
-    return found
+        run = reader.build_series()
+        was_killed = run.steps and not reader.closed and not is_running(reader.directory)
+        runs.append(replace(run, status="killed") if was_killed else run)
+    return runs
 
 
 def follow(readers: Sequence[RunReader], render: Callable[[list[RunSeries]], Iterable[RenderableType]]) -> None:
@@ -49,20 +49,20 @@ def follow(readers: Sequence[RunReader], render: Callable[[list[RunSeries]], Ite
     In a pipe nothing is drawn meanwhile. What is on the screen goes at the end; the caller draws it for good.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # or the terminal would stay without a cursor
-    with contextlib.suppress(KeyboardInterrupt), _shown() as show:
+    with contextlib.suppress(KeyboardInterrupt), _live_display() as show:
         while True:
             start = time.monotonic()
-            over = _all_finished(readers)  # asked first: what was written until then is read below
+            finished = _all_finished(readers)  # asked first: what was written until then is read below
             for reader in readers:
                 reader.update()
             show(lambda: render(read_runs(readers)))
-            if over:
+            if finished:
                 return
             time.sleep(max(_MIN_INTERVAL_S, _DUTY_FACTOR * (time.monotonic() - start)))
 
 
 @contextlib.contextmanager
-def _shown() -> Iterator[Callable[[Callable[[], Iterable[RenderableType]]], None]]:
+def _live_display() -> Iterator[Callable[[Callable[[], Iterable[RenderableType]]], None]]:
     """What draws on a terminal, in place of what it drew before; elsewhere nothing is drawn."""
     if not sys.stdout.isatty():
         yield lambda _: None

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from rich.text import Text
 
-_TAIL = 256 << 10
+_TAIL_BYTES = 256 << 10
 
 
 @dataclass(frozen=True)
@@ -97,27 +97,27 @@ def command(directory: str, as_json: bool) -> None:
 
 def _list(path: Path, *, as_json: bool) -> None:
     if _is_run(path):
-        checkpoints = [_checkpoint(step, file, crc=True) for step, file in locations.checkpoints(path).items()]
+        checkpoints = [_read_checkpoint(step, file, crc=True) for step, file in locations.checkpoints(path).items()]
         rows: list[Any] = checkpoints
-        layout = _checkpoints(checkpoints)
+        table = _render_checkpoints(checkpoints)
     else:
-        runs = list(_found(path))
+        runs = list(_find_runs(path))
         rows = runs
-        layout = _runs(runs)
+        table = _render_runs(runs)
     if as_json:
         console.write_json([asdict(row) for row in rows])
     elif rows:
-        console.show([layout])
+        console.show([table])
     else:
         console.show([f"{console.sanitize(path)}: nothing here yet"])
 
 
-def _found(path: Path) -> Iterator[Run]:
+def _find_runs(path: Path) -> Iterator[Run]:
     """The runs in a directory; one that cannot be read is told, and left out."""
     for child in sorted(path.iterdir()):
         try:
             if child.is_dir() and _is_run(child):
-                yield _run(child)
+                yield _read_run(child)
         except OSError as error:
             click.echo(f"trackopt: {console.sanitize(child)}: cannot be read ({error.strerror})", err=True)
 
@@ -126,10 +126,10 @@ def _is_run(path: Path) -> bool:
     return (path / "run.json").is_file() or (path / "checkpoints").is_dir()
 
 
-def _run(path: Path) -> Run:
+def _read_run(path: Path) -> Run:
     files = locations.checkpoints(path)
     stats = [file.stat() for file in files.values()]
-    newest = _checkpoint(*list(files.items())[-1], crc=False) if files else None
+    newest = _read_checkpoint(*list(files.items())[-1], crc=False) if files else None
     lines = _last_lines(path / "metrics.jsonl")
     last = lines[-1] if lines else {}
     times = [stat.st_mtime for stat in stats]
@@ -137,48 +137,48 @@ def _run(path: Path) -> Run:
         times.append(last["time"])
     return Run(
         path=str(path),
-        name=_name(path),
+        name=_read_name(path),
         step=last["step"] if isinstance(last.get("step"), int) else (newest.step if newest else None),
         epoch=newest.epoch if newest else None,
         checkpoints=len(files),
-        bytes=sum(map(_size, files.values())),
+        bytes=sum(map(_count_bytes, files.values())),
         time=max(times, default=None),
-        status=_status(path, lines),
+        status=_read_status(path, lines),
     )
 
 
-def _checkpoint(step: int, path: Path, *, crc: bool) -> Checkpoint:
+def _read_checkpoint(step: int, path: Path, *, crc: bool) -> Checkpoint:
     stat = path.stat()
-    row = Checkpoint(str(path), step, None, _size(path), stat.st_mtime)
+    row = Checkpoint(str(path), step, None, _count_bytes(path), stat.st_mtime)
     try:
         with locations.open(path) as opened:
-            found = state.read(opened)
+            training_state = state.read(opened)
             problems = verify.find_problems(opened, crc=crc)
     except ArchiveError as error:
         return replace(row, sound=False, problem=str(error).removeprefix(f"{path}: "))
-    meta = found.meta or {}
+    meta = training_state.meta or {}
     return replace(
         row,
-        epoch=found.epoch,
-        time=_number(meta.get("time")) or stat.st_mtime,
-        metric=_number(meta.get("metric")),
+        epoch=training_state.epoch,
+        time=_float_or_none(meta.get("time")) or stat.st_mtime,
+        metric=_float_or_none(meta.get("metric")),
         keep=meta.get("keep") is True,
         sound=not problems,
         problem=next(iter(problems), None),
     )
 
 
-def _size(path: Path) -> int:
+def _count_bytes(path: Path) -> int:
     """Bytes of a file, or of all files in a directory."""
     return sum(each.stat().st_size for each in (path.iterdir() if path.is_dir() else [path]))
 
 
-def _number(value: Any) -> float | None:
+def _float_or_none(value: Any) -> float | None:
     """A number that a file gives, whatever it is."""
     return value if isinstance(value, float) else None
 
 
-def _name(path: Path) -> str:
+def _read_name(path: Path) -> str:
     try:
         name = json.loads((path / "run.json").read_bytes())["name"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -190,8 +190,8 @@ def _last_lines(path: Path) -> list[dict[str, Any]]:
     """The last lines of a journal, oldest first; what is torn or unknown is left out."""
     try:
         with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - _TAIL))
-            raw = file.read(_TAIL).split(b"\n")
+            file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
+            raw = file.read(_TAIL_BYTES).split(b"\n")
     except FileNotFoundError:
         return []
     lines = []
@@ -205,7 +205,7 @@ def _last_lines(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def _status(path: Path, lines: list[dict[str, Any]]) -> str:
+def _read_status(path: Path, lines: list[dict[str, Any]]) -> str:
     """What became of a run: what its last marker says, if somebody still holds its directory."""
     markers = [line for line in lines if isinstance(line.get("event"), str)]
     if markers and markers[-1]["event"] == "close" and lines[-1] is markers[-1]:
@@ -229,33 +229,33 @@ def is_running(path: Path) -> bool:
     return any(line.split()[1] == "FLOCK" and f":{inode} " in line for line in locks)
 
 
-def _runs(runs: list[Run]) -> Text:
+def _render_runs(runs: list[Run]) -> Text:
     rows = [
         [
             Path(run.path).name if run.name == Path(run.path).name else f"{Path(run.path).name} ({run.name})",
             run.status,
-            console.number(run.step) if run.step is not None else "",
-            console.number(run.epoch) if run.epoch is not None else "",
+            console.format_number(run.step) if run.step is not None else "",
+            console.format_number(run.epoch) if run.epoch is not None else "",
             str(run.checkpoints),
-            console.size(run.bytes),
+            console.format_size(run.bytes),
             console.format_age(run.time),
         ]
         for run in runs
     ]
-    return console.table(["run", "status", "step", "epoch", "saved", "size", "last"], rows, left=2)
+    return console.render_table(["run", "status", "step", "epoch", "saved", "size", "last"], rows, left=2)
 
 
-def _checkpoints(found: list[Checkpoint]) -> Text:
+def _render_checkpoints(checkpoints: list[Checkpoint]) -> Text:
     rows = [
         [
             Path(one.path).name,
             f"{one.step:,}",
-            console.number(one.epoch) if one.epoch is not None else "",
-            console.size(one.bytes),
+            console.format_number(one.epoch) if one.epoch is not None else "",
+            console.format_size(one.bytes),
             console.format_age(one.time),
             "" if one.metric is None else f"{one.metric:.6g}",
             ("sound, kept" if one.keep else "sound") if one.sound else "damaged",
         ]
-        for one in found
+        for one in checkpoints
     ]
-    return console.table(["checkpoint", "step", "epoch", "size", "saved", "metric", "soundness"], rows)
+    return console.render_table(["checkpoint", "step", "epoch", "size", "saved", "metric", "soundness"], rows)

@@ -49,26 +49,26 @@ def command(
         raise UsageError("--mean: takes the mean of several runs; name more than one")
 
     def panels(tracked: Sequence[RunSeries]) -> list[Panel]:
-        return layout.averaged(tracked, metrics) if mean else layout.panels(tracked, metrics)
+        return layout.build_mean_panels(tracked, metrics) if mean else layout.build_panels(tracked, metrics)
 
-    readers = live.read(runs, lambda key: layout.wanted(key, metrics))
+    readers = live.open_runs(runs, lambda key: layout.is_drawn(key, metrics))
     if follow:
         rows = shutil.get_terminal_size().lines - 2
-        live.follow(readers, lambda tracked: _screen(tracked, panels(tracked), rows))
+        live.follow(readers, lambda tracked: _render(tracked, panels(tracked), rows))
     tracked = live.read_runs(readers)
     for metric in metrics:
         require_series(tracked, metric)
     if outputs["as_json"]:
         console.write_json({"runs": [_as_dict(run) for run in tracked]})
     else:
-        console.show(_screen(tracked, panels(tracked)))
-    figures.write_pictures(panels(tracked), png=outputs["png"], svg=outputs["svg"], title=_title(tracked))
+        console.show(_render(tracked, panels(tracked)))
+    figures.write_pictures(panels(tracked), png=outputs["png"], svg=outputs["svg"], title=_format_title(tracked))
     if attach:
         directories = [reader.directory for reader in readers]
-        figures.attach(panels(tracked), directories, name="plot", title=_title(tracked))
+        figures.attach_picture(panels(tracked), directories, name="plot", title=_format_title(tracked))
 
 
-def _screen(runs: Sequence[RunSeries], panels: Sequence[Panel], rows: int | None = None) -> Iterator[RenderableType]:
+def _render(runs: Sequence[RunSeries], panels: Sequence[Panel], rows: int | None = None) -> Iterator[RenderableType]:
     from rich.text import Text
 
     facts = [
@@ -76,12 +76,12 @@ def _screen(runs: Sequence[RunSeries], panels: Sequence[Panel], rows: int | None
         for run in runs
     ]
     yield Text(console.wrap_fields(facts, indent=2, first=0), style="dim")
-    for text in figures.render(figures.panel_height(panels, rows)):
+    for text in figures.render(figures.fit_panels(panels, rows)):
         yield ""
         yield text
 
 
-def _title(runs: Sequence[RunSeries]) -> str:
+def _format_title(runs: Sequence[RunSeries]) -> str:
     return console.sanitize(", ".join(run.name for run in runs))
 
 

@@ -7,7 +7,7 @@ import click
 from trackopt.analysis.salvage.salvage import salvage
 from trackopt.cli import console
 
-_SHOWN = 10
+_MAX_LOST = 10
 
 
 @click.command()
@@ -24,16 +24,18 @@ def command(source: str, target: str, as_json: bool) -> None:
     Example:
       trackopt salvage broken.pt rescued.pt
     """
-    done = salvage(source, target)
+    result = salvage(source, target)
     if as_json:
-        console.write_json(done.as_dict())
+        console.write_json(result.as_dict())
         return
-    count = done.tensors + len(done.lost_tensors)
-    told = f"{done.target}: {done.tensors:,} of {count:,} saved, {console.size(done.bytes)}"
-    lines = [console.finding("ok", told)]
-    if done.lost_tensors:
-        lines.append(console.finding("warning", f"lost: {len(done.lost_tensors):,}"))
-        lines += [console.indented(name) for name in done.lost_tensors[:_SHOWN]]
-        if len(done.lost_tensors) > _SHOWN:
-            lines.append(console.indented(f"and {len(done.lost_tensors) - _SHOWN:,} more; --json lists all"))
+    count = result.tensors + len(result.lost_tensors)
+    told = f"{result.target}: {result.tensors:,} of {count:,} saved, {console.format_size(result.bytes)}"
+    lines = [console.render_finding("ok", told)]
+    if result.lost_tensors:
+        lines.append(console.render_finding("warning", f"lost: {len(result.lost_tensors):,}"))
+        lines += [console.render_indented(name) for name in result.lost_tensors[:_MAX_LOST]]
+        if len(result.lost_tensors) > _MAX_LOST:
+            lines.append(
+                console.render_indented(f"and {len(result.lost_tensors) - _MAX_LOST:,} more; --json lists all")
+            )
     console.show(lines)

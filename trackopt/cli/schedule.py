@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from trackopt.schedule.last_epoch import ResumeComparison
     from trackopt.schedule.preview import Preview
 
-_STEPS = 100
-_MOST = 1_000_000
-_HEIGHT, _LOW_HEIGHT = 14, 6
+_DEFAULT_STEPS = 100
+_MAX_STEPS = 1_000_000
+_FIRST_PANEL_HEIGHT, _OTHER_PANEL_HEIGHT = 14, 6
 _PLATEAU = "ReduceLROnPlateau"
 
 
@@ -54,7 +54,10 @@ class _Schedule:
     help="Of the optimizer; once for each parameter group.  [0.1]",
 )
 @click.option(
-    "--steps", type=click.IntRange(1, _MOST), metavar="N", help="How many steps.  [100, or as many as --metric has]"
+    "--steps",
+    type=click.IntRange(1, _MAX_STEPS),
+    metavar="N",
+    help="How many steps.  [100, or as many as --metric has]",
 )
 @click.option(
     "--metric",
@@ -84,37 +87,37 @@ def command(
       trackopt schedule "StepLR(30, last_epoch=59)"   # resumed by last_epoch
     """
     calls = {text: parse(text) for text in schedules}
-    values = None if metric is None else _numbers(metric)
+    values = None if metric is None else _read_numbers(metric)
     if values is None and any(call.name == _PLATEAU for call in calls.values()):
         raise UsageError(f"{_PLATEAU}: goes by a metric; give --metric FILE, with a number for each step")
-    count = steps or (len(values) if values else _STEPS)
-    shown, resumed = _previews(calls, count, lr or (0.1,), values)
-    panels = _panels(shown)
+    count = steps or (len(values) if values else _DEFAULT_STEPS)
+    schedules_shown, resumed = _preview_all(calls, count, lr or (0.1,), values)
+    panels = _build_panels(schedules_shown)
     figures.write_pictures(panels, png=outputs["png"], svg=outputs["svg"], title="learning rate schedules")
     if outputs["as_json"]:
-        console.write_json({"schedules": [_as_dict(one) for one in shown]})
+        console.write_json({"schedules": [_as_dict(one) for one in schedules_shown]})
     elif outputs["as_csv"]:
-        _write_csv(shown)
+        _write_csv(schedules_shown)
     else:
-        console.show(_screen(panels, resumed))
+        console.show(_render(panels, resumed))
 
 
-def _previews(
+def _preview_all(
     calls: dict[str, Call], steps: int, lr: tuple[float, ...], metric: list[float] | None
 ) -> tuple[list[_Schedule], list[ResumeComparison]]:
-    from trackopt.schedule.classes import CONSTRUCTOR_ERRORS, constructor_error, factory, last_epoch
-    from trackopt.schedule.last_epoch import resumption
+    from trackopt.schedule.classes import CONSTRUCTOR_ERRORS, constructor_error, get_last_epoch, make_factory
+    from trackopt.schedule.last_epoch import compare_resume
     from trackopt.schedule.preview import preview
 
     shown: list[_Schedule] = []
     resumed: list[ResumeComparison] = []
     for text, call in calls.items():
-        build = factory(call)
+        build = make_factory(call)
         try:
-            if last_epoch(call) < 0:
+            if get_last_epoch(call) < 0:
                 shown.append(_Schedule(text, preview(build, steps, lr=lr, metric=metric)))
                 continue
-            found = resumption(call, steps, lr)
+            found = compare_resume(call, steps, lr)
         except UsageError:
             raise
         except CONSTRUCTOR_ERRORS as error:
@@ -126,11 +129,11 @@ def _previews(
     return shown, resumed
 
 
-def _numbers(file: Path) -> list[float]:
+def _read_numbers(file: Path) -> list[float]:
     try:
         text = file.read_text(encoding="utf-8")
-        found = json.loads(text) if text.lstrip().startswith("[") else text.replace(",", " ").split()
-        numbers = [float(value) for value in found]
+        values = json.loads(text) if text.lstrip().startswith("[") else text.replace(",", " ").split()
+        numbers = [float(value) for value in values]
     except OSError as error:
         raise UsageError(
             f"{file}: cannot be read ({error.strerror}); name a file with a number for each step"
@@ -142,12 +145,15 @@ def _numbers(file: Path) -> list[float]:
     return numbers
 
 
-def _panels(shown: Sequence[_Schedule]) -> list[Panel]:
+def _build_panels(shown: Sequence[_Schedule]) -> list[Panel]:
     moved = {name.rpartition(".")[2]: None for one in shown for name in one.preview.hyper}
-    return [_panel("learning rate", shown, "lr/", ""), *(_panel(kind, shown, "hyper/", f".{kind}") for kind in moved)]
+    return [
+        _build_panel("learning rate", shown, "lr/", ""),
+        *(_build_panel(kind, shown, "hyper/", f".{kind}") for kind in moved),
+    ]
 
 
-def _panel(title: str, shown: Sequence[_Schedule], kind: str, key: str) -> Panel:
+def _build_panel(title: str, shown: Sequence[_Schedule], kind: str, key: str) -> Panel:
     """The curves of all schedules for one quantity, a curve for each parameter group."""
     curves = []
     for one in shown:
@@ -159,51 +165,53 @@ def _panel(title: str, shown: Sequence[_Schedule], kind: str, key: str) -> Panel
     return Panel(title, tuple(curves))
 
 
-def _screen(panels: Sequence[Panel], resumed: Sequence[ResumeComparison]) -> Iterator[RenderableType]:
+def _render(panels: Sequence[Panel], resumed: Sequence[ResumeComparison]) -> Iterator[RenderableType]:
     first, *others = panels
-    yield from figures.render([(first, _HEIGHT)], legend=False)
+    yield from figures.render([(first, _FIRST_PANEL_HEIGHT)], legend=False)
     yield ""
-    yield _table(first)
+    yield _render_table(first)
     if others:
         yield ""
-        yield from figures.render([(panel, _LOW_HEIGHT) for panel in others])
+        yield from figures.render([(panel, _OTHER_PANEL_HEIGHT) for panel in others])
     for found in resumed:
         yield ""
-        yield from _told(found)
+        yield from _explain_last_epoch(found)
 
 
-def _table(panel: Panel) -> Text:
-    from trackopt.plotting.terminal import letter
+def _render_table(panel: Panel) -> Text:
+    from trackopt.plotting.terminal import curve_letter
 
     several = len(panel.curves) > 1
     rows = []
     for index, curve in enumerate(panel.curves):
         rates = [rate for _, rate in curve.points]
         numbers = [rates[0], min(rates), max(rates), rates[-1]]
-        rows.append([*([letter(index)] if several else []), curve.name, *(f"{number:.4g}" for number in numbers)])
+        rows.append([*([curve_letter(index)] if several else []), curve.name, *(f"{number:.4g}" for number in numbers)])
     heads = ["schedule", "first", "lowest", "highest", "last"]
-    return console.table(["", *heads], rows, left=2) if several else console.table(heads, rows)
+    return console.render_table(["", *heads], rows, left=2) if several else console.render_table(heads, rows)
 
 
-def _told(found: ResumeComparison) -> Iterator[RenderableType]:
+def _explain_last_epoch(comparison: ResumeComparison) -> Iterator[RenderableType]:
     """What ``last_epoch`` means, and what comes of it."""
-    yield console.finding(
+    yield console.render_finding(
         "info",
-        f"last_epoch={found.completed_steps - 1} resumes after {found.completed_steps} step{'s' * (found.completed_steps != 1)}: it counts them from 0, "
+        f"last_epoch={comparison.completed_steps - 1} resumes after {comparison.completed_steps} step{'s' * (comparison.completed_steps != 1)}: it counts them from 0, "
         "so write one less than were done. Each parameter group must have an initial_lr: here that is --lr, in a "
         "script it comes with the optimizer's state_dict. The scheduler's own state_dict does all of this, and more "
         "surely.",
     )
     for how, preview in (
-        ("with the optimizer's state_dict loaded first", found.restored),
-        ("on a new optimizer", found.restarted),
+        ("with the optimizer's state_dict loaded first", comparison.restored),
+        ("on a new optimizer", comparison.restarted),
     ):
-        parting = found.first_difference(preview)
-        if parting is None:
-            yield console.finding("ok", f"{how}: as if it had never stopped")
+        difference = comparison.first_difference(preview)
+        if difference is None:
+            yield console.render_finding("ok", f"{how}: as if it had never stopped")
         else:
-            step, wrong, right = parting
-            yield console.finding("warning", f"{how}: at step {step} the LR is {wrong:.4g} instead of {right:.4g}")
+            step, wrong, right = difference
+            yield console.render_finding(
+                "warning", f"{how}: at step {step} the LR is {wrong:.4g} instead of {right:.4g}"
+            )
 
 
 def _as_dict(one: _Schedule) -> dict[str, Any]:

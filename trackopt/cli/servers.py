@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from threading import Event
 
 HOST = "127.0.0.1"
-_PATIENCE = 180.0  # seconds for a server to answer; MLflow's first start migrates its store
+_START_TIMEOUT_S = 180.0  # seconds for a server to answer; MLflow's first start migrates its store
 _POLL_INTERVAL_S = 0.2  # seconds between two looks at the servers
 _STOP_TIMEOUT_S = 5.0  # seconds that a server has to end
 
@@ -67,7 +67,7 @@ def serve(name: str, command: Sequence[str], *, health: str, directory: Path) ->
         health: A page that it has once it is ready.
         directory: Where it runs.
     """
-    port = _free_port()
+    port = _find_free_port()
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
             [part.replace("{port}", str(port)) for part in command],
@@ -91,7 +91,7 @@ def wait_until_ready(servers: Sequence[Server], stop: Event) -> None:
     Raises:
         TrackoptError: One of them ended, or took too long.
     """
-    deadline = time.monotonic() + _PATIENCE
+    deadline = time.monotonic() + _START_TIMEOUT_S
     for server in servers:
         while not (stop.is_set() or is_reachable(server.address + server.health)):
             if server.has_exited() or time.monotonic() > deadline:
@@ -115,8 +115,10 @@ def is_reachable(address: str) -> bool:
     """Whether there is somebody who answers."""
     try:
         parts = urllib.parse.urlsplit(address)
-        bare = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()  # urllib takes a password for a port
-        with urllib.request.urlopen(bare, timeout=5):  # noqa: S310 - http, of our own making or from run.json
+        without_password = parts._replace(
+            netloc=parts.netloc.rpartition("@")[2]
+        ).geturl()  # urllib takes a password for a port
+        with urllib.request.urlopen(without_password, timeout=5):  # noqa: S310 - http, of our own making or from run.json
             return True
     except urllib.error.HTTPError as error:
         return error.code < http.HTTPStatus.INTERNAL_SERVER_ERROR  # it asks for a password
@@ -135,7 +137,7 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def _free_port() -> int:
+def _find_free_port() -> int:
     with socket.socket() as probe:
         probe.bind((HOST, 0))
         return int(probe.getsockname()[1])

@@ -27,15 +27,19 @@ def command(directory: Path, as_json: bool) -> None:
     """
     directory = directory.absolute()
     read_identity(directory)
-    held = RunDirectory(directory)  # nobody trains in it meanwhile
+    lock = RunDirectory(directory)  # nobody trains in it meanwhile
     try:
-        left = _deliver(directory)
+        failed = _deliver(directory)
     finally:
-        held.release()
+        lock.release()
     if as_json:
-        sys.stdout.write(orjson.dumps({"path": str(directory), "delivered": not left, "failed": left}).decode() + "\n")
-    if left:
-        raise TrackoptError(f"{directory}: not everything arrived in {' and '.join(left)}; mend that, then sync again")
+        sys.stdout.write(
+            orjson.dumps({"path": str(directory), "delivered": not failed, "failed": failed}).decode() + "\n"
+        )
+    if failed:
+        raise TrackoptError(
+            f"{directory}: not everything arrived in {' and '.join(failed)}; mend that, then sync again"
+        )
     if not as_json:
         click.echo(f"{directory.name}: everything is delivered")
 

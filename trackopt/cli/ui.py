@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from rich.text import Text
 
-_NAMED = 3  # runs that are named
+_MAX_NAMES = 3  # runs that are named
 
 
 @dataclass(frozen=True)
@@ -48,58 +48,66 @@ def command(directory: Path, as_json: bool) -> None:
     Example:
       trackopt ui runs
     """
-    runs = _find(directory)
-    going = [str(run.path) for run in runs if is_running(run.path)]
+    runs = _find_runs(directory)
+    running = [str(run.path) for run in runs if is_running(run.path)]
     if not as_json:  # the servers take a while
-        console.show([_summary(directory, len(runs), going)])
+        console.show([_format_summary(directory, len(runs), running)])
     stop = Event()
-    for ending in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # a shell starts background jobs with SIGINT ignored
-        if ending != signal.SIGHUP or signal.getsignal(ending) is not signal.SIG_IGN:  # by nohup
-            signal.signal(ending, lambda *_: stop.set())
+    for signal_number in (
+        signal.SIGINT,
+        signal.SIGTERM,
+        signal.SIGHUP,
+    ):  # a shell starts background jobs with SIGINT ignored
+        if signal_number != signal.SIGHUP or signal.getsignal(signal_number) is not signal.SIG_IGN:  # by nohup
+            signal.signal(signal_number, lambda *_: stop.set())
     with contextlib.ExitStack() as stack:
-        logs = directory.absolute()
-        started = [stack.enter_context(servers.serve("TensorBoard", _tensorboard(logs), health="/", directory=logs))]
-        addresses = {"tensorboard": started[0].address, "mlflow": None}
-        if store := _store(runs):
+        log_directory = directory.absolute()
+        servers_started = [
+            stack.enter_context(
+                servers.serve("TensorBoard", _tensorboard_command(log_directory), health="/", directory=log_directory)
+            )
+        ]
+        addresses = {"tensorboard": servers_started[0].address, "mlflow": None}
+        if store := _choose_store(runs):
             uri, home = store
             if uri.startswith(("http://", "https://")):
                 addresses["mlflow"] = shown = redact_credentials(uri)
                 if not servers.is_reachable(uri):
                     click.echo(f"trackopt: {console.sanitize(shown)} does not answer; is that server up?", err=True)
             else:
-                mlflow = servers.serve("the MLflow UI", _mlflow(uri), health="/health", directory=home)
-                started.append(stack.enter_context(mlflow))
-                addresses["mlflow"] = started[-1].address
-        servers.wait_until_ready(started, stop)
+                mlflow = servers.serve("the MLflow UI", _mlflow_command(uri), health="/health", directory=home)
+                servers_started.append(stack.enter_context(mlflow))
+                addresses["mlflow"] = servers_started[-1].address
+        servers.wait_until_ready(servers_started, stop)
         if stop.is_set():
             raise click.Abort
         if as_json:
-            sys.stdout.write(orjson.dumps({**addresses, "runs": len(runs), "going": going}).decode() + "\n")
+            sys.stdout.write(orjson.dumps({**addresses, "runs": len(runs), "going": running}).decode() + "\n")
             sys.stdout.flush()
         else:
-            console.show(_lines(addresses))
-        servers.watch(started, stop)
+            console.show(_render_addresses(addresses))
+        servers.watch(servers_started, stop)
 
 
-def _find(directory: Path) -> list[_Run]:
+def _find_runs(directory: Path) -> list[_Run]:
     """The runs below a directory, at any depth; one that cannot be read is told, and left out."""
     if not directory.is_dir():
         raise RunError(f"{directory}: there is no such directory; name the one that holds your runs")
-    found = []
-    for place, folders, files in os.walk(directory):
+    runs = []
+    for folder, folders, files in os.walk(directory):
         folders.sort()
         if IDENTITY in files:
             folders.clear()
             try:
-                found.append(_Run(Path(place), read_identity(Path(place))))
+                runs.append(_Run(Path(folder), read_identity(Path(folder))))
             except RunError as error:
                 click.echo(f"trackopt: {console.sanitize(error)}", err=True)
-    if not found:
+    if not runs:
         raise RunError(f"{directory}: holds no run; name the directory that wrap(dir=…) was given, or one above it")
-    return found
+    return runs
 
 
-def _store(runs: Sequence[_Run]) -> tuple[str, Path] | None:
+def _choose_store(runs: Sequence[_Run]) -> tuple[str, Path] | None:
     """MLflow's store, and where its address is meant from; of several, the one with most of the runs."""
     stores = [
         (str(run.identity["mlflow"]["tracking_uri"]), Path(run.identity["working_directory"]))
@@ -110,19 +118,19 @@ def _store(runs: Sequence[_Run]) -> tuple[str, Path] | None:
         return None
     (uri, count), *_ = Counter(uri for uri, _ in stores).most_common()
     if count < len(stores):
-        shown = console.sanitize(redact_credentials(uri))
-        click.echo(f"trackopt: the runs are in several MLflow stores; showing {shown}", err=True)
+        uri_shown = console.sanitize(redact_credentials(uri))
+        click.echo(f"trackopt: the runs are in several MLflow stores; showing {uri_shown}", err=True)
     home = next(home for each, home in stores if each == uri)
     return uri, home if home.is_dir() else Path.cwd()
 
 
-def _summary(directory: Path, count: int, going: Sequence[str]) -> str:
-    names = [Path(path).name for path in going[:_NAMED]] + ["…"] * (len(going) > _NAMED)
-    state = f"{len(going)} still going: {', '.join(names)}" if going else "none still going"
+def _format_summary(directory: Path, count: int, running: Sequence[str]) -> str:
+    names = [Path(path).name for path in running[:_MAX_NAMES]] + ["…"] * (len(running) > _MAX_NAMES)
+    state = f"{len(running)} still going: {', '.join(names)}" if running else "none still going"
     return console.sanitize(f"{count} run{'s' * (count > 1)} below {directory}, {state}")
 
 
-def _lines(addresses: dict[str, str | None]) -> Iterator[Text]:
+def _render_addresses(addresses: dict[str, str | None]) -> Iterator[Text]:
     from rich.text import Text
 
     for name, key in (("TensorBoard", "tensorboard"), ("MLflow", "mlflow")):
@@ -131,13 +139,13 @@ def _lines(addresses: dict[str, str | None]) -> Iterator[Text]:
     yield Text("Ctrl-C stops both.", style="dim")
 
 
-def _tensorboard(directory: Path) -> list[str]:
+def _tensorboard_command(directory: Path) -> list[str]:
     # Each attempt of a run has its own event file: without --reload_multifile only the newest is read on.
-    where = ["--logdir", str(directory), "--host", servers.HOST, "--port", "{port}"]
+    address = ["--logdir", str(directory), "--host", servers.HOST, "--port", "{port}"]
     options = ["--reload_multifile=true", "--reload_interval=5", "--samples_per_plugin=scalars=10000"]
-    return [sys.executable, "-m", "tensorboard.main", *where, *options]
+    return [sys.executable, "-m", "tensorboard.main", *address, *options]
 
 
-def _mlflow(uri: str) -> list[str]:
-    where = ["--backend-store-uri", uri, "--host", servers.HOST, "--port", "{port}", "--workers", "1"]
-    return [sys.executable, "-m", "mlflow", "server", *where]
+def _mlflow_command(uri: str) -> list[str]:
+    address = ["--backend-store-uri", uri, "--host", servers.HOST, "--port", "{port}", "--workers", "1"]
+    return [sys.executable, "-m", "mlflow", "server", *address]

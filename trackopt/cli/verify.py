@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
     from rich.console import RenderableType
 
-_CODES = {SOUND: 0, DAMAGED: 1, UNREADABLE: 2}
+_EXIT_CODES = {SOUND: 0, DAMAGED: 1, UNREADABLE: 2}
 _LEVELS = {SOUND: "ok", DAMAGED: "error", UNREADABLE: "error"}
-_SHOWN = 20
+_MAX_PROBLEMS = 20
 
 
 @click.command()
@@ -35,20 +35,24 @@ def command(paths: tuple[str, ...], as_json: bool) -> int:
 
     Exit codes: 0 sound, 1 damaged, 2 unreadable.
     """
-    found = [one for path in paths for one in verify(path)]
+    reports = [one for path in paths for one in verify(path)]
     if as_json:
-        console.write_json({"sound": all(one.status == SOUND for one in found), "files": [o.as_dict() for o in found]})
+        console.write_json(
+            {"sound": all(one.status == SOUND for one in reports), "files": [o.as_dict() for o in reports]}
+        )
     else:
-        console.show(line for one in found for line in _lines(one))
-    return max(_CODES[one.status] for one in found)
+        console.show(line for one in reports for line in _render_report(one))
+    return max(_EXIT_CODES[one.status] for one in reports)
 
 
-def _lines(one: FileReport) -> Iterator[RenderableType]:
-    about = " · ".join(filter(None, (one.format, console.size(one.bytes) if one.bytes else "")))
-    yield console.finding(_LEVELS[one.status], f"{console.sanitize(one.path)}: {one.status}{about and f'   {about}'}")
-    for problem in one.problems[:_SHOWN]:
-        yield console.indented(problem)
-    if len(one.problems) > _SHOWN:
-        yield console.indented(f"and {len(one.problems) - _SHOWN:,} more problems")
-    if one.salvageable:
-        yield console.indented(one.salvageable)
+def _render_report(report: FileReport) -> Iterator[RenderableType]:
+    facts = " · ".join(filter(None, (report.format, console.format_size(report.bytes) if report.bytes else "")))
+    yield console.render_finding(
+        _LEVELS[report.status], f"{console.sanitize(report.path)}: {report.status}{facts and f'   {facts}'}"
+    )
+    for problem in report.problems[:_MAX_PROBLEMS]:
+        yield console.render_indented(problem)
+    if len(report.problems) > _MAX_PROBLEMS:
+        yield console.render_indented(f"and {len(report.problems) - _MAX_PROBLEMS:,} more problems")
+    if report.salvageable:
+        yield console.render_indented(report.salvageable)

@@ -9,15 +9,15 @@ from collections import deque
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from trackopt.plotting.run_series import RunSeries, names
+from trackopt.plotting.run_series import RunSeries, display_names
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-WINDOW = 50  # steps before one, against which it is judged
+WINDOW_STEPS = 50  # steps before one, against which it is judged
 _MIN_POINTS = 10  # of them, below which nothing is judged
 SPIKE_IQRS = 3  # interquartile ranges above the median: four standard deviations, if it is normal
-_ALWAYS = ("optimizer", "scheduler", "lr")
+_ALWAYS_SHOWN = ("optimizer", "scheduler", "lr")
 _UPDATE, _RATIO = "update/", ".ratio"
 
 
@@ -73,12 +73,14 @@ class Comparison:
     target: float | None
     rows: tuple[Row, ...]
 
-    def differing(self) -> list[str]:
+    def settings_shown(self) -> list[str]:
         """The settings to show: optimizer, scheduler and LR, and others that are not the same in all runs."""
         known = dict.fromkeys(label for row in self.rows for label in row.settings)
         values = {label: [row.settings[label] for row in self.rows if label in row.settings] for label in known}
         others = [label for label, each in values.items() if any(value != each[0] for value in each)]
-        return [label for label in _ALWAYS if label in known] + [label for label in others if label not in _ALWAYS]
+        return [label for label in _ALWAYS_SHOWN if label in known] + [
+            label for label in others if label not in _ALWAYS_SHOWN
+        ]
 
     def as_dict(self) -> dict[str, Any]:
         """The same as plain data."""
@@ -90,7 +92,7 @@ class Comparison:
         }
 
 
-def wanted(key: str, metric: str) -> bool:
+def is_compared(key: str, metric: str) -> bool:
     """Whether a comparison needs a series."""
     return key == metric or (key.startswith(_UPDATE) and key.endswith(_RATIO))
 
@@ -115,51 +117,54 @@ def compare(
         (1.5, [('a', 1.0, 2), ('b', 1.5, 2)])
     """
     sign = -1.0 if highest else 1.0
-    bests = [_best(run.series.get(metric, []), sign) for run in runs]
+    bests = [_find_best(run.series.get(metric, []), sign) for run in runs]
     if target is None:
         target = max((best[1] for best in bests if best), key=lambda value: sign * value, default=None)
     rows = [
-        _row(run, name, metric, best, target, sign) for run, name, best in zip(runs, names(runs), bests, strict=True)
+        _build_row(run, name, metric, best, target, sign)
+        for run, name, best in zip(runs, display_names(runs), bests, strict=True)
     ]
     rows.sort(key=lambda row: math.inf if row.best is None else sign * row.best)
     return Comparison(metric, highest, target, tuple(rows))
 
 
-def _row(
+def _build_row(
     run: RunSeries, name: str, metric: str, best: tuple[int, float] | None, target: float | None, sign: float
 ) -> Row:
     points = run.series.get(metric, [])
-    reached = next((step for step, value in points if target is not None and sign * value <= sign * target), None)
+    target_step = next((step for step, value in points if target is not None and sign * value <= sign * target), None)
     ratios = [value for key, series in run.series.items() if key.startswith(_UPDATE) for _, value in series]
     times = [seconds for _, seconds in run.seconds if seconds > 0]
     return Row(
         path=run.path,
         name=name,
         status=run.status,
-        settings=_settings(run.params),
+        settings=_merge_groups(run.params),
         steps=run.steps,
         final=points[-1][1] if points else None,
         best=best and best[1],
         best_step=best and best[0],
-        steps_to_target=reached,
-        seconds_to_target=None if reached is None else math.fsum(t for step, t in run.seconds if step <= reached),
-        spikes=_spikes([sign * value for _, value in points]),
+        steps_to_target=target_step,
+        seconds_to_target=None
+        if target_step is None
+        else math.fsum(t for step, t in run.seconds if step <= target_step),
+        spikes=_spike_share([sign * value for _, value in points]),
         update_ratio=statistics.median(ratios) if ratios else None,
         step_ms=1000 * statistics.median(times) if times else None,
     )
 
 
-def _best(points: Sequence[tuple[int, float]], sign: float) -> tuple[int, float] | None:
+def _find_best(points: Sequence[tuple[int, float]], sign: float) -> tuple[int, float] | None:
     finite = [point for point in points if math.isfinite(point[1])]
     return min(finite, key=lambda point: sign * point[1], default=None)
 
 
-def _spikes(values: Sequence[float]) -> float:
+def _spike_share(values: Sequence[float]) -> float:
     """The share of values that stand out from the 50 before them, the lower being the better."""
-    return sum(_outliers(values)) / len(values) if values else 0.0
+    return sum(_find_spikes(values)) / len(values) if values else 0.0
 
 
-def _outliers(values: Sequence[float]) -> Iterator[bool]:
+def _find_spikes(values: Sequence[float]) -> Iterator[bool]:
     recent: deque[float] = deque()
     ordered: list[float] = []
     for value in values:
@@ -171,17 +176,17 @@ def _outliers(values: Sequence[float]) -> Iterator[bool]:
             yield value > median + SPIKE_IQRS * (high - low) + 1e-9 * abs(median)
         recent.append(value)
         insort(ordered, value)
-        if len(recent) > WINDOW:
+        if len(recent) > WINDOW_STEPS:
             del ordered[bisect_left(ordered, recent.popleft())]
 
 
-def _settings(params: dict[str, Any]) -> dict[str, Any]:
+def _merge_groups(params: dict[str, Any]) -> dict[str, Any]:
     """The hyperparameters with one entry for all parameter groups; a list where they differ."""
     classes = {key for key in params if "." not in key}
-    gathered: dict[str, list[Any]] = {}
+    values: dict[str, list[Any]] = {}
     for key, value in params.items():
         first, _, rest = key.partition(".")
         last = rest.rpartition(".")[2]
         label = key if not rest else f"{first}.{last}" if first in classes else last
-        gathered.setdefault(label, []).append(value)
-    return {label: each[0] if all(value == each[0] for value in each) else each for label, each in gathered.items()}
+        values.setdefault(label, []).append(value)
+    return {label: each[0] if all(value == each[0] for value in each) else each for label, each in values.items()}

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from trackopt.errors import UsageError
-from trackopt.schedule.classes import factory, last_epoch, without_last_epoch
+from trackopt.schedule.classes import get_last_epoch, make_factory, without_last_epoch
 from trackopt.schedule.preview import Preview, dummy_optimizer, preview
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from trackopt.schedule.expression import Call
 
-_LATEST = 1_000_000
+_MAX_LAST_EPOCH = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -41,18 +41,18 @@ class ResumeComparison:
 
         ``None`` if it never has.
         """
-        found = [
-            (step, rate, right)
+        differences = [
+            (step, rate, expected)
             for name, rates in resumed.lr.items()
-            for step, rate, right in zip(
+            for step, rate, expected in zip(
                 resumed.steps, rates, self.uninterrupted.lr[name][self.completed_steps :], strict=True
             )
-            if not math.isclose(rate, right, rel_tol=1e-9)
+            if not math.isclose(rate, expected, rel_tol=1e-9)
         ]
-        return min(found, default=None)
+        return min(differences, default=None)
 
 
-def resumption(call: Call, steps: int, lr: Sequence[float]) -> ResumeComparison:
+def compare_resume(call: Call, steps: int, lr: Sequence[float]) -> ResumeComparison:
     """Resume a schedule by its ``last_epoch``, for so many steps.
 
     Args:
@@ -69,22 +69,22 @@ def resumption(call: Call, steps: int, lr: Sequence[float]) -> ResumeComparison:
         >>> found.uninterrupted.lr["group0"], found.restored.lr["group0"], found.restarted.lr["group0"]
         ([0.8, 0.4, 0.2, 0.1], [0.2, 0.1], [0.8, 0.4])
     """
-    done = last_epoch(call) + 1
-    if done > _LATEST:
-        raise UsageError(f"last_epoch={done - 1}: too far to show; a million is the most")
-    build, begin = factory(call), factory(without_last_epoch(call))
+    completed_steps = get_last_epoch(call) + 1
+    if completed_steps > _MAX_LAST_EPOCH:
+        raise UsageError(f"last_epoch={completed_steps - 1}: too far to show; a million is the most")
+    build, build_from_start = make_factory(call), make_factory(without_last_epoch(call))
     optimizer = dummy_optimizer(lr)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # torch misses the steps of the optimizer
-        scheduler = begin(optimizer)
-        for _ in range(done):
+        scheduler = build_from_start(optimizer)
+        for _ in range(completed_steps):
             scheduler.step()
-    new = copy.deepcopy(optimizer)
-    for group, rate in zip(new.param_groups, lr, strict=True):
+    restarted = copy.deepcopy(optimizer)
+    for group, rate in zip(restarted.param_groups, lr, strict=True):
         group["lr"] = rate
     return ResumeComparison(
-        done,
-        preview(begin, done + steps, lr=lr),
+        completed_steps,
+        preview(build_from_start, completed_steps + steps, lr=lr),
         preview(build, steps, optimizer=optimizer),
-        preview(build, steps, optimizer=new),
+        preview(build, steps, optimizer=restarted),
     )
