@@ -97,7 +97,7 @@ def test_tensors_are_listed_by_a_glob(run_directory: Path) -> None:
     assert "bias" not in done.stdout
     facts = json.loads(trackopt("inspect", run_directory, "--tensors", "optimizer.*.exp_avg", "--json").stdout)
     assert [one["name"] for one in facts["tensors"]] == [f"optimizer.state.{index}.exp_avg" for index in range(6)]
-    assert "no tensor of such a name" in trackopt("inspect", run_directory, "--tensors", "nothing.*").stdout
+    assert "no tensor matches" in trackopt("inspect", run_directory, "--tensors", "nothing.*").stdout
 
 
 def test_the_tree_is_an_outline_with_plain_lists_on_one_line(run_directory: Path) -> None:

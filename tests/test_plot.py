@@ -99,11 +99,11 @@ def test_pictures_can_be_opened(runs, typed, tmp_path):
     ("arguments", "words"),
     [
         (["seed-9"], "did you mean"),
-        (["."], "directory with 4"),
+        (["."], "directory of 4"),
         (["quite-another"], "there is"),
         (["seed-0/checkpoints"], r"has no journal \(metrics.jsonl\)"),
         (["seed-0/run.json"], "has no journal"),
-        (["seed-0", "other"], "has no series loss"),
+        (["seed-0", "other"], "no series 'loss'"),
         (["seed-0", "--metric", "los"], r"did you mean loss\?"),
         (["other"], "there is error"),
     ],

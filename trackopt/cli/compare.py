@@ -1,4 +1,4 @@
-"""``trackopt compare``: runs side by side."""
+"""``trackopt compare``: compare runs in a table and by their curves."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from rich.console import RenderableType
-    from rich.text import Text
 
     from trackopt.plotting.run_series import RunSeries
 
@@ -25,26 +24,26 @@ _LOSS = "loss"
 _MAX_CURVES = 12  # curves
 _MAX_NAME_LENGTH = 24
 _MINUTE_S = 60
-_NOTE_ROWS = 6  # rows, about
+_NOTE_ROWS = 6  # approximate
 
 
 @click.command()
 @click.argument("runs", nargs=-1, required=True, metavar="RUN...")
-@click.option("--metric", default=_LOSS, metavar="KEY", help=f"The series to compare by.  [{_LOSS}]")
-@click.option("--max", "highest", is_flag=True, help="The higher the metric, the better.")
+@click.option("--metric", default=_LOSS, metavar="KEY", help=f"Compare by this series.  [{_LOSS}]")
+@click.option("--max", "highest", is_flag=True, help="Treat higher values of the metric as better.")
 @click.option(
-    "--target", type=float, metavar="X", help="A value to reach.  [the worst of the runs' best, which all reach]"
+    "--target", type=float, metavar="X", help="Set the value to reach.  [the worst of the runs' best, which all reach]"
 )
-@click.option("--follow", is_flag=True, help="Draw again as the runs go on, until they end or Ctrl-C.")
+@click.option("--follow", is_flag=True, help="Redraw while the runs continue, until they end or Ctrl-C.")
 @click.option("--attach", is_flag=True, help="Attach the curves to the MLflow run of each run, as a PNG.")
 @figures.picture_options
 @click.option("--json", "as_json", is_flag=True, help="Print the table as JSON.")
 def command(
     runs: tuple[str, ...], metric: str, highest: bool, target: float | None, follow: bool, **outputs: Any
 ) -> None:
-    r"""Runs side by side: what they were given, what came of it, how soon and how steadily; and their curves.
+    r"""Compare runs in a table and by their curves: hyperparameters, results, steps and time to a target, spikes.
 
-    RUN is a run's directory. The best run stands first. Of the hyperparameters those are shown that differ.
+    RUN is a run's directory. The best run comes first. Only hyperparameters that differ are shown.
 
     \b
     Example:
@@ -88,15 +87,15 @@ def _render(
 
 
 def _build_panel(comparison: Comparison, runs: Sequence[RunSeries]) -> Panel:
-    """The curves in the order of the table."""
+    """Build the panel of the curves in the order of the table."""
     series = {run.path: run.series.get(comparison.metric, []) for run in runs}
     curves = tuple(Curve(row.name, series[row.path]) for row in comparison.rows[:_MAX_CURVES])
     more = f" (the best {_MAX_CURVES} of {len(comparison.rows)})" if len(comparison.rows) > _MAX_CURVES else ""
     return Panel(f"{comparison.metric}{more}", curves).with_log_scale()
 
 
-def _render_tables(comparison: Comparison) -> Iterator[Text]:
-    """As many tables as it takes; each begins with the names of the runs."""
+def _render_tables(comparison: Comparison) -> Iterator[RenderableType]:
+    """Yield as many tables as the columns need; each starts with the names of the runs."""
     from rich.cells import cell_len
 
     from trackopt.plotting.terminal import curve_letter
@@ -111,14 +110,16 @@ def _render_tables(comparison: Comparison) -> Iterator[Text]:
     chosen: list[tuple[str, list[str]]] = []
     for head, cells in columns:
         if chosen and sum(_column_width(*column) for column in chosen) + _column_width(head, cells) > width_left:
-            yield _render_table(marks, names, chosen)
+            yield from _render_table(marks, names, chosen)
             chosen = []
         if any(cells):
             chosen.append((head, cells))
-    yield _render_table(marks, names, chosen)
+    yield from _render_table(marks, names, chosen)
 
 
-def _render_table(marks: Sequence[str], names: Sequence[str], columns: Sequence[tuple[str, list[str]]]) -> Text:
+def _render_table(
+    marks: Sequence[str], names: Sequence[str], columns: Sequence[tuple[str, list[str]]]
+) -> Iterator[RenderableType]:
     heads, cells = zip(*columns, strict=True)
     if len(names) == 1:
         return console.render_table(["run", *heads], zip(names, *cells, strict=True))
@@ -126,7 +127,7 @@ def _render_table(marks: Sequence[str], names: Sequence[str], columns: Sequence[
 
 
 def _shorten(name: str) -> str:
-    """A long name without its middle: runs of one experiment, or with one name, differ at the end."""
+    """Cut out the middle of a long name: runs of one experiment differ at the end."""
     if len(name) <= _MAX_NAME_LENGTH:
         return name
     end = _MAX_NAME_LENGTH * 2 // 3
@@ -142,7 +143,7 @@ def _column_width(head: str, cells: Sequence[str]) -> int:
 def _list_columns(comparison: Comparison) -> Iterator[tuple[str, Callable[[Row], str]]]:
     for label in comparison.settings_shown():
         yield label.removeprefix("scheduler."), partial(_format_setting, label)
-    yield "status", lambda row: row.status or "going on"
+    yield "status", lambda row: row.status or "running"
     yield "steps", lambda row: f"{row.steps:,}"
     yield "final", lambda row: _format_number(row.final)
     yield "best", lambda row: _format_number(row.best)
@@ -163,11 +164,11 @@ def _describe_columns(comparison: Comparison, *, given: bool) -> Iterator[str]:
         yield f"{first} at {comparison.target:.4g} or {better}{reason}"
     side = "below" if comparison.highest else "above"
     yield (
-        f"spikes: steps whose {console.sanitize(comparison.metric)} is NaN or infinite, or {side} the median of the {WINDOW_STEPS} "
-        f"steps before by more than {SPIKE_IQRS} of their interquartile ranges"
+        f"spikes: steps whose {console.sanitize(comparison.metric)} is NaN or infinite, or {side} the median of "
+        f"the previous {WINDOW_STEPS} steps by more than {SPIKE_IQRS} of their interquartile ranges"
     )
     if any(row.update_ratio is not None for row in comparison.rows):
-        yield "update ratio: how far a step moves the parameters, relative to them; the median"
+        yield "update ratio: the norm of an update relative to the norm of the parameters; the median"
 
 
 def _format_setting(label: str, row: Row) -> str:

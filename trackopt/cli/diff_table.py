@@ -1,4 +1,4 @@
-"""Changes as tables, on the screen of ``trackopt diff``: the largest, or all of them, or by module."""
+"""Render changes as tables of ``trackopt diff``: the largest, all of them, or by module."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 _MAX_SINGLE_ROWS = 3
 _BAR_WIDTH = 24
-_BAR_DECADES = 6  # what a bar stands for, below 1
-_MAX_ULPS = 10**6  # more of them say nothing
+_BAR_DECADES = 6  # decades below 1 that a bar spans
+_MAX_ULPS = 10**6  # larger distances carry no information
 _KIND_TEXTS = {"value": "values changed", "shape": "shapes changed"}
 _CAST_TEXTS = {"equal": ", same values", "rounded": ", equal after the cast"}
 _STEP_DEPENDENT_KEYS = ("trackopt.position.", "trackopt.observers.", "trackopt.pending.", "trackopt.turns.")
@@ -31,19 +31,24 @@ _OTHER_HEADS = ("other changes", "")
 
 
 def render_modules(difference: Difference) -> Iterator[RenderableType]:
-    """A line for each module and each kind of buffer."""
+    """Render one line for each module and each kind of buffer."""
     rows = [
-        [one.name, _format_bar(one.numbers), f"{one.changed:,} of {one.tensors:,}", _format_distance(one.numbers)]
-        for one in difference.tally.modules.values()
-        if one.changed
+        [
+            module.name,
+            _format_bar(module.numbers),
+            f"{module.changed:,} of {module.tensors:,}",
+            _format_distance(module.numbers),
+        ]
+        for module in difference.tally.modules.values()
+        if module.changed
     ]
     if rows:
-        yield console.render_table(["module", "10⁻⁶ … 1", "changed", "rel L2"], rows, left=2)
+        yield from console.render_table(["module", "10⁻⁶ … 1", "changed", "rel L2"], rows, left=2)
         yield ""
 
 
 def _format_bar(numbers: Numbers) -> str:
-    """How far it moved, as the logarithm of the relative L2."""
+    """Draw the logarithm of the relative L2 distance as a bar."""
     distance = numbers.rel_l2
     if not (distance > 0 and math.isfinite(distance)):
         return "" if distance == 0 else "+" * _BAR_WIDTH
@@ -55,7 +60,7 @@ def _format_distance(numbers: Numbers) -> str:
 
 
 def render_all(difference: Difference) -> Iterator[RenderableType]:
-    """Every change: tensors by what they are of, then the rest."""
+    """Render every change: tensors by role, then the rest."""
     tables: dict[str, list[Change]] = {}
     others = []
     for change in difference.changes:
@@ -65,29 +70,24 @@ def render_all(difference: Difference) -> Iterator[RenderableType]:
         else:
             others.append([change.path, _format_change(change)])
     for title, members in tables.items():
-        yield _render_table(title, members)
+        yield from _render_table(title, members)
         yield ""
     if others:
-        yield console.render_table(_OTHER_HEADS, others, left=2)
+        yield from console.render_table(_OTHER_HEADS, others, left=2)
         yield ""
 
 
 def render_largest(difference: Difference, top: int) -> Iterator[RenderableType]:
-    """The tensors that changed most, and what else changed and is not told by the story.
-
-    Args:
-        found: The difference.
-        top: Rows of each table.
-    """
+    """Render the tensors that changed most, and the other changes that `diff_summary` does not report."""
     weights = _most_changed([change for change in difference.changes if change.kind == "tensor"])
     expected = set(map(id, find_step_changes(difference)))
     others = [change for change in difference.changes if change.kind != "tensor" and id(change) not in expected]
     rows = _group_rows(difference, others)
     if weights[:top]:
-        yield _render_table("most changed", weights[:top])
+        yield from _render_table("most changed", weights[:top])
     yield from _render_omitted(len(weights), top)
     if rows[:top]:
-        yield console.render_table(_OTHER_HEADS, rows[:top], left=2)
+        yield from console.render_table(_OTHER_HEADS, rows[:top], left=2)
     yield from _render_omitted(len(rows), top)
 
 
@@ -98,10 +98,14 @@ def _render_omitted(length: int, top: int) -> Iterator[str]:
         yield ""
 
 
-def _render_table(title: str, changes: list[Change]) -> RenderableType:
-    has_ulps = any(one.numbers and one.numbers.ulp is not None and one.numbers.ulp < _MAX_ULPS for one in changes)
+def _render_table(title: str, changes: list[Change]) -> Iterator[RenderableType]:
+    has_ulps = any(
+        change.numbers and change.numbers.ulp is not None and change.numbers.ulp < _MAX_ULPS for change in changes
+    )
     heads = [title, *_NUMBER_HEADS, *(["ulp"] if has_ulps else [])]
-    return console.render_table(heads, ([_format_name(one), *_format_numbers(one, has_ulps)] for one in changes))
+    return console.render_table(
+        heads, ([_format_name(change), *_format_numbers(change, has_ulps)] for change in changes)
+    )
 
 
 def _format_name(change: Change) -> str:
@@ -109,7 +113,7 @@ def _format_name(change: Change) -> str:
 
 
 def _most_changed(tensors: list[Change]) -> list[Change]:
-    """The weights by how far they moved; where none did, whatever else changed, random states aside."""
+    """Sort the changed weights by distance; without any, the other changed tensors but RNG states."""
     weights = [change for change in tensors if change.role and change.role.kind == "weight"]
     others = [change for change in tensors if not _is_random(change)]
     return sorted(weights or others, key=_distance, reverse=True)
@@ -134,35 +138,35 @@ def _format_ulps(ulp: int | None) -> str:
 
 
 def find_step_changes(difference: Difference) -> list[Change]:
-    """What a run notes for itself at every step: between two steps it differs as a matter of course."""
+    """Return the changes of a run's own bookkeeping, which always differs between two steps."""
     stepped = difference.training.step[0] != difference.training.step[1]
-    return [one for one in difference.changes if stepped and one.path.startswith(_STEP_DEPENDENT_KEYS)]
+    return [change for change in difference.changes if stepped and change.path.startswith(_STEP_DEPENDENT_KEYS)]
 
 
 def _group_rows(difference: Difference, changes: Iterable[Change]) -> list[list[str]]:
-    """What the story has not said; what only one has, and many changes of a kind in one place, are one row."""
+    """Build the rows of changes that `diff_summary` does not report; many of one kind at one path share a row."""
     groups: dict[tuple[str, ...], list[Change]] = {}
     for change in changes:
         if not _is_reported_elsewhere(change):
             groups.setdefault(_group_key(difference, change), []).append(change)
     rows = []
-    for (place, kind, cast), members in groups.items():
+    for (path, kind, cast), members in groups.items():
         is_whole_part = difference.tally.parts[members[0].part] == {kind: len(members)}
         if len(members) <= (1 if is_whole_part else _MAX_SINGLE_ROWS):
             rows += [[change.path, _format_change(change)] for change in members]
         elif kind in ("added", "removed"):
-            rows.append([place, f"{kind}: {_describe_members(members)}"])
+            rows.append([path, f"{kind}: {_describe_members(members)}"])
         else:
-            rows.append([place, f"{len(members):,} {f'× {cast}' if cast else _KIND_TEXTS[kind]}"])
+            rows.append([path, f"{len(members):,} {f'× {cast}' if cast else _KIND_TEXTS[kind]}"])
     return rows
 
 
 def _group_key(difference: Difference, change: Change) -> tuple[str, str, str]:
-    """What one row may stand for: a whole part or a place in it, the kind of change, and the cast."""
+    """Return what changes of one row share: a part or a path in it, the kind of change, and the cast."""
     is_whole_part = len(difference.tally.parts[change.part]) == 1 and change.kind in ("added", "removed")
     in_model = change.role is not None and change.role.kind in ("weight", "average", "statistic")
-    place = change.part if is_whole_part or in_model else ".".join(change.path.split(".")[:2])
-    return place, change.kind, _format_dtypes(change) if change.kind == "dtype" else ""
+    path = change.part if is_whole_part or in_model else ".".join(change.path.split(".")[:2])
+    return path, change.kind, _format_dtypes(change) if change.kind == "dtype" else ""
 
 
 def _describe_members(changes: list[Change]) -> str:
@@ -176,7 +180,7 @@ def _is_random(change: Change) -> bool:
 
 
 def _is_reported_elsewhere(change: Change) -> bool:
-    """Whether the story has said it: progress, hyperparameters, the schedulers' positions, the generators."""
+    """Return whether `diff_summary` reports a change: progress, hyperparameters, schedulers or generators."""
     above, _, last = change.path.rpartition(".")
     setting = ".param_groups." in f".{above}." and last not in ("params", "order")
     return change.kind == "value" and (_is_random(change) or setting or last in _REPORTED_KEYS)
@@ -194,7 +198,7 @@ def _format_change(change: Change) -> str:
 
 
 def _format_dtypes(change: Change) -> str:
-    """Both dtypes, and what the cast did to the values."""
+    """Format both dtypes and the effect of the cast on the values."""
     effect = _CAST_TEXTS.get(change.cast or "", "")
     if change.cast == "different" and change.numbers is not None:
         effect = f", values differ: rel L2 {change.numbers.rel_l2:.3g}"
@@ -202,7 +206,7 @@ def _format_dtypes(change: Change) -> str:
 
 
 def render_count(difference: Difference, hidden: Sequence[Change] = (), hint: str = "") -> Text:
-    """How many tensors changed; what is hidden does not count."""
+    """Render how many tensors changed; hidden changes do not count."""
     from rich.text import Text
 
     kinds = difference.tally.tensors - Counter(change.kind for change in hidden if change.is_tensor)

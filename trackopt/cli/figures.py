@@ -1,4 +1,4 @@
-"""What the commands that draw have in common: the options for pictures, and panels on the screen."""
+"""Draw panels on the screen or into files, with the options that the drawing commands share."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ if TYPE_CHECKING:
 
 _HEIGHTS = 12, 7
 _MIN_HEIGHT = 4
-_RESERVED_ROWS = 5  # rows of a title, a legend, an axis and a blank line
+_RESERVED_ROWS = 5  # title, legend, axis and a blank line
 _FILE = click.Path(path_type=Path, dir_okay=False)
 
 
 def picture_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a command ``--png`` and ``--svg``."""
+    """Add the options ``--png`` and ``--svg`` to a command."""
     function = click.option("--svg", type=_FILE, metavar="FILE", help="Write the curves as an SVG.")(function)
     return click.option("--png", type=_FILE, metavar="FILE", help="Write the curves as a PNG.")(function)
 
 
 def write_pictures(panels: Sequence[Panel], *, png: Path | None, svg: Path | None, title: str) -> None:
-    """Write the panels to those files that were asked for, and say so on stderr."""
+    """Write the panels to the given files and report each on stderr."""
     kinds: dict[Literal["png", "svg"], Path | None] = {"png": png, "svg": svg}
     for kind, file in kinds.items():
         if file is not None:
@@ -44,7 +44,7 @@ def write_pictures(panels: Sequence[Panel], *, png: Path | None, svg: Path | Non
 
 
 def attach_picture(panels: Sequence[Panel], directories: Sequence[Path], *, name: str, title: str) -> None:
-    """Attach the curves, as ``NAME.png``, to the MLflow run of each of these runs, and say so on stderr."""
+    """Attach the curves as ``NAME.png`` to each run's MLflow run and report each on stderr."""
     from trackopt.plotting.matplotlib import save
     from trackopt.recorder.sinks.mlflow_figures import FOLDER, log_figure
 
@@ -57,7 +57,7 @@ def attach_picture(panels: Sequence[Panel], directories: Sequence[Path], *, name
 
 
 def render(panels: Iterable[tuple[Panel, int]], *, legend: bool = True) -> Iterator[Text]:
-    """Panels, each of so many rows, as they stand on the screen."""
+    """Render panels for the screen, each with its number of rows."""
     from trackopt.plotting.terminal import render
 
     coloured = _has_colours()
@@ -66,7 +66,7 @@ def render(panels: Iterable[tuple[Panel, int]], *, legend: bool = True) -> Itera
 
 
 def fit_panels(panels: Sequence[Panel], rows: int | None = None) -> list[tuple[Panel, int]]:
-    """The panels with their heights, the first the highest; where rows are few, lower ones, and no more than fit."""
+    """Choose the height of each panel; with few rows, shrink the panels and drop those that do not fit."""
     if rows is not None:
         panels = panels[: max(1, rows // (_RESERVED_ROWS + _MIN_HEIGHT))]
     wanted = [_HEIGHTS[min(number, 1)] for number in range(len(panels))]
@@ -76,7 +76,7 @@ def fit_panels(panels: Sequence[Panel], rows: int | None = None) -> list[tuple[P
 
 
 def _sanitize_panel(panel: Panel) -> Panel:
-    """A panel whose names, which come from files, do nothing to a terminal."""
+    """Downsample a panel and sanitize its names, which come from files."""
     panel = panel.downsample()
     curves = tuple(replace(curve, name=console.sanitize(curve.name)) for curve in panel.curves)
     return replace(panel, title=console.sanitize(panel.title), curves=curves)

@@ -1,4 +1,4 @@
-"""``trackopt inspect``: a checkpoint on one screen."""
+"""``trackopt inspect``: show a checkpoint on one screen."""
 
 from __future__ import annotations
 
@@ -45,16 +45,16 @@ _CERTAIN_EVIDENCE = ("saved", "its keys")
     is_flag=False,
     flag_value=_ALL_NAMES,
     metavar="[GLOB]",
-    help="List the tensors, or those whose names match, with shape, dtype and size.",
+    help="List the tensors, or those with matching names, with shape, dtype and size.",
 )
-@click.option("--stats", is_flag=True, help="Read every tensor: norm, mean, std, min, max, odd values.")
+@click.option("--stats", is_flag=True, help="Read every tensor: norm, mean, std, min, max, NaN and infinite values.")
 @click.option("--tree", is_flag=True, help="Show everything in the file as an outline.")
 @click.option("--json", "as_json", is_flag=True, help="Print the same facts as JSON.")
 def command(path: str | None, pattern: str | None, stats: bool, tree: bool, as_json: bool) -> None:
-    r"""What a checkpoint holds, and whether training can go on from it.
+    r"""Show what a checkpoint contains and whether training can resume from it.
 
     PATH is a file, a run's directory (its newest checkpoint), DIRECTORY@STEP, or runs:/RUN_ID/PATH, an artifact
-    of an MLflow run. Neither torch is needed nor is anything in the file run, so a stranger's file can be looked at.
+    of an MLflow run. Does not import torch or execute code from the file, so untrusted checkpoints are safe to inspect.
 
     \b
     Example:
@@ -63,14 +63,14 @@ def command(path: str | None, pattern: str | None, stats: bool, tree: bool, as_j
       trackopt inspect model.pt --stats --tensors '*.weight'
     """
     if path is None and pattern is not None:
-        path, pattern = pattern, _ALL_NAMES  # `--tensors PATH`: what follows is the path, unless there is another
+        path, pattern = pattern, _ALL_NAMES  # `--tensors PATH` without a GLOB
     if path is None:
         raise click.UsageError("Missing argument 'PATH'.")
     with locations.open(path) as opened:
         with console.progress_bar("reading", shown=stats) as progress:
             summary = summarize(opened, tensors=pattern is not None, statistics=stats, progress=progress)
         if summary.tensors is not None and pattern != _ALL_NAMES:
-            selected = {name: one for name, one in summary.tensors.items() if fnmatchcase(name, pattern or "")}
+            selected = {name: tensor for name, tensor in summary.tensors.items() if fnmatchcase(name, pattern or "")}
             summary = replace(summary, tensors=selected)
         if as_json:
             console.write_json(summary.as_dict())
@@ -81,24 +81,27 @@ def command(path: str | None, pattern: str | None, stats: bool, tree: bool, as_j
 
 
 def render(summary: Summary) -> Iterator[RenderableType]:
-    """The lines of the screen."""
+    """Render the screen."""
     yield _render_header(summary)
     yield ""
     yield from _render_state(summary)
     if summary.tensors is not None:
         yield ""
-        yield _render_tensors(summary) if summary.tensors else "  no tensor of such a name"
+        if summary.tensors:
+            yield from _render_tensors(summary)
+        else:
+            yield "  no tensor matches"
     elif summary.statistics is not None:
         yield ""
-        yield _render_statistics(summary)
+        yield from _render_statistics(summary)
     yield ""
-    for one in summary.findings:
-        if one.level != "info":
-            yield console.render_finding(one.level, one.text)
+    for finding in summary.findings:
+        if finding.level != "info":
+            yield console.render_finding(finding.level, finding.text)
 
 
 def _render_state(summary: Summary) -> Iterator[RenderableType]:
-    """A row for each part of the training state."""
+    """Render one row for each part of the training state."""
     from rich.text import Text
 
     state = summary.state
@@ -113,9 +116,9 @@ def _render_state(summary: Summary) -> Iterator[RenderableType]:
     also = list(_list_extras(summary))
     if also:
         yield Text("  also        ").append(console.wrap_fields(also, indent=console.LABEL_WIDTH + 2, gap=" · "))
-    for one in summary.findings:
-        if one.level == "info":
-            yield console.render_row("note", [one.text], style="")
+    for finding in summary.findings:
+        if finding.level == "info":
+            yield console.render_row("note", [finding.text], style="")
 
 
 def _render_header(summary: Summary) -> Text:
@@ -144,7 +147,7 @@ def _render_header(summary: Summary) -> Text:
 
 
 def _list_scores(extras: tuple[tuple[str, Any], ...]) -> list[tuple[str, float]]:
-    """Losses, accuracies and their like, which say what a stranger's checkpoint is."""
+    """Return the first losses, accuracies and other floats, which characterize a foreign checkpoint."""
     return list(islice(((name, value) for name, value in extras if isinstance(value, float)), _MAX_SCORES))
 
 
@@ -180,7 +183,7 @@ def _render_optimizer(optimizer: Optimizer) -> Iterator[RenderableType]:
     ]
     yield console.render_row(optimizer.name, fields)
     if only_group is None:
-        yield _render_groups(optimizer.groups)
+        yield from _render_groups(optimizer.groups)
     if optimizer.buffers:
         indent = console.LABEL_WIDTH + 4
         yield Text(" " * indent + console.wrap_fields([_describe_buffers(optimizer)], indent=indent + 2))
@@ -188,11 +191,11 @@ def _render_optimizer(optimizer: Optimizer) -> Iterator[RenderableType]:
 
 def _describe_class(optimizer: Optimizer) -> str:
     momentum = any(group.hyperparameters.get("momentum") for group in optimizer.groups)
-    return f"{optimizer.cls or 'of an unknown class'}{' with momentum' if optimizer.cls == 'SGD' and momentum else ''}"
+    return f"{optimizer.cls or 'unknown class'}{' with momentum' if optimizer.cls == 'SGD' and momentum else ''}"
 
 
 def _describe_evidence(part: Optimizer | Scheduler) -> str:
-    """How the class was found out, where it was not written down."""
+    """Describe how the class was inferred; empty if the file names it."""
     if part.evidence.startswith("saved") or not part.cls:
         return ""
     unknown = ", ".join(part.unknown[:_MAX_UNKNOWN_KEYS]) + (", …" if len(part.unknown) > _MAX_UNKNOWN_KEYS else "")
@@ -215,7 +218,7 @@ def _describe_steps(optimizer: Optimizer) -> str:
     return f"step {low:,.0f}" if low == high else f"steps {low:,.0f} to {high:,.0f}"
 
 
-def _render_groups(groups: tuple[Group, ...]) -> Text:
+def _render_groups(groups: tuple[Group, ...]) -> Iterator[RenderableType]:
     names = _displayed_hyperparameters(groups)
     rows = [
         [
@@ -229,7 +232,7 @@ def _render_groups(groups: tuple[Group, ...]) -> Text:
 
 
 def _displayed_hyperparameters(groups: tuple[Group, ...]) -> list[str]:
-    """The hyperparameters that fit a screen and say something: lr always, of the others what is not off."""
+    """Return the hyperparameters to display: lr always, the other common ones unless they are zero."""
     values: dict[str, list[Any]] = {}
     for group in groups:
         for name, value in group.hyperparameters.items():
@@ -242,7 +245,7 @@ def _describe_scheduler(scheduler: Scheduler) -> list[str]:
     agreement = {True: "lr agrees with the optimizer", False: "lr differs from the optimizer's"}
     rates = f"lr {console.format_number(scheduler.last_lr)}" if scheduler.last_lr else ""
     return [
-        f"{scheduler.cls or 'of an unknown class'}{_describe_evidence(scheduler)}",
+        f"{scheduler.cls or 'unknown class'}{_describe_evidence(scheduler)}",
         f"last_epoch {scheduler.last_epoch:,}" if scheduler.last_epoch is not None else "",
         rates if scheduler.lr_matches_optimizer is None else agreement[scheduler.lr_matches_optimizer],
     ]
@@ -271,7 +274,7 @@ def _format_count(number: int, noun: str, plural: str = "") -> str:
     return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"
 
 
-def _render_tensors(summary: Summary) -> Text:
+def _render_tensors(summary: Summary) -> Iterator[RenderableType]:
     tensors, measured = summary.tensors or {}, summary.statistics
     shapes = {name: "×".join(map(str, tensor.shape)) or "scalar" for name, tensor in tensors.items()}
     if measured is not None:
@@ -281,15 +284,13 @@ def _render_tensors(summary: Summary) -> Text:
     return console.render_table(["tensor", "shape", "dtype", "size"], rows)
 
 
-def _render_statistics(summary: Summary) -> Text:
-    """Each model and each buffer as a whole."""
-    rows = [[name, *_format_statistics(together)] for name, together in summary.merge_statistics().items()]
+def _render_statistics(summary: Summary) -> Iterator[RenderableType]:
+    """Render the statistics of each model and each kind of buffer."""
+    rows = [[name, *_format_statistics(statistics)] for name, statistics in summary.merge_statistics().items()]
     return console.render_table(["values", *_STATISTICS], rows)
 
 
 def _format_statistics(statistics: Statistics | None) -> list[str]:
-    return (
-        [f"{getattr(statistics, name):.3g}" for name in _STATISTICS]
-        if statistics is not None
-        else [""] * len(_STATISTICS)
-    )
+    if statistics is None:
+        return [""] * len(_STATISTICS)
+    return [f"{getattr(statistics, name):.3g}" for name in _STATISTICS]

@@ -1,4 +1,4 @@
-"""Runs that are read once, or followed while they go on."""
+"""Read the journals of runs once, or follow them while the runs continue."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
     from rich.console import RenderableType
 
-_PROGRESS_BAR_MIN_BYTES = 8 << 20  # bytes of a journal that take a moment
-_MIN_INTERVAL_S = 1.0  # seconds between two looks at the journals
-_DUTY_FACTOR = 9  # times as long as a look took: the training needs the cores
+_PROGRESS_BAR_MIN_BYTES = 8 << 20
+_MIN_INTERVAL_S = 1.0
+_DUTY_FACTOR = 9  # pause relative to the time of one update: the training needs the cores
 
 
 def open_runs(paths: Sequence[str], select: Callable[[str], bool]) -> list[RunReader]:
-    """Read the journals of runs, with a bar for long ones."""
-    readers = [RunReader(place, select) for place in dict.fromkeys(paths)]
+    """Read the journals of runs, with a progress bar for long ones."""
+    readers = [RunReader(path, select) for path in dict.fromkeys(paths)]
     for reader in readers:
         is_long = reader.journal.stat().st_size > _PROGRESS_BAR_MIN_BYTES
         with console.progress_bar(f"reading {console.sanitize(reader.directory.name)}", shown=is_long) as progress:
@@ -34,7 +34,7 @@ def open_runs(paths: Sequence[str], select: Callable[[str], bool]) -> list[RunRe
 
 
 def read_runs(readers: Iterable[RunReader]) -> list[RunSeries]:
-    """The runs as far as they were read; one that nobody holds and that was never closed was killed."""
+    """Return the runs read so far; a run that was never closed and has no process was killed."""
     runs = []
     for reader in readers:
         run = reader.build_series()
@@ -44,15 +44,15 @@ def read_runs(readers: Iterable[RunReader]) -> list[RunSeries]:
 
 
 def follow(readers: Sequence[RunReader], render: Callable[[list[RunSeries]], Iterable[RenderableType]]) -> None:
-    """Draw again whenever something is new, until all runs are over, or Ctrl-C.
+    """Redraw until all runs have finished or Ctrl-C; a pipe gets nothing.
 
-    In a pipe nothing is drawn meanwhile. What is on the screen goes at the end; the caller draws it for good.
+    The live display is erased at the end; the caller then prints the final one.
     """
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # or the terminal would stay without a cursor
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # or the terminal stays without a cursor
     with contextlib.suppress(KeyboardInterrupt), _live_display() as show:
         while True:
             start = time.monotonic()
-            finished = _all_finished(readers)  # asked first: what was written until then is read below
+            finished = _all_finished(readers)  # checked before the update, which then reads the last records
             for reader in readers:
                 reader.update()
             show(lambda: render(read_runs(readers)))
@@ -63,7 +63,7 @@ def follow(readers: Sequence[RunReader], render: Callable[[list[RunSeries]], Ite
 
 @contextlib.contextmanager
 def _live_display() -> Iterator[Callable[[Callable[[], Iterable[RenderableType]]], None]]:
-    """What draws on a terminal, in place of what it drew before; elsewhere nothing is drawn."""
+    """Yield a function that replaces the previous drawing on a terminal, and does nothing elsewhere."""
     if not sys.stdout.isatty():
         yield lambda _: None
         return

@@ -1,4 +1,4 @@
-"""A checkpoint's tree as an outline: keys, and what stands below them."""
+"""Format a checkpoint's tree as an indented outline."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _MAX_LINES = 5_000
-_MAX_ITEMS = 200  # of one list or dictionary
+_MAX_ITEMS = 200  # per list or dictionary
 
 
 def format_outline(tree: Any) -> Iterator[str]:
-    """The lines; what is too much is counted in place of being shown."""
+    """Yield the lines of the outline; items beyond the limits are only counted."""
     lines = _format_children(tree, 2)
     yield from islice(lines, _MAX_LINES)
     if next(lines, None) is not None:
-        yield f"  … and more: {_MAX_LINES:,} lines are shown; --tensors and --json have no such limit"
+        yield f"  … truncated after {_MAX_LINES:,} lines; --tensors and --json have no such limit"
 
 
 def _format_children(node: Any, indent: int) -> Iterator[str]:
@@ -41,7 +41,7 @@ def _format_children(node: Any, indent: int) -> Iterator[str]:
 
 
 def _is_one_line(node: Any) -> bool:
-    """Whether a node stands on one line: what has nothing below it, and lists of such plain values."""
+    """Return whether a node fits on one line: one without children, or a list of plain values."""
     if isinstance(node, list | tuple):
         return not any(isinstance(child, Tensor) or next(children(child), None) for child in node)
     return next(children(node), None) is None
@@ -53,8 +53,8 @@ def _format_tensor(tensor: Tensor) -> str:
 
 def _format_count(node: Any) -> str:
     if isinstance(node, dict | list | tuple):
-        one, several = ("entry", "entries") if isinstance(node, dict) else ("item", "items")
-        return f"{len(node):,} {one if len(node) == 1 else several}"
+        singular, plural = ("entry", "entries") if isinstance(node, dict) else ("item", "items")
+        return f"{len(node):,} {singular if len(node) == 1 else plural}"
     return describe(node, 0)
 
 

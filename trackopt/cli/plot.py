@@ -1,4 +1,4 @@
-"""``trackopt plot``: loss, learning rate and buffers of runs, as curves."""
+"""``trackopt plot``: plot loss, learning rate and buffers of runs."""
 
 from __future__ import annotations
 
@@ -24,19 +24,18 @@ _LOSS = "loss"
 
 @click.command()
 @click.argument("runs", nargs=-1, required=True, metavar="RUN...")
-@click.option("--metric", "metrics", multiple=True, metavar="KEY", help=f"A series of your own.  [{_LOSS}]")
-@click.option("--mean", is_flag=True, help="Draw the mean of the runs, with a band of one standard deviation.")
-@click.option("--follow", is_flag=True, help="Draw again as the runs go on, until they end or Ctrl-C.")
+@click.option("--metric", "metrics", multiple=True, metavar="KEY", help=f"Plot this series; repeatable.  [{_LOSS}]")
+@click.option("--mean", is_flag=True, help="Plot the mean of the runs with a band of one standard deviation.")
+@click.option("--follow", is_flag=True, help="Redraw while the runs continue, until they end or Ctrl-C.")
 @click.option("--attach", is_flag=True, help="Attach the curves to the MLflow run of each run, as a PNG.")
 @figures.picture_options
 @click.option("--json", "as_json", is_flag=True, help="Print the series as JSON.")
 def command(
     runs: tuple[str, ...], metrics: tuple[str, ...], mean: bool, follow: bool, attach: bool, **outputs: Any
 ) -> None:
-    r"""Loss, learning rate and optimizer buffers of runs, from their journals.
+    r"""Plot loss, learning rate and optimizer buffers of runs from their journals.
 
-    RUN is a run's directory. A buffer is drawn as the mean of its values, with a band of one standard deviation.
-    --metric may be repeated.
+    RUN is a run's directory. A buffer is drawn as the mean of its values with a band of one standard deviation.
 
     \b
     Example:
@@ -46,7 +45,7 @@ def command(
     """
     metrics = tuple(dict.fromkeys(metrics)) or (_LOSS,)
     if mean and len(set(runs)) < 2:
-        raise UsageError("--mean: takes the mean of several runs; name more than one")
+        raise UsageError("--mean: needs several runs; name more than one")
 
     def panels(tracked: Sequence[RunSeries]) -> list[Panel]:
         return layout.build_mean_panels(tracked, metrics) if mean else layout.build_panels(tracked, metrics)

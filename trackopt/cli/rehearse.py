@@ -1,4 +1,4 @@
-"""``trackopt rehearse``: does this training command resume exactly?"""
+"""``trackopt rehearse``: prove that a training command resumes exactly."""
 
 from __future__ import annotations
 
@@ -33,31 +33,37 @@ _EXIT_NOT_EXACT = 1
     "--kills",
     type=click.IntRange(min=1),
     metavar="N",
-    help=f"How often to kill it, at random steps.  [default: {KILLS}]",
+    help=f"Kill the training N times, at random steps.  [default: {KILLS}]",
 )
 @click.option(
-    "--at", type=click.IntRange(min=1), multiple=True, metavar="STEP", help="Kill it after this step instead."
+    "--at",
+    type=click.IntRange(min=1),
+    multiple=True,
+    metavar="STEP",
+    help="Kill the training after this step instead; repeatable.",
 )
-@click.option("--seed", type=int, default=0, metavar="N", help="Of the random steps.  [default: 0]")
+@click.option(
+    "--seed", type=int, default=0, metavar="N", help="Set the random seed for choosing the kill steps.  [default: 0]"
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the outcome as JSON.")
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
 def command(kills: int | None, at: tuple[int, ...], seed: int, as_json: bool, command: tuple[str, ...]) -> int:
     r"""Prove that a training resumes exactly: run it, run it again under SIGKILL, and compare bit for bit.
 
-    COMMAND is the training as you would start it here; it calls trackopt.wrap(). It trains to its end twice, and a
-    third time if the two differ. Its runs go to a scratch directory (below TMPDIR), which is kept if something is
-    wrong, and to no MLflow or TensorBoard; whatever else it writes, it writes as always. --at may be repeated.
+    COMMAND is the training command, started from this directory; it calls trackopt.wrap(). It runs to its end twice,
+    and a third time if both differ. Its runs go to a scratch directory (below TMPDIR), which is kept if something is
+    wrong, and not to MLflow or TensorBoard; any other output of the command is written as usual.
 
     \b
     Example:
       trackopt rehearse -- python train.py --epochs 2
       trackopt rehearse --at 100 --at 150 -- python train.py
 
-    Exit codes: 0 exact, 1 not exact, 2 trouble: the command fails, or makes no run.
+    Exit codes: 0 exact, 1 not exact, 2 trouble: the command fails or creates no run.
     """
     if kills is not None and at:
         raise click.UsageError("--kills and --at exclude each other")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # or the training would be left behind
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # or the training would be orphaned
     try:
         with _progress_bar() as report:
             rehearsal = rehearse(command, kills=kills or KILLS, at=at, seed=seed, tell=report)
@@ -74,7 +80,7 @@ def command(kills: int | None, at: tuple[int, ...], seed: int, as_json: bool, co
 
 @contextmanager
 def _progress_bar() -> Iterator[Tell]:
-    """A bar on stderr, if that is a terminal."""
+    """Show a progress bar if stderr is a terminal; yield the function that updates it."""
     if not sys.stderr.isatty():
         yield lambda *_: None
         return
@@ -167,7 +173,7 @@ def _describe_divergence(first: Divergence, *, several: bool) -> str:
 
 def _format_pair(a: float | None, b: float | None) -> str:
     if a is None or b is None:
-        return "missing in the one" if a is None else "missing in the other"
+        return "missing in the first" if a is None else "missing in the second"
     texts = f"{a:.6g}", f"{b:.6g}"
     x, y = texts if texts[0] != texts[1] else (repr(a), repr(b))
     return f"{x} against {y}"

@@ -1,4 +1,4 @@
-"""``trackopt schedule``: the LR of a schedule over steps, without training."""
+"""``trackopt schedule``: show the LR of a schedule over steps, without training."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from rich.console import RenderableType
-    from rich.text import Text
 
     from trackopt.schedule.last_epoch import ResumeComparison
     from trackopt.schedule.preview import Preview
@@ -33,11 +32,11 @@ _PLATEAU = "ReduceLROnPlateau"
 
 @dataclass(frozen=True)
 class _Schedule:
-    """A schedule on the screen.
+    """A schedule to show.
 
     Attributes:
-        name: As it was written, and where it was resumed, how.
-        preview: What it does.
+        name: The expression, and how it was resumed.
+        preview: Its LR over steps.
     """
 
     name: str
@@ -51,19 +50,19 @@ class _Schedule:
     type=click.FloatRange(min=0),
     multiple=True,
     metavar="X",
-    help="Of the optimizer; once for each parameter group.  [0.1]",
+    help="Set the initial learning rate; repeat once per parameter group.  [0.1]",
 )
 @click.option(
     "--steps",
     type=click.IntRange(1, _MAX_STEPS),
     metavar="N",
-    help="How many steps.  [100, or as many as --metric has]",
+    help="Show N steps.  [100, or as many as --metric has]",
 )
 @click.option(
     "--metric",
     type=click.Path(path_type=Path, dir_okay=False),
     metavar="FILE",
-    help=f"What {_PLATEAU} goes by: a number for each step, one to a line or as a JSON list.",
+    help=f"Read the metric of {_PLATEAU}: one number per step, on its own line or in a JSON list.",
 )
 @figures.picture_options
 @click.option("--csv", "as_csv", is_flag=True, help="Print the numbers as CSV.")
@@ -71,11 +70,11 @@ class _Schedule:
 def command(
     schedules: tuple[str, ...], lr: tuple[float, ...], steps: int | None, metric: Path | None, **outputs: Any
 ) -> None:
-    r"""The learning rate of a schedule over steps, and the momentum where it moves, without training.
+    r"""Show the learning rate of a schedule over steps, and the momentum if it changes, without training.
 
     SCHEDULE is a class of torch.optim.lr_scheduler with its arguments, without the optimizer; schedules may be nested.
-    It is read, not evaluated. A function is named as package.module:function and imported. The optimizer is SGD with
-    momentum 0.9. A schedule that is stepped once in an epoch has epochs for steps.
+    It is parsed, not evaluated. A function is written as package.module:function and imported. The optimizer is SGD
+    with momentum 0.9. For a schedule that is stepped once per epoch, a step is an epoch.
 
     \b
     Example:
@@ -89,13 +88,13 @@ def command(
     calls = {text: parse(text) for text in schedules}
     values = None if metric is None else _read_numbers(metric)
     if values is None and any(call.name == _PLATEAU for call in calls.values()):
-        raise UsageError(f"{_PLATEAU}: goes by a metric; give --metric FILE, with a number for each step")
+        raise UsageError(f"{_PLATEAU}: needs a metric; pass --metric FILE with one number per step")
     count = steps or (len(values) if values else _DEFAULT_STEPS)
     schedules_shown, resumed = _preview_all(calls, count, lr or (0.1,), values)
     panels = _build_panels(schedules_shown)
     figures.write_pictures(panels, png=outputs["png"], svg=outputs["svg"], title="learning rate schedules")
     if outputs["as_json"]:
-        console.write_json({"schedules": [_as_dict(one) for one in schedules_shown]})
+        console.write_json({"schedules": [_as_dict(schedule) for schedule in schedules_shown]})
     elif outputs["as_csv"]:
         _write_csv(schedules_shown)
     else:
@@ -117,15 +116,17 @@ def _preview_all(
             if get_last_epoch(call) < 0:
                 shown.append(_Schedule(text, preview(build, steps, lr=lr, metric=metric)))
                 continue
-            found = compare_resume(call, steps, lr)
+            comparison = compare_resume(call, steps, lr)
         except UsageError:
             raise
         except CONSTRUCTOR_ERRORS as error:
-            raise UsageError(f"{constructor_error(call.name, error)}; it was to give {steps:,} (--steps)") from error
-        resumed.append(found)
-        shown.append(_Schedule(f"{text}: from the start", found.uninterrupted))
-        shown.append(_Schedule(f"{text}: resumed, optimizer restored", found.restored))
-        shown.append(_Schedule(f"{text}: resumed, new optimizer", found.restarted))
+            raise UsageError(
+                f"{constructor_error(call.name, error)}; {steps:,} steps were requested (--steps)"
+            ) from error
+        resumed.append(comparison)
+        shown.append(_Schedule(f"{text}: from the start", comparison.uninterrupted))
+        shown.append(_Schedule(f"{text}: resumed, optimizer restored", comparison.restored))
+        shown.append(_Schedule(f"{text}: resumed, new optimizer", comparison.restarted))
     return shown, resumed
 
 
@@ -135,9 +136,7 @@ def _read_numbers(file: Path) -> list[float]:
         values = json.loads(text) if text.lstrip().startswith("[") else text.replace(",", " ").split()
         numbers = [float(value) for value in values]
     except OSError as error:
-        raise UsageError(
-            f"{file}: cannot be read ({error.strerror}); name a file with a number for each step"
-        ) from error
+        raise UsageError(f"{file}: cannot be read ({error.strerror}); name a file with one number per step") from error
     except (ValueError, TypeError, OverflowError, RecursionError) as error:
         raise UsageError(f"{file}: not a series of numbers ({error}); write one to a line, or a JSON list") from error
     if not numbers:
@@ -146,7 +145,7 @@ def _read_numbers(file: Path) -> list[float]:
 
 
 def _build_panels(shown: Sequence[_Schedule]) -> list[Panel]:
-    moved = {name.rpartition(".")[2]: None for one in shown for name in one.preview.hyper}
+    moved = {name.rpartition(".")[2]: None for schedule in shown for name in schedule.preview.hyper}
     return [
         _build_panel("learning rate", shown, "lr/", ""),
         *(_build_panel(kind, shown, "hyper/", f".{kind}") for kind in moved),
@@ -154,13 +153,13 @@ def _build_panels(shown: Sequence[_Schedule]) -> list[Panel]:
 
 
 def _build_panel(title: str, shown: Sequence[_Schedule], kind: str, key: str) -> Panel:
-    """The curves of all schedules for one quantity, a curve for each parameter group."""
+    """Build the panel of one quantity: a curve for each schedule and parameter group."""
     curves = []
-    for one in shown:
-        for name, points in one.preview.series().items():
+    for schedule in shown:
+        for name, points in schedule.preview.series().items():
             if name.startswith(kind) and name.endswith(key):
                 group = name.removeprefix(kind).removesuffix(key)
-                name = f"{one.name} {group}" if len(one.preview.lr) > 1 else one.name
+                name = f"{schedule.name} {group}" if len(schedule.preview.lr) > 1 else schedule.name
                 curves.append(Curve(name, points))
     return Panel(title, tuple(curves))
 
@@ -169,16 +168,16 @@ def _render(panels: Sequence[Panel], resumed: Sequence[ResumeComparison]) -> Ite
     first, *others = panels
     yield from figures.render([(first, _FIRST_PANEL_HEIGHT)], legend=False)
     yield ""
-    yield _render_table(first)
+    yield from _render_table(first)
     if others:
         yield ""
         yield from figures.render([(panel, _OTHER_PANEL_HEIGHT) for panel in others])
-    for found in resumed:
+    for comparison in resumed:
         yield ""
-        yield from _explain_last_epoch(found)
+        yield from _explain_last_epoch(comparison)
 
 
-def _render_table(panel: Panel) -> Text:
+def _render_table(panel: Panel) -> Iterator[RenderableType]:
     from trackopt.plotting.terminal import curve_letter
 
     several = len(panel.curves) > 1
@@ -192,13 +191,13 @@ def _render_table(panel: Panel) -> Text:
 
 
 def _explain_last_epoch(comparison: ResumeComparison) -> Iterator[RenderableType]:
-    """What ``last_epoch`` means, and what comes of it."""
+    """Explain the meaning of ``last_epoch`` and the effect of the resume."""
+    count = comparison.completed_steps
     yield console.render_finding(
         "info",
-        f"last_epoch={comparison.completed_steps - 1} resumes after {comparison.completed_steps} step{'s' * (comparison.completed_steps != 1)}: it counts them from 0, "
-        "so write one less than were done. Each parameter group must have an initial_lr: here that is --lr, in a "
-        "script it comes with the optimizer's state_dict. The scheduler's own state_dict does all of this, and more "
-        "surely.",
+        f"last_epoch={count - 1} resumes after {count} step{'s' * (count != 1)}: it counts from 0, so pass one less "
+        "than the completed steps. Each parameter group must have an initial_lr: here it is --lr, in a script it comes "
+        "with the optimizer's state_dict. Loading the scheduler's own state_dict does all of this more reliably.",
     )
     for how, preview in (
         ("with the optimizer's state_dict loaded first", comparison.restored),
@@ -214,17 +213,22 @@ def _explain_last_epoch(comparison: ResumeComparison) -> Iterator[RenderableType
             )
 
 
-def _as_dict(one: _Schedule) -> dict[str, Any]:
-    return {"schedule": one.name, "first_step": one.preview.steps[0], "lr": one.preview.lr, "hyper": one.preview.hyper}
+def _as_dict(schedule: _Schedule) -> dict[str, Any]:
+    return {
+        "schedule": schedule.name,
+        "first_step": schedule.preview.steps[0],
+        "lr": schedule.preview.lr,
+        "hyper": schedule.preview.hyper,
+    }
 
 
 def _write_csv(shown: Sequence[_Schedule]) -> None:
-    """A row for each step; a schedule that was resumed has no cells before that."""
+    """Write one row for each step; a resumed schedule has no cells before its resume."""
     columns: dict[str, dict[int, float]] = {}
-    for one in shown:
-        for name, points in one.preview.series().items():
-            columns[f"{one.name} {name}"] = dict(points)
+    for schedule in shown:
+        for name, points in schedule.preview.series().items():
+            columns[f"{schedule.name} {name}"] = dict(points)
     writer = csv.writer(sys.stdout, lineterminator="\n")
     writer.writerow(["step", *columns])
-    for step in range(1, max(one.preview.steps[-1] for one in shown) + 1):
+    for step in range(1, max(schedule.preview.steps[-1] for schedule in shown) + 1):
         writer.writerow([step, *(cells.get(step, "") for cells in columns.values())])

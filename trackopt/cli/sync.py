@@ -1,4 +1,4 @@
-"""``trackopt sync``: deliver a journal that was left behind."""
+"""``trackopt sync``: deliver the undelivered records of a run."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from trackopt.rundir.directory import RunDirectory, read_identity
 @click.argument("directory", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def command(directory: Path, as_json: bool) -> None:
-    r"""Deliver what a run's journal holds to TensorBoard and MLflow, as its recorder would have.
+    r"""Deliver the records of a run's journal to TensorBoard and MLflow, as its recorder would have done.
 
-    For a run whose recorder was killed, or whose MLflow server was down. What was delivered before is not
-    sent again, so it does no harm to run it twice.
+    Use it if the recorder was killed or the MLflow server was down. Delivered records are not sent again, so it is
+    safe to repeat.
 
     \b
     Example:
@@ -27,7 +27,7 @@ def command(directory: Path, as_json: bool) -> None:
     """
     directory = directory.absolute()
     read_identity(directory)
-    lock = RunDirectory(directory)  # nobody trains in it meanwhile
+    lock = RunDirectory(directory)  # keep a training from starting in it
     try:
         failed = _deliver(directory)
     finally:
@@ -38,7 +38,7 @@ def command(directory: Path, as_json: bool) -> None:
         )
     if failed:
         raise TrackoptError(
-            f"{directory}: not everything arrived in {' and '.join(failed)}; mend that, then sync again"
+            f"{directory}: delivery to {' and '.join(failed)} is incomplete; fix the cause and sync again"
         )
     if not as_json:
         click.echo(f"{directory.name}: everything is delivered")

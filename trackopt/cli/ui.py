@@ -1,4 +1,4 @@
-"""``trackopt ui``: TensorBoard and the MLflow UI for the runs below a directory."""
+"""``trackopt ui``: start TensorBoard and the MLflow UI for the runs below a directory."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from rich.text import Text
 
-_MAX_NAMES = 3  # runs that are named
+_MAX_NAMES = 3  # running runs listed by name
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ class _Run:
 def command(directory: Path, as_json: bool) -> None:
     r"""Start TensorBoard and the MLflow UI for the runs below DIRECTORY (runs), on free ports of this machine.
 
-    Both can be reached from this machine only, and stop with Ctrl-C. Where the runs are on an MLflow server already,
-    its address is told.
+    Both listen on this machine only; Ctrl-C stops them. If the runs are on an MLflow server already, prints its
+    address instead of starting one.
 
     \b
     Example:
@@ -90,9 +90,9 @@ def command(directory: Path, as_json: bool) -> None:
 
 
 def _find_runs(directory: Path) -> list[_Run]:
-    """The runs below a directory, at any depth; one that cannot be read is told, and left out."""
+    """Return the runs below a directory, at any depth; skip unreadable ones with a warning."""
     if not directory.is_dir():
-        raise RunError(f"{directory}: there is no such directory; name the one that holds your runs")
+        raise RunError(f"{directory}: no such directory; name the directory of your runs")
     runs = []
     for folder, folders, files in os.walk(directory):
         folders.sort()
@@ -103,12 +103,12 @@ def _find_runs(directory: Path) -> list[_Run]:
             except RunError as error:
                 click.echo(f"trackopt: {console.sanitize(error)}", err=True)
     if not runs:
-        raise RunError(f"{directory}: holds no run; name the directory that wrap(dir=…) was given, or one above it")
+        raise RunError(f"{directory}: contains no run; name the directory given to wrap(dir=…), or a parent")
     return runs
 
 
 def _choose_store(runs: Sequence[_Run]) -> tuple[str, Path] | None:
-    """MLflow's store, and where its address is meant from; of several, the one with most of the runs."""
+    """Return the MLflow store with most of the runs and the directory to which its URI is relative."""
     stores = [
         (str(run.identity["mlflow"]["tracking_uri"]), Path(run.identity["working_directory"]))
         for run in runs
@@ -120,13 +120,13 @@ def _choose_store(runs: Sequence[_Run]) -> tuple[str, Path] | None:
     if count < len(stores):
         uri_shown = console.sanitize(redact_credentials(uri))
         click.echo(f"trackopt: the runs are in several MLflow stores; showing {uri_shown}", err=True)
-    home = next(home for each, home in stores if each == uri)
+    home = next(home for store_uri, home in stores if store_uri == uri)
     return uri, home if home.is_dir() else Path.cwd()
 
 
 def _format_summary(directory: Path, count: int, running: Sequence[str]) -> str:
     names = [Path(path).name for path in running[:_MAX_NAMES]] + ["…"] * (len(running) > _MAX_NAMES)
-    state = f"{len(running)} still going: {', '.join(names)}" if running else "none still going"
+    state = f"{len(running)} running: {', '.join(names)}" if running else "none running"
     return console.sanitize(f"{count} run{'s' * (count > 1)} below {directory}, {state}")
 
 
@@ -134,7 +134,7 @@ def _render_addresses(addresses: dict[str, str | None]) -> Iterator[Text]:
     from rich.text import Text
 
     for name, key in (("TensorBoard", "tensorboard"), ("MLflow", "mlflow")):
-        shown = Text(console.sanitize(addresses[key] or "none of them is there"), style="cyan")
+        shown = Text(console.sanitize(addresses[key] or "no run uses it"), style="cyan")
         yield Text(f"{name:13}", style="bold").append_text(shown)
     yield Text("Ctrl-C stops both.", style="dim")
 

@@ -1,4 +1,4 @@
-"""``trackopt verify``: whether files are what was written."""
+"""``trackopt verify``: verify checksums and structure of checkpoints."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _MAX_PROBLEMS = 20
 @click.argument("paths", metavar="PATH...", nargs=-1, required=True)
 @click.option("--json", "as_json", is_flag=True, help="Print the same facts as JSON.")
 def command(paths: tuple[str, ...], as_json: bool) -> int:
-    r"""Whether files are what was written: structure, checksums and bounds of every tensor.
+    r"""Verify checksums and structure of checkpoints, and the bounds of every tensor.
 
-    PATH is a file, DIRECTORY@STEP, or a run's directory: then every checkpoint in it and its journal are
-    checked. Of a file that was cut short it says what can still be saved.
+    PATH is a file, DIRECTORY@STEP, or a run's directory, whose checkpoints and journal are all checked. For a
+    truncated file, prints what can still be recovered.
 
     \b
     Example:
@@ -35,14 +35,17 @@ def command(paths: tuple[str, ...], as_json: bool) -> int:
 
     Exit codes: 0 sound, 1 damaged, 2 unreadable.
     """
-    reports = [one for path in paths for one in verify(path)]
+    reports = [report for path in paths for report in verify(path)]
     if as_json:
         console.write_json(
-            {"sound": all(one.status == SOUND for one in reports), "files": [o.as_dict() for o in reports]}
+            {
+                "sound": all(report.status == SOUND for report in reports),
+                "files": [report.as_dict() for report in reports],
+            }
         )
     else:
-        console.show(line for one in reports for line in _render_report(one))
-    return max(_EXIT_CODES[one.status] for one in reports)
+        console.show(line for report in reports for line in _render_report(report))
+    return max(_EXIT_CODES[report.status] for report in reports)
 
 
 def _render_report(report: FileReport) -> Iterator[RenderableType]:

@@ -1,4 +1,4 @@
-"""Runs side by side: what each was given, what came of it, how soon and how steadily; no torch, no printing."""
+"""Compare runs: hyperparameters, results, steps and time to a target, spikes; no torch, no printing."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from trackopt.plotting.run_series import RunSeries, display_names
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-WINDOW_STEPS = 50  # steps before one, against which it is judged
-_MIN_POINTS = 10  # of them, below which nothing is judged
+WINDOW_STEPS = 50  # previous steps that define what is normal
+_MIN_POINTS = 10  # with fewer previous points no step counts as a spike
 SPIKE_IQRS = 3  # interquartile ranges above the median: four standard deviations, if it is normal
 _ALWAYS_SHOWN = ("optimizer", "scheduler", "lr")
 _UPDATE, _RATIO = "update/", ".ratio"
@@ -23,23 +23,23 @@ _UPDATE, _RATIO = "update/", ".ratio"
 
 @dataclass(frozen=True)
 class Row:
-    """One run.
+    """One run of a comparison.
 
     Attributes:
-        path: As it was named.
-        name: What it is called.
-        status: ``finished``, ``failed`` or ``killed``; ``None`` while it goes on.
+        path: The path that the user gave.
+        name: The name to display.
+        status: ``finished``, ``failed`` or ``killed``; ``None`` while it runs.
         settings: Optimizer, scheduler and hyperparameters; a list where the parameter groups differ.
-        steps: The last step that was recorded.
+        steps: The last recorded step.
         final: The metric's last value.
-        best: Its best finite value.
-        best_step: Where that was.
-        steps_to_target: The first step at which the target was reached.
-        seconds_to_target: How long the training took until then, without pauses between attempts.
-        spikes: The share of steps at which the metric is not finite, or worse than the median of the 50 steps before
+        best: The metric's best finite value.
+        best_step: The step of the best value.
+        steps_to_target: The first step that reaches the target.
+        seconds_to_target: Training time up to that step, without pauses between attempts.
+        spikes: The share of steps at which the metric is not finite, or worse than the median of the previous 50 steps
             by more than three times their interquartile range.
         update_ratio: The median of ``update/….ratio`` over steps and parameter groups.
-        step_ms: The median time of a step, in milliseconds, from one record to the next.
+        step_ms: The median time between two records, in milliseconds.
     """
 
     path: str
@@ -59,11 +59,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Runs, the best first.
+    """Compared runs, the best first.
 
     Attributes:
-        metric: The series that they are compared by.
-        highest: Whether more is better.
+        metric: The series by which the runs are compared.
+        highest: True if higher values are better.
         target: The value to reach; ``None`` if no run has a finite one.
         rows: One for each run.
     """
@@ -74,7 +74,7 @@ class Comparison:
     rows: tuple[Row, ...]
 
     def settings_shown(self) -> list[str]:
-        """The settings to show: optimizer, scheduler and LR, and others that are not the same in all runs."""
+        """List the settings to show: optimizer, scheduler and LR, and all others that differ between runs."""
         known = dict.fromkeys(label for row in self.rows for label in row.settings)
         values = {label: [row.settings[label] for row in self.rows if label in row.settings] for label in known}
         others = [label for label, each in values.items() if any(value != each[0] for value in each)]
@@ -83,7 +83,7 @@ class Comparison:
         ]
 
     def as_dict(self) -> dict[str, Any]:
-        """The same as plain data."""
+        """Return the comparison as plain data."""
         return {
             "metric": self.metric,
             "better": "higher" if self.highest else "lower",
@@ -93,7 +93,7 @@ class Comparison:
 
 
 def is_compared(key: str, metric: str) -> bool:
-    """Whether a comparison needs a series."""
+    """Return whether a comparison needs a series."""
     return key == metric or (key.startswith(_UPDATE) and key.endswith(_RATIO))
 
 
@@ -103,17 +103,17 @@ def compare(
     """Compare runs by a metric.
 
     Args:
-        runs: Two or more, or one.
-        metric: The series.
-        target: The value whose step and time are told. Default: the worst of the runs' best, which all of them reach.
-        highest: Whether more of the metric is better.
+        runs: One or more runs.
+        metric: The series to compare by.
+        target: The value to reach. Default: the worst of the runs' best values, which every run reaches.
+        highest: True if higher values of the metric are better.
 
     Example:
         >>> losses = {"a": [3.0, 1.0], "b": [2.0, 1.5]}
         >>> points = {name: {"loss": list(enumerate(values, 1))} for name, values in losses.items()}
-        >>> runs = [Tracked(name, name, None, {}, points[name], [(1, 0.1), (2, 0.2)], frozenset()) for name in "ab"]
-        >>> found = compare(runs)
-        >>> found.target, [(row.name, row.best, row.steps_to_target) for row in found.rows]
+        >>> runs = [RunSeries(name, name, None, {}, points[name], [(1, 0.1), (2, 0.2)], frozenset()) for name in "ab"]
+        >>> comparison = compare(runs)
+        >>> comparison.target, [(row.name, row.best, row.steps_to_target) for row in comparison.rows]
         (1.5, [('a', 1.0, 2), ('b', 1.5, 2)])
     """
     sign = -1.0 if highest else 1.0
@@ -160,7 +160,7 @@ def _find_best(points: Sequence[tuple[int, float]], sign: float) -> tuple[int, f
 
 
 def _spike_share(values: Sequence[float]) -> float:
-    """The share of values that stand out from the 50 before them, the lower being the better."""
+    """Return the share of values that exceed what the previous 50 make likely; lower values are better."""
     return sum(_find_spikes(values)) / len(values) if values else 0.0
 
 
@@ -181,7 +181,7 @@ def _find_spikes(values: Sequence[float]) -> Iterator[bool]:
 
 
 def _merge_groups(params: dict[str, Any]) -> dict[str, Any]:
-    """The hyperparameters with one entry for all parameter groups; a list where they differ."""
+    """Merge the parameter groups' hyperparameters: one value where all agree, else a list."""
     classes = {key for key in params if "." not in key}
     values: dict[str, list[Any]] = {}
     for key, value in params.items():

@@ -1,7 +1,4 @@
-"""Figures: curves in panels, drawn on a terminal (``terminal``) or on paper (``paper``); no torch.
-
-What is drawn is decided elsewhere; here are the shapes of it, and how a long series becomes a short one.
-"""
+"""Curves and panels, which ``terminal`` and ``matplotlib`` draw; downsampling, smoothing and axis ticks; no torch."""
 
 from __future__ import annotations
 
@@ -15,12 +12,12 @@ if TYPE_CHECKING:
 
 Point = tuple[float, float]
 
-#: How curves are told apart where there is no colour.
+#: Marks of the curves, which also work without colour.
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
-_LOG_RANGE = 100.0  # from the lowest value to the highest, and the low ones could not be told apart
+_LOG_RANGE = 100.0  # highest / lowest, above which low values would look equal on a linear axis
 _MIN_LOG_VALUE = 1e-300  # below it the arithmetic of logarithmic axes underflows
-_MAX_EXTREMA = 12  # how often a curve may go from end to end and not count as noise
+_MAX_EXTREMA = 12  # times that a curve may cross its range before it counts as noisy
 
 
 @dataclass(frozen=True)
@@ -28,8 +25,8 @@ class Curve:
     """One line of a panel.
 
     Attributes:
-        name: What the legend calls it.
-        points: ``(x, y)``, ascending in x; where y is not finite, the line has a gap.
+        name: The name in the legend.
+        points: ``(x, y)``, ascending in x; the line has a gap where y is not finite.
         band: ``(x, low, high)`` of the area around it; empty for none.
     """
 
@@ -40,12 +37,12 @@ class Curve:
 
 @dataclass(frozen=True)
 class Panel:
-    """Curves over the same axes.
+    """Curves that share their axes.
 
     Attributes:
-        title: What the y axis measures.
-        curves: In the order of the legend.
-        log: Whether the y axis is logarithmic; then all values are positive.
+        title: The quantity of the y axis.
+        curves: The curves in the order of the legend.
+        log: True for a logarithmic y axis; then all values are positive.
     """
 
     title: str
@@ -53,7 +50,7 @@ class Panel:
     log: bool = False
 
     def bounds(self) -> tuple[float, float, float, float] | None:
-        """The least and the greatest x and y that are to be seen; ``None`` where there is nothing."""
+        """Return the least and greatest x and the least and greatest y; ``None`` without finite points."""
         points = [point for curve in self.curves for point in curve.points if math.isfinite(point[1])]
         edges = [(x, y) for curve in self.curves for x, *ends in curve.band for y in ends if math.isfinite(y)]
         if not points:
@@ -62,21 +59,21 @@ class Panel:
         return min(xs), max(xs), min(ys), max(ys)
 
     def with_log_scale(self) -> Panel:
-        """The same with a logarithmic y axis, if all values are positive and reach over two decades."""
+        """Return the panel with a logarithmic y axis if all values are positive and span over two decades."""
         bounds = self.bounds()
         if bounds is None or bounds[2] < _MIN_LOG_VALUE or bounds[3] / _LOG_RANGE < bounds[2]:
             return self
         return replace(self, title=f"{self.title} (log)", log=True)
 
     def downsample(self, columns: int = 2000) -> Panel:
-        """The same to the eye, with no more points than so many columns need."""
+        """Return the panel with no more points than so many columns can show."""
         return replace(self, curves=tuple(_downsample_curve(curve, columns) for curve in self.curves))
 
 
 def downsample(points: Sequence[Point], columns: int) -> list[list[Point]]:
-    """The unbroken pieces of a curve, with no more points than can be seen in so many columns.
+    """Reduce a curve to the points that so many columns can show, split at its gaps.
 
-    Of the points in a column the first, the lowest, the highest and the last stay, so that no spike is lost.
+    The first, lowest, highest and last point of each column are kept, so that no spike is lost.
 
     Example:
         >>> spiky = [(x, 100.0 if x == 567 else 0.0) for x in range(1000)]
@@ -97,7 +94,7 @@ def downsample(points: Sequence[Point], columns: int) -> list[list[Point]]:
 def _downsample_curve(curve: Curve, columns: int) -> Curve:
     points: list[Point] = []
     for piece in downsample(curve.points, columns):
-        points += [(piece[0][0], math.nan), *piece] if points else piece  # the gap stays one
+        points += [(piece[0][0], math.nan), *piece] if points else piece  # keep the gap
     band = [edge for edge in curve.band if all(map(math.isfinite, edge))]
     stride = -(-len(band) // columns) or 1
     return replace(curve, points=points, band=[_merge_band(band[i : i + stride]) for i in range(0, len(band), stride)])
@@ -108,7 +105,9 @@ def _merge_band(edges: list[tuple[float, float, float]]) -> tuple[float, float, 
 
 
 def smooth(curve: Curve, columns: int, max_swings: int = _MAX_EXTREMA) -> Curve:
-    """A noisy curve as the median of each column, in a band that reaches from end to end; another one as it is.
+    """Replace a noisy curve by the median of each column, with a band from the lowest to the highest value.
+
+    A curve that is not noisy is returned unchanged.
 
     Example:
         >>> noisy = Curve("loss", [(x, float(x % 3)) for x in range(900)])
@@ -135,10 +134,10 @@ def _is_noisy(points: Sequence[Point], max_swings: int) -> bool:
 
 
 def compute_ticks(low: float, high: float, count: int) -> list[float]:
-    """Round numbers from ``low`` to ``high``.
+    """Choose round numbers from ``low`` to ``high``.
 
     Example:
-        >>> ticks(0.0, 0.5, 5)
+        >>> compute_ticks(0.0, 0.5, 5)
         [0.0, 0.1, 0.2, 0.3, 0.4, 0.5]
     """
     ideal = (high / 2 - low / 2) * 2 / max(count, 1)
@@ -154,10 +153,10 @@ def compute_ticks(low: float, high: float, count: int) -> list[float]:
 
 
 def compute_log_ticks(low: float, high: float, count: int) -> list[float]:
-    """The same for the exponents of a logarithmic axis: powers of ten, and 2 and 5 times these if there is room.
+    """Choose exponents for a logarithmic axis: powers of ten, and 2 and 5 times these if there is room.
 
     Example:
-        >>> [round(10**exponent, 2) for exponent in log_ticks(-1.0, 1.0, 7)]
+        >>> [round(10**exponent, 2) for exponent in compute_log_ticks(-1.0, 1.0, 7)]
         [0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0]
     """
     values: list[float] = []
@@ -171,10 +170,10 @@ def compute_log_ticks(low: float, high: float, count: int) -> list[float]:
 
 
 def split_at_gaps(points: Sequence[Point]) -> Iterator[list[Point]]:
-    """The stretches of a curve between its gaps.
+    """Yield the stretches of a curve between its gaps.
 
     Example:
-        >>> list(pieces([(1, 0.5), (2, float("nan")), (3, 0.4)]))
+        >>> list(split_at_gaps([(1, 0.5), (2, float("nan")), (3, 0.4)]))
         [[(1, 0.5)], [(3, 0.4)]]
     """
     piece: list[Point] = []

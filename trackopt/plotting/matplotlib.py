@@ -1,4 +1,4 @@
-"""Panels as a picture, PNG or SVG, drawn by matplotlib without a window."""
+"""Draw panels as a PNG or SVG picture with matplotlib, without a window."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 
     from matplotlib.axes import Axes
 
-_WIDTH_IN = 9.0  # inches
+_WIDTH_IN = 9.0
 _HEIGHTS_IN = 3.4, 2.2  # of the first panel and the others
-_DPI = 150  # dots per inch
-_BAND_ALPHA = 0.2  # opacity
+_DPI = 150
+_BAND_ALPHA = 0.2
 _MAX_VALUE = 1e300  # beyond it matplotlib's own arithmetic overflows
-_SMOOTHED_COLUMNS = 100  # columns of the medians that noisy curves are shown by, if there are several
-_RAW_ALPHA = 0.3  # opacity of the noise itself
-_LEGEND_CHARACTERS = 130  # letters of a line of the legend
+_SMOOTHED_COLUMNS = 100  # medians that replace a noisy curve, if there are several curves
+_RAW_ALPHA = 0.3  # the noisy curve behind its medians
+_LEGEND_CHARACTERS = 130  # in one line of the legend
 _CHINESE_FONTS = (
     *("Noto Sans CJK SC", "Source Han Sans SC", "Source Han Sans CN", "WenQuanYi Micro Hei", "WenQuanYi Zen Hei"),
     *("Microsoft YaHei", "SimHei", "PingFang SC", "Droid Sans Fallback"),
@@ -37,10 +37,10 @@ def save(panels: Sequence[Panel], file: Path, kind: Literal["png", "svg"], *, ti
     """Write the panels, one below the other.
 
     Args:
-        panels: What to draw; lean ones.
-        file: Where to.
-        kind: The format.
-        title: Stands above all.
+        panels: Downsampled panels.
+        file: The file to write.
+        kind: The file format.
+        title: The title above all panels.
 
     Raises:
         UsageError: The file cannot be written.
@@ -50,7 +50,7 @@ def save(panels: Sequence[Panel], file: Path, kind: Literal["png", "svg"], *, ti
 
 
 def _font_families() -> list[str]:
-    """The usual font; for the letters that it lacks one with Chinese, where one is installed."""
+    """Return the default font, followed by an installed font with Chinese characters if there is one."""
     installed = {font.name for font in fontManager.ttflist}
     return [*rcParams["font.family"], *[name for name in _CHINESE_FONTS if name in installed][:1]]
 
@@ -65,11 +65,11 @@ def _write(panels: Sequence[Panel], file: Path, kind: Literal["png", "svg"], tit
     grid[-1, 0].set_xlabel("step")
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Glyph")  # a name in letters that no font has becomes boxes
+            warnings.filterwarnings("ignore", "Glyph")  # characters that no font has become boxes
             # Without a date the same panels are the same bytes.
             figure.savefig(file, format=kind, dpi=_DPI, metadata={"Date": None} if kind == "svg" else {})
     except OSError as error:
-        raise UsageError(f"{file}: cannot be written ({error.strerror}); choose another place") from error
+        raise UsageError(f"{file}: cannot be written ({error.strerror}); choose another path") from error
 
 
 def _draw(panel: Panel, axes: Axes) -> None:
@@ -103,7 +103,7 @@ def _draw_line(curve: Curve, axes: Axes, colour: str, *, alpha: float) -> None:
 
 
 def _draw_legend(panel: Panel, axes: Axes) -> None:
-    """Above the axes, where it hides nothing; its title is the panel's."""
+    """Put the legend above the axes, where it hides no curve, with the panel's title."""
     longest = max(len(curve.name) for curve in panel.curves)
     axes.legend(
         title=_escape(panel.title),
@@ -119,5 +119,5 @@ def _draw_legend(panel: Panel, axes: Axes) -> None:
 
 
 def _escape(text: str) -> str:
-    r"""A text in which matplotlib sees neither mathematics nor a label to leave out."""
+    r"""Escape what matplotlib takes for mathematics (``$``) or for a label to skip (a leading ``_``)."""
     return text.replace("$", r"\$").removeprefix("_")

@@ -1,4 +1,4 @@
-"""From runs to panels: which series stand together, and what band is around them."""
+"""Build panels from runs: choose the series of each panel and the bands around the curves."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ if TYPE_CHECKING:
 _LR = "lr/"
 _MEAN, _STD = ".mean", ".std"
 _NOT_BUFFERS = ("grad/", "param/", "update/")
-_MAX_CURVES = 12  # curves in a panel
+_MAX_CURVES = 12  # in one panel
 
 
 def is_drawn(key: str, metrics: Sequence[str]) -> bool:
-    """Whether a series is drawn: a metric, an LR, or the mean or the standard deviation of a buffer."""
+    """Return whether a series is drawn: a metric, an LR, or the mean or standard deviation of a buffer."""
     return key in metrics or key.startswith(_LR) or (_is_buffer(key) and key.endswith((_MEAN, _STD)))
 
 
 def build_panels(runs: Sequence[RunSeries], metrics: Sequence[str]) -> list[Panel]:
-    """The metrics, the LRs and the buffers of runs; a buffer has a band of one standard deviation around its mean.
+    """Build panels of metrics, LRs and buffers; a buffer's band is one standard deviation around its mean.
 
     Args:
-        runs: Whose series to draw.
-        metrics: The series to begin with.
+        runs: The runs to draw.
+        metrics: The series of the first panels.
 
     Example:
         >>> series = {"loss": [(1, 0.5)], "exp_avg/group0.mean": [(1, 0.0)], "exp_avg/group0.std": [(1, 0.2)]}
-        >>> run = Tracked("runs/a", "a", None, {}, series, [], frozenset(series))
-        >>> [panel.title for panel in panels([run], ["loss"])]
+        >>> run = RunSeries("runs/a", "a", None, {}, series, [], frozenset(series))
+        >>> [panel.title for panel in build_panels([run], ["loss"])]
         ['loss', 'exp_avg: mean ± std']
     """
     drawn = [_build_panel(title, runs, keys) for title, keys in _list_panels(runs, metrics)]
@@ -42,9 +42,9 @@ def build_panels(runs: Sequence[RunSeries], metrics: Sequence[str]) -> list[Pane
 
 
 def build_mean_panels(runs: Sequence[RunSeries], metrics: Sequence[str]) -> list[Panel]:
-    """The same panels with the mean of all runs, and a band of one standard deviation over the runs.
+    """Build the same panels with the mean over all runs, in a band of one standard deviation over the runs.
 
-    Only steps that each of them has recorded count.
+    Only steps that every run has recorded count.
     """
     drawn = []
     for title, keys in _list_panels(runs, metrics):
@@ -52,13 +52,13 @@ def build_mean_panels(runs: Sequence[RunSeries], metrics: Sequence[str]) -> list
         curves = [
             _average_curve(runs, key, group if several else "") for key, group in list(keys.items())[:_MAX_CURVES]
         ]
-        if any(curve.points for curve in curves):  # a buffer may be one of some runs only
+        if any(curve.points for curve in curves):  # only some runs may have a buffer
             drawn.append(Panel(f"{title.partition(':')[0]}: mean ± std over {len(runs)} runs", tuple(curves)))
     return drawn
 
 
 def _list_panels(runs: Sequence[RunSeries], metrics: Sequence[str]) -> Iterator[tuple[str, dict[str, str]]]:
-    """The title of each panel and its series, each with what tells it from the others."""
+    """Yield the title of each panel and its series, each with its label within the panel."""
     for metric in metrics:
         yield metric, {metric: ""}
     known = list(dict.fromkeys(key for run in runs for key in run.series))
@@ -86,7 +86,7 @@ def _average_curve(runs: Sequence[RunSeries], key: str, name: str) -> Curve:
 
 
 def _build_panel(title: str, runs: Sequence[RunSeries], keys: dict[str, str]) -> Panel:
-    """A curve for each run and each of the keys that it has; the values of ``keys`` tell them apart."""
+    """Draw one curve per run and series; the values of ``keys`` label the series."""
     curves = []
     for run, name in zip(runs, display_names(runs), strict=True):
         present = [key for key in keys if key in run.series]
@@ -95,17 +95,17 @@ def _build_panel(title: str, runs: Sequence[RunSeries], keys: dict[str, str]) ->
             label = " ".join(filter(None, [name if len(runs) > 1 else "", groups]))
             curves.append(Curve(label, run.series[same[0]], list(_std_band(run, same[0]))))
     if len(curves) == 1 < len(runs):
-        title = f"{title} ({curves[0].name})"  # a lone curve has no legend, and could be of any of them
+        title = f"{title} ({curves[0].name})"  # a single curve has no legend that names its run
     if len(curves) > _MAX_CURVES:
         title, curves = f"{title} ({_MAX_CURVES} of {len(curves)})", curves[:_MAX_CURVES]
     return Panel(title, tuple(curves))
 
 
 def _group_equal(run: RunSeries, keys: Sequence[str]) -> list[list[str]]:
-    """The LRs of groups are often the same; they are one curve."""
+    """Group the keys whose LRs are equal; they share one curve."""
     groups: list[list[str]] = []
     for key in keys:
-        same = next((each for each in groups if run.series[each[0]] == run.series[key] and key.startswith(_LR)), None)
+        same = next((keys for keys in groups if run.series[keys[0]] == run.series[key] and key.startswith(_LR)), None)
         if same is None:
             groups.append([key])
         else:

@@ -1,6 +1,6 @@
-"""What the journals of runs say, for curves and tables: the wanted series, the hyperparameters, the time of each step.
+"""Read selected series, hyperparameters and step times from the journals of runs, for curves and tables.
 
-``metrics.jsonl`` → `RunReader` → `RunSeries`. A long journal is read once, and only what is wanted of it is kept.
+``metrics.jsonl`` → `RunReader` → `RunSeries`. A journal is read once and only the selected series are kept.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ _SECONDS = "seconds"
 
 @dataclass(frozen=True)
 class RunSeries:
-    """A run, as far as it has come.
+    """The series of a run so far.
 
     Attributes:
-        path: As it was named.
-        name: Its directory's name.
+        path: The path that the user gave.
+        name: The name of the run's directory.
         status: ``finished``, ``failed`` or ``killed``; ``None`` while it has not been closed.
-        params: What it was started with: ``optimizer``, ``group0.lr``, ``scheduler.step_size``, ….
-        series: The effective points ``(step, value)`` of the wanted series.
-        seconds: For each step the time that it took, from the line before; pauses between attempts do not count.
-        keys: The names of all its series.
+        params: The run's parameters: ``optimizer``, ``group0.lr``, ``scheduler.step_size``, ….
+        series: The effective points ``(step, value)`` of the selected series.
+        seconds: ``(step, seconds since the previous line)``; pauses between attempts do not count.
+        keys: The names of all series of the run.
     """
 
     path: str
@@ -45,19 +45,19 @@ class RunSeries:
 
     @property
     def steps(self) -> int:
-        """The last step that was recorded; 0 for none."""
+        """The last recorded step; 0 if there is none."""
         return self.seconds[-1][0] if self.seconds else 0
 
 
 class RunReader:
-    """Reads the journal of a run, and goes on where it stopped.
+    """Incremental reader of a run's journal.
 
     Args:
-        place: A run's directory, or its ``metrics.jsonl``.
-        select: Whether a series is to be kept.
+        path: A run's directory, or its ``metrics.jsonl``.
+        select: Returns whether to keep a series.
 
     Raises:
-        RunError: There is no journal.
+        RunError: The path has no journal.
 
     Example:
         >>> import tempfile
@@ -68,7 +68,7 @@ class RunReader:
         ...     writer.close()
         ...     reader = RunReader(folder, select=lambda key: key == "loss")
         ...     reader.update()
-        ...     reader.run().series
+        ...     reader.build_series().series
         True
         {'loss': [(1, 0.5)]}
     """
@@ -84,16 +84,16 @@ class RunReader:
         self._params: dict[str, Any] = {}
         self._status: str | None = None
         self._offset = 0
-        self._previous_time: float | None = None  # when the line before was written, in the same attempt
+        self._previous_time: float | None = None  # of the previous line of the same attempt
 
     def update(self, progress: Callable[[int, int], None] | None = None) -> bool:
-        """Read what was appended since; whether there was anything.
+        """Read the lines appended since the last call; return whether there were any.
 
         Args:
-            progress: Told now and then how many bytes are read, and of how many.
+            progress: Called every 1000 lines with the bytes read and the size of the file.
 
         Raises:
-            RunError: It cannot be read.
+            RunError: The journal cannot be read.
         """
         start = self._offset
         try:
@@ -108,7 +108,7 @@ class RunReader:
         return self._offset > start
 
     def build_series(self) -> RunSeries:
-        """The run, as far as it was read."""
+        """Return the series of all lines read so far."""
         series: dict[str, list[tuple[int, float]]] = {}
         seconds: list[tuple[int, float]] = []
         for record in journal.effective(self._lines):
@@ -143,20 +143,20 @@ class RunReader:
 
 
 def require_series(runs: Sequence[RunSeries], key: str) -> None:
-    """Insist that each run has a series.
+    """Check that every run has a series.
 
     Raises:
-        UsageError: One of them has not; the nearest right name is told.
+        UsageError: A run lacks the series; the message suggests the nearest name.
     """
     for run in runs:
         if key not in run.series:
-            candidates = [other for other in run.keys if "/" not in other] or run.keys
+            candidates = [name for name in run.keys if "/" not in name] or run.keys
             hint = suggest(key, candidates) if candidates else "nothing is recorded yet"
-            raise UsageError(f"{run.path}: has no series {key} (--metric names one); {hint}")
+            raise UsageError(f"{run.path}: no series {key!r}; {hint} (choose with --metric)")
 
 
 def display_names(runs: Sequence[RunSeries]) -> list[str]:
-    """What to call each run: its directory's name, or its path where two have the same."""
+    """Return a name for each run: its directory's name, or its path if two directories share a name."""
     short = [run.name for run in runs]
     return [run.name if short.count(run.name) == 1 else run.path for run in runs]
 
@@ -167,10 +167,12 @@ def _find_journal(path: Path) -> Path:
         return file
     run_names = _list_runs(path)
     if run_names:
-        raise RunError(f"{path}: no run, but a directory with {len(run_names)}; name runs, as {path / run_names[0]}")
-    problem = f"has no journal ({journal.NAME})" if path.exists() else "there is no such run"
+        raise RunError(
+            f"{path}: not a run, but a directory of {len(run_names)} runs; name a run, such as {path / run_names[0]}"
+        )
+    problem = f"has no journal ({journal.NAME})" if path.exists() else "no such run"
     siblings = _list_runs(path.parent)
-    hint = suggest(path.name, siblings, within=path.parent) if siblings else "name a directory of wrap()"
+    hint = suggest(path.name, siblings, within=path.parent) if siblings else "name the directory given to wrap(dir=…)"
     raise RunError(f"{path}: {problem}; {hint}")
 
 

@@ -1,4 +1,4 @@
-"""A panel on a terminal: lines of braille dots, two by four to a character, between axes with round numbers."""
+"""Draw a panel on a terminal with braille dots, two by four in a character, between axes with round numbers."""
 
 from __future__ import annotations
 
@@ -19,31 +19,31 @@ if TYPE_CHECKING:
 _COLOURS = ("cyan", "yellow", "magenta", "green", "red", "blue")
 _BRAILLE = 0x2800
 _DOTS = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))  # of a character, by column and row
-_CROWDED_CURVES = 5  # curves, from which on they are drawn without bands, each as the median of
-_COLUMNS_PER_MEDIAN = 4  # columns
-_MAX_SWINGS = 2  # swings
-_LABEL_STRIDE = 3  # how often a curve's letter stands on it
-_LABEL_MARGIN = 4  # letters that fit behind the canvas
+_CROWDED_CURVES = 5  # from this number on, curves have no bands and are smoothed more strongly
+_COLUMNS_PER_MEDIAN = 4
+_MAX_SWINGS = 2  # of a crowded curve that is not smoothed
+_LABEL_STRIDE = 3  # letters along one curve
+_LABEL_MARGIN = 4  # columns for letters right of the canvas
 _MIN_WIDTH = 10
 _INDENT = 2
 
 
 def render(panel: Panel, *, width: int, height: int, coloured: bool, legend: bool = True) -> Text:
-    """A panel as lines of text.
+    """Render a panel as lines of text.
 
-    Of several curves each has a letter, at its end; where colours do not tell them apart, along it, too. Noisy ones
-    would cover each other, so of several the line is the median of each column, in a band from end to end; of many, the
-    median of some columns, without a band.
+    With several curves, each has a letter at its end, and also along it if colours cannot distinguish the curves.
+    Noisy curves would cover each other: with several curves, each becomes the median per column in a band from the
+    lowest to the highest value; with many, the median of several columns, without a band.
 
     Args:
-        panel: What to draw.
-        width: Columns in all.
-        height: Rows of the canvas; the title, the legend and the x axis come on top.
-        coloured: Whether colours can be seen.
-        legend: Whether to say whose letter is which; else the caller does.
+        panel: The panel to draw.
+        width: Total columns.
+        height: Rows of the canvas, without title, legend and x axis.
+        coloured: True if the terminal shows colours.
+        legend: False if the caller prints the legend.
 
     Example:
-        >>> print(draw(Panel("lr", (Curve("", [(1, 0.0), (2, 1.0)]),)), width=24, height=3, coloured=False))
+        >>> print(render(Panel("lr", (Curve("", [(1, 0.0), (2, 1.0)]),)), width=24, height=3, coloured=False))
           lr
              1 ┤        ⣀⠤⠒⠉
                │    ⣀⠤⠒⠉
@@ -77,7 +77,7 @@ def render(panel: Panel, *, width: int, height: int, coloured: bool, legend: boo
 
 
 def curve_letter(index: int) -> str:
-    """The letter of the n-th curve; there are 52, then dots."""
+    """Return the letter of the n-th curve; a dot after 52 curves."""
     return LETTERS[index] if index < len(LETTERS) else "·"
 
 
@@ -101,7 +101,7 @@ def _render_legend(panel: Panel, width: int) -> Text:
 
 
 def _to_exponents(curve: Curve) -> Curve:
-    """A curve of the powers of ten that its values are."""
+    """Return the curve of the common logarithms."""
     return Curve(
         curve.name,
         [(x, math.log10(y) if math.isfinite(y) else math.nan) for x, y in curve.points],
@@ -110,12 +110,12 @@ def _to_exponents(curve: Curve) -> Curve:
 
 
 def _smooth_strongly(curve: Curve, columns: int) -> Curve:
-    """The median of each column, if it swings at all, and nothing of its band."""
+    """Smooth a curve even if it is only slightly noisy, and drop its band."""
     return replace(smooth(curve, columns, max_swings=_MAX_SWINGS), band=())
 
 
 class _Canvas:
-    """Characters, each of which holds two by four dots, and the axes around them."""
+    """A grid of characters, each with two by four dots, and the axes around it."""
 
     def __init__(self, bounds: tuple[float, float, float, float], width: int, height: int, *, log: bool) -> None:
         self._x, self._right, self._low, self._high = bounds
@@ -134,7 +134,7 @@ class _Canvas:
         self._letters: dict[tuple[int, int], tuple[str, str]] = {}
 
     def fill_band(self, curve: Curve, colour: str) -> None:
-        """Fill a band, with every other dot."""
+        """Fill a band with every other dot."""
         ends: dict[int, tuple[float, float]] = {}
         for x, low, high in curve.band:
             if math.isfinite(low) and math.isfinite(high):
@@ -149,7 +149,7 @@ class _Canvas:
                     self._set_dot(column, row, f"dim {colour}")
 
     def trace(self, curve: Curve, colour: str) -> dict[int, int]:
-        """Draw a line through the points; the row that it is left in, for each column that it passes."""
+        """Draw a line through the points; return the last row in each column that it passes."""
         path: dict[int, int] = {}
         for piece in downsample(curve.points, 2 * self.width):
             dots = [self._dot_position(point) for point in piece]
@@ -162,7 +162,7 @@ class _Canvas:
         return path
 
     def place_letter(self, path: dict[int, int], index: int, other_curves: int, *, position: bool) -> None:
-        """Put the letter of a curve behind its end, and along it where that is wanted."""
+        """Put the letter of a curve after its end, and along it if ``position`` is set."""
         if not path:
             return
         style = _curve_colour(index)
@@ -177,7 +177,7 @@ class _Canvas:
                     self._letters.setdefault((path[column], column), (curve_letter(index), style))
 
     def render_rows(self) -> Iterator[Text]:
-        """The canvas with its y axis, from the top."""
+        """Yield the rows of the canvas with its y axis, from the top."""
         for row in range(self._height):
             label = self._labels.get(row, "")
             text = Text(f"{' ' * _INDENT}{label:>{self._margin}} {'┤' if label else '│'}")
@@ -188,7 +188,7 @@ class _Canvas:
             yield text
 
     def render_x_axis(self) -> Iterator[Text]:
-        """The x axis: a line with ticks, and their numbers."""
+        """Yield the x axis: a line with ticks, and a line of numbers."""
         line = ["─"] * self.width
         numbers = [" "] * (self.width + _LABEL_MARGIN)
         free = 0
@@ -205,8 +205,8 @@ class _Canvas:
         yield Text(f"{'  step':<{len(blank)}} {''.join(numbers).rstrip()}")
 
     def _x_ticks(self) -> list[float]:
-        found = [value for value in compute_ticks(self._x, self._right, self.width // 12) if value == int(value)]
-        return found if len(found) > 1 else sorted({self._x, self._right})
+        ticks = [value for value in compute_ticks(self._x, self._right, self.width // 12) if value == int(value)]
+        return ticks if len(ticks) > 1 else sorted({self._x, self._right})
 
     def _cell(self, row: int, column: int) -> tuple[str, str]:
         if (row, column) in self._letters:
@@ -220,7 +220,7 @@ class _Canvas:
         self._styles[cell] = style
 
     def _dot_position(self, point: Point) -> tuple[int, int]:
-        """The column and the row of the dot at a point."""
+        """Return the column and the row of the dot at a point."""
         across = (point[0] - self._x) / ((self._right - self._x) or 1.0)
         return round(across * (2 * self.width - 1)), self._scale_y(point[1], 4 * self._height)
 
@@ -228,13 +228,13 @@ class _Canvas:
         return self._scale_y(value, 4 * self._height) // 4
 
     def _scale_y(self, value: float, rows: int) -> int:
-        # In halves: the distance of the two largest floats is no float.
+        # In halves: the distance between the two largest floats overflows.
         share = (value / 2 - self._low / 2) / (self._high / 2 - self._low / 2)
         return round((1 - share) * (rows - 1))
 
 
 def _interpolate_band(ends: dict[int, tuple[float, float]]) -> Iterator[tuple[int, float, float]]:
-    """The ends of a band in every column, those between two known ones too."""
+    """Yield the ends of a band for every column, interpolated between the known ones."""
     known = sorted(ends.items())
     for (start, (low, high)), (end, (next_low, next_high)) in pairwise(known):
         for column in range(start, end):

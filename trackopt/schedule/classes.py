@@ -1,4 +1,4 @@
-"""From a parsed call to a factory of schedulers: names and arguments are checked against torch's own classes."""
+"""Turn a parsed call into a factory of schedulers; names and arguments are checked against torch's own classes."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ if TYPE_CHECKING:
 _OPTIMIZER = "optimizer"
 _LAST_EPOCH = "last_epoch"
 
-#: What torch, or a user's function, raises where an argument makes no sense.
+#: Exceptions of torch, or of a user's function, for arguments that make no sense.
 CONSTRUCTOR_ERRORS = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RuntimeError)
 
 
 def find_classes() -> dict[str, type[Any]]:
-    """Every scheduler class of torch, by name.
+    """Return every scheduler class of torch by name.
 
     Example:
-        >>> {"StepLR", "ReduceLROnPlateau", "SequentialLR", "SWALR"} <= set(classes())
+        >>> {"StepLR", "ReduceLROnPlateau", "SequentialLR", "SWALR"} <= set(find_classes())
         True
     """
     base = lr_scheduler.LRScheduler
@@ -44,16 +44,16 @@ def find_classes() -> dict[str, type[Any]]:
 
 
 def make_factory(call: Call) -> Callable[[Optimizer], Any]:
-    """What builds the scheduler that a call describes, on whatever optimizer it is given.
+    """Return a function that builds the scheduler of a call on the optimizer that it receives.
 
     Raises:
-        UsageError: A class, an argument or a function is unknown, or one is missing. What torch refuses is told when
-            the scheduler is built.
+        UsageError: A class, an argument or a function is unknown, or an argument is missing. The returned function
+            raises it for what torch refuses.
 
     Example:
         >>> import torch
         >>> from trackopt.schedule.expression import parse
-        >>> build = factory(parse("StepLR(50, gamma=0.5)"))
+        >>> build = make_factory(parse("StepLR(50, gamma=0.5)"))
         >>> build(torch.optim.SGD([torch.zeros(1)], lr=0.1)).gamma
         0.5
     """
@@ -71,23 +71,25 @@ def make_factory(call: Call) -> Callable[[Optimizer], Any]:
 
 
 def constructor_error(name: str, error: Exception) -> UsageError:
-    """What torch, or a function that was named, says against a schedule, in one line."""
-    message = error.args[0] if isinstance(error, KeyError) and error.args else error  # whose text is a repr
+    """Return the error of torch, or of the user's function, as one line."""
+    message = error.args[0] if isinstance(error, KeyError) and error.args else error  # str(KeyError) is a repr
     reason = " ".join(str(message).split()) or type(error).__name__
     return UsageError(f"{name}: {reason if isinstance(error, ValueError) else f'{type(error).__name__}: {reason}'}")
 
 
 def get_last_epoch(call: Call) -> int:
-    """What a call gives as ``last_epoch``; -1 is from the start.
+    """Return the ``last_epoch`` of a call; -1 starts from the beginning.
 
     Raises:
-        UsageError: It is no whole number from -1 on, or a schedule within this one has one of its own.
+        UsageError: It is no integer >= -1, or a nested schedule has its own.
     """
     arguments = _bind_arguments(call)
     value = arguments.get(_LAST_EPOCH, -1)
     if isinstance(value, bool) or not isinstance(value, int) or value < -1:
-        raise UsageError(f"{call.name}: last_epoch must be a whole number from -1 on, not {value!r}")
-    parts = [part for each in arguments.values() for part in (each if isinstance(each, list) else [each])]
+        raise UsageError(f"{call.name}: last_epoch must be an integer >= -1, not {value!r}")
+    parts = [
+        part for argument in arguments.values() for part in (argument if isinstance(argument, list) else [argument])
+    ]
     for part in parts:
         if isinstance(part, Call) and get_last_epoch(part) >= 0:
             raise UsageError(f"{part.name}: cannot have a last_epoch within {call.name}; give it to {call.name} alone")
@@ -95,19 +97,19 @@ def get_last_epoch(call: Call) -> int:
 
 
 def without_last_epoch(call: Call) -> Call:
-    """The same call without ``last_epoch``."""
+    """Return the call without its ``last_epoch``."""
     return Call(call.name, (), {name: value for name, value in _bind_arguments(call).items() if name != _LAST_EPOCH})
 
 
 def _find_class(call: Call) -> type[Any]:
     known = find_classes()
     if call.name not in known:
-        raise UsageError(f"{call.name}: no scheduler class of torch; {suggest(call.name, known)}")
+        raise UsageError(f"{call.name}: not a scheduler class of torch; {suggest(call.name, known)}")
     return known[call.name]
 
 
 def _bind_arguments(call: Call) -> dict[str, Any]:
-    """The arguments of a call by the names that its class gives them."""
+    """Return the arguments of a call by parameter name."""
     parameters_taken = inspect.signature(_find_class(call)).parameters
     names = [name for name in parameters_taken if name != _OPTIMIZER]
     if len(call.arguments) > len(names):
@@ -115,9 +117,9 @@ def _bind_arguments(call: Call) -> dict[str, Any]:
     arguments = dict(zip(names, call.arguments, strict=False))
     for name, value in call.keywords.items():
         if name == _OPTIMIZER:
-            raise UsageError(f"{call.name}: leave out the optimizer, it is supplied")
+            raise UsageError(f"{call.name}: omit the optimizer, it is supplied")
         if name not in names:
-            raise UsageError(f"{call.name}: has no argument {name}; {suggest(name, names)}")
+            raise UsageError(f"{call.name}: unknown argument {name}; {suggest(name, names)}")
         if name in arguments:
             raise UsageError(f"{call.name}: {name} is given twice")
         arguments[name] = value
@@ -129,7 +131,7 @@ def _bind_arguments(call: Call) -> dict[str, Any]:
 
 
 class _Nested:
-    """A scheduler within another one, still to be built."""
+    """A nested scheduler that is not built yet."""
 
     def __init__(self, call: Call) -> None:
         self.build = make_factory(call)
@@ -150,12 +152,12 @@ def _build(value: Any, optimizer: Optimizer) -> Any:
 
 
 def _import_function(reference: Reference) -> Any:
-    """The function that the user named; its module may lie in the working directory, as for ``python -m``."""
+    """Import the function that the user named; its module may be in the working directory, as for ``python -m``."""
     location = f"{reference.module}:{reference.name}"
     sys.path.insert(0, str(Path.cwd()))
     try:
         module = importlib.import_module(reference.module)
-    except (Exception, SystemExit) as error:  # whatever a user's module may raise; a script may want arguments
+    except (Exception, SystemExit) as error:  # a user's module may raise anything, a script may exit
         reason = " ".join(str(error).split())
         raise UsageError(f"{location}: cannot be imported ({type(error).__name__}: {reason})") from error
     finally:

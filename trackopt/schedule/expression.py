@@ -1,6 +1,6 @@
-"""A schedule as it is written on the command line: a call of calls with plain values, parsed and never evaluated.
+"""Parse a schedule of the command line, a call with plain values and nested calls; nothing is evaluated.
 
-``text`` → `parse` → `Call`; what the names in it stand for is decided where the call is carried out.
+``text`` → `parse` → `Call`; ``classes`` looks up the names in it.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from typing import Any
 from trackopt.errors import UsageError
 
 _REFERENCE = re.compile(r"([A-Za-z_][\w.]*):([A-Za-z_]\w*)")
-_MAX_LENGTH = 2000  # characters; nested deeper than this, the parser itself would give up
+_MAX_LENGTH = 2000  # characters; Python's parser fails on deeper nesting than fits here
 
 
 @dataclass(frozen=True)
 class Call:
-    """A class called with plain values, references and other calls.
+    """A call of a class with plain values, references and nested calls.
 
     Attributes:
-        name: The last part of a dotted name.
-        arguments: Those given by position.
-        keywords: Those given by name.
+        name: The class name, without its module.
+        arguments: Positional arguments.
+        keywords: Keyword arguments.
     """
 
     name: str
@@ -33,11 +33,11 @@ class Call:
 
 @dataclass(frozen=True)
 class Reference:
-    """A function in a module, named but not looked up.
+    """The name of a function in a module, not yet imported.
 
     Attributes:
-        module: Its dotted name.
-        name: The function's name in it.
+        module: The module's dotted name.
+        name: The function's name.
     """
 
     module: str
@@ -45,13 +45,13 @@ class Reference:
 
 
 def parse(text: str) -> Call:
-    """The call that a text is.
+    """Parse the text of a call.
 
     Values are numbers, strings, ``True``, ``False``, ``None``, lists and tuples, further calls, and functions as
     ``package.module:function``.
 
     Raises:
-        UsageError: It is something else.
+        UsageError: The text is not such a call.
 
     Example:
         >>> parse("StepLR(50, gamma=0.5)")
@@ -60,7 +60,7 @@ def parse(text: str) -> Call:
         (Reference(module='my.schedules', name='warmup'),)
     """
     try:
-        # A colon can stand nowhere else; with a dot the text is python.
+        # A colon is valid nowhere else; with a dot instead the text is Python.
         body = ast.parse(_REFERENCE.sub(r"\1.\2", text[:_MAX_LENGTH].strip()), mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise UsageError(f'{text}: not a call such as "StepLR(50, gamma=0.5)"; check brackets and quotes') from error

@@ -1,4 +1,4 @@
-"""What ``last_epoch`` does: a schedule that is resumed by it, beside the same schedule from the start."""
+"""Compare a schedule that is resumed by ``last_epoch`` with the same schedule from the start."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ class ResumeComparison:
     """Three previews of one schedule.
 
     Attributes:
-        completed_steps: Steps before it is resumed: ``last_epoch`` counts them from 0, so there is one more.
-        uninterrupted: From the start, as if it had never stopped.
+        completed_steps: Steps before the resume: ``last_epoch`` + 1, since it counts from 0.
+        uninterrupted: From the start, without an interruption.
         restored: Resumed on an optimizer whose state was loaded first.
-        restarted: Resumed on a new optimizer, with the LR that it was built with.
+        restarted: Resumed on a new optimizer with its initial LR.
     """
 
     completed_steps: int
@@ -37,10 +37,7 @@ class ResumeComparison:
     restarted: Preview
 
     def first_difference(self, resumed: Preview) -> tuple[int, float, float] | None:
-        """Where a resumed schedule first has another LR than the whole one: the step, its LR, and the right one.
-
-        ``None`` if it never has.
-        """
+        """Return the first step at which a resumed schedule has a wrong LR, that LR and the right one, or ``None``."""
         differences = [
             (step, rate, expected)
             for name, rates in resumed.lr.items()
@@ -53,21 +50,21 @@ class ResumeComparison:
 
 
 def compare_resume(call: Call, steps: int, lr: Sequence[float]) -> ResumeComparison:
-    """Resume a schedule by its ``last_epoch``, for so many steps.
+    """Resume a schedule by its ``last_epoch`` and compare it with the uninterrupted one.
 
     Args:
         call: The schedule; its ``last_epoch`` is 0 or more.
-        steps: How many to preview after it was resumed.
-        lr: Of each parameter group; it is their ``initial_lr``, too.
+        steps: Steps to preview after the resume.
+        lr: The LR of each parameter group, also its ``initial_lr``.
 
     Raises:
-        UsageError: torch refuses the schedule, or ``last_epoch`` is beyond a million.
+        UsageError: torch refuses the schedule, or ``last_epoch`` is over a million.
 
     Example:
         >>> from trackopt.schedule.expression import parse
-        >>> found = resumption(parse("ExponentialLR(0.5, last_epoch=1)"), 2, [0.8])
-        >>> found.uninterrupted.lr["group0"], found.restored.lr["group0"], found.restarted.lr["group0"]
-        ([0.8, 0.4, 0.2, 0.1], [0.2, 0.1], [0.8, 0.4])
+        >>> comparison = compare_resume(parse("ExponentialLR(0.5, last_epoch=1)"), 2, [0.8])
+        >>> [run.lr["group0"] for run in (comparison.uninterrupted, comparison.restored, comparison.restarted)]
+        [[0.8, 0.4, 0.2, 0.1], [0.2, 0.1], [0.8, 0.4]]
     """
     completed_steps = get_last_epoch(call) + 1
     if completed_steps > _MAX_LAST_EPOCH:
@@ -75,7 +72,7 @@ def compare_resume(call: Call, steps: int, lr: Sequence[float]) -> ResumeCompari
     build, build_from_start = make_factory(call), make_factory(without_last_epoch(call))
     optimizer = dummy_optimizer(lr)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # torch misses the steps of the optimizer
+        warnings.simplefilter("ignore", UserWarning)  # torch warns that the optimizer was not stepped
         scheduler = build_from_start(optimizer)
         for _ in range(completed_steps):
             scheduler.step()
