@@ -100,7 +100,7 @@ def test_pictures_can_be_opened(runs, typed, tmp_path):
     [
         (["seed-9"], "did you mean"),
         (["."], "directory of 4"),
-        (["quite-another"], "there is"),
+        (["quite-another"], "no such run; did you mean"),
         (["seed-0/checkpoints"], r"has no journal \(metrics.jsonl\)"),
         (["seed-0/run.json"], "has no journal"),
         (["seed-0", "other"], "no series 'loss'"),
