@@ -91,11 +91,11 @@ def _progress_bar() -> Iterator[Tell]:
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("", total=None, steps="")
 
-        def tell(what: str, done: int, total: int | None) -> None:
+        def report(stage: str, done: int, total: int | None) -> None:
             steps = f"{done:,} of {total:,} steps" if total else f"{done:,} steps"
-            bar.update(task, description=what, completed=done, total=total, steps=steps)
+            bar.update(task, description=stage, completed=done, total=total, steps=steps)
 
-        yield tell
+        yield report
 
 
 def _render(rehearsal: Rehearsal) -> Iterator[RenderableType]:

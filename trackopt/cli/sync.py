@@ -33,13 +33,11 @@ def command(directory: Path, as_json: bool) -> None:
     finally:
         lock.release()
     if as_json:
-        sys.stdout.write(
-            orjson.dumps({"path": str(directory), "delivered": not failed, "failed": failed}).decode() + "\n"
-        )
+        result = {"path": str(directory), "delivered": not failed, "failed": failed}
+        sys.stdout.write(orjson.dumps(result).decode() + "\n")
     if failed:
-        raise TrackoptError(
-            f"{directory}: delivery to {' and '.join(failed)} is incomplete; fix the cause and sync again"
-        )
+        sinks = " and ".join(failed)
+        raise TrackoptError(f"{directory}: delivery to {sinks} is incomplete; fix the cause and sync again")
     if not as_json:
         click.echo(f"{directory.name}: everything is delivered")
 
@@ -48,8 +46,8 @@ def _deliver(directory: Path) -> list[str]:
     from trackopt.recorder.progress import progress_bar
     from trackopt.recorder.recorder import Recorder
 
-    def tell(message: str) -> None:
+    def warn(message: str) -> None:
         click.echo(f"trackopt: {message}", err=True)
 
-    with Recorder(directory, tell) as recorder, progress_bar(directory) as show:
+    with Recorder(directory, warn) as recorder, progress_bar(directory) as show:
         return recorder.drain(show)

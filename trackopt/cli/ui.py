@@ -10,7 +10,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 import orjson
@@ -30,9 +30,17 @@ _MAX_NAMES = 3  # running runs listed by name
 
 
 @dataclass(frozen=True)
+class _Store:
+    """An MLflow store and the directory to which its URI is relative."""
+
+    uri: str
+    home: Path
+
+
+@dataclass(frozen=True)
 class _Run:
     path: Path
-    identity: dict[str, Any]
+    store: _Store | None
 
 
 @click.command("ui")
@@ -52,33 +60,10 @@ def command(directory: Path, as_json: bool) -> None:
     running = [str(run.path) for run in runs if is_running(run.path)]
     if not as_json:  # the servers take a while
         console.show([_format_summary(directory, len(runs), running)])
-    stop = Event()
-    for signal_number in (
-        signal.SIGINT,
-        signal.SIGTERM,
-        signal.SIGHUP,
-    ):  # a shell starts background jobs with SIGINT ignored
-        if signal_number != signal.SIGHUP or signal.getsignal(signal_number) is not signal.SIG_IGN:  # by nohup
-            signal.signal(signal_number, lambda *_: stop.set())
+    stop = _catch_signals()
     with contextlib.ExitStack() as stack:
-        log_directory = directory.absolute()
-        servers_started = [
-            stack.enter_context(
-                servers.serve("TensorBoard", _tensorboard_command(log_directory), health="/", directory=log_directory)
-            )
-        ]
-        addresses = {"tensorboard": servers_started[0].address, "mlflow": None}
-        if store := _choose_store(runs):
-            uri, home = store
-            if uri.startswith(("http://", "https://")):
-                addresses["mlflow"] = shown = redact_credentials(uri)
-                if not servers.is_reachable(uri):
-                    click.echo(f"trackopt: {console.sanitize(shown)} does not answer; is that server up?", err=True)
-            else:
-                mlflow = servers.serve("the MLflow UI", _mlflow_command(uri), health="/health", directory=home)
-                servers_started.append(stack.enter_context(mlflow))
-                addresses["mlflow"] = servers_started[-1].address
-        servers.wait_until_ready(servers_started, stop)
+        started, addresses = _start_servers(directory.absolute(), _choose_store(runs), stack)
+        servers.wait_until_ready(started, stop)
         if stop.is_set():
             raise click.Abort
         if as_json:
@@ -86,7 +71,37 @@ def command(directory: Path, as_json: bool) -> None:
             sys.stdout.flush()
         else:
             console.show(_render_addresses(addresses))
-        servers.watch(servers_started, stop)
+        servers.watch(started, stop)
+
+
+def _catch_signals() -> Event:
+    """Return the event that SIGINT, SIGTERM and SIGHUP set; a shell starts background jobs with SIGINT ignored."""
+    stop = Event()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # by nohup
+            signal.signal(number, lambda *_: stop.set())
+    return stop
+
+
+def _start_servers(
+    directory: Path, store: _Store | None, stack: contextlib.ExitStack
+) -> tuple[list[servers.Server], dict[str, str | None]]:
+    """Start TensorBoard, and the MLflow UI unless the store is on a server; return both addresses as well."""
+    tensorboard = servers.serve("TensorBoard", _tensorboard_command(directory), health="/", directory=directory)
+    started = [stack.enter_context(tensorboard)]
+    addresses: dict[str, str | None] = {"tensorboard": started[0].address, "mlflow": None}
+    if store is None:
+        return started, addresses
+    if store.uri.startswith(("http://", "https://")):
+        addresses["mlflow"] = shown = redact_credentials(store.uri)
+        if not servers.is_reachable(store.uri):
+            click.echo(f"trackopt: {console.sanitize(shown)} does not answer; is that server up?", err=True)
+    else:
+        home = store.home if store.home.is_dir() else Path.cwd()
+        mlflow = servers.serve("the MLflow UI", _mlflow_command(store.uri), health="/health", directory=home)
+        started.append(stack.enter_context(mlflow))
+        addresses["mlflow"] = started[-1].address
+    return started, addresses
 
 
 def _find_runs(directory: Path) -> list[_Run]:
@@ -99,7 +114,7 @@ def _find_runs(directory: Path) -> list[_Run]:
         if IDENTITY in files:
             folders.clear()
             try:
-                runs.append(_Run(Path(folder), read_identity(Path(folder))))
+                runs.append(_read_run(Path(folder)))
             except RunError as error:
                 click.echo(f"trackopt: {console.sanitize(error)}", err=True)
     if not runs:
@@ -107,21 +122,23 @@ def _find_runs(directory: Path) -> list[_Run]:
     return runs
 
 
-def _choose_store(runs: Sequence[_Run]) -> tuple[str, Path] | None:
-    """Return the MLflow store with most of the runs and the directory to which its URI is relative."""
-    stores = [
-        (str(run.identity["mlflow"]["tracking_uri"]), Path(run.identity["working_directory"]))
-        for run in runs
-        if "mlflow" in run.identity.get("sinks", ())
-    ]
+def _read_run(path: Path) -> _Run:
+    identity = read_identity(path)
+    if "mlflow" not in identity.get("sinks", ()):
+        return _Run(path, None)
+    return _Run(path, _Store(str(identity["mlflow"]["tracking_uri"]), Path(identity["working_directory"])))
+
+
+def _choose_store(runs: Sequence[_Run]) -> _Store | None:
+    """Return the MLflow store with most of the runs."""
+    stores = [run.store for run in runs if run.store is not None]
     if not stores:
         return None
-    (uri, count), *_ = Counter(uri for uri, _ in stores).most_common()
+    (uri, count), *_ = Counter(store.uri for store in stores).most_common()
     if count < len(stores):
-        uri_shown = console.sanitize(redact_credentials(uri))
-        click.echo(f"trackopt: the runs are in several MLflow stores; showing {uri_shown}", err=True)
-    home = next(home for store_uri, home in stores if store_uri == uri)
-    return uri, home if home.is_dir() else Path.cwd()
+        shown = console.sanitize(redact_credentials(uri))
+        click.echo(f"trackopt: the runs are in several MLflow stores; showing {shown}", err=True)
+    return next(store for store in stores if store.uri == uri)
 
 
 def _format_summary(directory: Path, count: int, running: Sequence[str]) -> str:

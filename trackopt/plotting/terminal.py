@@ -14,7 +14,7 @@ from rich.text import Text
 from trackopt.plotting.figure import LETTERS, Curve, Panel, Point, compute_log_ticks, compute_ticks, downsample, smooth
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 _COLOURS = ("cyan", "yellow", "magenta", "green", "red", "blue")
 _BRAILLE = 0x2800
@@ -65,14 +65,9 @@ def render(panel: Panel, *, width: int, height: int, coloured: bool, legend: boo
     if legend and len(panel.curves) > 1:
         lines.append(_render_legend(panel, width))
     canvas = _Canvas(bounds, width, height, log=panel.log)
-    several = len(panel.curves) > 1
-    curves = [smooth(curve, canvas.width) if several and not crowded else curve for curve in panel.curves]
-    for index, curve in enumerate(curves):
-        canvas.fill_band(curve, _curve_colour(index))
-    paths = [canvas.trace(curve, _curve_colour(index)) for index, curve in enumerate(curves)]
-    if several:
-        for index, path in enumerate(paths):
-            canvas.place_letter(path, index, len(paths), position=not coloured or len(paths) > len(_COLOURS))
+    smoothed = len(panel.curves) > 1 and not crowded
+    curves = [smooth(curve, canvas.width) if smoothed else curve for curve in panel.curves]
+    canvas.draw(curves, letters_along=not coloured or len(curves) > len(_COLOURS))
     return Text("\n").join([*lines, *canvas.render_rows(), *canvas.render_x_axis()])
 
 
@@ -133,6 +128,15 @@ class _Canvas:
         self._styles: dict[tuple[int, int], str] = {}
         self._letters: dict[tuple[int, int], tuple[str, str]] = {}
 
+    def draw(self, curves: Sequence[Curve], *, letters_along: bool) -> None:
+        """Draw the bands, then the curves; with several curves also their letters."""
+        for index, curve in enumerate(curves):
+            self.fill_band(curve, _curve_colour(index))
+        paths = [self.trace(curve, _curve_colour(index)) for index, curve in enumerate(curves)]
+        if len(paths) > 1:
+            for index, path in enumerate(paths):
+                self.place_letter(path, index, len(paths), along=letters_along)
+
     def fill_band(self, curve: Curve, colour: str) -> None:
         """Fill a band with every other dot."""
         ends: dict[int, tuple[float, float]] = {}
@@ -161,17 +165,17 @@ class _Canvas:
                     path[x // 2] = y // 4
         return path
 
-    def place_letter(self, path: dict[int, int], index: int, other_curves: int, *, position: bool) -> None:
-        """Put the letter of a curve after its end, and along it if ``position`` is set."""
+    def place_letter(self, path: dict[int, int], index: int, curves: int, *, along: bool) -> None:
+        """Put the letter of a curve after its end, and along it if ``along`` is set."""
         if not path:
             return
         style = _curve_colour(index)
         column, row = max(path.items())
-        cell = next((row, x) for x in range(column + 1, column + 3 + other_curves) if (row, x) not in self._letters)
+        cell = next((row, x) for x in range(column + 1, column + 3 + curves) if (row, x) not in self._letters)
         self._letters[cell] = (curve_letter(index), style)
-        if position:
+        if along:
             for number in range(_LABEL_STRIDE):
-                target = self.width * (number + (index + 0.5) / other_curves) / _LABEL_STRIDE
+                target = self.width * (number + (index + 0.5) / curves) / _LABEL_STRIDE
                 column = min(path, key=lambda at: abs(at - target))
                 if column < self.width - 1:
                     self._letters.setdefault((path[column], column), (curve_letter(index), style))
