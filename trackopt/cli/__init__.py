@@ -18,7 +18,7 @@ from trackopt.errors import TrackoptError
 
 #: The commands in the order of the help, each with its one-line help.
 _COMMANDS = {
-    "inspect": "Show what a checkpoint contains and whether training can resume from it.",
+    "inspect": "Show what a checkpoint contains and whether training can resume.",
     "diff": "Show what changed between two checkpoints.",
     "verify": "Verify checksums and structure of checkpoints.",
     "salvage": "Recover the intact tensors of a damaged checkpoint.",
@@ -27,7 +27,7 @@ _COMMANDS = {
     "plot": "Plot loss, learning rate and buffers of runs.",
     "compare": "Compare runs in a table and by their curves.",
     "rehearse": "Prove that a training command can be killed and resume exactly.",
-    "sync": "Deliver the undelivered records of a run to TensorBoard and MLflow.",
+    "sync": "Deliver a run's undelivered records to TensorBoard and MLflow.",
     "ui": "Start TensorBoard and the MLflow UI for the runs in a directory.",
 }
 _MAX_MESSAGE_LENGTH = 2000  # leaves room for the reason after a long path

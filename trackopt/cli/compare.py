@@ -52,16 +52,18 @@ def command(
       trackopt compare runs/* --metric accuracy --max --json
     """
 
-    def facts(tracked: Sequence[RunSeries]) -> Comparison:
+    def compare_runs(tracked: Sequence[RunSeries]) -> Comparison:
         return compare(tracked, metric, target=target, highest=highest)
 
     readers = live.open_runs(runs, lambda key: is_compared(key, metric))
     if follow:
         rows = shutil.get_terminal_size().lines - 2
-        live.follow(readers, lambda tracked: _render(facts(tracked), tracked, given=target is not None, rows=rows))
+        live.follow(
+            readers, lambda tracked: _render(compare_runs(tracked), tracked, given=target is not None, rows=rows)
+        )
     tracked = live.read_runs(readers)
     require_series(tracked, metric)
-    comparison = facts(tracked)
+    comparison = compare_runs(tracked)
     if outputs["as_json"]:
         console.write_json(comparison.as_dict())
     else:

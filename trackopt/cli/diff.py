@@ -53,7 +53,7 @@ def _parse_renames(_: click.Context, __: click.Parameter, given: tuple[str, ...]
     callback=_parse_renames,
     help="Match names of A that start with OLD with names of B that start with NEW.",
 )
-@click.option("--atol", default=0.0, metavar="X", type=click.FloatRange(0), help="Treat |a - b| up to this as equal …")
+@click.option("--atol", default=0.0, metavar="X", type=click.FloatRange(0), help="Treat |a - b| up to this as equal.")
 @click.option(
     "--rtol",
     default=0.0,

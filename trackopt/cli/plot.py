@@ -47,24 +47,24 @@ def command(
     if mean and len(set(runs)) < 2:
         raise UsageError("--mean: needs several runs; name more than one")
 
-    def panels(tracked: Sequence[RunSeries]) -> list[Panel]:
+    def build(tracked: Sequence[RunSeries]) -> list[Panel]:
         return layout.build_mean_panels(tracked, metrics) if mean else layout.build_panels(tracked, metrics)
 
     readers = live.open_runs(runs, lambda key: layout.is_drawn(key, metrics))
     if follow:
         rows = shutil.get_terminal_size().lines - 2
-        live.follow(readers, lambda tracked: _render(tracked, panels(tracked), rows))
+        live.follow(readers, lambda tracked: _render(tracked, build(tracked), rows))
     tracked = live.read_runs(readers)
     for metric in metrics:
         require_series(tracked, metric)
     if outputs["as_json"]:
         console.write_json({"runs": [_as_dict(run) for run in tracked]})
     else:
-        console.show(_render(tracked, panels(tracked)))
-    figures.write_pictures(panels(tracked), png=outputs["png"], svg=outputs["svg"], title=_format_title(tracked))
+        console.show(_render(tracked, build(tracked)))
+    figures.write_pictures(build(tracked), png=outputs["png"], svg=outputs["svg"], title=_format_title(tracked))
     if attach:
         directories = [reader.directory for reader in readers]
-        figures.attach_picture(panels(tracked), directories, name="plot", title=_format_title(tracked))
+        figures.attach_picture(build(tracked), directories, name="plot", title=_format_title(tracked))
 
 
 def _render(runs: Sequence[RunSeries], panels: Sequence[Panel], rows: int | None = None) -> Iterator[RenderableType]:

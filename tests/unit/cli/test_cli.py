@@ -365,6 +365,8 @@ def test_each_command_has_help_with_an_example(name: str) -> None:
     assert (
         f"\b\n    Example:\n      trackopt {name}" in command.help or f"\b\nExample:\n  trackopt {name}" in command.help
     )
+    assert command.help.split()[0] == cli._COMMANDS[name].split()[0]  # the same verb
+    assert all(parameter.help for parameter in command.params if parameter.param_type_name == "option")
     examples = [line.strip() for line in command.help.splitlines() if line.strip().startswith("trackopt ")]
     assert max(map(len, examples)) <= 76  # they are not wrapped, and stand 4 to the right
 
