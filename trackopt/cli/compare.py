@@ -79,7 +79,7 @@ def _render(
 ) -> Iterator[RenderableType]:
     tables = list(_render_tables(comparison))
     for table in tables:
-        yield table
+        yield from table
         yield ""
     for note in _describe_columns(comparison, given=given):
         yield console.render_finding("info", note)
@@ -96,7 +96,7 @@ def _build_panel(comparison: Comparison, runs: Sequence[RunSeries]) -> Panel:
     return Panel(f"{comparison.metric}{more}", curves).with_log_scale()
 
 
-def _render_tables(comparison: Comparison) -> Iterator[RenderableType]:
+def _render_tables(comparison: Comparison) -> Iterator[Iterator[RenderableType]]:
     """Yield as many tables as the columns need; each starts with the names of the runs."""
     from rich.cells import cell_len
 
@@ -112,11 +112,11 @@ def _render_tables(comparison: Comparison) -> Iterator[RenderableType]:
     chosen: list[tuple[str, list[str]]] = []
     for head, cells in columns:
         if chosen and sum(_column_width(*column) for column in chosen) + _column_width(head, cells) > width_left:
-            yield from _render_table(marks, names, chosen)
+            yield _render_table(marks, names, chosen)
             chosen = []
         if any(cells):
             chosen.append((head, cells))
-    yield from _render_table(marks, names, chosen)
+    yield _render_table(marks, names, chosen)
 
 
 def _render_table(

@@ -111,7 +111,7 @@ def _render_framed(difference: Difference, body: Iterator[RenderableType]) -> It
     yield from diff_summary.render_notes(difference)
     if difference.ignored:
         names = ", ".join(path.removeprefix("trackopt.") for path in difference.ignored)
-        note = f"not counted, since it only identifies the run that wrote the file: {names}"
+        note = f"not counted, since it only identifies the run: {names}"
         yield Text("  " + console.wrap_fields([note], indent=4, first=2), style="dim")
 
 
