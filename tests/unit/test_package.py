@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "telemetry": {"journal", "training", "utils"},
     "analysis": {"archive", "journal", "locations", "remote", "rundir", "state"},
     "checkpoint": {"archive", "distributed", "journal", "locations", "remote", "rundir", "state", "training", "utils"},
-    "schedule": {"telemetry", "utils"},
+    "schedule": {"training", "utils"},
     "rehearsal": {"analysis", "archive", "checkpoint", "journal", "locations", "rundir", "state", "training"},
     "run": {
         *("checkpoint", "distributed", "journal", "recorder", "remote", "rundir", "telemetry", "training", "utils"),
