@@ -22,6 +22,7 @@ from trackopt.errors import RunError, UsageError
 from trackopt.plotting.panels import panels
 from trackopt.plotting.run_series import RunReader, RunSeries
 from trackopt.rundir.directory import RunDirectory
+from trackopt.utils.mlflow_uri import default_tracking
 
 STEPS = 30
 
@@ -105,7 +106,7 @@ def test_pictures_can_be_opened(runs, typed, tmp_path):
         (["seed-0/run.json"], "has no journal"),
         (["seed-0", "other"], "has no series loss"),
         (["seed-0", "--metric", "los"], r"did you mean loss\?"),
-        (["other"], "there is error"),
+        (["other"], "available: error"),
     ],
 )
 def test_bad_input_is_told_in_one_line(arguments, words, runs, typed):
@@ -170,7 +171,7 @@ def test_a_resumed_run_is_what_counts(tmp_path):
 def test_a_run_that_is_going_on_is_followed(tmp_path):
     """A pipe gets what there is when the run is closed."""
     going = RunDirectory(tmp_path / "live")  # its lock says that somebody trains
-    going.initialize("live", {})
+    going.initialize("live", default_tracking(None))
     writer = journal.Journal(going.journal)
     writer.mark("start", 0, params={})
     writer.record(1, {"loss": 1.0})
@@ -193,7 +194,7 @@ def test_ctrl_c_ends_the_following(command, tmp_path):
     """On a terminal: drawn again as lines come, and left with the cursor on."""
     pty = pytest.importorskip("pty")
     going = RunDirectory(tmp_path / "live")
-    going.initialize("live", {})
+    going.initialize("live", default_tracking(None))
     writer = journal.Journal(going.journal)
     writer.mark("start", 0, params={})
     writer.record(1, {"loss": 1.0})

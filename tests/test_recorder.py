@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,7 @@ from trackopt.journal import Histogram, Journal
 from trackopt.recorder.delivery import Delivery
 from trackopt.recorder.recorder import Recorder
 from trackopt.recorder.sinks.base import Sink
-from trackopt.rundir.directory import read_identity
+from trackopt.rundir.identity import read_identity, write_identity
 
 pytestmark = pytest.mark.usefixtures("mlflow_store")
 STEPS = 12
@@ -89,7 +90,7 @@ def test_killed_and_resumed_shows_each_step_once_in_both(script, tmp_path):
     client, run = mlflow_run(directory)
     assert run.info.status == "KILLED"
     assert max(step for step, _ in mlflow_points(directory)["loss"]) == 9
-    assert f"TRACKOPT_DIR={directory} {read_identity(directory)['command']}" in run.data.tags["mlflow.note.content"]
+    assert f"TRACKOPT_DIR={directory} {read_identity(directory).command}" in run.data.tags["mlflow.note.content"]
     client.set_tag(run.info.run_id, "mlflow.note.content", "what a person wrote")
     done = run_script(script, directory)
     assert done.returncode == 0, done.stderr
@@ -168,9 +169,7 @@ def test_a_delivery_that_broke_off_is_completed_by_sync(script, tmp_path):
     other.mkdir()
     shutil.copy(directory / "run.json", other)
     identity = read_identity(other)
-    identity["mlflow"].pop("run_id")
-    identity["id"] = "other"
-    (other / "run.json").write_bytes(trackopt.journal.orjson.dumps(identity))
+    write_identity(other, replace(identity, id="other", mlflow=replace(identity.mlflow, run_id=None)))
     lines = records.read_bytes().splitlines(keepends=True)
     (other / journal.NAME).write_bytes(b"".join(lines[:8]))
     with quietly(), Recorder(other, notify=print) as recorder:
@@ -199,7 +198,7 @@ def test_a_resumed_run_that_differs_is_tagged(tmp_path):
     writer.mark("close", 3, status="FINISHED")
     writer.close()
     identity = read_identity(directory)
-    (directory / "run.json").write_bytes(journal.orjson.dumps({**identity, "sinks": ["mlflow", "tensorboard"]}))
+    write_identity(directory, replace(identity, sinks=("mlflow", "tensorboard")))
     told = drain(directory)
     assert mlflow_run(directory)[1].data.tags["trackopt.diverged_at_step"] == "3"
     assert told == ["the resumed run differs from the one before it, first at step 3"]
@@ -222,7 +221,7 @@ def test_histograms_go_to_tensorboard_and_leave_mlflow_alone(tmp_path):
     writer.mark("close", 3, status="FINISHED")
     writer.close()
     identity = read_identity(directory)
-    (directory / "run.json").write_bytes(journal.orjson.dumps({**identity, "sinks": ["mlflow", "tensorboard"]}))
+    write_identity(directory, replace(identity, sinks=("mlflow", "tensorboard")))
     for _ in range(2):
         assert drain(directory) == []
         (directory / "recorder.json").unlink()
@@ -237,7 +236,7 @@ import sys, warnings
 warnings.simplefilter("ignore")
 import trackopt
 from tests.conftest import build
-from trackopt.rundir.directory import read_identity
+from trackopt.rundir.identity import read_identity
 
 if "code" in sys.argv:
     import mlflow
@@ -245,7 +244,7 @@ if "code" in sys.argv:
 model, optimizer, _ = build()
 run = trackopt.wrap(optimizer, dir="run", sinks=())
 run.close()
-print(read_identity(run.dir)["mlflow"])
+print(read_identity(run.dir).mlflow.as_dict())
 """
 
 

@@ -10,7 +10,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 import orjson
@@ -18,7 +18,7 @@ import orjson
 from trackopt.cli import console, servers
 from trackopt.cli.ls import is_running
 from trackopt.errors import RunError
-from trackopt.rundir.directory import IDENTITY, read_identity
+from trackopt.rundir.identity import IDENTITY, RunIdentity, read_identity
 from trackopt.utils.mlflow_uri import redact_credentials
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ _NAMED = 3  # runs that are named
 @dataclass(frozen=True)
 class _Run:
     path: Path
-    identity: dict[str, Any]
+    identity: RunIdentity
 
 
 @click.command("ui")
@@ -102,9 +102,9 @@ def _find(directory: Path) -> list[_Run]:
 def _store(runs: Sequence[_Run]) -> tuple[str, Path] | None:
     """MLflow's store, and where its address is meant from; of several, the one with most of the runs."""
     stores = [
-        (str(run.identity["mlflow"]["tracking_uri"]), Path(run.identity["working_directory"]))
+        (run.identity.mlflow.tracking_uri, Path(run.identity.working_directory))
         for run in runs
-        if "mlflow" in run.identity.get("sinks", ())
+        if "mlflow" in (run.identity.sinks or ())
     ]
     if not stores:
         return None

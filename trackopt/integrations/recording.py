@@ -37,6 +37,7 @@ from trackopt.utils.mlflow_uri import default_tracking
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from trackopt.rundir.identity import RunIdentity
     from trackopt.training.objects import Training
 
 logger = logging.getLogger("trackopt")
@@ -86,13 +87,13 @@ class TelemetrySession:
         self._training = training
         self._sinks = options.sinks if leads and environment.from_environment() is None else ()
         self._directory = RunDirectory(options.dir) if leads else None
-        self._identity: dict[str, Any] = {"id": None, "attempt": 1}
+        identity: RunIdentity | None = None
         try:
             if self._directory is not None:
-                if not self._directory.identity:
+                if self._directory.saved_identity is None:
                     self._directory.initialize(options.name, default_tracking(options.experiment))
                 self._directory.begin_attempt(self._sinks)
-                self._identity = self._directory.identity
+                identity = self._directory.identity
             self._journal = Journal(Path(os.devnull) if self._directory is None else self._directory.journal)
             self._telemetry = MetricsCollector(training, self._journal, options.stats_options)
         except BaseException:
@@ -102,7 +103,9 @@ class TelemetrySession:
         self._already_logged: set[str] = set()  # what the step that a resumed run begins with has already
         self._expected: tuple[str | os.PathLike[str], int] | None = None  # a checkpoint that may not be complete yet
         self.in_iteration = False
-        self._begun = self._identity["attempt"] > 1  # whether there may be records that a return to step 0 supersedes
+        self._run_id = None if identity is None else identity.id
+        self._attempt = 1 if identity is None else identity.attempt
+        self._begun = self._attempt > 1  # whether there may be records that a return to step 0 supersedes
         self._pid = os.getpid()
         self._open = True
         atexit.register(self._at_exit)
@@ -127,10 +130,10 @@ class TelemetrySession:
         """
         self._telemetry.flush()
         self._mark_expected()
-        details: dict[str, Any] = {"attempt": self._identity["attempt"], "pid": os.getpid(), "versions": versions()}
+        details: dict[str, Any] = {"attempt": self._attempt, "pid": os.getpid(), "versions": versions()}
         if state is not None:
             step = self._load(state)
-            if state["run_id"] == self._identity["id"]:
+            if state["run_id"] == self._run_id:
                 details["offset"], later = _history_end(self._journal.path, state["journal_offset"], step)
                 self._already_logged = {*state["pending"]["recorded"], *later}
         elif step:
@@ -138,7 +141,7 @@ class TelemetrySession:
         if step:
             self._journal.mark("resume", step, **details)
             if self._directory is not None:
-                logger.warning("trackopt: resumed %s at step %d", self._identity["name"], step)
+                logger.warning("trackopt: resumed %s at step %d", self._directory.identity.name, step)
         elif self._begun:
             self._journal.mark("resume", 0, **{"offset": 0, **details})
         else:
@@ -187,7 +190,7 @@ class TelemetrySession:
             self._telemetry.flush()
             self._journal.sync()
         return {
-            "run_id": self._identity["id"],
+            "run_id": self._run_id,
             "step": self.step,
             "journal_offset": self._journal.offset,
             **self._telemetry.state_dict(),

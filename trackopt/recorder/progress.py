@@ -11,7 +11,7 @@ import orjson
 
 from trackopt import journal
 from trackopt.errors import RunError
-from trackopt.rundir.directory import read_identity
+from trackopt.rundir.identity import read_identity
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -25,7 +25,7 @@ _NAMES = {"tensorboard": "TensorBoard", "mlflow": "MLflow", "artifacts": "its ar
 def delivered_fraction(directory: Path) -> float:
     """The part of a run's journal that its sinks have, from 0 to 1."""
     try:
-        sinks = read_identity(directory)["sinks"]
+        sinks = read_identity(directory).sinks or ()
         cursors = orjson.loads((directory / CURSORS).read_bytes())
         size = (directory / journal.NAME).stat().st_size
         offsets: list[int] = [cursors[name]["offset"] for name in sinks if name in cursors]
@@ -45,7 +45,7 @@ def progress_bar(directory: Path) -> Iterator[Callable[[], None]]:
 
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     progress = Progress(*columns, console=Console(stderr=True), transient=True)
-    names = " and ".join(_NAMES.get(name, name) for name in read_identity(directory).get("sinks", ()))
+    names = " and ".join(_NAMES.get(name, name) for name in read_identity(directory).sinks or ())
     task = progress.add_task(f"delivering to {names}", total=1.0)
     begin = time.monotonic()
 

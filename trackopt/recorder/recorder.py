@@ -17,7 +17,8 @@ from trackopt.errors import RunError, TrackoptError
 from trackopt.recorder.child_process import LOG
 from trackopt.recorder.delivery import Delivery
 from trackopt.recorder.progress import CURSORS
-from trackopt.rundir.directory import atomic_write, read_identity
+from trackopt.rundir.identity import read_identity
+from trackopt.utils.files import atomic_write
 from trackopt.utils.mlflow_uri import redact_credentials
 
 if TYPE_CHECKING:
@@ -47,10 +48,10 @@ class Recorder:
         identity = read_identity(directory)
         # Relative addresses (of an SQLite file, of artifacts) are meant from where the training ran.
         try:
-            os.chdir(identity["working_directory"])
+            os.chdir(identity.working_directory)
         except OSError:  # the run was brought here from elsewhere
-            self._tell(f"{identity['working_directory']} is gone; what is relative to it is taken to be here")
-        self._names: list[str] = identity.get("sinks", [])  # it was killed before it had any
+            self._tell(f"{identity.working_directory} is gone; what is relative to it is taken to be here")
+        self._names = list(identity.sinks or ())  # it was killed before it had any
         self._journal = directory / journal.NAME
         self._deliveries: dict[str, Delivery | ArtifactUploader] = {}
         self._backoff: dict[str, tuple[float, float]] = {}  # until when, and how long, a failing sink is left alone

@@ -7,6 +7,7 @@ import fcntl
 import getpass
 import posixpath
 import re
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,12 +17,14 @@ from mlflow.entities import Metric, Param, Run, RunTag
 
 from trackopt.recorder.sinks.base import Sink
 from trackopt.recorder.sinks.mlflow_description import run_description
-from trackopt.rundir.directory import CHECKPOINTS, read_identity, update_identity
+from trackopt.rundir.directory import CHECKPOINTS
+from trackopt.rundir.identity import read_identity, update_identity
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from trackopt.journal import Line
+    from trackopt.rundir.identity import RunIdentity
 
 _METRICS = 1000  # MLflow's limits for one request
 _PARAMS = 100
@@ -40,13 +43,13 @@ class MLflowSink(Sink):
 
     def __init__(self, directory: Path) -> None:
         identity = read_identity(directory)
-        target = identity["mlflow"]
-        self._id: str = identity["id"]
-        with _sole_creator(target["tracking_uri"]):
-            self._client = MlflowClient(tracking_uri=target["tracking_uri"])
-            self._run = target.get("run_id") or self._find_or_create(directory, identity)
-        if "run_id" not in target:
-            update_identity(directory, lambda now: {**now, "mlflow": {**now["mlflow"], "run_id": self._run}})
+        target = identity.mlflow
+        self._id = identity.id
+        with _sole_creator(target.tracking_uri):
+            self._client = MlflowClient(tracking_uri=target.tracking_uri)
+            self._run = target.run_id or self._find_or_create(directory, identity)
+        if target.run_id is None:
+            update_identity(directory, lambda now: replace(now, mlflow=replace(now.mlflow, run_id=self._run)))
         self._client.update_run(self._run, status="RUNNING")
 
     def begin(self, marker: Line) -> None:
@@ -78,22 +81,22 @@ class MLflowSink(Sink):
         """Tag the run: MLflow keeps the first value for ever."""
         self._client.log_batch(self._run, tags=[RunTag("trackopt.diverged_at_step", str(step))])
 
-    def _find_or_create(self, directory: Path, identity: dict[str, Any]) -> str:
-        name = identity["mlflow"]["experiment"]
+    def _find_or_create(self, directory: Path, identity: RunIdentity) -> str:
+        name = identity.mlflow.experiment
         found = self._client.get_experiment_by_name(name)
         experiment = found.experiment_id if found else self._client.create_experiment(name)
         if runs := self._runs_in(experiment):
             return str(runs[0].info.run_id)
         tags = {
-            "mlflow.source.name": identity["command"],
+            "mlflow.source.name": identity.command,
             "mlflow.source.type": "LOCAL",
             "mlflow.user": getpass.getuser(),
             "mlflow.note.content": run_description(directory, identity),
-            "trackopt.run_id": identity["id"],
+            "trackopt.run_id": identity.id,
             "trackopt.dir": str(directory),
             "trackopt.checkpoints": str(directory / CHECKPOINTS),
         }
-        return str(self._client.create_run(experiment, tags=tags, run_name=identity["name"]).info.run_id)
+        return str(self._client.create_run(experiment, tags=tags, run_name=identity.name).info.run_id)
 
     def _runs_in(self, experiment: str) -> list[Run]:
         return list(self._client.search_runs([experiment], f"tags.`trackopt.run_id` = '{self._id}'"))

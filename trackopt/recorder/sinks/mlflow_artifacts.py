@@ -14,7 +14,7 @@ from mlflow.utils.rest_utils import http_request
 
 from trackopt import journal
 from trackopt.errors import RunError
-from trackopt.rundir.directory import read_identity
+from trackopt.rundir.identity import read_identity
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -122,11 +122,11 @@ class ArtifactUploader:
         return {path: behind for path, (_, behind) in waiting.items()}, end
 
     def _repository(self) -> ArtifactRepository:
-        target = read_identity(self._directory)["mlflow"]
-        if "run_id" not in target:
+        target = read_identity(self._directory).mlflow
+        if target.run_id is None:
             raise RunError("it has no MLflow run yet")
-        artifacts = MlflowClient(tracking_uri=target["tracking_uri"]).get_run(target["run_id"]).info.artifact_uri
-        return get_artifact_repository(artifacts, tracking_uri=target["tracking_uri"])
+        artifacts = MlflowClient(tracking_uri=target.tracking_uri).get_run(target.run_id).info.artifact_uri
+        return get_artifact_repository(artifacts, tracking_uri=target.tracking_uri)
 
     def _upload(self, path: str) -> bool:
         """Whether it was still there. A directory's files go in the order in which they were written."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, BinaryIO
 from trackopt import journal
 from trackopt.recorder.sinks import tensorboard_events, tensorboard_layout
 from trackopt.recorder.sinks.base import Sink
-from trackopt.rundir.directory import read_identity
+from trackopt.rundir.identity import read_identity
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -49,7 +49,7 @@ class TensorBoardSink(Sink):
             self._open().flush()
         if params := marker.details.get("params"):
             identity = read_identity(self._directory)
-            group = f"{identity['name']} {identity['id'][:8]}"
+            group = f"{identity.name} {identity.id[:8]}"
             (self._file or self._open()).write(tensorboard_layout.session_start(marker.time, group, params))
 
     def write(self, records: Sequence[Line]) -> None:
@@ -70,7 +70,7 @@ class TensorBoardSink(Sink):
 
         A run that was killed or has failed may go on, but its status, once written, would stay: it is left open.
         """
-        resumed = read_identity(self._directory)["attempt"] > 1
+        resumed = read_identity(self._directory).attempt > 1
         step, when, found = tensorboard_layout.results(self._journal, resumed=resumed)
         if self._file is None:
             self._step = step + 1  # everything else is there
