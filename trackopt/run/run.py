@@ -15,6 +15,7 @@ import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from trackopt.checkpoint.meta import RunProgress
 from trackopt.checkpoint.resume import gather_rank_states
 from trackopt.checkpoint.retention import RetentionMarks
 from trackopt.checkpoint.saver import CheckpointSaver, SaveRequest
@@ -96,7 +97,7 @@ class Run:
             training, store, self._journal, collectives, save_options, background=not rehearsing
         )
         self._display = ProgressDisplay(
-            directory.identity["name"], enabled=progress_bar and not rehearsing and collectives.is_rank_zero
+            directory.identity.name, enabled=progress_bar and not rehearsing and collectives.is_rank_zero
         )
         self._epochs = 0  # how many there will be
         self._pass_length: int | None = None  # batches in this pass
@@ -267,7 +268,7 @@ class Run:
         )
         described = params(self._training.optimizers, self._training.schedulers)
         if self._collectives.is_rank_zero:
-            self._store.remove_partial()
+            self._store.folder.remove_partial()
         if resumption is not None:
             self._resume(resumption, details, described)
         elif self._attempt > 1:
@@ -283,33 +284,33 @@ class Run:
         atexit.register(self._at_exit)
 
     def _resume(self, resumption: PendingRestore, details: dict[str, Any], described: dict[str, Any]) -> None:
-        meta = resumption.meta
+        progress = resumption.meta.progress
         self._resumption = resumption
-        self.resumed_from = meta["step"]
-        self._telemetry.load_state_dict(meta)
+        self.resumed_from = progress.step
+        self._telemetry.load_state_dict(progress.telemetry)
         self._position.load_state_dict(
-            meta["position"], self._on_position_restored, divided=resumption.world_size_changed
+            progress.position, self._on_position_restored, divided=resumption.world_size_changed
         )
-        self._saving.latest = (meta["step"], meta["position"])
-        if meta["run_id"] == self._directory.identity["id"]:
+        self._saving.latest = progress
+        if progress.run_id == self._directory.identity.id:
             if self._collectives.is_rank_zero:
-                self._store.discard_after(meta["step"])
-            details = {**details, "offset": meta["journal_offset"]}
+                self._store.folder.discard_after(progress.step)
+            details = {**details, "offset": progress.journal_offset}
         else:  # the first attempt of this run
             details = {**details, "params": described}
-        self._journal.mark("resume", meta["step"], checkpoint=str(resumption.path), **details)
+        self._journal.mark("resume", progress.step, checkpoint=str(resumption.path), **details)
         logger.warning(
             "trackopt: resumed %s at step %d (epoch %d, batch %d)",
-            self._directory.identity["name"],
-            meta["step"],
-            meta["epoch"],
-            meta["batch"],
+            self._directory.identity.name,
+            progress.step,
+            progress.epoch,
+            progress.batch,
         )
         if resumption.world_size_changed:
             logger.warning(
                 "trackopt: saved with world size %d, resumed with %d: weights, optimizers and schedulers are the same, "
                 "batches and random numbers are others from here on",
-                meta.get("world", 1),
+                progress.world_size,
                 self._collectives.world_size,
             )
 
@@ -317,7 +318,7 @@ class Run:
         """The loop is where the checkpoint was taken: undo what it did, and logged, a second time on its way there."""
         assert self._resumption is not None  # noqa: S101 - for mypy: there was a checkpoint
         self._resumption.reapply()
-        self._telemetry.load_pending(self._resumption.meta)
+        self._telemetry.load_pending(self._resumption.meta.progress.telemetry)
 
     def _end_iteration(self) -> None:
         before = self._telemetry.recorded
@@ -342,7 +343,7 @@ class Run:
             batches=self._pass_length,
             step=self.global_step,
             metrics=self._telemetry.latest,
-            saved=self._saving.latest[0],
+            saved=self._saving.latest.step,
         )
 
     def _at_safe_point(self, *, epoch_done: bool = False) -> None:
@@ -383,7 +384,7 @@ class Run:
         logger.warning(
             "trackopt: stopped at step %d; the newest checkpoint is of step %d",
             self.global_step,
-            self._saving.latest[0],
+            self._saving.latest.step,
         )
         raise SystemExit(self._signals.exit_code)
 
@@ -404,29 +405,26 @@ class Run:
         self._signals.agreed_signal = signal.Signals(found[0]) if found else None
         return bool(found)
 
-    def _checkpoint_metadata(self, *, epoch_done: bool = False) -> dict[str, Any]:
+    def _checkpoint_metadata(self, *, epoch_done: bool = False) -> RunProgress:
         """Where the run stands, for a checkpoint."""
         position = self._position.state_dict(epoch_done=epoch_done)
         self._telemetry.flush()
         telemetry = self._telemetry.state_dict()
-        several: dict[str, Any] = {}
-        if self._collectives.world_size > 1:
-            others = gather_rank_states(self._collectives, self._training, position, telemetry)
-            several = {"world": self._collectives.world_size, "ranks": others}
-        return {
-            "run_id": self._directory.identity["id"],
-            "name": self._directory.identity["name"],
-            "step": self.global_step,
-            "epoch": position["epoch"],
-            "batch": position["batch"],
-            "attempt": self._attempt,
-            "journal_offset": self._journal.offset,
-            "position": position,
-            "groups": self._group_counts,
-            "settings": self._scheduler_configs,
-            **telemetry,
-            **several,
-        }
+        several = self._collectives.world_size > 1
+        return RunProgress(
+            run_id=self._directory.identity.id,
+            name=self._directory.identity.name,
+            step=self.global_step,
+            epoch=position["epoch"],
+            batch=position["batch"],
+            attempt=self._attempt,
+            journal_offset=self._journal.offset,
+            position=position,
+            groups=self._group_counts,
+            scheduler_configs=self._scheduler_configs,
+            telemetry=telemetry,
+            ranks=gather_rank_states(self._collectives, self._training, position, telemetry) if several else (),
+        )
 
     def _close(self, status: str, error: BaseException | None = None, *, wait: bool = True) -> None:
         if not self._is_open:
@@ -474,11 +472,11 @@ class Run:
         """Whether anything happened since the latest checkpoint."""
         if self._position.is_fast_forwarding:
             return False
-        step, position = self._saving.latest
-        if self._saving.due or self.global_step != step:
+        latest = self._saving.latest
+        if self._saving.due or self.global_step != latest.step:
             return True
         now = self._position.state_dict(epoch_done=False)
-        return step > 0 and any(now[key] != position[key] for key in ("epoch", "pass", "batch"))
+        return latest.step > 0 and any(now[key] != latest.position[key] for key in ("epoch", "pass", "batch"))
 
     def _at_exit(self) -> None:
         """The script ended without ``close``: by its last line, or by an exception that nobody caught."""

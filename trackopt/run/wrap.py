@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from torch.nn.parallel import DistributedDataParallel
 
 from trackopt import remote
+from trackopt.checkpoint.meta import KEY, CheckpointMeta
+from trackopt.checkpoint.reader import load_unverified
 from trackopt.checkpoint.resume import PendingRestore, find_resume_checkpoint, select_rank_state
 from trackopt.checkpoint.retention import Retention
 from trackopt.checkpoint.saver import SaveOptions
-from trackopt.checkpoint.store import CheckpointStore, load_unverified
+from trackopt.checkpoint.store import CheckpointStore
 from trackopt.distributed.collectives import Collectives, current_collectives
 from trackopt.distributed.consistency import check_consistency
 from trackopt.errors import RunError, UsageError
@@ -149,14 +151,15 @@ def wrap(
         found, resumption, left_out = _find_checkpoint(collectives, directory, store, resume), None, []
         if found is not None:
             tree = select_rank_state(found[1], training, collectives)
-            resumption = PendingRestore(training, found[0], tree["trackopt"], collectives=collectives, strict=strict)
+            meta = CheckpointMeta.from_dict(tree[KEY])
+            resumption = PendingRestore(training, found[0], meta, collectives=collectives, strict=strict)
             left_out = _run_on_all(collectives, partial(resumption.apply, tree))
-        if not directory.identity:
+        if directory.saved_identity is None:
             _run_on_all(
                 collectives,
                 lambda: directory.initialize(name, default_tracking(experiment)) if collectives.is_rank_zero else None,
             )
-            directory.identity = collectives.broadcast(directory.identity)
+            directory.saved_identity = collectives.broadcast(directory.saved_identity)
         run = _run_on_all(
             collectives,
             lambda: Run(
@@ -193,8 +196,9 @@ def _check(training: Training, *options: Any, upload_checkpoints: bool) -> None:
 def _open_directory(collectives: Collectives, chosen: str | os.PathLike[str] | None) -> RunDirectory:
     """The run's directory, held by rank 0; the others learn from it which one that is."""
     directory = _run_on_all(collectives, lambda: RunDirectory(chosen) if collectives.is_rank_zero else None)
-    path, identity = collectives.broadcast(("", {}) if directory is None else (str(directory.path), directory.identity))
-    return directory or ReadOnlyRunDirectory(Path(path), identity)
+    own = (Path(), None) if directory is None else (directory.path, directory.saved_identity)
+    path, identity = collectives.broadcast(own)
+    return directory or ReadOnlyRunDirectory(path, identity)
 
 
 def _find_checkpoint(
