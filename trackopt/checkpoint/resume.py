@@ -101,7 +101,7 @@ class PendingRestore:
 
 
 def gather_rank_states(
-    collectives: Collectives, training: Training, position: Mapping[str, Any], telemetry: Mapping[str, Any]
+    collectives: Collectives, training: Training, position: dict[str, Any], telemetry: Mapping[str, Any]
 ) -> Sequence[RankState]:
     """Gather the states of all ranks but rank 0 that differ from rank 0's.
 
