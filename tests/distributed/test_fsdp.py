@@ -120,7 +120,7 @@ def test_a_file_and_a_directory_of_the_same_state_are_equal(saved, tmp_path):
     """`diff` says so of the state of two processes and the same in one; `open` reads the directory like a file."""
     folder, _ = saved
     directory = folder / "two" / "checkpoints" / "step-00000006"
-    tree, (model, optimizer, scheduler) = load(directory), train_sharded.build("plain")
+    tree, (model, optimizer, scheduler) = load(directory), train_sharded.make_training("plain")
     assert trackopt.restore(directory, model=model, optimizer=optimizer, scheduler=scheduler).step == 6
     rng.restore(tree["rng"])
     progress = replace(CheckpointMeta.from_dict(tree["trackopt"]).progress, ranks=())

@@ -22,7 +22,7 @@ run = trackopt.wrap(optimizer, scheduler, dir=sys.argv[1])
 for _ in range(100):
     run.step(loss=train_step(model, optimizer, scheduler))
 for step in range(101, 1501):
-    run._journal.record(step, {f"a/{i}": step + i for i in range(20)})
+    run._loop.attempt.journal.record(step, {f"a/{i}": step + i for i in range(20)})
 print("closing", flush=True)
 run.close(wait="nowait" not in sys.argv)
 print("closed", flush=True)

@@ -52,7 +52,7 @@ while True:
     for _ in range(5):
         run.step(loss=train_step(model, optimizer, scheduler))
     run.save(wait=True)
-    print(run._recorder._process.pid, flush=True)
+    print(run._loop.attempt._recorder._process.pid, flush=True)
     if sys.stdin.readline() == "end\\n":
         break
 run.close()

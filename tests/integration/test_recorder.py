@@ -42,7 +42,7 @@ for epoch in run.epochs(3):
             os.kill(os.getpid(), signal.SIGKILL)
     run.log(accuracy=epoch / 3)
 if os.environ.get("KILL_RECORDER"):
-    os.kill(run._recorder._process.pid, signal.SIGKILL)
+    os.kill(run._loop.attempt._recorder._process.pid, signal.SIGKILL)
 if os.environ.get("FAIL"):
     raise RuntimeError("the end")
 run.close()

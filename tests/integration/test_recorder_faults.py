@@ -38,7 +38,7 @@ on = True
 while on:
     for _ in range(10):
         run.step(loss=train_step(model, optimizer, scheduler))
-    print(run._recorder._process.pid if run._recorder else 0, flush=True)
+    print(run._loop.attempt._recorder._process.pid if run._loop.attempt._recorder else 0, flush=True)
     on = sys.stdin.readline().strip() != "end"
 run.close()
 print(hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in model.parameters())).hexdigest())
@@ -290,7 +290,7 @@ torch.set_num_threads(1)
 def train(told):
     model, optimizer, scheduler = make_training()
     run = trackopt.wrap(optimizer, scheduler, model=model, dir=directory, save_every=5)
-    os.write(told, b"%9d\\n" % run._recorder._process.pid)
+    os.write(told, b"%9d\\n" % run._loop.attempt._recorder._process.pid)
     for epoch in run.epochs(30):
         for _ in run.batches(range(10)):
             run.log(loss=train_step(model, optimizer, scheduler))

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from trackopt.rehearsal.diagnosis import Diagnosis
     from trackopt.rehearsal.divergence import Divergence
-    from trackopt.rehearsal.rehearse import Rehearsal, RunFacts, Tell
+    from trackopt.rehearsal.rehearse import OnProgress, Rehearsal, RunFacts
 
 _FEW = 8
 _NOT_EXACT = 1
@@ -60,7 +60,7 @@ def command(kills: int | None, at: tuple[int, ...], seed: int, as_json: bool, co
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # or the training would be left behind
     try:
         with _progress() as tell:
-            found = rehearse(command, kills=kills or KILLS, at=at, seed=seed, tell=tell)
+            found = rehearse(command, kills=kills or KILLS, at=at, seed=seed, on_progress=tell)
     except CommandError as error:
         for line in error.output_tail:
             click.echo(f"  {console.sanitize(line)}", err=True)
@@ -73,7 +73,7 @@ def command(kills: int | None, at: tuple[int, ...], seed: int, as_json: bool, co
 
 
 @contextmanager
-def _progress() -> Iterator[Tell]:
+def _progress() -> Iterator[OnProgress]:
     """A bar on stderr, if that is a terminal."""
     if not sys.stderr.isatty():
         yield lambda *_: None

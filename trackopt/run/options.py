@@ -1,4 +1,4 @@
-"""The options of ``wrap``; invalid ones are refused before anything is touched."""
+"""Validation of the options of ``wrap``, before anything is changed."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def validate_options(
     *,
     upload_checkpoints: bool = False,
 ) -> None:
-    """Refuse options that mean nothing.
+    """Check the options.
 
     Raises:
-        UsageError: The first thing that is wrong.
+        UsageError: For the first invalid option.
     """
     if unknown := set(sinks) - set(SINKS):
         raise UsageError(f"unknown sink {min(unknown)!r}; choose from {', '.join(SINKS)}")
