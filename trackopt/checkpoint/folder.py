@@ -7,11 +7,11 @@ import logging
 import shutil
 from typing import TYPE_CHECKING
 
-from trackopt import locations
 from trackopt.checkpoint import sharded
 from trackopt.checkpoint.reader import load
 from trackopt.checkpoint.writer import PARTIAL_SUFFIX
 from trackopt.errors import CheckpointError, MismatchError
+from trackopt.rundir.checkpoints import list_checkpoints
 from trackopt.utils.files import fsync_directory
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class CheckpointFolder:
             CheckpointError: The folder cannot be listed.
         """
         try:
-            return locations.checkpoints(self.path) if self.path.exists() else {}
+            return list_checkpoints(self.path) if self.path.exists() else {}
         except OSError as error:
             raise CheckpointError(f"{self.path}: cannot be listed ({error.strerror}); check the disk") from error
 

@@ -12,7 +12,14 @@ import numpy as np
 import torch
 
 from trackopt.archive.io.checksums import crc32
-from trackopt.archive.io.zip_writer import FRAME, ZipEntry, central_directory, directory_size, plan_entries
+from trackopt.archive.io.zip_writer import (
+    ZipEntry,
+    central_directory,
+    constant_records,
+    directory_size,
+    plan_entries,
+    serialization_id,
+)
 from trackopt.checkpoint.pickler import dump_tree
 from trackopt.errors import CheckpointError
 
@@ -46,9 +53,9 @@ class Staging:
         size = entries[-1].end + directory_size(entries)
         memory = self._reserve(size)
         for entry in entries:
-            memory[entry.header : entry.data] = entry.local()
+            memory[entry.header : entry.data] = entry.local_header()
         small = [*entries[:4], entries[-2]]
-        for entry, content in zip(small, (pickle, *FRAME), strict=True):
+        for entry, content in zip(small, (pickle, *constant_records()), strict=True):
             memory[entry.data : entry.stop] = content
         for entry, storage in zip(entries[4:-2], storages, strict=True):
             _copy(storage, memory, entry)
@@ -91,14 +98,13 @@ class Staged:
         crcs: list[int] = []
         for entry in self._entries[:-1]:
             crcs.append(crc32(self.memory[entry.data : entry.stop]))
-            self.memory[entry.stop : entry.end] = entry.descriptor(crcs[-1])
+            self.memory[entry.stop : entry.end] = entry.data_descriptor(crcs[-1])
             yield entry.end
         last = self._entries[-1]
-        names_crc = crc32(b"".join(entry.name for entry in self._entries))
-        identity = f"{names_crc:020d}{crc32(repr(crcs).encode()):020d}".encode()
+        identity = serialization_id(self._entries, crcs)
         self.memory[last.data : last.stop] = identity
         crcs.append(crc32(identity))
-        self.memory[last.stop : last.end] = last.descriptor(crcs[-1])
+        self.memory[last.stop : last.end] = last.data_descriptor(crcs[-1])
         self.memory[last.end : self.size] = central_directory(self._entries, crcs)
         yield self.size
 

@@ -160,7 +160,7 @@ def test_a_directory_that_cannot_be_listed_stops_no_training(monkeypatch, caplog
 
     run.save(wait=True)
     with monkeypatch.context() as broken:
-        broken.setattr(folder.locations, "checkpoints", fail)
+        broken.setattr(folder, "list_checkpoints", fail)
         step()
         run.save()
     assert "Input/output error" in caplog.text
