@@ -9,7 +9,8 @@ import click
 import orjson
 
 from trackopt.errors import TrackoptError
-from trackopt.rundir.directory import RunDirectory, read_identity
+from trackopt.rundir.directory import RunDirectory
+from trackopt.rundir.identity import read_identity
 
 
 @click.command("sync")

@@ -18,7 +18,7 @@ import orjson
 from trackopt.cli import console, servers
 from trackopt.cli.ls import is_running
 from trackopt.errors import RunError
-from trackopt.rundir.directory import IDENTITY, read_identity
+from trackopt.rundir.identity import IDENTITY, read_identity
 from trackopt.utils.mlflow_uri import redact_credentials
 
 if TYPE_CHECKING:
@@ -124,9 +124,9 @@ def _find_runs(directory: Path) -> list[_Run]:
 
 def _read_run(path: Path) -> _Run:
     identity = read_identity(path)
-    if "mlflow" not in identity.get("sinks", ()):
+    if "mlflow" not in (identity.sinks or ()):
         return _Run(path, None)
-    return _Run(path, _Store(str(identity["mlflow"]["tracking_uri"]), Path(identity["working_directory"])))
+    return _Run(path, _Store(str(identity.mlflow.tracking_uri), Path(identity.working_directory)))
 
 
 def _choose_store(runs: Sequence[_Run]) -> _Store | None:

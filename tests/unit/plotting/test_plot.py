@@ -23,6 +23,7 @@ from trackopt.errors import RunError, UsageError
 from trackopt.plotting.panels import build_panels
 from trackopt.plotting.run_series import RunReader, RunSeries
 from trackopt.rundir.directory import RunDirectory
+from trackopt.utils.mlflow_uri import default_tracking
 
 STEPS = 30
 
@@ -108,7 +109,7 @@ def test_pictures_can_be_opened(runs, run_cli, tmp_path):
         (["seed-0/run.json"], "has no journal"),
         (["seed-0", "other"], "no series 'loss'"),
         (["seed-0", "--metric", "los"], r"did you mean loss\?"),
-        (["other"], "there is error"),
+        (["other"], "available: error"),
     ],
 )
 def test_bad_input_is_told_in_one_line(arguments, words, runs, run_cli):
@@ -173,7 +174,7 @@ def test_a_resumed_run_is_what_counts(tmp_path):
 def test_a_run_that_is_going_on_is_followed(tmp_path):
     """A pipe gets what there is when the run is closed."""
     going = RunDirectory(tmp_path / "live")  # its lock says that somebody trains
-    going.initialize("live", {})
+    going.initialize("live", default_tracking(None))
     writer = journal.Journal(going.journal)
     writer.mark("start", 0, params={})
     writer.record(1, {"loss": 1.0})
@@ -196,7 +197,7 @@ def test_ctrl_c_ends_the_following(command, tmp_path):
     """On a terminal: drawn again as lines come, and left with the cursor on."""
     pty = pytest.importorskip("pty")
     going = RunDirectory(tmp_path / "live")
-    going.initialize("live", {})
+    going.initialize("live", default_tracking(None))
     writer = journal.Journal(going.journal)
     writer.mark("start", 0, params={})
     writer.record(1, {"loss": 1.0})
