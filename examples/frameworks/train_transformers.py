@@ -33,9 +33,8 @@ def main():
         "output", num_train_epochs=5, per_device_train_batch_size=32, learning_rate=0.03, save_steps=20,
         logging_steps=1, report_to=[], use_cpu=True, dataloader_pin_memory=False,
     )  # fmt: skip
-    trainer = Trainer(
-        Classifier(), arguments, train_dataset=rows, callbacks=[TrackoptCallback(dir="runs/transformers")]
-    )
+    callback = TrackoptCallback(dir="runs/transformers")
+    trainer = Trainer(Classifier(), arguments, train_dataset=rows, callbacks=[callback])
     trainer.train(resume_from_checkpoint=get_last_checkpoint("output") if Path("output").is_dir() else None)
 
 
