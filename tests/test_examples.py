@@ -68,7 +68,7 @@ def test_an_example_runs_small(name, size, says):
 @pytest.mark.usefixtures("mlflow_store")
 def test_the_script_of_the_guides_resumes():
     """What the README's quickstart shows, whole."""
-    done = python(killed.__file__, str(EXAMPLES / "train.py"), "230", "trackopt.wrapping")
+    done = python(killed.__file__, str(EXAMPLES / "train.py"), "230", "sklearn.datasets")
     assert done.returncode == 0, done.stderr
     assert_one_history("digits", {100, 200}, 900, done.stderr)
 
