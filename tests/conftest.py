@@ -155,7 +155,7 @@ def drain(directory: Path) -> list[str]:
     from trackopt.recorder.recorder import Recorder
 
     told: list[str] = []
-    with quietly(), Recorder(directory, tell=told.append) as recorder:
+    with quietly(), Recorder(directory, notify=told.append) as recorder:
         recorder.drain()
     return told
 
@@ -180,7 +180,7 @@ def mlflow_run(directory: Path):
     """The MLflow run of a run's directory, and its client."""
     from mlflow import MlflowClient
 
-    from trackopt.directory import read_identity
+    from trackopt.rundir.directory import read_identity
 
     target = read_identity(directory)["mlflow"]
     client = MlflowClient(target["tracking_uri"])

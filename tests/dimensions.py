@@ -116,7 +116,7 @@ def stepped(model, optimizer, batch):
 
 def die(run):
     """The planned death, in the middle of an iteration."""
-    if run.ledger.iterations == KILL:
+    if run.step_counts.iterations == KILL:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -195,7 +195,7 @@ def accumulation(directory):
     loader = DataLoader(Noisy(), 5, shuffle=True)
     with trackopt.wrap(optimizer, model=model, dir=directory, save_every=1, sinks=()) as run:
         for _ in run.epochs(4):
-            for number, batch in enumerate(run.batches(loader), run.ledger.iterations + 1):
+            for number, batch in enumerate(run.batches(loader), run.step_counts.iterations + 1):
                 loss = error(model, batch)
                 loss.backward()
                 run.log(loss=loss)
@@ -214,7 +214,7 @@ def scaler(directory):
     loader = DataLoader(Noisy(), 5, shuffle=True)
     with trackopt.wrap(optimizer, scheduler, model=model, dir=directory, save_every=3, sinks=(), scaler=scaler) as run:
         for _ in run.epochs(4):
-            for number, batch in enumerate(run.batches(loader), run.ledger.iterations):
+            for number, batch in enumerate(run.batches(loader), run.step_counts.iterations):
                 optimizer.zero_grad()
                 loss = error(model, batch) * (float("inf") if number % 7 == 3 else 1)
                 scaler.scale(loss).backward()
@@ -328,7 +328,7 @@ def two_optimizers(directory):
     loader = DataLoader(Plain(), 5, shuffle=True)
     with trackopt.wrap(optimizers, schedulers, model=models, dir=directory, save_every=3, sinks=()) as run:
         for _ in run.epochs(4):
-            for number, (x, _) in enumerate(run.batches(loader), run.ledger.iterations):
+            for number, (x, _) in enumerate(run.batches(loader), run.step_counts.iterations):
                 fake = models["generator"](torch.randn(5, 3))
                 loss = models["critic"](fake.detach()).mean() - models["critic"](x).mean()
                 loss.backward()

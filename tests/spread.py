@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import trackopt
 
 PATIENCE = timedelta(seconds=20)
-OPTIONS = {"sinks": (), "save_every": 3, "keep": 9, "progress": False}
+OPTIONS = {"sinks": (), "save_every": 3, "keep": 9, "progress_bar": False}
 
 
 def build(kind, dropout=0.0):

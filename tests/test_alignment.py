@@ -14,13 +14,13 @@ from torch import nn
 import trackopt
 from tests.checkpoints import saved, trained
 from tests.test_difference_formats import base, reorder_groups
-from trackopt.difference.alignment import folded
+from trackopt.analysis.diff.alignment import normalize_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from trackopt.difference import Difference
+    from trackopt.analysis.diff import Difference
 
 Tree = dict[str, Any]
 
@@ -38,7 +38,7 @@ def test_prefixes_of_wrappers_are_folded_and_told(prefix: str, tmp_path: Path) -
     for a, b in ((base(), with_names(base(), prefix.__add__)), (with_names(base(), prefix.__add__), base())):
         found = compared(a, b, tmp_path)
         assert found.equal
-        (note,) = found.story.notes
+        (note,) = found.training.notes
         assert prefix in note
         assert "0.weight in" in note
 
@@ -67,7 +67,7 @@ def test_names_that_both_have_are_not_folded(tmp_path: Path) -> None:
 
 @given(st.lists(st.sampled_from(["module", "model", "_orig_mod", "a", "weight"]), min_size=1).map(".".join))
 def test_folding_is_done_once_and_for_all(name: str) -> None:
-    assert folded(folded(name)) == folded(name)
+    assert normalize_name(normalize_name(name)) == normalize_name(name)
 
 
 def test_parameters_that_are_called_otherwise_are_told(tmp_path: Path) -> None:
@@ -127,7 +127,7 @@ def test_parameters_in_another_order_within_a_group_are_one_change(tmp_path: Pat
 def test_an_optimizer_without_names_is_compared_by_order_and_that_is_told(tmp_path: Path) -> None:
     found = compared(base(), {"optimizer": base()["optimizer"]}, tmp_path)
     assert not [change for change in found.changes if change.part == "optimizer"]
-    assert "B's optimizer names no parameters" in found.story.notes[0]
+    assert "B's optimizer names no parameters" in found.training.notes[0]
 
 
 def test_several_optimizers_are_compared_by_name(tmp_path: Path) -> None:
@@ -146,7 +146,7 @@ def test_an_average_of_the_weights_does_not_pass_for_them(tmp_path: Path) -> Non
     b = {"model": {"w": torch.ones(2)}, "ema": {"w": torch.ones(2)}}
     found = compared(a, b, tmp_path)
     assert [change.path for change in found.changes] == ["ema.w"]
-    assert found.story.weights is None
+    assert found.training.weights is None
 
 
 @pytest.mark.parametrize(

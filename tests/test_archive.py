@@ -19,9 +19,11 @@ from hypothesis import strategies as st
 
 import trackopt
 from tests.checkpoints import Call, one_line, peak, pickled, refusal, saved, trained, zipped
-from trackopt.archive import Opaque, Tensor, locate, nodes
-from trackopt.archive.bounds import Broken, bounded
+from trackopt.archive import tree
+from trackopt.archive.tree import Tensor, UnknownObject
+from trackopt.archive.unpickler.limits import MalformedPickle, check_limits
 from trackopt.errors import ArchiveError
+from trackopt.locations import resolve
 
 FLOAT8 = ["float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu"]
 PLAIN = [
@@ -222,10 +224,10 @@ def test_a_run_stands_for_its_newest_checkpoint_and_at_names_a_step(tmp_path: Pa
     for step in (5, 40, 300):
         saved({"step": step}, folder / f"step-{step:08d}.pt")
     (folder / "step-00000500.pt.part").touch()
-    assert locate(tmp_path / "run").name == "step-00000300.pt"
-    assert locate(f"{tmp_path}/run@40").name == "step-00000040.pt"
+    assert resolve(tmp_path / "run").name == "step-00000300.pt"
+    assert resolve(f"{tmp_path}/run@40").name == "step-00000040.pt"
     with pytest.raises(ArchiveError, match=r"no checkpoint at step 41; there is 5, 40, 300$"):
-        locate(f"{tmp_path}/run@41")
+        resolve(f"{tmp_path}/run@41")
 
 
 @pytest.mark.parametrize("place", ["missing.pt", "missing@3", ".", "nul\0byte", "x" * 5000])
@@ -356,7 +358,7 @@ def test_a_value_that_contains_itself_is_cut(tmp_path: Path) -> None:
     table["self"] = table
     with trackopt.open(zipped(pickled({"list": loop, "dict": table}), tmp_path / "t.pt")) as archive:
         assert repr(archive.tree["list"]) == "[1, <cycle>]"
-        assert len(list(nodes.walk(archive.tree))) == 3
+        assert len(list(tree.walk(archive.tree))) == 3
 
 
 @pytest.mark.parametrize("protocol", [0, 2, 4])
@@ -367,7 +369,7 @@ def test_nothing_in_a_file_is_run(function: Any, protocol: int, tmp_path: Path) 
     data = pickled({"x": Call(function, argument)}, protocol)
     with trackopt.open(zipped(data, tmp_path / "t.pt")) as archive:
         node = archive.tree["x"]
-        assert isinstance(node, Opaque)
+        assert isinstance(node, UnknownObject)
         assert node.args == (argument,)
         assert node.name in archive.globals
     assert not canary.exists()
@@ -421,7 +423,7 @@ def test_a_tensor_without_its_record_is_one_line_and_the_rest_is_read(tmp_path: 
     assert "'9' is missing" in one_line(lambda: read_all(path))
     with trackopt.open(path) as archive:
         assert isinstance(archive.tree, Tensor)
-        assert len(list(archive.misfits())) == 1
+        assert len(list(archive.out_of_bounds_tensors())) == 1
 
 
 def test_an_honest_tensor_made_by_the_same_hand_reads(tmp_path: Path) -> None:
@@ -450,7 +452,7 @@ def test_a_header_that_contradicts_the_directory_is_told(tmp_path: Path) -> None
     path = zipped(pickled(1), tmp_path / "t.pt")
     path.write_bytes(path.read_bytes().replace(b"archive/version", b"archive/vershun", 1))  # the local name only
     with trackopt.open(path) as archive:
-        assert any("own header" in line for line in archive.source.damaged())
+        assert any("own header" in line for line in archive.source.verify_checksums())
 
 
 def test_a_record_that_unpacks_to_more_than_it_says_is_one_line(tmp_path: Path) -> None:
@@ -517,21 +519,21 @@ def test_values_that_hold_each_other_too_often_are_refused() -> None:
     nested: list[Any] = [1] * 10
     for _ in range(5):
         nested = [nested] * 10
-    with pytest.raises(Broken, match="hold each other so often that they stand for 1,111,111"):
-        bounded(nested)
+    with pytest.raises(MalformedPickle, match="hold each other so often that they stand for 1,111,111"):
+        check_limits(nested)
     flat = list(range(1_000_000))
-    assert bounded(flat) is flat
+    assert check_limits(flat) is flat
 
 
 def test_parts_of_parts_are_counted_as_often_as_they_stand_there() -> None:
     """A sparse tensor is small, and its parts would be visited at each of the places that it stands at."""
-    storage = nodes.Storage("0", "float32", "cpu", 4)
+    storage = tree.Storage("0", "float32", "cpu", 4)
     part = Tensor(storage, "float32", (1,), (1,))
-    inner = nodes.Compound("torch.nested", "float32", (), {str(index): part for index in range(16)})
-    outer = nodes.Compound("torch.nested", "float32", (), {str(index): inner for index in range(16)})
-    assert bounded([outer] * 10)
-    with pytest.raises(Broken, match="describes more than"):
-        bounded([outer] * 100_000)
+    inner = tree.TensorSubclass("torch.nested", "float32", (), {str(index): part for index in range(16)})
+    outer = tree.TensorSubclass("torch.nested", "float32", (), {str(index): inner for index in range(16)})
+    assert check_limits([outer] * 10)
+    with pytest.raises(MalformedPickle, match="describes more than"):
+        check_limits([outer] * 100_000)
 
 
 def test_a_shape_beyond_any_array_is_refused(tmp_path: Path) -> None:

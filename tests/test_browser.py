@@ -13,7 +13,7 @@ from playwright.sync_api import expect, sync_playwright
 
 from tests.conftest import run_script
 from trackopt import journal
-from trackopt.directory import read_identity
+from trackopt.rundir.directory import read_identity
 
 SCRIPT = """
 import torch, trackopt

@@ -11,9 +11,13 @@ from torch import nn
 import trackopt
 from tests.conftest import build, run_script, train_step
 from trackopt import CheckpointError, MismatchError, UsageError, journal
-from trackopt.checkpoint import Store, Training, capture, restore, rng
+from trackopt.checkpoint.apply import restore
 from trackopt.checkpoint.retention import Retention
-from trackopt.checkpoint.saved import of_run
+from trackopt.checkpoint.saved_state import from_run
+from trackopt.checkpoint.snapshot import capture
+from trackopt.checkpoint.store import CheckpointStore
+from trackopt.training import rng
+from trackopt.training.objects import Training
 
 
 def trained(directory="run", steps=6, **options):
@@ -253,7 +257,7 @@ def test_optimizer_state_finds_its_parameter_by_name():
     tree = capture(Training(model, optimizer), {})
     other, _, _ = build()
     reversed_optimizer = torch.optim.AdamW(reversed(list(other.named_parameters())))
-    restore(Training(other, reversed_optimizer), of_run(tree), Path("x.pt"))
+    restore(Training(other, reversed_optimizer), from_run(tree), Path("x.pt"))
     for (name, one), (_, two) in zip(model.named_parameters(), other.named_parameters(), strict=True):
         saved, loaded = optimizer.state[one], reversed_optimizer.state[two]
         assert torch.equal(saved["exp_avg"], loaded["exp_avg"]), name
@@ -270,7 +274,7 @@ def test_moments_keep_the_dtype_they_had():
         state["exp_avg"] = state["exp_avg"].float() + 1e-4
     tree = copy.deepcopy(capture(Training(model, optimizer), {}))
     other = torch.optim.AdamW(model.parameters())
-    restore(Training(model, other), of_run(tree), Path("x.pt"))
+    restore(Training(model, other), from_run(tree), Path("x.pt"))
     for parameter in model.parameters():
         assert torch.equal(other.state[parameter]["exp_avg"], optimizer.state[parameter]["exp_avg"])
 
@@ -338,7 +342,7 @@ def test_a_newer_format_is_refused():
     tree["trackopt"]["format"] = 99
     torch.save(tree, "run/checkpoints/step-00000006.pt")
     with pytest.raises(MismatchError, match="newer trackopt"):
-        Store(Path("run/checkpoints"), Retention()).newest()
+        CheckpointStore(Path("run/checkpoints"), Retention()).load_latest()
 
 
 def test_what_an_optimizer_keeps_beside_its_parameters_is_put_back(training):

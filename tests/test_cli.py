@@ -14,7 +14,7 @@ import torch
 
 from tests.checkpoints import pickled, saved, trained, zipped
 from trackopt import cli
-from trackopt.cli import screen
+from trackopt.cli import console
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -378,14 +378,14 @@ def test_the_version_is_printed() -> None:
     [(0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (1 << 30, "1.0 GiB"), (5 << 40, "5.0 TiB")],
 )
 def test_sizes_have_units(count: int, text: str) -> None:
-    assert screen.size(count) == text
+    assert console.size(count) == text
 
 
 @pytest.mark.parametrize(
     ("part", "text"), [(0, "0 %"), (1e-9, "< 0.01 %"), (0.029, "2.9 %"), (0.999999, "99.99 %"), (1, "100 %")]
 )
 def test_a_share_is_100_percent_only_if_it_is_all(part: float, text: str) -> None:
-    assert screen.share(part) == text
+    assert console.format_percent(part) == text
 
 
 def test_verify_ends_with_0_1_or_2(tmp_path: Path, run_directory: Path) -> None:

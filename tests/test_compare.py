@@ -14,9 +14,9 @@ from rich.cells import cell_len
 from tests.test_cli import ESCAPE, fails
 from tests.test_plot import STEPS, train
 from trackopt import journal
-from trackopt.curves.comparison import compare
-from trackopt.curves.series import Tracked
 from trackopt.errors import UsageError
+from trackopt.plotting.comparison import compare
+from trackopt.plotting.run_series import RunSeries
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def tracked(name, losses, *, params=None, seconds=0.5, **series):
     """A run as a journal would tell it."""
     points = list(enumerate(losses, 1))
     times = [(step, seconds) for step, _ in points]
-    return Tracked(
+    return RunSeries(
         name, name, "finished", params or {}, {"loss": points, **series}, times, frozenset({"loss", *series})
     )
 

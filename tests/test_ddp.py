@@ -17,7 +17,7 @@ from tests import several
 from tests.conftest import run_script
 from tests.test_resume import assert_same, final_state
 from trackopt import journal
-from trackopt.directory import RunDirectory
+from trackopt.rundir.directory import RunDirectory
 
 SCRIPT = Path(several.__file__)
 TORCHRUN = [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc-per-node=2"]

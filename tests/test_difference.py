@@ -15,7 +15,7 @@ import trackopt
 from tests.checkpoints import saved, trained
 
 if TYPE_CHECKING:
-    from trackopt.difference import Difference
+    from trackopt.analysis.diff import Difference
 
 
 def compared(a: Any, b: Any, folder: Path) -> Difference:
@@ -32,7 +32,7 @@ def test_a_checkpoint_equals_itself_and_its_copy(tmp_path: Path) -> None:
     assert found.equal
     assert found.ignored == ()
     assert found.as_dict()["summary"] == {"added": 0, "removed": 0, "changed": 0, "same": found.same}
-    assert found.story.weights is None
+    assert found.training.weights is None
 
 
 def test_who_wrote_a_file_is_told_but_is_no_difference(tmp_path: Path) -> None:
@@ -50,7 +50,7 @@ def test_who_wrote_a_file_is_told_but_is_no_difference(tmp_path: Path) -> None:
     assert set(found.ignored) == {
         f"trackopt.{key}" for key in ("run_id", "name", "time", "attempt", "journal_offset", "keep")
     }
-    assert found.story.same_run is False
+    assert found.training.same_run is False
 
 
 @pytest.mark.parametrize(
@@ -87,13 +87,13 @@ def test_each_change_alone_is_found_and_nothing_else(change: Any, path: str, kin
 
 def test_the_story_is_told(tmp_path: Path) -> None:
     a, b = trained(steps=3), trained(steps=6)
-    story = compared(a, b, tmp_path).story
+    story = compared(a, b, tmp_path).training
     assert (story.step, story.epoch, story.same_run) == ((3, 6), (1, 1), True)
     names = [name for name in a["model"] if "running" not in name and "tracked" not in name]
     x, y = (torch.cat([tree["model"][name].double().flatten() for name in names]) for tree in (a, b))
     assert story.weights is not None
     assert story.weights.rel_l2 == pytest.approx(((x - y).norm() / x.norm()).item())
-    assert story.weights.most[1] >= story.weights.rel_l2 >= story.weights.least[1]
+    assert story.weights.most_changed[1] >= story.weights.rel_l2 >= story.weights.least_changed[1]
     moments = {turn.buffer: turn for turn in story.buffers}
     x, y = (torch.cat([s["exp_avg"].double().flatten() for s in t["optimizer"]["state"].values()]) for t in (a, b))
     assert moments["exp_avg"].cosine == pytest.approx((x @ y / x.norm() / y.norm()).item())
@@ -111,10 +111,10 @@ def test_the_story_is_told(tmp_path: Path) -> None:
 def test_weights_that_stayed_count_in_what_moved_overall(tmp_path: Path) -> None:
     a = {"moved": torch.tensor([3.0, 0.0]), "frozen": torch.tensor([0.0, 4.0])}
     b = {"moved": torch.tensor([3.0, 1.0]), "frozen": torch.tensor([0.0, 4.0])}
-    weights = compared(a, b, tmp_path).story.weights
+    weights = compared(a, b, tmp_path).training.weights
     assert weights is not None
     assert weights.rel_l2 == pytest.approx(1 / 5)
-    assert weights.least == ("frozen", 0.0)
+    assert weights.least_changed == ("frozen", 0.0)
 
 
 def test_keys_that_look_alike_are_kept_apart(tmp_path: Path) -> None:

@@ -155,7 +155,7 @@ def test_the_same_in_another_format_is_the_same(one: str, other: str, written: A
     found = trackopt.diff(written(one, "", False), written(other, "", False))
     assert found.equal
     assert found.same > 40
-    assert bool(found.story.notes) == ("lightning" in (one, other) and one != other)
+    assert bool(found.training.notes) == ("lightning" in (one, other) and one != other)
 
 
 def test_a_checkpoint_and_its_weights_are_compared_by_the_weights(written: Any) -> None:
@@ -163,7 +163,7 @@ def test_a_checkpoint_and_its_weights_are_compared_by_the_weights(written: Any) 
     (only,) = [change for change in found.changes if change.kind != "removed"]
     assert (only.path, only.path_b, only.kind) == ("model.0.bias", "0.bias", "tensor")
     assert {change.part for change in found.changes} == {"model", "optimizer", "scheduler", "epoch", "step", "best"}
-    assert found.story.notes == ("the whole file in B is compared with model in A",)
+    assert found.training.notes == ("the whole file in B is compared with model in A",)
 
 
 def test_the_numbers_do_not_depend_on_the_format(written: Any) -> None:

@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 
 import trackopt
 from tests.checkpoints import peak, saved
-from trackopt.difference import compare, elements
+from trackopt.analysis.diff import compare, elements
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from trackopt.difference import Difference
+    from trackopt.analysis.diff import Difference
 
 FLOATS = ["float64", "float32", "float16", "bfloat16"]
 
@@ -86,7 +86,7 @@ def test_numbers_mirror(a: list[float], b: list[float], tmp_path: Path, small_pi
         assert here is not None
         assert its is not None
         assert (here.max_abs, here.differing, here.ulp) == (its.max_abs, its.differing, its.ulp)
-        assert [here.cosine, here.dd] == pytest.approx([its.cosine, its.dd])
+        assert [here.cosine, here.sum_sq_diff] == pytest.approx([its.cosine, its.sum_sq_diff])
 
 
 def test_pieces_that_are_equal_count_in_the_length(tmp_path: Path, small_pieces: None) -> None:
@@ -181,7 +181,7 @@ def test_tolerances_call_small_differences_equal(tmp_path: Path) -> None:
     assert not compared(a, b, tmp_path, rtol=0.01).equal
     for x, y in ((a, b), (b, a)):
         found = compared(x, y, tmp_path, atol=0.002, rtol=0.002)
-        assert (found.equal, found.tally.close) == (True, 1)
+        assert (found.equal, found.tally.within_tolerance) == (True, 1)
     assert not compared(torch.tensor([1.0]), torch.tensor([math.inf]), tmp_path, atol=9.0, rtol=9.0).equal
     assert not compared(torch.tensor([1.0]), torch.tensor([math.nan]), tmp_path, atol=9.0, rtol=9.0).equal
 
@@ -191,7 +191,7 @@ def test_tolerances_hold_for_plain_numbers(tmp_path: Path) -> None:
         return trackopt.diff(saved({"x": a}, tmp_path / "a"), saved({"x": b}, tmp_path / "b"), **terms).equal
 
     assert equal([0.1, 5], [0.1001, 5], atol=0.001)
-    assert trackopt.diff(tmp_path / "a", tmp_path / "b", atol=0.001).tally.close == 1
+    assert trackopt.diff(tmp_path / "a", tmp_path / "b", atol=0.001).tally.within_tolerance == 1
     assert not equal(0.1, 0.2, atol=0.001)
     assert not equal("a", "b", atol=1.0)
     assert not equal(False, True, atol=1.0)
@@ -228,7 +228,7 @@ def test_fast_believes_checksums_that_were_written_and_only_those(tmp_path: Path
     tree = {"w": torch.randn(100), "v": torch.randn(100)}
     a, b = saved(tree, tmp_path / "a.pt"), saved(tree, tmp_path / "b.pt")
     found = trackopt.diff(a, b, fast=True)
-    assert (found.equal, found.tally.unread) == (True, 2)
+    assert (found.equal, found.tally.skipped_by_checksum) == (True, 2)
     data = bytearray(b.read_bytes())
     at = data.find(tree["w"].numpy().tobytes())
     data[at] ^= 1
@@ -240,7 +240,7 @@ def test_fast_believes_checksums_that_were_written_and_only_those(tmp_path: Path
         a, b = saved(tree, tmp_path / "a.pt"), saved(tree, tmp_path / "b.pt")
     finally:
         torch.serialization.set_crc32_options(True)
-    assert trackopt.diff(a, b, fast=True).tally.unread == 0
+    assert trackopt.diff(a, b, fast=True).tally.skipped_by_checksum == 0
 
 
 def test_fast_finds_what_differs(tmp_path: Path) -> None:

@@ -169,7 +169,7 @@ def test_json_carries_it_all(changed: Any) -> None:
 
     facts = json.loads(trackopt("diff", *changed(change), "--json").stdout)
     assert list(facts)[:5] == ["equal", "a", "b", "summary", "changes"]
-    assert set(facts) - set(list(facts)[:5]) == {"ignored", "close", "unread", "modules", "story", "resume"}
+    assert set(facts) - set(list(facts)[:5]) == {"ignored", "close", "unread", "modules", "training", "resume"}
     assert facts["modules"][0] == {"name": "model.0", "tensors": 2, "changed": 1, "rel_l2": "NaN"}
     tensor, dtype, *removed = facts["changes"]
     assert tensor == {

@@ -16,8 +16,8 @@ from torch.distributed import checkpoint as dcp
 import trackopt
 from tests.checkpoints import saved, trained
 from trackopt import state
+from trackopt.analysis.verify import verify
 from trackopt.errors import ArchiveError
-from trackopt.integrity.report import verify
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -10,16 +10,16 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import on_a_terminal
-from trackopt.display import State
+from trackopt.run.progress import Progress
 
 SCRIPT = """
 import os, signal, sys, time
 import trackopt
 from tests.conftest import build, train_step
-from trackopt import display
+from trackopt.run import progress as display
 
 display._FIRST, display._EVERY = 0.1, 0.3
-options = {"progress": False} if "silent" in sys.argv else {}
+options = {"progress_bar": False} if "silent" in sys.argv else {}
 model, optimizer, scheduler = build()
 run = trackopt.wrap(optimizer, scheduler, model=model, dir="a run", save_every=5, sinks=(), **options)
 batches = range(20)
@@ -103,5 +103,5 @@ def test_silence(words, environment, script):
 
 
 def test_a_longer_second_pass_does_not_go_beyond_the_end():
-    state = State(epoch=1, epochs=2, batch=30, batches=20, step=50, metrics={}, saved=0)
+    state = Progress(epoch=1, epochs=2, batch=30, batches=20, step=50, metrics={}, saved=0)
     assert (state.done, state.total) == (40, 40)

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trackopt.figure import Curve, Panel, calm, thin, ticks
-from trackopt.figure.paper import _families, save
-from trackopt.figure.terminal import draw
+from trackopt.plotting.figure import Curve, Panel, downsample, smooth, ticks
+from trackopt.plotting.matplotlib import _families, save
+from trackopt.plotting.terminal import draw
 
 VALUES = st.lists(st.floats(), min_size=0, max_size=60)
 
@@ -24,7 +24,7 @@ def shown(panel, width=80, height=8, **options):
 def test_any_numbers_can_be_drawn(series, width):
     """NaN, infinities, the largest floats, one point or none: no error, and no line is too wide."""
     curves = [Curve(f"c{i}", list(enumerate(ys, 1)), [(1, y, y) for y in ys]) for i, ys in enumerate(series)]
-    lines = shown(Panel("loss", tuple(curves)).lean().scaled(), width)
+    lines = shown(Panel("loss", tuple(curves)).downsampled().scaled(), width)
     assert max(len(line.rstrip()) for line in lines) <= width
 
 
@@ -32,18 +32,18 @@ def test_a_spike_stays_visible():
     """One value in a hundred thousand, on a terminal of 80 columns."""
     points = [(step, 9.0 if step == 54_321 else step % 2) for step in range(1, 100_001)]
     for panel in (Panel("loss", (Curve("a", points),)), Panel("loss", (Curve("a", points), Curve("b", points[:9])))):
-        top = shown(panel.lean())[2 if len(panel.curves) > 1 else 1]
+        top = shown(panel.downsampled())[2 if len(panel.curves) > 1 else 1]
         assert any(0x2800 < ord(char) < 0x2900 for char in top)
-    assert max(y for piece in thin(points, 100) for _, y in piece) == 9.0
-    assert max(high for *_, high in calm(Curve("a", points), 100).band) == 9.0
+    assert max(y for piece in downsample(points, 100) for _, y in piece) == 9.0
+    assert max(high for *_, high in smooth(Curve("a", points), 100).band) == 9.0
 
 
 def test_of_several_curves_only_noise_is_calmed():
     """A schedule stays what it is."""
-    smooth = Curve("a", [(step, math.cos(step / 50)) for step in range(1000)])
-    assert calm(smooth, 70) is smooth
+    regular = Curve("a", [(step, math.cos(step / 50)) for step in range(1000)])
+    assert smooth(regular, 70) is regular
     noisy = Curve("b", [(step, float(step % 7)) for step in range(1000)])
-    assert {y for _, y in calm(noisy, 70).points} == {3.0}
+    assert {y for _, y in smooth(noisy, 70).points} == {3.0}
 
 
 def test_many_noisy_curves_are_drawn_as_their_medians():
@@ -74,9 +74,9 @@ def test_values_over_decades_get_a_logarithmic_axis(ys, log, tmp_path):
 def test_a_gap_stays_a_gap():
     """Where a loss is NaN, nothing is drawn."""
     points = [(step, math.nan if 40 < step < 60 else 1.0 + step % 2) for step in range(1, 101)]
-    (first, second) = thin(points, 1000)
+    (first, second) = downsample(points, 1000)
     assert (first[-1][0], second[0][0]) == (40, 60)
-    lines = shown(Panel("loss", (Curve("a", points),)).lean(), height=4)
+    lines = shown(Panel("loss", (Curve("a", points),)).downsampled(), height=4)
     assert all(line[42:46].strip() == "" for line in lines[1:5])
 
 
@@ -110,7 +110,7 @@ def test_any_numbers_can_be_printed(ys, tmp_path):
     """The largest floats and none at all."""
     points = list(enumerate(ys, 1))
     save(
-        [Panel("loss", (Curve("a", points, [(x, y, y) for x, y in points]),)).lean().scaled()],
+        [Panel("loss", (Curve("a", points, [(x, y, y) for x, y in points]),)).downsampled().scaled()],
         tmp_path / "a.png",
         "png",
         title="",
@@ -122,7 +122,7 @@ def test_the_same_panels_are_the_same_svg(tmp_path):
     """No date is in it; a name with a dollar is a name."""
     panel = Panel("loss $x", (Curve("_a$b", [(1, 1.0), (2, math.nan), (3, 2.0)]), Curve("b", [])))
     for name in ("a.svg", "b.svg"):
-        save([panel.lean()], tmp_path / name, "svg", title="$")
+        save([panel.downsampled()], tmp_path / name, "svg", title="$")
     assert b"dc:date" not in (tmp_path / "a.svg").read_bytes()
 
 

@@ -29,9 +29,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 import trackopt
 from tests.checkpoints import Call, one_line, peak, pickled, refusal, zipped
-from trackopt.archive import Opaque, Tensor, nodes
-from trackopt.archive import tensors as values
-from trackopt.archive.nodes import Compound
+from trackopt.archive import decode as values
+from trackopt.archive.tree import Tensor, TensorSubclass, UnknownObject, walk
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -121,7 +120,7 @@ def test_every_dtype_in_every_view_is_right_bit_for_bit(writer: str, tmp_path: P
     with trackopt.open(WRITERS[writer](tree, tmp_path / "t")) as archive:
         assert writer.startswith(archive.format)
         assert archive.problems == ()
-        assert list(archive.misfits()) == []
+        assert list(archive.out_of_bounds_tensors()) == []
         for name, tensor in archive.tree.items():
             assert (tensor.dtype, tensor.shape) == (name.split()[0], tuple(tree[name].shape))
             assert b"".join(values.raw(archive.source, tensor)) == expected[name], name
@@ -247,7 +246,7 @@ def test_an_announced_header_of_gigabytes_is_one_line(tmp_path: Path) -> None:
 def test_a_truncated_safetensors_file_keeps_what_is_there(tmp_path: Path) -> None:
     path = safetensors({"a": entry(0, 8), "b": entry(8, 16)}, b"\1" * 12, tmp_path / "t")
     with trackopt.open(path) as archive:
-        assert [line.split(":")[0] for line in archive.misfits()] == ["b"]
+        assert [line.split(":")[0] for line in archive.out_of_bounds_tensors()] == ["b"]
         archive.read(archive.tree["a"])
         one_line(lambda: archive.read(archive.tree["b"]))
 
@@ -270,13 +269,13 @@ def test_sparse_tensors_are_read_by_their_parts(layout: str, writer: str, tmp_pa
     tensor = quiet(SPARSE[layout], torch.eye(4) * torch.arange(1.0, 5))
     with trackopt.open(quiet(WRITERS[writer], {"w": tensor}, tmp_path / "t")) as archive:
         read = archive.tree["w"]
-        assert isinstance(read, Compound)
+        assert isinstance(read, TensorSubclass)
         assert (read.kind, read.shape, read.dtype) == (f"torch.{layout}", (4, 4), "float32")
-        for name, part in read.parts.items():
+        for name, part in read.components.items():
             assert isinstance(part, Tensor)
             truth = getattr(tensor, "_" + name if layout == "sparse_coo" else name)()
             assert np.array_equal(archive.read(part), truth.numpy()), name
-        assert {name for name, _ in archive.tensors()} == {f"w.{part}" for part in read.parts}
+        assert {name for name, _ in archive.tensors()} == {f"w.{part}" for part in read.components}
 
 
 @pytest.mark.parametrize("writer", ["torch zip", "torch legacy"])
@@ -301,7 +300,7 @@ def test_packed_quantized_tensors_are_given_as_their_bytes(tmp_path: Path) -> No
     tensor = quiet(torch.quantize_per_channel, torch.randn(3, 5), scales, zeros, 0, torch.quint4x2)
     with trackopt.open(zip_file(tensor, tmp_path / "t")) as archive:
         assert (archive.tree.shape, archive.tree.parts["packed"].shape) == ((3, 5), (3, 3))
-        assert list(archive.misfits()) == []
+        assert list(archive.out_of_bounds_tensors()) == []
 
 
 class Labelled(torch.Tensor):
@@ -326,7 +325,7 @@ def test_nested_meta_and_subclassed_tensors(tmp_path: Path) -> None:
         assert (meta.shape, meta.storage.device) == ((3, 2), "meta")
         assert "no values" in one_line(lambda: archive.read(meta))
         assert (sub.kind.rpartition(".")[2], read.parameter) == ("Labelled", True)
-        assert list(archive.misfits()) == []
+        assert list(archive.out_of_bounds_tensors()) == []
 
 
 @pytest.fixture(scope="module")
@@ -444,7 +443,7 @@ def test_arrays_that_are_no_numbers_only_describe_themselves(tmp_path: Path) -> 
     tree = [np.array([1, "a", None], dtype=object), np.array(["a"]), np.zeros(2, "f4,i4"), np.datetime64("2026-01-01")]
     for protocol in (2, 5):
         with trackopt.open(dumped(protocol)(tree, tmp_path / "t")) as archive:
-            assert [type(node) for node in archive.tree] == [Opaque] * 4
+            assert [type(node) for node in archive.tree] == [UnknownObject] * 4
 
 
 class Color(enum.Enum):
@@ -481,7 +480,7 @@ def test_objects_of_the_standard_library(tmp_path: Path) -> None:
             assert {name: read[name] for name in tree} == {**tree, **plain}
             assert read["moment"].args == (moment.isoformat(),)
             assert read["day"].args == ("2026-01-02",)
-            leaves = {".".join(path): leaf for path, leaf in nodes.walk(read["args"])}
+            leaves = {".".join(path): leaf for path, leaf in walk(read["args"])}
             assert leaves == {"lr": 0.1, "nested.depth": 2}
             assert read["color"].args == (1,)
             assert read["partial"].name == "functools.partial"
@@ -497,7 +496,7 @@ def test_a_pickled_module_has_its_tensors_names(writer: str, tmp_path: Path) -> 
         assert read.keys() == {f"model.{name}" for name in model.state_dict()}
         for name, tensor in model.state_dict().items():
             assert np.array_equal(archive.read(read[f"model.{name}"]), tensor.numpy())
-        assert isinstance(archive.tree["model"], Opaque)
+        assert isinstance(archive.tree["model"], UnknownObject)
         assert read["model.0.weight"].parameter
 
 
@@ -535,7 +534,7 @@ def test_the_constants_of_torchscript_have_their_names_in_the_code(tmp_path: Pat
     quiet(frozen.save, tmp_path / "t.pt")
     with trackopt.open(tmp_path / "t.pt") as archive:
         read = {name: archive.read(tensor) for name, tensor in archive.tensors()}
-        assert list(archive.misfits()) == []
+        assert list(archive.out_of_bounds_tensors()) == []
     assert all(name.startswith("CONSTANTS.c") for name in read)
     for tensor in model.state_dict().values():
         assert any(np.array_equal(value, tensor.numpy()) for value in read.values())
@@ -608,7 +607,7 @@ def test_a_pickled_weight_of_an_exported_program_is_read(
         else:
             assert archive.problems == ()
             assert np.array_equal(archive.read(archive.tree["model"]["scale"]), np.arange(5, dtype="f4"))
-            assert list(archive.misfits()) == []
+            assert list(archive.out_of_bounds_tensors()) == []
 
 
 # The tar of torch's first years.
@@ -701,7 +700,7 @@ def test_a_tar_of_something_else_is_one_line(tmp_path: Path) -> None:
 
 def read_all(path: Path) -> None:
     with trackopt.open(path) as archive:
-        assert not any("\n" in line for line in archive.misfits())
+        assert not any("\n" in line for line in archive.out_of_bounds_tensors())
         for _, tensor in archive.tensors():
             archive.read(tensor)
 

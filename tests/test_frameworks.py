@@ -36,8 +36,8 @@ class Written:
         path = self.directory / name
         with trackopt.open(path) as archive:
             assert not archive.problems
-            assert not list(archive.misfits())
-            assert not list(archive.source.damaged())
+            assert not list(archive.out_of_bounds_tensors())
+            assert not list(archive.source.verify_checksums())
         command = [sys.executable, "-m", "trackopt", "inspect", str(path), "--json"]
         said: dict[str, Any] = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
         jsonschema.validate(said, SCHEMA)
@@ -198,7 +198,7 @@ def test_restore_from_lightning(lightning: Written) -> None:
     optimizer = torch.optim.AdamW(groups)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 4, 0.5)
     restored = trackopt.restore(path, model=model, optimizer=optimizer, scheduler=scheduler)
-    assert (restored.step, restored.left_out) == (6, ())
+    assert (restored.step, restored.skipped) == (6, ())
     saved = torch.load(path, weights_only=False)
     assert all(torch.equal(value, saved["state_dict"][key]) for key, value in model.state_dict().items())
     expected = [state["exp_avg"] for state in saved["optimizer_states"][0]["state"].values()]

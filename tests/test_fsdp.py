@@ -14,11 +14,13 @@ import trackopt
 from tests import spread
 from tests.test_resume import assert_same
 from trackopt import CheckpointError, journal
-from trackopt.checkpoint import Store, Training, capture, rng
-from trackopt.checkpoint.retention import Marks, Retention
-from trackopt.checkpoint.shards import put_in_place
-from trackopt.checkpoint.store import load
-from trackopt.integrity.report import verify
+from trackopt.analysis.verify import verify
+from trackopt.checkpoint.retention import Retention, RetentionMarks
+from trackopt.checkpoint.sharded import commit_directory
+from trackopt.checkpoint.snapshot import capture
+from trackopt.checkpoint.store import CheckpointStore, load
+from trackopt.training import rng
+from trackopt.training.objects import Training
 
 SCRIPT = Path(spread.__file__)
 ENVIRONMENT = {"PYTHONPATH": str(SCRIPT.parents[1]), "OMP_NUM_THREADS": "1"}
@@ -58,7 +60,7 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path):
     assert any(line.startswith("trackopt: resumed run at step ") for line in told)
     found = trackopt.diff(tmp_path / "whole", tmp_path / "run")
     assert found.equal, found.changes
-    assert not any(path.startswith("trackopt.ranks") for path in found.ignored)
+    assert not any(path.startswith("trackopt.distributed.collectives") for path in found.ignored)
     assert journal.series(tmp_path / "whole") == journal.series(tmp_path / "run")
     assert checkpoints(tmp_path / "run") == [f"step-{step:08d}" for step in (3, 6, 9, 12)]
     assert {one.status for one in verify(tmp_path / "run")} == {"sound"}
@@ -120,8 +122,10 @@ def test_a_file_and_a_directory_of_the_same_state_are_equal(saved, tmp_path):
     progress = {
         key: tree["trackopt"][key] for key in tree["trackopt"] if key not in {"world", "ranks", "keep", "metric"}
     }
-    store = Store(tmp_path, Retention())
-    file = store.commit(store.stage(capture(Training(model, optimizer, scheduler), progress), Marks()), 6, lambda: None)
+    store = CheckpointStore(tmp_path, Retention())
+    file = store.commit(
+        store.stage(capture(Training(model, optimizer, scheduler), progress), RetentionMarks()), 6, lambda: None
+    )
     for found in (trackopt.diff(file, directory), trackopt.diff(directory, file)):
         assert found.equal, found.changes
         assert found.resume.continues, found.resume.reasons
@@ -190,7 +194,7 @@ def test_a_step_is_saved_once_more_behind_a_writer_that_was_killed(tmp_path):
     for each in (path, part, before):
         each.mkdir()
         (each / "file").write_text(each.name)
-    put_in_place(part, path)
+    commit_directory(part, path)
     assert (path / "file").read_text() == "part"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -200,8 +204,8 @@ def test_a_directory_that_had_stepped_aside_comes_back(saved, tmp_path):
     folder = tmp_path / "checkpoints"
     folder.mkdir()
     old = shutil.copytree(saved[0] / "two" / "checkpoints" / "step-00000003", folder / ".step-00000003.before")
-    store = Store(folder, Retention())
-    assert store.newest()[0] == folder / "step-00000003"
+    store = CheckpointStore(folder, Retention())
+    assert store.load_latest()[0] == folder / "step-00000003"
     shutil.copytree(folder / "step-00000003", old)  # it is there under both names: the new one counts
-    assert store.newest()[0] == folder / "step-00000003"
+    assert store.load_latest()[0] == folder / "step-00000003"
     assert [path.name for path in folder.iterdir()] == ["step-00000003"]

@@ -10,15 +10,15 @@ import torch
 import trackopt
 from tests.conftest import train_step
 from trackopt import ArchiveError, UsageError, journal
-from trackopt.checkpoint import Training
-from trackopt.integrations.recording import Options, record
+from trackopt.integrations.recording import Options, open_session
+from trackopt.training.objects import Training
 
 QUIET = {"sinks": ()}
 
 
 def opened(folder, training, **options):
     model, optimizer, scheduler = training()
-    recording = record(Training(model, optimizer, scheduler), Options(dir=folder, **QUIET), leads=True)
+    recording = open_session(Training(model, optimizer, scheduler), Options(dir=folder, **QUIET), leads=True)
     return recording, (model, optimizer, scheduler)
 
 
@@ -59,7 +59,7 @@ def test_without_a_directory_it_is_a_fresh_one(tmp_path, training):
 
 def test_without_an_optimizer_there_is_nothing_to_record(tmp_path):
     with pytest.raises(UsageError, match="no optimizer"):
-        record(Training(None, None), Options(dir=tmp_path / "run"), leads=True)
+        open_session(Training(None, None), Options(dir=tmp_path / "run"), leads=True)
     assert not (tmp_path / "run").exists()
 
 
@@ -68,7 +68,7 @@ def test_a_rank_that_does_not_write_has_no_part(tmp_path, training):
     model, optimizer, _ = training()
     zero = type("ZeroRedundancyOptimizer", (torch.optim.SGD,), {})(model.parameters(), 0.1)
     for each in (optimizer, zero):
-        assert record(Training(model, each), Options(dir=tmp_path / "run"), leads=False) is None
+        assert open_session(Training(model, each), Options(dir=tmp_path / "run"), leads=False) is None
     assert not (tmp_path / "run").exists()
 
 
@@ -123,7 +123,7 @@ def test_a_state_of_other_optimizers_is_refused(tmp_path, training):
     recording.close()
     other = torch.optim.SGD(model.parameters(), 0.1)
     pair = Training(model, {"gen": optimizer, "disc": other})
-    recording = record(pair, Options(dir=tmp_path / "other", **QUIET), leads=True)
+    recording = open_session(pair, Options(dir=tmp_path / "other", **QUIET), leads=True)
     with pytest.raises(UsageError, match="was taken with optimizer, this training has disc, gen"):
         recording.begin(state)
     recording.close()
@@ -135,11 +135,11 @@ def test_a_checkpoint_is_in_the_journal_when_it_is_complete(tmp_path, training):
     recording.begin()
     steps(recording, objects, 2)
     recording.state_dict()
-    recording.expect_checkpoint(tmp_path / "one")
+    recording.checkpoint_started(tmp_path / "one")
     assert events(tmp_path) == [("start", 0)]
     steps(recording, objects, 1)
     assert events(tmp_path) == [("start", 0), ("checkpoint", 2)]
-    recording.expect_checkpoint(tmp_path / "two")
+    recording.checkpoint_started(tmp_path / "two")
     recording.close(OSError("the disk is full"))
     assert events(tmp_path) == [("start", 0), ("checkpoint", 2), ("close", 3)]
     with pytest.raises(ArchiveError, match="there is no checkpoint"):
@@ -168,7 +168,7 @@ def test_an_exception_that_the_framework_keeps_to_itself_is_told(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
         "import torch\n"
-        "from trackopt.checkpoint import Training\n"
+        "from trackopt.checkpoint.snapshot import Training\n"
         "from trackopt.integrations.recording import Options, record\n"
         "training = Training(None, torch.optim.SGD([torch.ones(1, requires_grad=True)], 0.1))\n"
         "record(training, Options(dir='run', sinks=()), leads=True).begin()\n"

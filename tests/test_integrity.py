@@ -12,23 +12,24 @@ import pytest
 import torch
 
 from tests.checkpoints import peak, pickled, saved, trained, zipped
-from trackopt import integrity
-from trackopt.archive.checksums import combined
-from trackopt.archive.parallel import in_threads
-from trackopt.integrity.report import verify
+from trackopt.analysis.verify import verify
+from trackopt.archive.io.checksums import crc32_combine
+from trackopt.archive.io.parallel import map_threads
+from trackopt.archive.verify import verify_checkpoint
+from trackopt.locations import resolve
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 
 def test_a_sound_file_has_no_problems(tmp_path: Path) -> None:
-    assert integrity.check(saved(trained(), tmp_path / "t.pt")) == []
+    assert verify_checkpoint(saved(trained(), tmp_path / "t.pt")) == []
 
 
 def test_a_run_is_checked_by_its_newest_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
     saved(trained(), tmp_path / "checkpoints" / "step-00000003.pt")
-    assert integrity.check(tmp_path) == []
+    assert verify_checkpoint(resolve(tmp_path)) == []
 
 
 def test_a_flipped_bit_in_any_record_is_found(tmp_path: Path) -> None:
@@ -43,7 +44,7 @@ def test_a_flipped_bit_in_any_record_is_found(tmp_path: Path) -> None:
             name_and_extra += int.from_bytes(raw[info.header_offset + 28 : info.header_offset + 30], "little")
             raw[info.header_offset + 30 + name_and_extra + info.file_size // 2] ^= 1
             path.write_bytes(raw)
-            assert integrity.check(path), info.filename
+            assert verify_checkpoint(path), info.filename
 
 
 def test_without_crc_only_the_structure_is_read(tmp_path: Path) -> None:
@@ -51,8 +52,8 @@ def test_without_crc_only_the_structure_is_read(tmp_path: Path) -> None:
     raw = bytearray(path.read_bytes())
     raw[raw.index(b"\0" * 3000) + 1500] = 1
     path.write_bytes(raw)
-    assert integrity.check(path, crc=False) == []
-    assert "checksum" in integrity.check(path)[0]
+    assert verify_checkpoint(path, crc=False) == []
+    assert "checksum" in verify_checkpoint(path)[0]
 
 
 def test_checksums_that_were_left_out_are_no_problem(tmp_path: Path) -> None:
@@ -61,21 +62,21 @@ def test_checksums_that_were_left_out_are_no_problem(tmp_path: Path) -> None:
         path = saved(trained(), tmp_path / "t.pt")
     finally:
         torch.serialization.set_crc32_options(True)
-    assert integrity.check(path) == []
+    assert verify_checkpoint(path) == []
 
 
 def test_a_tensor_out_of_bounds_and_a_missing_version_are_found(tmp_path: Path) -> None:
-    assert integrity.check(zipped(pickled(1), tmp_path / "t.pt")) == []
+    assert verify_checkpoint(zipped(pickled(1), tmp_path / "t.pt")) == []
     with zipfile.ZipFile(tmp_path / "v.pt", "w") as file:
         file.writestr("archive/data.pkl", pickled(1))
-    assert "version" in integrity.check(tmp_path / "v.pt")[0]
+    assert "version" in verify_checkpoint(tmp_path / "v.pt")[0]
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 and no more", b"something else"])
 def test_what_cannot_be_read_is_a_problem_and_no_error(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "t.pt"
     path.write_bytes(content)
-    (problem,) = integrity.check(path)
+    (problem,) = verify_checkpoint(path)
     assert "\n" not in problem
     assert str(path) not in problem
 
@@ -83,7 +84,7 @@ def test_what_cannot_be_read_is_a_problem_and_no_error(content: bytes, tmp_path:
 def test_it_needs_neither_torch_nor_numpy(tmp_path: Path) -> None:
     path = saved(trained(), tmp_path / "t.pt")
     program = (
-        "import sys; from trackopt import integrity; assert integrity.check(sys.argv[1]) == []; "
+        "import sys; from trackopt.archive.verify import check; assert check(sys.argv[1]) == []; "
         "print(*{'torch', 'numpy', 'click', 'rich'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", program, str(path)], capture_output=True, text=True, check=True)
@@ -93,7 +94,7 @@ def test_it_needs_neither_torch_nor_numpy(tmp_path: Path) -> None:
 def test_memory_stays_bounded_on_a_large_file(tmp_path: Path) -> None:
     path = saved({"t": torch.zeros(64 << 20, dtype=torch.uint8)}, tmp_path / "t.pt")
     assert (
-        peak("import sys; from trackopt import integrity; assert integrity.check(sys.argv[1]) == []", path) < 40 << 10
+        peak("import sys; from trackopt.archive.verify import check; assert check(sys.argv[1]) == []", path) < 40 << 10
     )
 
 
@@ -101,22 +102,22 @@ def test_memory_stays_bounded_on_a_large_file(tmp_path: Path) -> None:
 def test_sums_of_two_stretches_combine_to_that_of_both(lengths: tuple[int, int]) -> None:
     one, two = (bytes(range(256)) * (length // 256 + 1) for length in lengths)
     one, two = one[: lengths[0]], two[: lengths[1]]
-    assert combined(zlib.crc32(one), zlib.crc32(two), len(two)) == zlib.crc32(one + two)
+    assert crc32_combine(zlib.crc32(one), zlib.crc32(two), len(two)) == zlib.crc32(one + two)
 
 
 def test_a_flipped_bit_in_a_record_of_many_slices_is_found(tmp_path: Path) -> None:
     path = saved({"t": torch.arange(11 << 20), "u": torch.ones(3)}, tmp_path / "t.pt")
-    assert integrity.check(path) == []
+    assert verify_checkpoint(path) == []
     with path.open("r+b") as file:
         file.seek(50 << 20)
         file.write(b"\x01")
-    (problem,) = integrity.check(path)
+    (problem,) = verify_checkpoint(path)
     assert "data/0" in problem
 
 
 def test_what_threads_make_keeps_its_order() -> None:
-    assert in_threads(lambda number: number * 2, range(1000)) == list(range(0, 2000, 2))
-    assert in_threads(str, []) == []
+    assert map_threads(lambda number: number * 2, range(1000)) == list(range(0, 2000, 2))
+    assert map_threads(str, []) == []
 
 
 def test_what_a_thread_raises_is_raised_for_the_caller() -> None:
@@ -129,7 +130,7 @@ def test_what_a_thread_raises_is_raised_for_the_caller() -> None:
             raise OSError("the disk failed")
 
     with pytest.raises(OSError, match="the disk failed"):
-        in_threads(work, range(100_000))
+        map_threads(work, range(100_000))
     assert len(done) < 100_000
 
 
@@ -161,10 +162,10 @@ def test_of_a_truncated_file_it_says_what_is_left(tmp_path: Path) -> None:
         path.write_bytes(whole[: int(len(whole) * share)])
         (checked,) = verify(path)
         assert checked.status == "damaged"
-        assert words in checked.rescue
+        assert words in checked.salvageable
     path.write_bytes(whole[:100])
     (checked,) = verify(path)
-    assert "nothing can be saved" in checked.rescue
+    assert "nothing can be saved" in checked.salvageable
 
 
 def test_a_damaged_tensor_is_not_among_those_that_are_left(tmp_path: Path) -> None:
@@ -172,4 +173,4 @@ def test_a_damaged_tensor_is_not_among_those_that_are_left(tmp_path: Path) -> No
     raw = bytearray(path.read_bytes())
     raw[20_000] ^= 1
     path.write_bytes(raw[: int(len(raw) * 0.9)])
-    assert "1 of 3 tensors are whole" in next(verify(path)).rescue
+    assert "1 of 3 tensors are whole" in next(verify(path)).salvageable

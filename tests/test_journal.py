@@ -23,8 +23,8 @@ def test_what_is_recorded_is_read_back(path):
     assert record.metrics["loss"] == 0.5
     assert math.isnan(record.metrics["bad"])
     assert (record.metrics["up"], record.metrics["down"]) == (math.inf, -math.inf)
-    assert (start.start, start.end, record.end) == (0, record.start, path.stat().st_size)
-    assert [line.end for line in journal.read(path, record.start)] == [record.end]
+    assert (start.start_offset, start.end_offset, record.end_offset) == (0, record.start_offset, path.stat().st_size)
+    assert [line.end_offset for line in journal.read(path, record.start_offset)] == [record.end_offset]
 
 
 def test_histograms_are_read_back(path):
@@ -76,12 +76,12 @@ def test_a_foreign_line_is_skipped(path, line):
 def test_a_resume_supersedes_the_future_that_it_abandons():
     """Records behind the step count no more, nor those of the step itself that came after its checkpoint."""
     lines = [
-        Line(1, 0.0, {"loss": 1.0}, start=0),
-        Line(2, 0.0, {"loss": 2.0}, start=10),
-        Line(2, 0.0, {"accuracy": 0.5}, start=20),
-        Line(3, 0.0, {"loss": 3.0}, start=30),
-        Line(2, 0.0, event="resume", details={"offset": 20}, start=40),
-        Line(3, 0.0, {"loss": 4.0}, start=50),
+        Line(1, 0.0, {"loss": 1.0}, start_offset=0),
+        Line(2, 0.0, {"loss": 2.0}, start_offset=10),
+        Line(2, 0.0, {"accuracy": 0.5}, start_offset=20),
+        Line(3, 0.0, {"loss": 3.0}, start_offset=30),
+        Line(2, 0.0, event="resume", details={"offset": 20}, start_offset=40),
+        Line(3, 0.0, {"loss": 4.0}, start_offset=50),
     ]
     assert [(line.step, line.metrics) for line in journal.effective(lines)] == [
         (1, {"loss": 1.0}),
@@ -93,15 +93,15 @@ def test_a_resume_supersedes_the_future_that_it_abandons():
 def test_a_return_to_an_abandoned_future_brings_its_records_back():
     """What counts is the history of the checkpoint that a run went on from, whatever was tried in between."""
     lines = [
-        Line(1, 0.0, {"loss": 1.0}, start=0),
-        Line(2, 0.0, {"loss": 2.0}, start=10),
-        Line(3, 0.0, {"loss": 3.0}, start=20),
-        Line(1, 0.0, event="resume", details={"offset": 10}, start=30),
-        Line(2, 0.0, {"loss": 20.0}, start=40),
-        Line(0, 0.0, event="resume", details={"offset": 0}, start=50),
-        Line(1, 0.0, {"loss": 10.0}, start=60),
-        Line(2, 0.0, event="resume", details={"offset": 20}, start=70),
-        Line(3, 0.0, {"loss": 30.0}, start=80),
+        Line(1, 0.0, {"loss": 1.0}, start_offset=0),
+        Line(2, 0.0, {"loss": 2.0}, start_offset=10),
+        Line(3, 0.0, {"loss": 3.0}, start_offset=20),
+        Line(1, 0.0, event="resume", details={"offset": 10}, start_offset=30),
+        Line(2, 0.0, {"loss": 20.0}, start_offset=40),
+        Line(0, 0.0, event="resume", details={"offset": 0}, start_offset=50),
+        Line(1, 0.0, {"loss": 10.0}, start_offset=60),
+        Line(2, 0.0, event="resume", details={"offset": 20}, start_offset=70),
+        Line(3, 0.0, {"loss": 30.0}, start_offset=80),
     ]
     assert [line.metrics["loss"] for line in journal.effective(lines)] == [1.0, 2.0, 30.0]
 

@@ -1,5 +1,7 @@
 """What kinds of steps are counted, and the order of optimizer and scheduler."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch.optim import lr_scheduler
@@ -15,7 +17,7 @@ def loop(body, iterations=8, optimizer=None, scheduler=None, **stateful):
         for _ in run.epochs(2):
             for number in run.batches(range(iterations // 2)):
                 body(number)
-    return run.ledger.as_dict()
+    return run.step_counts.as_dict()
 
 
 def test_micro_batches_and_steps():
@@ -29,7 +31,7 @@ def test_micro_batches_and_steps():
 
     found = loop(body, optimizer=optimizer)
     assert found == {"iterations": 8, "steps": 4, "skipped": 0, "evaluations": 0}
-    *_, closed = journal.read(trackopt.directory.Path("run/metrics.jsonl"))
+    *_, closed = journal.read(Path("run/metrics.jsonl"))
     assert closed.details["ledger"] == found
 
 
@@ -119,10 +121,10 @@ def test_counts_go_on_after_a_resume():
     def attempt(iterations):
         model, optimizer, scheduler = build()
         with trackopt.wrap(optimizer, scheduler, model=model, dir="run", sinks=()) as run:
-            while run.ledger.iterations < iterations:
+            while run.step_counts.iterations < iterations:
                 train_step(model, optimizer, scheduler)
                 run.step()
-        return run.ledger
+        return run.step_counts
 
     attempt(3)
     assert attempt(5).as_dict() == {"iterations": 5, "steps": 5, "skipped": 0, "evaluations": 0}

@@ -9,16 +9,16 @@ from torch import nn
 import trackopt
 from tests.conftest import build, train_step
 from trackopt import journal
-from trackopt.observe import Observer
-from trackopt.observe.histogram import histogram
-from trackopt.observe.statistics import measure
-from trackopt.observe.update import cosine
+from trackopt.telemetry.histogram import histogram
+from trackopt.telemetry.hooks import OptimizerObserver
+from trackopt.telemetry.statistics import measure
+from trackopt.telemetry.update import cosine
 
 
 def observed(optimizer, **options):
     """An observer that calls parameters by letters."""
     counts = [len(group["params"]) for group in optimizer.param_groups]
-    return Observer(optimizer, names=lambda: [list("abcdefgh"[:count]) for count in counts], **options)
+    return OptimizerObserver(optimizer, names=lambda: [list("abcdefgh"[:count]) for count in counts], **options)
 
 
 def flat(tensors):
@@ -32,7 +32,7 @@ def test_the_update_is_what_the_step_did_to_the_parameters():
     for step in range(1, 22):
         before = flat(model.parameters())
         train_step(model, optimizer)
-        metrics = observer.take().metrics()
+        metrics = observer.pop_metrics().metrics()
         if "update/group0.norm" in metrics:
             after = flat(model.parameters())
             moment = flat(state["exp_avg"] for state in optimizer.state.values())
@@ -94,8 +94,8 @@ def test_a_norm_that_overflows_float32_is_not_called_non_finite():
     for p in model.parameters():
         p.grad = torch.full_like(p, 1e25)
     optimizer.step()
-    assert not observer.take_news()
-    assert "grad/group0.nonfinite" not in observer.take().metrics()
+    assert not observer.pop_nonfinite()
+    assert "grad/group0.nonfinite" not in observer.pop_metrics().metrics()
 
 
 def test_the_history_of_lbfgs_is_counted():
@@ -111,7 +111,7 @@ def test_the_history_of_lbfgs_is_counted():
 
     for _ in range(3):
         optimizer.step(closure)
-    state, metrics = next(iter(optimizer.state.values())), observer.take().metrics()
+    state, metrics = next(iter(optimizer.state.values())), observer.pop_metrics().metrics()
     assert metrics["old_dirs/group0.count"] == len(state["old_dirs"]) > 0
     assert metrics["old_dirs/group0.norm"] == pytest.approx(flat(state["old_dirs"]).norm().item(), rel=1e-5)
 
@@ -131,7 +131,7 @@ def test_what_cannot_be_measured_is_told_once_and_left_out(caplog):
     observer = observed(optimizer)
     for _ in range(3):
         train_step(model, optimizer)
-        metrics = observer.take().metrics()
+        metrics = observer.pop_metrics().metrics()
     assert metrics["trace/group0.mean"] == 1.0
     assert not any(key.startswith(("codes", "extra", "count", "flag", "total")) for key in metrics)
     assert [record.message.split(" in ")[0] for record in caplog.records] == ["trackopt: 'codes'", "trackopt: 'extra'"]
@@ -141,12 +141,12 @@ def test_a_state_that_changes_is_found_again():
     """A group that is added, a buffer that appears, a state that is loaded: the next step measures what is there."""
     model, more = nn.Linear(2, 2), nn.Linear(2, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    observer = Observer(optimizer, names=list)
+    observer = OptimizerObserver(optimizer, names=list)
 
     def step():
         (model(torch.ones(1, 2)) + more(torch.ones(1, 2))).sum().backward()
         optimizer.step()
-        return observer.take().metrics()
+        return observer.pop_metrics().metrics()
 
     assert "momentum_buffer/group0.norm" not in step()
     optimizer.param_groups[0]["momentum"] = 0.9
@@ -166,7 +166,7 @@ def test_parameters_without_gradients_and_empty_ones():
     observer = observed(optimizer)
     live.sum().backward()
     optimizer.step()
-    metrics = observer.take().metrics()
+    metrics = observer.pop_metrics().metrics()
     assert metrics["grad/group0.norm"] == pytest.approx(math.sqrt(2))
     assert metrics["exp_avg/group0.mean"] == pytest.approx(0.1)
 
@@ -236,12 +236,12 @@ def test_whatever_an_optimizer_keeps_stops_no_training(default):
         ordinary.step()
     finally:
         torch.set_default_device(None)
-    first, second = (observer.take().metrics() for observer in observers)
+    first, second = (observer.pop_metrics().metrics() for observer in observers)
     assert first["old/group0.norm"] == pytest.approx(math.sqrt(12))
     assert "grad/group0.cosine" not in first
     assert second["grad/group0.norm"] == second["momentum_buffer/group0.norm"] == pytest.approx(math.sqrt(15))
     assert complexes.grad.is_conj()
-    assert observers[0].take_histograms()["grad/group0"]["num"] == 12
+    assert observers[0].pop_histograms()["grad/group0"]["num"] == 12
 
 
 def test_numbers_beyond_all_bounds_stop_no_training():
@@ -260,5 +260,5 @@ def test_a_step_that_was_none_leaves_no_copy_of_the_parameters():
         p.grad = torch.ones_like(p)
     optimizer.grad_scale, optimizer.found_inf = torch.ones(()), torch.ones(())
     optimizer.step()
-    assert observer.take_overflow()
+    assert observer.pop_overflow()
     assert not observer._meter._update._before

@@ -31,11 +31,11 @@ import trackopt
 from tests.conftest import build, drain, mlflow_run, quietly, train_step
 from tests.test_recorder import mlflow_server
 from tests.test_recorder_faults import assert_everything_once, free_port, wait_for
-from trackopt import archive, journal, remote
-from trackopt.checkpoint.part import load_part
-from trackopt.directory import read_identity, write_identity
+from trackopt import journal, locations, remote
+from trackopt.archive.io import sparse_file
+from trackopt.checkpoint.partial_load import load_keys
 from trackopt.recorder.recorder import Recorder
-from trackopt.remote import copy
+from trackopt.rundir.directory import read_identity, write_identity
 
 pytestmark = pytest.mark.timeout(900)  # servers start often, and a busy machine takes its time
 HOME = Path(__file__).parents[1]
@@ -45,7 +45,7 @@ import trackopt
 from tests.conftest import build, train_step
 
 model, optimizer, scheduler = build()
-run = trackopt.wrap(optimizer, scheduler, model=model, dir=sys.argv[1], artifacts=True, keep=100)
+run = trackopt.wrap(optimizer, scheduler, model=model, dir=sys.argv[1], upload_checkpoints=True, keep=100)
 while True:
     for _ in range(5):
         run.step(loss=train_step(model, optimizer, scheduler))
@@ -292,7 +292,7 @@ def test_only_what_is_asked_for_is_fetched_and_checked(team, tmp_path, monkeypat
         assert count[0] > size
     monkeypatch.setenv("MLFLOW_TRACKING_URI", team.address)
     (stored,) = [one for one in team.folder.rglob(file.name) if run_id in str(one)]
-    with archive.open(file) as opened:
+    with locations.open(file) as opened:
         moment = opened.tree["optimizer"]["state"][0]["exp_avg"]
         value = opened.read(moment).tobytes()
     with quietly(), trackopt.open(address) as opened:
@@ -343,7 +343,7 @@ def test_the_newest_is_one_that_is_complete(team, tmp_path):
             file = tmp_path / Path(name).name
             file.write_bytes(b"x")
             client.log_artifact(run_id, str(file), str(Path("checkpoints", name).parent))
-            return remote.completed(f"runs:/{run_id}").name
+            return remote.complete_uri(f"runs:/{run_id}").name
 
         assert newest_behind("step-00000001.pt") == "step-00000001.pt"
         for name in ("__0_0.distcp", "training.pt", ".metadata"):
@@ -438,9 +438,9 @@ def test_uploads_that_come_late(tmp_path):
     (directory / "checkpoints/step-00000010.pt").write_bytes(bytes(50_000_000))
     (directory / "checkpoints/step-00000011.pt").write_bytes(b"the last")
     writer = journal.Journal(directory / journal.NAME)
-    with quietly(), Recorder(directory, tell=pytest.fail) as recorder:
+    with quietly(), Recorder(directory, notify=pytest.fail) as recorder:
         writer.mark("checkpoint", 10, path="checkpoints/step-00000010.pt")
-        recorder.pump()
+        recorder.deliver()
         writer.mark("checkpoint", 11, path="checkpoints/step-00000011.pt")  # while an upload is on its way
         assert recorder.drain() == []
     writer.close()
@@ -463,10 +463,10 @@ def test_each_outage_of_the_artifacts_is_told_and_its_end(tmp_path):
 
     def told_of(words):
         writer.record(2, {"loss": 1.0})
-        recorder.pump()
+        recorder.deliver()
         return told and words in told[-1]
 
-    with quietly(), Recorder(directory, tell=told.append) as recorder:
+    with quietly(), Recorder(directory, notify=told.append) as recorder:
         for name in ("step-00000002.pt", "step-00000003.pt"):
             shutil.rmtree(stored)
             stored.touch()  # no directory can be made there
@@ -483,7 +483,7 @@ def test_each_outage_of_the_artifacts_is_told_and_its_end(tmp_path):
 def test_artifacts_need_the_mlflow_sink():
     model, optimizer, _ = build()
     with pytest.raises(trackopt.UsageError, match="'mlflow' must be among the sinks"):
-        trackopt.wrap(optimizer, model=model, dir="run", sinks=("tensorboard",), artifacts=True)
+        trackopt.wrap(optimizer, model=model, dir="run", sinks=("tensorboard",), upload_checkpoints=True)
 
 
 def test_a_part_is_what_torch_finds_there(tmp_path):
@@ -494,11 +494,11 @@ def test_a_part_is_what_torch_finds_there(tmp_path):
     noise = np.random.default_rng(0)
     with trackopt.wrap(optimizer, scheduler, model=model, dir="run", sinks=(), noise=noise) as run:
         run.step(loss=train_step(model, optimizer, scheduler))
-    path = archive.locate(run.dir)
+    path = locations.resolve(run.dir)
     whole = torch.load(path)
-    with archive.open(path) as opened:
+    with locations.open(path) as opened:
         for keys in ({"model", "noise"}, {"optimizer", "scheduler", "trackopt"}):
-            part = load_part(opened, opened.source, keys)
+            part = load_keys(opened, opened.source, keys)
             assert part.keys() == keys
             for key in keys:
                 assert pickled(part[key]) == pickled(whole[key])
@@ -521,10 +521,10 @@ def test_a_copy_is_filled_where_it_is_read():
         fetched.append((start, stop))
         return data[start:stop]
 
-    file = copy.Copy(len(data), fetch, contextlib.nullcontext)
+    file = sparse_file.SparseFile(len(data), fetch, contextlib.nullcontext)
     for _ in range(200):
         start, length = drawn.randrange(len(data) + 10), drawn.choice([1, 100, 20_000, 300_000])
-        assert copy.pread(file, length, start) == data[start : start + length]
+        assert sparse_file.pread(file, length, start) == data[start : start + length]
     fetched.sort()
     assert all(one[1] <= two[0] for one, two in itertools.pairwise(fetched))
     assert all(stop - start <= 8 << 20 for start, stop in fetched)
@@ -544,15 +544,15 @@ def test_a_copy_has_no_holes_where_the_disk_is_full():
             told.append(error.strerror)
             raise trackopt.ArchiveError("no room") from error
 
-    file = copy.Copy(len(data), lambda start, stop: data[start:stop], telling)
+    file = sparse_file.SparseFile(len(data), lambda start, stop: data[start:stop], telling)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (600_000, limits[1]))
     try:
         for _ in range(2):
             with pytest.raises(trackopt.ArchiveError, match="no room"):
-                copy.pread(file, 900_000, 0)
+                sparse_file.pread(file, 900_000, 0)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert told == [os.strerror(errno.EFBIG)] * 2
-    assert copy.pread(file, len(data), 0) == data
+    assert sparse_file.pread(file, len(data), 0) == data
     os.close(file)

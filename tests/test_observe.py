@@ -13,10 +13,11 @@ from torch import nn
 import trackopt
 from tests.conftest import build, train_step
 from trackopt import journal
-from trackopt.observe import Observer, near, params, shards
-from trackopt.observe.hyperparameters import numeric
-from trackopt.observe.statistics import measure, read_far
-from trackopt.observe.update import cosine_terms
+from trackopt.telemetry import statistics_cpu, statistics_dtensor
+from trackopt.telemetry.hooks import OptimizerObserver
+from trackopt.telemetry.hyperparameters import numeric, params
+from trackopt.telemetry.statistics import launch_device, measure
+from trackopt.telemetry.update import cosine_terms
 
 OPTIMIZERS = sorted(
     name
@@ -238,7 +239,7 @@ def test_a_step_within_a_step_counts_once():
             return super().step(closure)
 
     model, optimizer, _ = build(Mine)
-    observer = Observer(optimizer, names=list)
+    observer = OptimizerObserver(optimizer, names=list)
     train_step(model, optimizer)
     assert observer.steps == 1
     optimizer.fail = True
@@ -308,13 +309,13 @@ def test_the_optimizer_is_left_as_it_was():
 def test_a_compiled_step_is_observed():
     """torch.compile neither traces the hooks nor loses them."""
     model, optimizer, _ = build()
-    observer = Observer(optimizer, names=list)
+    observer = OptimizerObserver(optimizer, names=list)
     step = torch.compile(optimizer.step, backend="eager")
     for _ in range(3):
         model(torch.randn(5, 4)).sum().backward()
         step()
     assert observer.steps == 3
-    assert observer.take().metrics()["exp_avg/group0.norm"] > 0
+    assert observer.pop_metrics().metrics()["exp_avg/group0.norm"] > 0
 
 
 def test_hyperparameters_have_the_names_of_the_field():
@@ -363,11 +364,14 @@ def test_what_a_process_says_of_its_part_is_the_same_from_a_device():
     buffers = {"a": [torch.randn(3, 4), torch.randn(2_000_000) + 3, torch.randn(99, dtype=torch.bfloat16)], "b": []}
     vectors = {"g": [torch.randn(5), torch.randn(100_000)], "h": [torch.empty(0)]}
     terms = [cosine_terms([(torch.ones(3), torch.arange(3.0)), (torch.randn(5), torch.randn(5))]), []]
-    near, far = shards._near(buffers, vectors, terms), shards._far(buffers, vectors, terms)
+    near, far = (
+        statistics_dtensor._cpu_rows(buffers, vectors, terms),
+        statistics_dtensor._device_rows(buffers, vectors, terms),
+    )
     torch.testing.assert_close(near, far, rtol=1e-5, atol=1e-6)
-    halves = [shards._near({"a": [half]}, {}, []) for half in buffers["a"][1].chunk(2)]
-    whole = shards._near({"a": [buffers["a"][1]]}, {}, [])
-    torch.testing.assert_close(shards._merged(torch.stack(halves)), whole, rtol=1e-6, atol=0.0)
+    halves = [statistics_dtensor._cpu_rows({"a": [half]}, {}, []) for half in buffers["a"][1].chunk(2)]
+    whole = statistics_dtensor._cpu_rows({"a": [buffers["a"][1]]}, {}, [])
+    torch.testing.assert_close(statistics_dtensor._combine_tables(torch.stack(halves)), whole, rtol=1e-6, atol=0.0)
 
 
 class Odd(torch.optim.Optimizer):
@@ -388,7 +392,7 @@ def test_a_step_is_given_what_it_was_called_with():
         assert optimizer.step(what=lambda *, backward: backward) is False
         assert optimizer.step(lambda *, backward: backward) is False
         run.step()
-        assert (run.global_step, run.ledger.evaluations) == (3, 1)
+        assert (run.global_step, run.step_counts.closure_calls) == (3, 1)
     assert "hyper/group0.eta" not in journal.series("run")
 
 
@@ -396,17 +400,19 @@ def test_a_step_is_given_what_it_was_called_with():
 def test_an_lr_that_requires_grad_is_read_without_a_warning():
     rate = torch.tensor(0.5, requires_grad=True)
     optimizer = torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=rate)
-    observer = Observer(optimizer, names=lambda: [["a"]])
+    observer = OptimizerObserver(optimizer, names=lambda: [["a"]])
     optimizer.step()
-    assert observer.take().metrics()["lr/group0"] == 0.5
+    assert observer.pop_metrics().metrics()["lr/group0"] == 0.5
 
 
 def test_norms_of_half_precision_are_taken_from_a_device_without_a_copy(monkeypatch):
     """Gradients and parameters in float32 would take twice the memory of a model that just fits."""
     halves = [torch.full((300,), 3.0, dtype=dtype) for dtype in (torch.bfloat16, torch.float16)]
     mixed = [*halves, torch.full((2,), 2.0), torch.full((1,), 1 + 1j), torch.empty(0)]
-    monkeypatch.setattr(near, "real", lambda vector: vector if vector.dtype is torch.float32 else pytest.fail("copied"))
-    _, scalars, counts = read_far({}, {"grad": mixed, "none": []})
+    monkeypatch.setattr(
+        statistics_cpu, "real", lambda vector: vector if vector.dtype is torch.float32 else pytest.fail("copied")
+    )
+    _, scalars, counts = launch_device({}, {"grad": mixed, "none": []})
     assert counts == {"grad": 4, "none": 0}
     assert math.hypot(*(scalar.item() for scalar in scalars)) == pytest.approx(math.sqrt(5400 + 8 + 2))
 

@@ -18,10 +18,10 @@ from tests.conftest import build, mlflow_run, quietly, train_step
 from tests.test_cli import ESCAPE, fails
 from tests.test_cli import trackopt as run
 from trackopt import journal
-from trackopt.curves.panels import panels
-from trackopt.curves.series import Reader, Tracked
-from trackopt.directory import RunDirectory
 from trackopt.errors import RunError, UsageError
+from trackopt.plotting.panels import panels
+from trackopt.plotting.run_series import RunReader, RunSeries
+from trackopt.rundir.directory import RunDirectory
 
 STEPS = 30
 
@@ -82,7 +82,7 @@ def test_several_runs_have_a_mean_with_a_band(runs, typed):
 def test_a_lone_curve_of_several_runs_says_whose_it_is():
     """As of a buffer that only one of two optimizers has."""
     curves = {"loss": [(1, 0.5)]}, {"loss": [(1, 0.4)], "exp_avg/group0.mean": [(1, 0.0)]}
-    runs = [Tracked(name, name, None, {}, found, [], frozenset()) for name, found in zip("ab", curves, strict=True)]
+    runs = [RunSeries(name, name, None, {}, found, [], frozenset()) for name, found in zip("ab", curves, strict=True)]
     assert [panel.title for panel in panels(runs, ["loss"])] == ["loss", "exp_avg: mean ± std (b)"]
 
 
@@ -157,7 +157,7 @@ def test_a_resumed_run_is_what_counts(tmp_path):
     writer._append({"event": "resume", "step": 2, "time": 5000.0})
     writer._append({"step": 3, "time": 5002.0, "metrics": {"loss": 0.5, "other": 1.0}})
     writer.close()
-    reader = Reader(tmp_path, wanted=lambda key: key == "loss")
+    reader = RunReader(tmp_path, select=lambda key: key == "loss")
     assert reader.update()
     assert not reader.update()
     tracked = reader.run()
@@ -170,7 +170,7 @@ def test_a_resumed_run_is_what_counts(tmp_path):
 def test_a_run_that_is_going_on_is_followed(tmp_path):
     """A pipe gets what there is when the run is closed."""
     going = RunDirectory(tmp_path / "live")  # its lock says that somebody trains
-    going.found("live", {})
+    going.initialize("live", {})
     writer = journal.Journal(going.journal)
     writer.mark("start", 0, params={})
     writer.record(1, {"loss": 1.0})
@@ -193,7 +193,7 @@ def test_ctrl_c_ends_the_following(command, tmp_path):
     """On a terminal: drawn again as lines come, and left with the cursor on."""
     pty = pytest.importorskip("pty")
     going = RunDirectory(tmp_path / "live")
-    going.found("live", {})
+    going.initialize("live", {})
     writer = journal.Journal(going.journal)
     writer.mark("start", 0, params={})
     writer.record(1, {"loss": 1.0})

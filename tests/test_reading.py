@@ -18,8 +18,8 @@ from torch import nn
 import trackopt
 from tests.conftest import build, train_step
 from trackopt import journal
-from trackopt.observe import Reading, statistics
-from trackopt.observe.reading import Transfer
+from trackopt.telemetry import statistics
+from trackopt.telemetry.async_scalars import AsyncMetrics, DeviceToHostCopy
 
 
 @pytest.fixture
@@ -32,8 +32,8 @@ def device(monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(statistics, "_is_near", lambda tensor: False)
             patch.setattr(statistics, "totals", lambda lists: [None] * len(lists))
-            patch.setattr(Transfer, "distant", True)
-            patch.setattr(Transfer, "arrived", property(lambda self: next(looks) % 10 == 0))
+            patch.setattr(DeviceToHostCopy, "distant", True)
+            patch.setattr(DeviceToHostCopy, "arrived", property(lambda self: next(looks) % 10 == 0))
             yield
 
     return device
@@ -54,10 +54,10 @@ def test_a_devices_statistics_equal_a_float64_reference(seed, sizes, dtype, mean
     if bad is not None:
         tensors.append(torch.tensor([1.0, bad], dtype=dtype))
     reference = torch.cat([t.double() for t in tensors])
-    sizes, scalars, roots = statistics.read_far({"b": tensors}, {"v": tensors})
-    numbers = Transfer(scalars).numbers()
+    sizes, scalars, roots = statistics.launch_device({"b": tensors}, {"v": tensors})
+    numbers = DeviceToHostCopy(scalars).numbers()
     found = statistics.combine(
-        [statistics._far_piece(size, *numbers[4 * i : 4 * i + 4]) for i, size in enumerate(sizes["b"])]
+        [statistics._device_moments(size, *numbers[4 * i : 4 * i + 4]) for i, size in enumerate(sizes["b"])]
     )
     norms = numbers[4 * len(sizes["b"]) :]
     assert len(norms) == roots["v"] == len(tensors)
@@ -101,7 +101,9 @@ def test_a_checkpoint_waits_for_the_records_before_it(device):
                 run.log(loss=train_step(model, optimizer))
     for step in (5, 10):
         meta = torch.load(f"run/checkpoints/step-{step:08}.pt", weights_only=True)["trackopt"]
-        before = [line.step for line in journal.read(Path("run/metrics.jsonl")) if line.end <= meta["journal_offset"]]
+        before = [
+            line.step for line in journal.read(Path("run/metrics.jsonl")) if line.end_offset <= meta["journal_offset"]
+        ]
         assert max(before) == step
 
 
@@ -126,8 +128,8 @@ def test_what_is_not_finite_is_told_of_its_own_step_though_late(device, caplog):
 def test_numbers_of_several_kinds_come_in_their_order():
     """Integers, halves and doubles in one go; a metric that is a tensor becomes its number."""
     scalars = [torch.tensor(2**40), torch.tensor(0.5, dtype=torch.bfloat16), torch.tensor([1e300], dtype=torch.float64)]
-    assert Transfer(scalars).numbers() == [2**40, 0.5, 1e300]
-    reading = Reading({"a": torch.tensor(3.0), "b": 4.0}, scalars, lambda numbers: {"c": numbers[1]})
+    assert DeviceToHostCopy(scalars).numbers() == [2**40, 0.5, 1e300]
+    reading = AsyncMetrics({"a": torch.tensor(3.0), "b": 4.0}, scalars, lambda numbers: {"c": numbers[1]})
     assert reading.metrics() == {"a": 3.0, "b": 4.0, "c": 0.5}
 
 

@@ -25,11 +25,11 @@ from tests.conftest import (
     train_step,
 )
 from trackopt import journal
-from trackopt.directory import read_identity
 from trackopt.journal import Histogram, Journal
 from trackopt.recorder.delivery import Delivery
 from trackopt.recorder.recorder import Recorder
-from trackopt.recorder.sink import Sink
+from trackopt.recorder.sinks.base import Sink
+from trackopt.rundir.directory import read_identity
 
 pytestmark = pytest.mark.usefixtures("mlflow_store")
 STEPS = 12
@@ -173,8 +173,8 @@ def test_a_delivery_that_broke_off_is_completed_by_sync(script, tmp_path):
     (other / "run.json").write_bytes(trackopt.journal.orjson.dumps(identity))
     lines = records.read_bytes().splitlines(keepends=True)
     (other / journal.NAME).write_bytes(b"".join(lines[:8]))
-    with quietly(), Recorder(other, tell=print) as recorder:
-        recorder.pump()  # and then it dies: no drain, no end
+    with quietly(), Recorder(other, notify=print) as recorder:
+        recorder.deliver()  # and then it dies: no drain, no end
     (other / journal.NAME).write_bytes(b"".join(lines))
     done = subprocess.run(
         [sys.executable, "-m", "trackopt", "sync", str(other)], capture_output=True, text=True, check=False
@@ -237,7 +237,7 @@ import sys, warnings
 warnings.simplefilter("ignore")
 import trackopt
 from tests.conftest import build
-from trackopt.directory import read_identity
+from trackopt.rundir.directory import read_identity
 
 if "code" in sys.argv:
     import mlflow
@@ -366,7 +366,7 @@ class Remembering(Sink):
     """A sink that fails when it is told to, and otherwise keeps what it gets."""
 
     def __init__(self, rewinds):
-        self.rewinds, self.fail, self.got = rewinds, False, []
+        self.supports_truncation, self.fail, self.got = rewinds, False, []
 
     def begin(self, marker):
         pass
@@ -389,15 +389,15 @@ def test_a_sink_that_fails_gets_everything_later(rewinds, tmp_path):
     writer.record(1, {"loss": 1.0})
     sink = Remembering(rewinds)
     delivery = Delivery(path, lambda step: sink, None, print)
-    delivery.pump(writer.offset)
+    delivery.deliver(writer.offset)
     sink.fail = True
     writer.record(2, {"loss": 2.0})
     with pytest.raises(OSError, match="out of reach"):
-        delivery.pump(writer.offset)
+        delivery.deliver(writer.offset)
     sink.fail = False
     writer.record(3, {"loss": 3.0})
     sink.got = [] if rewinds else sink.got
-    delivery.pump(writer.offset)
+    delivery.deliver(writer.offset)
     delivery.finish()
     assert sink.got == [(1, "loss"), (2, "loss"), (3, "loss"), "KILLED"]
     writer.close()

@@ -19,7 +19,7 @@ import pytest
 from tests.conftest import mlflow_points, mlflow_run, quietly, run_script, tensorboard_points
 from tests.test_recorder import mlflow_server
 from trackopt import journal
-from trackopt.recorder.process import RecorderProcess
+from trackopt.recorder.child_process import RecorderProcess
 
 pytestmark = [
     pytest.mark.timeout(900),  # servers and recorders start often, and a busy machine takes its time
@@ -433,10 +433,10 @@ def test_a_recorder_that_keeps_dying_is_left_until_the_end(tmp_path):
     process, told = RecorderProcess(tmp_path), []  # no run is there
     while len(told) < 2:
         process._process.wait()
-        told += process._revive(min(process._due, time.monotonic() + 50))
+        told += process._maybe_restart(min(process._due, time.monotonic() + 50))
     assert "it is started anew" in told[0]
     assert "none is started until the end" in told[1]
-    process._revive(process._due)
+    process._maybe_restart(process._due)
     assert process._ended()
     *_, last = process.finish(wait=True)
     assert f"`trackopt sync {tmp_path}` delivers what is missing" in last

@@ -15,14 +15,14 @@ import torch
 
 from tests.conftest import build
 from trackopt import journal
-from trackopt.checkpoint import Training
-from trackopt.rehearsal import plan
-from trackopt.rehearsal.divergence import first
+from trackopt.rehearsal.diagnosis import diagnose
+from trackopt.rehearsal.divergence import first_divergence
 from trackopt.rehearsal.rehearse import rehearse
-from trackopt.rehearsal.strays import strays
-from trackopt.rehearsal.trace import Life, Step, Trace
-from trackopt.rehearsal.training import CommandError
-from trackopt.rehearsal.verdict import judge
+from trackopt.rehearsal.trace import AttemptStart, Step, Trace
+from trackopt.rehearsal.training_command import CommandError
+from trackopt.rehearsal.untracked_state import find_untracked
+from trackopt.rundir import environment
+from trackopt.training.objects import Training
 
 EXAMPLES = [
     path
@@ -85,7 +85,7 @@ main()
 
 FRAMEWORK = """
 import torch
-from trackopt.checkpoint import Training
+from trackopt.training.objects import Training
 from trackopt.integrations.recording import Options, record
 recording = record(Training(None, torch.optim.SGD([torch.ones(1)])), Options(dir="x"), leads=True)
 recording.begin()
@@ -174,7 +174,7 @@ def test_a_fault_that_only_a_resume_shows_is_named(fault, kind, seen, advice, sc
     found = rehearse(script(fault), at=[8])
     assert found.verdict is not None
     assert (found.verdict.reproducible, found.verdict.cause.kind) == (True, kind), found.verdict
-    assert seen in found.verdict.cause.seen
+    assert seen in found.verdict.cause.observation
     assert advice in found.verdict.cause.advice
     assert [found.scratch] == [str(place) for place in kept(scratch)]
     if fault != "dir":
@@ -199,7 +199,7 @@ def test_a_training_that_does_not_repeat_itself_is_told_first(fault, kind, seen,
     """Without any kill two trainings differ; then nothing is said about resuming."""
     found = rehearse(script(fault), at=[8])
     assert (found.verdict.reproducible, found.verdict.cause.kind) == (False, kind), found.verdict
-    assert seen in found.verdict.cause.seen
+    assert seen in found.verdict.cause.observation
     assert advice in found.verdict.cause.advice
     assert (found.verdict.first.step, found.verdict.first.series) == (1, "loss")
 
@@ -284,13 +284,13 @@ def test_a_restart_that_fails_says_behind_which_kill(script, tmp_path):
     file.write_text(text)
     with pytest.raises(CommandError, match="started again after the kill at step 5, failed with exit code 1") as error:
         rehearse(script("none"), at=[5])
-    assert "holds a run already" in error.value.said[-1]
+    assert "holds a run already" in error.value.output_tail[-1]
 
 
 def test_the_kill_is_a_kill(script, tmp_path):
     """SIGKILL, right behind the journal's line of that very step; below the given root, and into no sink."""
-    environment = plan.Plan(tmp_path / "root", {"runs-small": 5}).environment()
-    done = subprocess.run(script("none"), env={**os.environ, **environment}, start_new_session=True, check=False)
+    variables = environment.ResumeCheckPlan(tmp_path / "root", {"runs-small": 5}).environment()
+    done = subprocess.run(script("none"), env={**os.environ, **variables}, start_new_session=True, check=False)
     assert done.returncode == -signal.SIGKILL
     directory = tmp_path / "root" / "runs-small"
     *_, last = journal.read(directory / journal.NAME)
@@ -339,7 +339,7 @@ def test_strays_are_found_by_the_names_that_the_script_has_for_them():
     known = Training(model, optimizer, {"a": scheduler, "b": chained}, {})
 
     def train(plain, holder, collate, unlabelled, loader):
-        return {stray.name: (stray.kind, stray.label) for stray in strays(known, loader)}
+        return {stray.name: (stray.kind, stray.label) for stray in find_untracked(known, loader)}
 
     found = train(
         plain=np.random.default_rng(0),
@@ -369,7 +369,7 @@ def moment(**changes):
 
 def trace(losses, steps, *lives, **options):
     points = list(enumerate(losses, 1))
-    lives = tuple(Life(step, "0" * 8) for step in lives or (0,))
+    lives = tuple(AttemptStart(step, "0" * 8) for step in lives or (0,))
     names = {"weights": ["w"], "optimizer": []}
     return Trace("run", 0.0, {"loss": points}, dict(enumerate(steps, 1)), lives, (), names, **options)
 
@@ -377,24 +377,24 @@ def trace(losses, steps, *lives, **options):
 def test_rounding_points_to_kernels():
     """All that a step came from is the same, and the loss is another in its last bits."""
     a, b = (trace([1.0, loss], [moment(), moment()]) for loss in (0.5, 0.5000000001))
-    assert judge(a, b, a).cause.kind == "kernels"
-    assert judge(a, b).cause.kind == "kernels"
+    assert diagnose(a, b, a).cause.kind == "kernels"
+    assert diagnose(a, b).cause.kind == "kernels"
     b = trace([1.0, 0.6], [moment(), moment()])
-    assert judge(a, b, a).cause.kind == "unknown"
+    assert diagnose(a, b, a).cause.kind == "unknown"
 
 
 def test_the_global_generator_that_stood_elsewhere_is_named():
     a = trace([1.0, 0.5], [moment(), moment(before={"rng": {"torch": 5}}, rng={"torch": 6})])
     b = trace([1.0, 0.7], [moment(), moment(before={"rng": {"torch": 8}}, rng={"torch": 9})], 0, 1)
-    assert "the global generator of torch did not stand where" in judge(a, b, a).cause.seen
-    assert "torch.manual_seed(0)" in judge(a, b).cause.advice
+    assert "the global generator of torch did not stand where" in diagnose(a, b, a).cause.observation
+    assert "torch.manual_seed(0)" in diagnose(a, b).cause.advice
 
 
 def test_a_training_of_another_length_is_told():
     """A loop that counts to n by itself does n steps after each resume."""
     a, b = trace([1.0], [moment()]), trace([1.0, 0.5], [moment(), moment()], 0, 1)
-    assert judge(a, b, a).cause.kind == "length"
-    assert "ended at step 1, the other at step 2" in judge(a, b, a).cause.seen
+    assert diagnose(a, b, a).cause.kind == "length"
+    assert "ended at step 1, the other at step 2" in diagnose(a, b, a).cause.observation
 
 
 def test_a_number_that_is_different_each_time_is_no_evidence():
@@ -402,7 +402,7 @@ def test_a_number_that_is_different_each_time_is_no_evidence():
     numbers = [{"start": "1.0", "mean": "3"}, {"start": "2.0", "mean": "0"}, {"start": "3.0", "mean": "3"}]
     steps = [[moment(), moment(before={"numbers": each})] for each in numbers]
     a, b, again = (trace([1.0, loss], each, 0, 1) for loss, each in zip((0.5, 0.7, 0.5), steps, strict=True))
-    assert judge(a, b, again).cause.seen.endswith("`mean` was 3 in the one and 0 in the other")
+    assert diagnose(a, b, again).cause.observation.endswith("`mean` was 3 in the one and 0 in the other")
 
 
 def test_an_object_that_was_not_handed_over_is_named():
@@ -416,11 +416,11 @@ def test_an_object_that_was_not_handed_over_is_named():
     b = trace(
         [1.0, 0.7], [moment(), moment(before={"strays": {"ema": 2, "critic.opt": 3, "it": None}})], 0, 1, strays=strays
     )
-    cause = judge(a, b, a).cause
-    assert "AveragedModel `ema` is not known" in cause.seen
+    cause = diagnose(a, b, a).cause
+    assert "AveragedModel `ema` is not known" in cause.observation
     assert cause.advice == "hand it over: trackopt.wrap(…, ema=ema)"
     b = trace([1.0, 0.7], [*a.steps.values()], 0, 1, strays=strays)
-    assert "zip `it` is in the middle of its data, and begins anew" in judge(a, b, a).cause.seen
+    assert "zip `it` is in the middle of its data, and begins anew" in diagnose(a, b, a).cause.observation
 
 
 def test_a_batch_that_was_not_restored_is_told():
@@ -432,26 +432,29 @@ def test_a_batch_that_was_not_restored_is_told():
         )
         for batch, loss in ((1, 0.5), (2, 0.7))
     )
-    cause = judge(a, b, a).cause
-    assert "the weights at step 1 were identical, the batch of step 2 was not: the data are not restored" in cause.seen
-    assert "random.Random `shuffle.rng` is not known to trackopt" in cause.seen
+    cause = diagnose(a, b, a).cause
+    assert (
+        "the weights at step 1 were identical, the batch of step 2 was not: the data are not restored"
+        in cause.observation
+    )
+    assert "random.Random `shuffle.rng` is not known to trackopt" in cause.observation
     assert cause.advice == "hand it over: trackopt.wrap(…, rng=shuffle.rng)"
-    assert judge(a, b).cause.advice.startswith("seed it: random.Random(0)")
+    assert diagnose(a, b).cause.advice.startswith("seed it: random.Random(0)")
     a, b = (trace([1.0, 0.5], [moment(), moment(batch=batch)], 0, 1) for batch in (1, 2))
-    assert "the loader draws from something that trackopt does not know" in judge(a, b, a).cause.seen
+    assert "the loader draws from something that trackopt does not know" in diagnose(a, b, a).cause.observation
 
 
 def test_a_learning_rate_that_the_script_counts_out_is_told():
     """The variable that it depends on is named with both values."""
     a, b = (trace([1.0, 0.5], [moment(), moment(before={"numbers": {"warmup": n}})], 0, 1) for n in ("6", "0"))
     a.series["lr/group0"], b.series["lr/group0"] = [(1, 0.1), (2, 0.7)], [(1, 0.1), (2, 0.1)]
-    cause = judge(a, b, a).cause
+    cause = diagnose(a, b, a).cause
     assert cause.kind == "lr"
-    assert "`warmup` was 6 in the one and 0 in the other" in cause.seen
+    assert "`warmup` was 6 in the one and 0 in the other" in cause.observation
     assert "run.global_step" in cause.advice
 
 
 def test_nan_is_nan_and_minus_zero_is_not_zero():
     a = trace([float("nan"), 0.0], [moment(), moment()])
-    assert first(a, trace([float("nan"), 0.0], [moment(), moment()])) is None
-    assert first(a, trace([float("nan"), -0.0], [moment(), moment()])).step == 2
+    assert first_divergence(a, trace([float("nan"), 0.0], [moment(), moment()])) is None
+    assert first_divergence(a, trace([float("nan"), -0.0], [moment(), moment()])).step == 2

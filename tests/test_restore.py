@@ -10,7 +10,8 @@ from torch.optim import lr_scheduler
 import trackopt
 from tests.conftest import build, train_step
 from trackopt import ArchiveError, MismatchError, UsageError
-from trackopt.checkpoint import Training, capture
+from trackopt.checkpoint.snapshot import capture
+from trackopt.training.objects import Training
 
 
 def model(width=8):
@@ -198,7 +199,7 @@ def test_restore_without_a_run():
     torch.manual_seed(9)
     before = torch.get_rng_state()
     found = trackopt.restore("run", model=net, optimizer=optimizer, scheduler=scheduler)
-    assert (found.step, found.left_out) == (6, ())
+    assert (found.step, found.skipped) == (6, ())
     assert torch.equal(before, torch.get_rng_state())
     assert same(net.state_dict(), old.state_dict())
     assert same(optimizer.state_dict(), saved.state_dict())
@@ -281,6 +282,6 @@ def test_restore_refuses_what_does_not_fit():
         trackopt.restore("run", model=net)
     assert torch.equal(weight, net[0].weight)
     found = trackopt.restore("run", model=net, strict=False)
-    assert len(found.left_out) == 3  # all but the last bias
+    assert len(found.skipped) == 3  # all but the last bias
     with pytest.raises(ArchiveError):
         trackopt.restore("nowhere.pt", model=net)

@@ -16,18 +16,18 @@ from tests.test_difference_formats import reorder_groups
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from trackopt.difference import Verdict
+    from trackopt.analysis.diff.continuation import ContinuationReport
 
 Tree = dict[str, Any]
 
 
-def judged(a: Tree, b: Tree, folder: Path) -> Verdict:
+def judged(a: Tree, b: Tree, folder: Path) -> ContinuationReport:
     verdict = trackopt.diff(saved(a, folder / "a.pt"), saved(b, folder / "b.pt")).resume
     assert verdict is not None
     return verdict
 
 
-def errors(verdict: Verdict) -> list[str]:
+def errors(verdict: ContinuationReport) -> list[str]:
     assert verdict.continues == (not [one for one in verdict.reasons if one.level == "error"])
     return [one.text for one in verdict.reasons if one.level == "error"]
 

@@ -13,10 +13,11 @@ import torch
 
 import trackopt
 from tests.conftest import build, train_step
-from trackopt import CheckpointError, RunError, UsageError, journal, resuming
-from trackopt.checkpoint import rng
+from trackopt import CheckpointError, RunError, UsageError, journal
+from trackopt.checkpoint import resume
 from trackopt.checkpoint import store as stores
-from trackopt.checkpoint.shards import ShardMemory
+from trackopt.checkpoint.sharded import CpuStateDict
+from trackopt.training import rng
 
 
 def wrapped(directory="run", **options):
@@ -87,7 +88,7 @@ def test_a_directory_is_held_by_one_run_at_a_time():
     run, _ = wrapped()
     with pytest.raises(RunError, match="open in another process"):
         wrapped()
-    code = "import trackopt.directory as d\nd.RunDirectory('run')"
+    code = "import trackopt.rundir.directory as d\nd.RunDirectory('run')"
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert "RunError" in other.stderr
     run.close()
@@ -168,7 +169,7 @@ def test_a_run_that_died_before_its_first_checkpoint_starts_again():
     assert [s for s, _ in journal.series("run")["loss"]] == [1]
 
 
-@pytest.mark.parametrize("place", ["archive.open", "archive.checkpoints", "integrity.problems"])
+@pytest.mark.parametrize("place", ["os.open", "locations.checkpoints", "verify.problems"])
 def test_a_disk_that_cannot_read_now_costs_no_checkpoint(place, monkeypatch):
     """A run that cannot be opened for that says so in one line, and the next attempt goes on from the newest."""
     run, step = wrapped(save_every=1)
@@ -181,7 +182,7 @@ def test_a_disk_that_cannot_read_now_costs_no_checkpoint(place, monkeypatch):
 
     room, name = place.split(".")
     with monkeypatch.context() as broken:
-        if place == "archive.open":
+        if place == "os.open":
             broken.setattr(os, "open", refusing(os.open, ".pt"))
             broken.setattr(Path, "open", refusing(Path.open, ".pt"))
         else:
@@ -424,17 +425,17 @@ class Sparing:
 def test_generators_are_looked_for_without_asking_the_users_objects():
     own, bound = torch.Generator(), random.Random(0)
     loader = SimpleNamespace(config=Sparing(generator=own), transforms=[bound.random])
-    assert rng.generators_of(loader) == [own, bound]
+    assert rng.find_generators(loader) == [own, bound]
 
 
 def test_a_default_device_is_not_for_what_is_copied():
     """`torch.set_default_device` speaks of the user's tensors."""
     values = {"a": torch.arange(6.0)}
-    whole = resuming._checksum(values)
+    whole = resume._checksum(values)
     torch.set_default_device("meta")
     try:
-        assert resuming._checksum(values) == whole
-        held = ShardMemory().copy(values)["a"]
+        assert resume._checksum(values) == whole
+        held = CpuStateDict().copy(values)["a"]
     finally:
         torch.set_default_device(None)
     assert torch.equal(held, values["a"])
@@ -449,7 +450,7 @@ def test_a_forked_child_leaves_the_run_to_its_parent():
             try:
                 run.__exit__(None, None, None)
             finally:
-                os._exit(0 if run._open else 1)
+                os._exit(0 if run._is_open else 1)
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
         run.step(loss=train_step(model, optimizer))
     events = [line.event for line in journal.read(run.dir / "metrics.jsonl") if line.event]
@@ -459,6 +460,6 @@ def test_a_forked_child_leaves_the_run_to_its_parent():
 def test_what_cannot_be_begun_is_told_as_it_is(monkeypatch):
     """The error that ends the beginning is not covered by another one."""
     model, optimizer, _ = build()
-    monkeypatch.setattr("trackopt.run.params", lambda *_: {}["missing"])
+    monkeypatch.setattr("trackopt.run.run.params", lambda *_: {}["missing"])
     with pytest.raises(KeyError, match="missing"):
         trackopt.wrap(optimizer, model=model, dir="run", sinks=())

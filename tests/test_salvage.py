@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from tests.checkpoints import saved, trained
-from trackopt import integrity
+from trackopt.analysis.salvage.salvage import salvage
+from trackopt.archive import verify
 from trackopt.errors import ArchiveError, UsageError
-from trackopt.salvage import salvage
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -26,7 +26,7 @@ def test_a_whole_file_is_the_same_again(tmp_path: Path) -> None:
                     torch.ones(2, dtype=torch.uint16), -1, 1 << 80, None, "é", (1, [2.5])]  # fmt: skip
     path = saved(tree, tmp_path / "t.pt")
     done = salvage(path, tmp_path / "new.pt")
-    assert done.lost == ()
+    assert done.lost_tensors == ()
     old, new = (torch.load(one, weights_only=True) for one in (path, tmp_path / "new.pt"))
     torch.testing.assert_close(new["model"], dict(old["model"]), rtol=0, atol=0)
     assert new["optimizer"]["param_groups"] == old["optimizer"]["param_groups"]
@@ -36,7 +36,7 @@ def test_a_whole_file_is_the_same_again(tmp_path: Path) -> None:
     assert new["more"][2].item() == 1 - 2j
     assert new["more"][3] == b"\xff\0"
     assert new["more"][8:] == old["more"][8:]
-    assert integrity.check(tmp_path / "new.pt") == []
+    assert verify.verify_checkpoint(tmp_path / "new.pt") == []
 
 
 @pytest.mark.parametrize("share", [0.3, 0.5, 0.7, 0.99])
@@ -49,7 +49,7 @@ def test_of_a_truncated_file_the_whole_tensors_are_kept(share: float, tmp_path: 
     new = torch.load(tmp_path / "new.pt", weights_only=True, mmap=True)
     assert new.pop("epoch") == 3
     assert 0 < len(new) == done.tensors < 11
-    assert {*new, *done.lost} == set(tree) - {"epoch"}
+    assert {*new, *done.lost_tensors} == set(tree) - {"epoch"}
     assert all(torch.equal(value, tree[name]) for name, value in new.items())
 
 
@@ -77,7 +77,7 @@ def test_what_torch_would_refuse_is_left_out_and_told(tmp_path: Path) -> None:
     new = torch.load(tmp_path / "new.pt", weights_only=True)
     assert new.keys() == {"a", ("x", 1), "list"}
     assert new["list"][:2] == [1, None]
-    assert len(done.lost) == 5
+    assert len(done.lost_tensors) == 5
 
 
 def test_what_is_shared_is_written_once_and_still_shared(tmp_path: Path) -> None:

@@ -17,9 +17,10 @@ import torch
 import trackopt
 from tests.conftest import build, run_script, train_step
 from tests.test_cli import trackopt as command
-from trackopt import UsageError, integrity, journal
+from trackopt import UsageError, journal
+from trackopt.archive import verify
 from trackopt.checkpoint import store as stores
-from trackopt.checkpoint import write as writing
+from trackopt.checkpoint import writer as writing
 
 ROOT = Path(__file__).parents[1]
 
@@ -96,7 +97,7 @@ def test_one_is_on_its_way_and_the_next_one_waits(gate):
 
 def test_what_save_every_makes_due_may_skip_its_turn(gate):
     """One is on its way: those that become due meanwhile are left out, one that is asked for is not."""
-    run, _, step = started(save_every=2, save_busy="skip", keep=9)
+    run, _, step = started(save_every=2, save_overlap="skip", keep=9)
     for _ in range(7):
         step()
     gate.set()
@@ -108,8 +109,8 @@ def test_what_save_every_makes_due_may_skip_its_turn(gate):
 
 
 def test_a_wish_for_busy_saves_that_is_none_is_refused():
-    with pytest.raises(UsageError, match="save_busy='no': choose 'wait' or 'skip'"):
-        started(save_busy="no")
+    with pytest.raises(UsageError, match="save_overlap='no': choose 'wait' or 'skip'"):
+        started(save_overlap="no")
 
 
 def test_who_waits_finds_it_on_the_disk():
@@ -137,7 +138,7 @@ def test_what_fails_beside_the_training_is_told_at_the_next_step(error, monkeypa
             fail,
         )
         run.save()
-        while run._saving._writing.is_alive():
+        while run._saving._in_flight.is_alive():
             time.sleep(0.001)
     assert "training goes on" not in caplog.text
     step()
@@ -157,7 +158,7 @@ def test_a_directory_that_cannot_be_listed_stops_no_training(monkeypatch, caplog
 
     run.save(wait=True)
     with monkeypatch.context() as broken:
-        broken.setattr(stores.archive, "checkpoints", fail)
+        broken.setattr(stores.locations, "checkpoints", fail)
         step()
         run.save()
     assert "Input/output error" in caplog.text
@@ -278,7 +279,7 @@ def test_data_workers_fork_while_a_checkpoint_is_written(workers, tmp_path):
     done = run_script(script(tmp_path, width=20_000, workers=workers, epochs=2), tmp_path / "run")
     assert done.returncode == 0, done.stderr
     assert names(tmp_path / "run") == [f"step-{step:08d}.pt" for step in (14, 15, 16)]
-    assert all(integrity.check(path) == [] for path in (tmp_path / "run/checkpoints").glob("step-*"))
+    assert all(verify.verify_checkpoint(path) == [] for path in (tmp_path / "run/checkpoints").glob("step-*"))
 
 
 @pytest.mark.parametrize(
@@ -290,7 +291,7 @@ def test_the_interpreter_waits_for_the_writer(end, code, tmp_path):
     done = run_script(script(tmp_path, width=100_000, epochs=1, every=8, end=end), tmp_path / "run")
     assert done.returncode == code, done.stderr
     assert names(tmp_path / "run") == ["step-00000008.pt"]
-    assert integrity.check(tmp_path / "run/checkpoints/step-00000008.pt") == []
+    assert verify.verify_checkpoint(tmp_path / "run/checkpoints/step-00000008.pt") == []
     assert ("checkpoint", 8) in events(tmp_path / "run")
 
 
@@ -304,7 +305,7 @@ def test_a_stop_signal_waits_for_the_writer(tmp_path):
     process.send_signal(signal.SIGTERM)
     _, told = process.communicate(timeout=120)
     assert process.returncode == 143, told
-    assert all(integrity.check(path) == [] for path in (tmp_path / "run/checkpoints").glob("step-*"))
+    assert all(verify.verify_checkpoint(path) == [] for path in (tmp_path / "run/checkpoints").glob("step-*"))
     assert not list((tmp_path / "run/checkpoints").glob(".*part"))
 
 
@@ -326,7 +327,7 @@ def test_killed_in_the_middle_of_a_write(tmp_path):
         process.kill()
         process.communicate()
         torn += len(list((tmp_path / "run/checkpoints").glob(".*part")))
-        assert all(integrity.check(path) == [] for path in (tmp_path / "run/checkpoints").glob("step-*"))
+        assert all(verify.verify_checkpoint(path) == [] for path in (tmp_path / "run/checkpoints").glob("step-*"))
     assert torn
 
 

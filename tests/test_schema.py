@@ -14,8 +14,8 @@ import torch
 import trackopt
 from tests.checkpoints import saved, trained
 from tests.hostile import output, tensors
-from trackopt.cli import screen
-from trackopt.summary import summarize
+from trackopt.analysis.summary import summarize
+from trackopt.cli import console
 
 SCHEMA = json.loads(Path(__file__).with_name("inspect.schema.json").read_text())
 TREES: dict[str, Any] = {
@@ -30,7 +30,7 @@ TREES: dict[str, Any] = {
 
 def facts(path: Path) -> Any:
     with trackopt.open(path) as archive:
-        return json.loads(json.dumps(screen.plain(summarize(archive, tensors=True, statistics=True).as_dict())))
+        return json.loads(json.dumps(console.plain(summarize(archive, tensors=True, statistics=True).as_dict())))
 
 
 @pytest.mark.parametrize("name", TREES)

@@ -17,8 +17,8 @@ import pytest
 
 import trackopt
 from tests.conftest import build, train_step
-from trackopt.cli import serving
-from trackopt.directory import read_identity, write_identity
+from trackopt.cli import servers
+from trackopt.rundir.directory import read_identity, write_identity
 
 
 @pytest.fixture
@@ -163,11 +163,11 @@ def test_a_server_answers_where_it_speaks_http(handler, there):
     with socketserver.TCPServer(("127.0.0.1", 0), handler) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
-        assert serving.answers(f"http://someone:se@cret@127.0.0.1:{server.server_address[1]}") == there
+        assert servers.is_reachable(f"http://someone:se@cret@127.0.0.1:{server.server_address[1]}") == there
         server.shutdown()
         thread.join()
-    assert not serving.answers("http://someone:secret@nowhere.invalid")
-    assert not serving.answers("http://[")
+    assert not servers.is_reachable("http://someone:secret@nowhere.invalid")
+    assert not servers.is_reachable("http://[")
 
 
 def test_sync_has_nothing_to_do_behind_a_finished_run(run):

@@ -14,7 +14,7 @@ from tests import dimensions
 from tests.conftest import drain, mlflow_run, run_script
 from tests.test_resume import assert_same, final_state
 from trackopt import journal
-from trackopt.signals import StopSignals
+from trackopt.run.signals import StopSignals
 
 pytestmark = pytest.mark.usefixtures("mlflow_store")
 SCRIPT = Path(dimensions.__file__)
@@ -132,11 +132,11 @@ def test_what_torchrun_passes_on_is_no_second_signal(monkeypatch):
     calls = []
     before = signal.signal(signal.SIGUSR1, lambda *_: calls.append(1))
     ignored = signal.signal(signal.SIGINT, signal.default_int_handler)  # by the processes that run tests side by side
-    signals = StopSignals(tells=False)
+    signals = StopSignals(log=False)
     try:
         signal.raise_signal(signal.SIGUSR1)
         signal.raise_signal(signal.SIGUSR1)
-        assert (signals.received, calls) == (signal.SIGUSR1, [1])
+        assert (signals.agreed_signal, calls) == (signal.SIGUSR1, [1])
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     finally:
@@ -206,13 +206,18 @@ def test_runs_that_are_closed_in_any_order_leave_no_handler():
     calls = []
     mine = signal.signal(signal.SIGUSR1, lambda *_: calls.append(1))
     try:
-        first, second, third = (StopSignals(tells=False) for _ in range(3))
+        first, second, third = (StopSignals(log=False) for _ in range(3))
         second.close()
         thread = threading.Thread(target=third.close)
         thread.start()
         thread.join()
         signal.raise_signal(signal.SIGUSR1)
-        assert (first.received, second.noted, third.noted, calls) == (signal.SIGUSR1, None, None, [1])
+        assert (first.agreed_signal, second.local_signal, third.local_signal, calls) == (
+            signal.SIGUSR1,
+            None,
+            None,
+            [1],
+        )
         first.close()
         third.close()
     finally:
@@ -222,7 +227,7 @@ def test_runs_that_are_closed_in_any_order_leave_no_handler():
 
 def test_a_forked_process_can_be_ended():
     """As `multiprocessing` ends the workers of a pool; Ctrl-C, which reaches all of them, is for the training."""
-    signals = StopSignals(tells=False)
+    signals = StopSignals(log=False)
     try:
         if not (pid := os.fork()):
             signal.raise_signal(signal.SIGINT)
@@ -235,7 +240,9 @@ def test_a_forked_process_can_be_ended():
 
 def test_ctrl_c_that_ends_the_reader_of_stderr_as_well_saves_and_stops(tmp_path):
     """``python train.py 2>&1 | tee log``: nobody reads what is told then."""
-    process = start(tmp_path, BATCHES, before="from trackopt import display; display._FIRST = display._EVERY = 0.01")
+    process = start(
+        tmp_path, BATCHES, before="from trackopt.run import progress; progress._FIRST = progress._EVERY = 0.01"
+    )
     process.stderr.close()
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=60)

@@ -13,8 +13,8 @@ from torch.optim import lr_scheduler, swa_utils
 import trackopt
 from tests.checkpoints import saved, trained
 from trackopt import state
-from trackopt.archive import Tensor
-from trackopt.state import TrainingState, order
+from trackopt.archive.tree import Tensor
+from trackopt.state import TrainingState, parameter_order
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -130,12 +130,12 @@ def test_every_scheduler_of_torch_is_told_from_its_keys(name: str, tmp_path: Pat
         assert "save the same keys" in found.evidence
     assert found.last_epoch == 1
     assert found.last_lr == (live.param_groups[0]["lr"],)
-    assert found.agrees is True
+    assert found.lr_matches_optimizer is True
 
 
 def test_our_own_checkpoint_tells_everything(tmp_path: Path) -> None:
     found = read(trained(steps=4), tmp_path)
-    assert found.own
+    assert found.is_trackopt
     assert (found.step, found.epoch, found.batch) == (4, 1, 2)
     assert found.rng == ("python", "numpy", "torch")
     assert found.extras == ()
@@ -187,7 +187,7 @@ def test_the_usual_spellings_are_known(
         "loss": 0.5,
     }
     found = read(tree, tmp_path)
-    assert not found.own
+    assert not found.is_trackopt
     assert (found.epoch, found.step) == (3, 99)
     assert len(found.models) == len(found.optimizers) == len(found.schedulers) == 1
     assert found.optimizers[0].matching == "order against the model"
@@ -220,7 +220,7 @@ def test_a_learning_rate_in_a_tensor_is_a_number(tmp_path: Path) -> None:
 def test_an_lr_that_the_scheduler_did_not_set_is_seen(tmp_path: Path) -> None:
     tree = trained()
     tree["optimizer"]["param_groups"][0]["lr"] = 5.0
-    assert read(tree, tmp_path).schedulers[0].agrees is False
+    assert read(tree, tmp_path).schedulers[0].lr_matches_optimizer is False
 
 
 @pytest.mark.parametrize(
@@ -329,8 +329,10 @@ def test_groups_by_kind_are_named_where_shapes_alone_allow_two_ways(tmp_path: Pa
 
 def reordered(shapes: dict[str, tuple[int, ...]], groups: list[list[str]]) -> dict[str, str] | None:
     """Names for ids that are the true names, told from the shapes alone."""
-    (hands,) = order.deals([[(name, shapes[name]) for name in group] for group in groups], dict(sorted(shapes.items())))
-    return order.reordered([[(name, shapes[name]) for name in group] for group in groups], hands)
+    (hands,) = parameter_order.assignments(
+        [[(name, shapes[name]) for name in group] for group in groups], dict(sorted(shapes.items()))
+    )
+    return parameter_order.reordered([[(name, shapes[name]) for name in group] for group in groups], hands)
 
 
 def test_an_order_that_a_file_has_lost_is_found_again_from_shapes() -> None:

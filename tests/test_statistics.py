@@ -10,8 +10,8 @@ import torch
 
 import trackopt
 from tests.checkpoints import peak, saved, trained
-from trackopt.summary import Summary, summarize
-from trackopt.summary.statistics import joined, measure
+from trackopt.analysis.summary import Summary, summarize
+from trackopt.analysis.summary.statistics import measure, merge
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -67,14 +67,15 @@ def test_parts_join_to_the_whole(tmp_path: Path) -> None:
     tree = {"whole": whole, "parts": [part.clone() for part in whole.split(1234)]}
     with trackopt.open(saved(tree, tmp_path / "t.pt")) as archive:
         found = measure(archive)
-    together = joined(part for name, part in found.items() if name != "whole")
+    together = merge(part for name, part in found.items() if name != "whole")
     assert together.as_dict() == pytest.approx(found["whole"].as_dict(), rel=1e-12)
 
 
 def test_memory_stays_bounded(tmp_path: Path) -> None:
     path = saved({"t": torch.zeros(64 << 20)}, tmp_path / "t.pt")
     program = (
-        "import sys, trackopt; from trackopt.summary.statistics import measure; measure(trackopt.open(sys.argv[1]))"
+        "import sys, trackopt; from trackopt.analysis.summary.statistics import measure; "
+        "measure(trackopt.open(sys.argv[1]))"
     )
     assert peak(program, path) < 96 << 10
 

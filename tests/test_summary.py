@@ -10,8 +10,8 @@ from torch import _weights_only_unpickler, nn
 
 import trackopt
 from tests.checkpoints import Call, pickled, saved, trained, zipped
-from trackopt.archive.safe import is_safe
-from trackopt.summary import Summary, summarize
+from trackopt.analysis.summary import Summary, summarize
+from trackopt.archive.unpickler.weights_only import is_allowed
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -159,8 +159,8 @@ def test_names_that_torch_would_refuse_are_told(tmp_path: Path) -> None:
 
 def test_the_names_that_torch_takes_are_known() -> None:
     allowed = set(_weights_only_unpickler._get_allowed_globals())
-    assert {name for name in allowed if not is_safe(name)} == set()
-    assert not any(map(is_safe, ("os.system", "builtins.eval", "torch.load", "torch.hub.load", "numpy.ndarray")))
+    assert {name for name in allowed if not is_allowed(name)} == set()
+    assert not any(map(is_allowed, ("os.system", "builtins.eval", "torch.load", "torch.hub.load", "numpy.ndarray")))
 
 
 def test_what_torch_takes_with_weights_only_is_not_called_foreign(tmp_path: Path) -> None:

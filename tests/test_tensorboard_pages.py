@@ -10,9 +10,9 @@ import trackopt
 from tests.conftest import build, quietly, tensorboard_points, tensorboard_reader, train_step
 from trackopt import journal
 from trackopt.journal import Journal, Line
-from trackopt.recorder import tensorboard_pages
 from trackopt.recorder.delivery import Delivery
-from trackopt.recorder.tensorboard import TensorBoardSink
+from trackopt.recorder.sinks import tensorboard_layout
+from trackopt.recorder.sinks.tensorboard import TensorBoardSink
 
 LAYOUT, START, END = "custom_scalars__config__", "_hparams_/session_start_info", "_hparams_/session_end_info"
 
@@ -105,7 +105,7 @@ def test_results_that_did_not_reach_the_disk_are_written_once_more_and_once(tmp_
     run = train(tmp_path / "run")
     before = tensorboard_points(run.dir, derived=True)
     delivery = Delivery(run.dir / journal.NAME, lambda step: TensorBoardSink(run.dir, step), None, print)
-    while delivery.pump((run.dir / journal.NAME).stat().st_size):
+    while delivery.deliver((run.dir / journal.NAME).stat().st_size):
         pass
     with monkeypatch.context() as patch:
         patch.setattr("os.fsync", full)
@@ -152,7 +152,7 @@ def test_hyperparameters_that_have_no_number_in_json(tmp_path):
     assert "scheduler.mode_worse" not in told
     assert tensorboard_points(run.dir)["lr/group0"]
     journal_of_before = {"scheduler.mode_worse": None, "betas": [0.9, 0.99], "lr": 0.1}
-    assert b"lr" in tensorboard_pages.session_start(1.0, "run", journal_of_before)
+    assert b"lr" in tensorboard_layout.session_start(1.0, "run", journal_of_before)
 
 
 def test_a_run_that_goes_on_from_another_has_a_row_of_its_own(tmp_path):

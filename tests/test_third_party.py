@@ -11,7 +11,7 @@ from torch.distributed.fsdp import fully_shard
 
 import trackopt
 from trackopt import journal
-from trackopt.observe import Observer
+from trackopt.telemetry.hooks import OptimizerObserver
 
 
 class Lookahead(torch.optim.Optimizer):
@@ -112,10 +112,10 @@ def test_optimizers_of_several_processes(kind):
         from torch.distributed.optim import ZeroRedundancyOptimizer  # its import warns of what torch deprecates
 
         optimizer = ZeroRedundancyOptimizer(model.parameters(), optimizer_class=torch.optim.AdamW, lr=0.1)
-    observer = Observer(optimizer, names=list)
+    observer = OptimizerObserver(optimizer, names=list)
     model(torch.ones(2, 4)).sum().backward()
     optimizer.step()
-    metrics = observer.take().metrics()
+    metrics = observer.pop_metrics().metrics()
     moments = [state["exp_avg"] for state in getattr(optimizer, "optim", optimizer).state.values()]
     whole = torch.cat([getattr(t, "full_tensor", lambda t=t: t)().flatten() for t in moments])
     assert metrics["exp_avg/group0.norm"] == pytest.approx(whole.norm().item(), rel=1e-6)

@@ -13,12 +13,13 @@ import pytest
 import torch
 from torch.serialization import skip_data
 
-from trackopt import CheckpointError, UsageError, integrity
-from trackopt.archive.zip import Zip
-from trackopt.checkpoint import write as writing
-from trackopt.checkpoint.layout import directory, places
+from trackopt import CheckpointError, UsageError
+from trackopt.archive import verify
+from trackopt.archive.io.zip_reader import Zip
+from trackopt.archive.io.zip_writer import central_directory, plan_entries
+from trackopt.checkpoint import writer as writing
 from trackopt.checkpoint.staging import Staging
-from trackopt.checkpoint.write import write
+from trackopt.checkpoint.writer import write
 
 TREE = {
     "model": {"w": torch.arange(5000.0).reshape(50, 100), "i": torch.ones(3, dtype=torch.int64), "e": torch.empty(0)},
@@ -42,7 +43,7 @@ def test_the_file_is_torchs_own_but_for_its_name():
     """The same bytes as torch.save's, except for the 40 digits that identify a file, and their checksum."""
     ours, theirs = written(TREE).read_bytes(), torch_bytes(TREE)
     assert len(ours) == len(theirs)
-    for offset in [place.data for place in places(theirs.index(b"PK\7\x08") - 64, [20000, 24, 0, 4])][-1:]:
+    for offset in [place.data for place in plan_entries(theirs.index(b"PK\7\x08") - 64, [20000, 24, 0, 4])][-1:]:
         identity = slice(offset, offset + 48)
     line = theirs.rindex(b"archive/.data/serialization_id") - 46 + 16
     same = [bytearray(ours), bytearray(theirs)]
@@ -62,7 +63,7 @@ def test_every_reader_takes_it():
         assert tree["odd"][:5] == TREE["odd"][:5]
         assert tree["tied"].untyped_storage().data_ptr() == tree["model"]["w"].untyped_storage().data_ptr()
     assert zipfile.ZipFile(path).testzip() is None
-    assert integrity.check(path) == []
+    assert verify.verify_checkpoint(path) == []
     if shutil.which("unzip"):
         done = subprocess.run(["unzip", "-t", path], capture_output=True, text=True, check=False)
         assert "No errors detected" in done.stdout
@@ -75,14 +76,14 @@ def test_a_file_beyond_4_gib_is_laid_out_as_torchs():
         torch.save([torch.empty(size, dtype=torch.uint8) for size in sizes], file)
     with Path("large.pt").open("rb") as file:
         zipped = Zip(Path("large.pt"), file.fileno())
-        found = places(zipped.records["archive/data.pkl"].size, sizes)
+        found = plan_entries(zipped.records["archive/data.pkl"].size, sizes)
         assert [place.name.decode() for place in found] == list(zipped.records)
         for place, record in zip(found, zipped.records.values(), strict=True):
             file.seek(place.header)
             assert file.read(place.data - place.header) == place.local()
             file.seek(place.stop)
             assert file.read(place.end - place.stop) == place.descriptor(record.crc)
-        assert file.read() == directory(found, [record.crc for record in zipped.records.values()])
+        assert file.read() == central_directory(found, [record.crc for record in zipped.records.values()])
 
 
 def test_memory_is_reused_and_grows():
@@ -93,7 +94,7 @@ def test_memory_is_reused_and_grows():
         write(staging.stage(tree), Path("folder/x.pt"), before_commit=lambda: None)
         assert len(Path("folder/x.pt").read_bytes()) == len(torch_bytes(tree))
         assert torch.equal(torch.load("folder/x.pt", weights_only=True)["x"], tree["x"])
-        assert integrity.check("folder/x.pt") == []
+        assert verify.verify_checkpoint("folder/x.pt") == []
 
 
 def test_a_copy_is_a_copy():
@@ -129,15 +130,15 @@ def test_a_file_system_without_direct_writes_is_written_through_the_cache(monkey
     with monkeypatch.context() as patched:
         refusing("open", errno.EINVAL, patched, lambda path, flags, *_: flags & os.O_DIRECT)
         refusing("posix_fallocate", errno.EOPNOTSUPP, patched)
-        assert integrity.check(written(TREE)) == []
+        assert verify.verify_checkpoint(written(TREE)) == []
     refusing("pwrite", errno.EINVAL, monkeypatch, lambda file, *_: writing._is_direct(file))
-    assert integrity.check(written(TREE)) == []
+    assert verify.verify_checkpoint(written(TREE)) == []
 
 
 def test_short_writes_are_gone_on_with(monkeypatch):
     real = os.pwrite
     monkeypatch.setattr(writing.os, "pwrite", lambda file, data, at: real(file, data[:4097] if at else data[:8192], at))
-    assert integrity.check(written({"x": torch.randn(100_000)})) == []
+    assert verify.verify_checkpoint(written({"x": torch.randn(100_000)})) == []
 
 
 @pytest.mark.parametrize("call", ["open", "posix_fallocate", "pwrite", "ftruncate", "fsync"])

@@ -8,7 +8,7 @@ from tests import spread
 from tests.test_fsdp import checkpoints, stages
 from tests.test_resume import assert_same
 from trackopt import journal
-from trackopt.checkpoint.spread import placed
+from trackopt.checkpoint.resharding import reshard
 from trackopt.checkpoint.store import load
 
 STEPS = 12
@@ -57,8 +57,8 @@ def test_what_is_taken_over_is_the_same(trained):
     model, optimizer, scheduler = spread.build("plain")
     trackopt.restore(path, model=model, optimizer=optimizer, scheduler=scheduler)
     tree = load(path)
-    assert_same(placed(tree["model"], {}), dict(model.state_dict()))
+    assert_same(reshard(tree["model"], {}), dict(model.state_dict()))
     for name, parameter in model.named_parameters():
-        saved = placed(tree["optimizer"]["state"][name], {})
+        saved = reshard(tree["optimizer"]["state"][name], {})
         assert_same(saved, optimizer.state[parameter])
         assert not torch.equal(saved["exp_avg"], torch.zeros_like(parameter))

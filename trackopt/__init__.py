@@ -17,27 +17,27 @@ from trackopt.errors import (
     TrackoptError,
     UsageError,
 )
+from trackopt.utils.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from trackopt.archive import Archive, open  # noqa: A004 - `trackopt.open` is meant to read like the built-in
-    from trackopt.difference import diff
-    from trackopt.restoring import Restored, restore
-    from trackopt.run import Run
+    from trackopt.analysis.diff import diff
+    from trackopt.archive import Archive
+    from trackopt.checkpoint.restore import RestoreResult, restore
+    from trackopt.locations import open  # noqa: A004 - `trackopt.open` is meant to read like the built-in
+    from trackopt.run.run import Run
+    from trackopt.run.wrap import wrap
     from trackopt.schedule.preview import Preview, preview
-    from trackopt.wrapping import wrap
-
-__version__ = "0.1.0"
 
 _HOMES = {
     "Archive": "trackopt.archive",
     "Preview": "trackopt.schedule.preview",
-    "Restored": "trackopt.restoring",
-    "Run": "trackopt.run",
-    "diff": "trackopt.difference",
-    "open": "trackopt.archive",
+    "Restored": "trackopt.checkpoint.restore",
+    "Run": "trackopt.run.run",
+    "diff": "trackopt.analysis.diff",
+    "open": "trackopt.locations",
     "preview": "trackopt.schedule.preview",
-    "restore": "trackopt.restoring",
-    "wrap": "trackopt.wrapping",
+    "restore": "trackopt.checkpoint.restore",
+    "wrap": "trackopt.run.wrap",
 }
 
 __all__ = [
@@ -46,7 +46,7 @@ __all__ = [
     "CheckpointError",
     "MismatchError",
     "Preview",
-    "Restored",
+    "RestoreResult",
     "Run",
     "RunError",
     "TrackoptError",

@@ -67,8 +67,8 @@ class Line:
         metrics: The numbers of a record; empty in a marker.
         event: A marker's kind; ``None`` in a record.
         details: What else a marker says.
-        start: The line's offset in the file, in bytes.
-        end: The offset behind its newline.
+        start_offset: The line's offset in the file, in bytes.
+        end_offset: The offset behind its newline.
         histograms: What a record of histograms holds, by names like ``exp_avg/group0``; it has no metrics.
     """
 
@@ -77,8 +77,8 @@ class Line:
     metrics: dict[str, float] = field(default_factory=dict)
     event: str | None = None
     details: dict[str, Any] = field(default_factory=dict)
-    start: int = 0
-    end: int = 0
+    start_offset: int = 0
+    end_offset: int = 0
     histograms: dict[str, Histogram] = field(default_factory=dict)
 
 
@@ -96,8 +96,8 @@ class Journal:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._waiting = b""
-        self._told = False
+        self._unwritten = b""
+        self._warned = False
         try:
             self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
             self._size = os.fstat(self._file).st_size
@@ -112,11 +112,11 @@ class Journal:
     @property
     def offset(self) -> int:
         """Where the next line begins, in bytes, once those that wait are written."""
-        return self._size + len(self._waiting)
+        return self._size + len(self._unwritten)
 
     def record(self, step: int, metrics: Mapping[str, float], at: float | None = None) -> None:
         """Append what was measured at ``step``, ``at`` this time in Unix seconds; default: now."""
-        self._append({"step": step, "time": at or time.time(), "metrics": _spelled(metrics)})
+        self._append({"step": step, "time": at or time.time(), "metrics": _encode_nonfinite(metrics)})
 
     def histograms(self, step: int, histograms: Mapping[str, Any]) -> None:
         """Append how tensors were spread at ``step``: each as a `Histogram`, or a dict of its fields."""
@@ -134,8 +134,8 @@ class Journal:
     def close(self) -> None:
         """Close the file; lines that a full disk still keeps out are lost, and told."""
         self._write(b"")
-        if self._waiting:
-            lines = self._waiting.count(b"\n")
+        if self._unwritten:
+            lines = self._unwritten.count(b"\n")
             logger.warning("trackopt: %d lines of %s could not be written and are lost", lines, self.path)
         try:
             os.close(self._file)
@@ -146,29 +146,29 @@ class Journal:
         self._write(orjson.dumps(line) + b"\n")
 
     def _write(self, data: bytes) -> None:
-        data = self._waiting + data
+        data = self._unwritten + data
         try:
             while data:
                 written = os.write(self._file, data)
                 self._size += written
                 data = data[written:]
         except OSError as error:
-            if not self._told:
+            if not self._warned:
                 logger.warning(
                     "trackopt: cannot write %s (%s); training goes on, the lines are kept until it works",
                     self.path,
                     error.strerror,
                 )
-                self._told = True
+                self._warned = True
         else:
-            self._told = False
-        self._waiting = data
+            self._warned = False
+        self._unwritten = data
 
 
 _SPELLINGS = {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}
 
 
-def _spelled(metrics: Mapping[str, float]) -> Mapping[str, float | str]:
+def _encode_nonfinite(metrics: Mapping[str, float]) -> Mapping[str, float | str]:
     if all(map(math.isfinite, metrics.values())):
         return metrics
     return {key: value if math.isfinite(value) else _SPELLINGS[str(value)] for key, value in metrics.items()}
@@ -182,7 +182,7 @@ def read(path: Path, offset: int = 0) -> Iterator[Line]:
 
     Args:
         path: The journal's file; a missing one has no lines.
-        offset: Where to begin, in bytes: 0, or the ``end`` of a line read before.
+        offset: Where to begin, in bytes: 0, or the ``end_offset`` of a line read before.
     """
     try:
         file = path.open("rb")
@@ -217,9 +217,9 @@ def effective(lines: Iterable[Line]) -> list[Line]:
         if line.event == "resume":
             offset = line.details.get("offset", math.inf)
             if offset < resumed:  # the checkpoint is of an attempt that was given up: what was recorded there is back
-                kept = effective(each for each in seen if each.start < offset)
+                kept = effective(each for each in seen if each.start_offset < offset)
             kept = [record for record in kept if not superseded(record, line)]
-            resumed = line.start
+            resumed = line.start_offset
         elif line.event is None:
             kept.append(line)
         if line.event in {"resume", None}:
@@ -233,7 +233,7 @@ def superseded(record: Line, resume: Line) -> bool:
     The marker's ``offset`` is where the journal stood when the checkpoint was taken: it tells what was logged at the
     checkpoint's own step, but after it.
     """
-    return record.step > resume.step or record.start >= resume.details.get("offset", math.inf)
+    return record.step > resume.step or record.start_offset >= resume.details.get("offset", math.inf)
 
 
 def series(path: Path | str) -> dict[str, list[tuple[int, float]]]:

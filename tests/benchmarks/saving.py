@@ -20,10 +20,11 @@ from torch import nn
 
 import trackopt
 from tests.benchmarks.measure import Cost, Row, pairwise, table
-from trackopt.checkpoint import Store, Training, capture
-from trackopt.checkpoint.retention import Marks, Retention
-from trackopt.checkpoint.store import load
-from trackopt.saving import step_aside
+from trackopt.checkpoint.retention import Retention, RetentionMarks
+from trackopt.checkpoint.saver import lower_thread_priority
+from trackopt.checkpoint.snapshot import capture
+from trackopt.checkpoint.store import CheckpointStore, load
+from trackopt.training.objects import Training
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -88,8 +89,8 @@ def _saves(folder: Path) -> list[Row]:
 
 def _beside(folder: Path) -> list[Row]:
     """Training at full speed while one checkpoint after the other is written, and while none is."""
-    store = Store(folder / "beside", Retention(1))
-    staged = store.stage(capture(Training(*build()), {"step": 1}), Marks())
+    store = CheckpointStore(folder / "beside", Retention(1))
+    staged = store.stage(capture(Training(*build()), {"step": 1}), RetentionMarks())
     written = 0
 
     @contextlib.contextmanager
@@ -98,7 +99,7 @@ def _beside(folder: Path) -> list[Row]:
 
         def write() -> None:
             nonlocal written
-            step_aside()
+            lower_thread_priority()
             while not stop.is_set():
                 store.commit(staged, 1, lambda: None)
                 written += 1

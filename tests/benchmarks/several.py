@@ -71,7 +71,7 @@ def _train(way: str, kind: str, directory: str | None) -> float:
         fully_shard(model, mesh=init_device_mesh("cpu", (torch.distributed.get_world_size(),)))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     criterion = nn.CrossEntropyLoss()
-    run = directory and trackopt.wrap(optimizer, model=model, dir=directory, progress=False)
+    run = directory and trackopt.wrap(optimizer, model=model, dir=directory, progress_bar=False)
 
     def loop(steps: int, log: Callable[..., object]) -> None:
         for _ in range(steps):

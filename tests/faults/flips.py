@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from tests.faults.ground import EPOCHS, Finding, flip, losses, step_of
 from tests.faults.trials import Lane, Trial
-from trackopt import archive, journal
+from trackopt import journal, locations
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -26,7 +26,7 @@ _LOCAL, _ENTRY, _DESCRIPTOR = 30, 46, 16  # bytes of a zip's structures
 def trials(ground: Ground, seed: int, each: int) -> list[Trial]:
     """So many flips in each region."""
     random, found = Random(seed), []
-    checkpoint = list(archive.checkpoints(ground.sound).values())[-1]
+    checkpoint = list(locations.checkpoints(ground.sound).values())[-1]
     for name, region in _regions(checkpoint):
         for offset in sorted(random.sample(region, min(each, len(region)))):
             run = partial(_in_checkpoint, offset, 1 << random.randrange(8), name.endswith("data"))
@@ -66,8 +66,8 @@ def _lines(path: Path) -> Iterator[tuple[str, journal.Line, range]]:
     """Every line, and its newline by itself."""
     for number, line in enumerate(journal.read(path)):
         name = f"line-{number}-{line.event or 'record'}"
-        yield name, line, range(line.start, line.end - 1)
-        yield f"{name}-newline", line, range(line.end - 1, line.end)
+        yield name, line, range(line.start_offset, line.end_offset - 1)
+        yield f"{name}-newline", line, range(line.end_offset - 1, line.end_offset)
 
 
 def _in_checkpoint(
@@ -75,7 +75,7 @@ def _in_checkpoint(
 ) -> tuple[Counter[str], list[Finding]]:
     """The one before it is gone on from, unless it means the same as before."""
     shutil.copytree(lane.ground.sound, directory, symlinks=True)
-    _, before, newest = archive.checkpoints(directory).values()
+    _, before, newest = locations.checkpoints(directory).values()
     flip(newest, offset, bit)
     found = lane.ground.judge(lane.sound, directory, checkpoint=step_of(before), records=losses(lane.ground.sound))
     aside = newest.with_name(f"{newest.name}.damaged").exists()
@@ -91,16 +91,16 @@ def _in_journal(
     shutil.copytree(lane.ground.sound, directory, symlinks=True)
     path = directory / journal.NAME
     whole = list(journal.read(path))
-    spoilt = {touched.start, touched.end} if offset == touched.end - 1 else {touched.start}
+    spoilt = {touched.start_offset, touched.end_offset} if offset == touched.end_offset - 1 else {touched.start_offset}
     flip(path, offset, bit)
-    kept = [line for line in whole if line.start not in spoilt]
+    kept = [line for line in whole if line.start_offset not in spoilt]
     records = [(line.step, line.metrics["loss"]) for line in kept if "loss" in line.metrics]
-    newest = step_of(list(archive.checkpoints(directory).values())[-1])
+    newest = step_of(list(locations.checkpoints(directory).values())[-1])
     found = lane.ground.judge(lane.sound, directory, checkpoint=newest, records=records, series=False)
     now = list(journal.read(path))
     if any(line not in now for line in kept):
         found.append(Finding("records lost", "a line that was not touched reads differently"))
-    gone = {line.step for line in whole if line.start in spoilt}
+    gone = {line.step for line in whole if line.start_offset in spoilt}
     if touched.event != "resume" and not _points(lane, gone) <= set(journal.series(directory)["loss"]):
         found.append(Finding("other results", "the series lacks points of lines that were not touched"))
     return Counter(["flips in the journal"]), found

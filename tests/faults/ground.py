@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tests.faults.server import Case
-from trackopt import archive, integrity, journal
-from trackopt.directory import CHECKPOINTS
+from trackopt import journal, locations
+from trackopt.archive import verify
+from trackopt.rundir.directory import CHECKPOINTS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -98,7 +99,7 @@ class Ground:
             assert server.ask(Case(str(self.sound), epochs)).through
         resumed = folder / "resumed"
         shutil.copytree(self.sound, resumed, symlinks=True)
-        _, newest_sound, newest = archive.checkpoints(resumed).values()
+        _, newest_sound, newest = locations.checkpoints(resumed).values()
         flip(newest, newest.stat().st_size // 2)
         (resumed / CHECKPOINTS / ".step-00000006.pt.part").write_bytes(bytes(5000))
         with (resumed / journal.NAME).open("ab") as file:
@@ -141,7 +142,7 @@ class Ground:
         if series and journal.series(directory) != self.whole[epochs].series:
             found.append(Finding("other results", "the series are others"))
         left = [path.name for path in (directory / CHECKPOINTS).glob(".*")]
-        bad = [path.name for path in archive.checkpoints(directory).values() if integrity.check(path)]
+        bad = [path.name for path in locations.checkpoints(directory).values() if verify.verify_checkpoint(path)]
         if left or bad:
             found.append(Finding("other results", f"left behind: {left}; damaged: {bad}"))
         return found

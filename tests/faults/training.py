@@ -50,7 +50,7 @@ class Told:
 
     def done(self, run: Run, losses: dict[int, float]) -> None:
         """These steps are in the journal, unless it keeps lines back, and this checkpoint is on the disk."""
-        if not run._journal._waiting:
+        if not run._journal._unwritten:
             for step in [step for step in losses if step <= run._telemetry.recorded]:
                 count = int(self._numbers[_RECORDS])
                 self._numbers[_FIRST + 2 * count] = step

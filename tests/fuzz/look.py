@@ -19,11 +19,12 @@ from random import Random
 from typing import TYPE_CHECKING, Any
 
 from tests.fuzz.mutate import mutated
-from trackopt import archive, difference
-from trackopt.cli import diff, inspect, screen, tree
+from trackopt import archive, locations
+from trackopt.analysis.diff import diff as diff_checkpoints
+from trackopt.analysis.summary import summarize
+from trackopt.analysis.verify import verify
+from trackopt.cli import console, diff, inspect, outline
 from trackopt.errors import ArchiveError
-from trackopt.integrity.report import verify
-from trackopt.summary import summarize
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -142,13 +143,13 @@ def _watched(before: Path, path: Path, number: int) -> tuple[str, str]:
 def _looked(before: Path, path: Path, number: int) -> str:
     draw = number % _DRAWN == 0
     list(verify(path))
-    with archive.open(path) as opened:
+    with locations.open(path) as opened:
         summary = summarize(opened, tensors=True, statistics=True)
-        screen.plain(summary.as_dict())
-        deque(tree.outline(opened.tree), maxlen=0)
+        console.plain(summary.as_dict())
+        deque(outline.outline(opened.tree), maxlen=0)
         if draw:
-            screen.lines(inspect.drawn(summary))
-            screen.lines(inspect.drawn(replace(summary, tensors=None)))
+            console.lines(inspect.drawn(summary))
+            console.lines(inspect.drawn(replace(summary, tensors=None)))
         readable = _read(opened)
     if draw or number % _COMPARED == 0:
         _compare(before, path, draw=draw)
@@ -169,7 +170,7 @@ def _read(opened: archive.Archive) -> bool:
 
 def _compare(before: Path, path: Path, *, draw: bool) -> None:
     try:
-        screen.plain(difference.diff(before, path).as_dict())
+        console.plain(diff_checkpoints(before, path).as_dict())
         if draw:
             with redirect_stdout(io.StringIO()):
                 diff.command.main([str(before), str(path), "--tensors"], standalone_mode=False)

@@ -21,9 +21,9 @@ import numpy  # noqa: F401 - what children need is imported before the fork, so 
 import rich.table  # noqa: F401
 
 from trackopt import cli
-from trackopt.archive import partial, torch_zip  # noqa: F401
+from trackopt.analysis.summary import statistics  # noqa: F401
+from trackopt.archive.formats import torch_zip  # noqa: F401
 from trackopt.cli import diff, inspect, salvage, verify  # noqa: F401
-from trackopt.summary import statistics  # noqa: F401
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -48,7 +48,7 @@ def plain(folder: Path, *, accumulate: int = 1, bf16: bool = False, epochs: int 
     """The loop that every framework's is held against: six batches an epoch, a scheduler that goes by steps."""
     model = net()
     optimizer, scheduler = optimizers(model)
-    run = trackopt.wrap(optimizer, scheduler, model=model, dir=folder, progress=False, **QUIET)
+    run = trackopt.wrap(optimizer, scheduler, model=model, dir=folder, progress_bar=False, **QUIET)
     for _ in run.epochs(epochs):
         for index, rows in enumerate(run.batches(ROWS.split(4)), 1):
             with torch.autocast("cpu", torch.bfloat16, enabled=bf16):

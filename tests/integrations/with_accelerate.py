@@ -85,7 +85,7 @@ def train_pair(folder):
 def plain_pair(folder):
     model = net()
     pair = {"body": torch.optim.SGD(model[0].parameters(), 0.1), "head": torch.optim.Adam(model[2].parameters(), 0.01)}
-    run = trackopt.wrap(pair, model=model, dir=folder, progress=False, **QUIET)
+    run = trackopt.wrap(pair, model=model, dir=folder, progress_bar=False, **QUIET)
     for _ in run.epochs(1):
         for rows in run.batches(ROWS.split(4)):
             for name, optimizer in pair.items():
@@ -108,7 +108,7 @@ def wrapped(folder, kill=None, seedable=False):
     model = net().append(nn.Dropout(0.2))
     loader = DataLoader(ROWS, batch_size=3, shuffle=True)
     model, optimizer, scheduler, loader = accelerator.prepare(model, *optimizers(model), loader)
-    run = trackopt.wrap(optimizer, scheduler, model=model, dir=folder, save_every=3, progress=False, **QUIET)
+    run = trackopt.wrap(optimizer, scheduler, model=model, dir=folder, save_every=3, progress_bar=False, **QUIET)
     for _ in run.epochs(5):
         for rows in run.batches(loader):
             die_at(kill, run.global_step)

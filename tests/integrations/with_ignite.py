@@ -74,7 +74,7 @@ def plain_scaled(folder):
     model = net()
     optimizer, _ = optimizers(model)
     scaler = torch.amp.GradScaler("cpu")
-    run = trackopt.wrap(optimizer, model=model, dir=folder, progress=False, scaler=scaler, **QUIET)
+    run = trackopt.wrap(optimizer, model=model, dir=folder, progress_bar=False, scaler=scaler, **QUIET)
     for _ in run.epochs(1):
         for index, rows in enumerate(run.batches(ROWS.split(4)), 1):
             run.log(loss=scaled(model, optimizer, scaler, rows, index))
@@ -106,7 +106,7 @@ def train_pair(folder):
 def plain_pair(folder):
     model = net()
     pair = pair_of(model)
-    run = trackopt.wrap(pair, model=model, dir=folder, progress=False, **QUIET)
+    run = trackopt.wrap(pair, model=model, dir=folder, progress_bar=False, **QUIET)
     for _ in run.epochs(1):
         for rows in run.batches(ROWS.split(4)):
             run.log(**both(model, pair, rows))

@@ -59,7 +59,7 @@ def plain_manual(folder):
     model = net()
     pair = {"optimizer0": torch.optim.SGD(model[0].parameters(), 0.1)}
     pair["optimizer1"] = torch.optim.Adam(model[2].parameters(), 0.01)
-    run = trackopt.wrap(pair, model=model, dir=folder, progress=False, **QUIET)
+    run = trackopt.wrap(pair, model=model, dir=folder, progress_bar=False, **QUIET)
     for _ in run.epochs(3):
         for index, rows in enumerate(run.batches(ROWS.split(4))):
             for number, optimizer in enumerate(pair.values()):

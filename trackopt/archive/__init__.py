@@ -2,7 +2,7 @@
 
 The reading flow starts here: `open` finds the file, tells its format by its first bytes, and hands over an
 `Archive`. Each format is one module with a ``load(path, file) -> Contents``; a new one is one more line in
-`trackopt.archive.detect`.
+`trackopt.archive.formats.detect`.
 """
 
 from __future__ import annotations
@@ -11,15 +11,14 @@ import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from trackopt import remote
-from trackopt.archive import detect, nodes
-from trackopt.archive import tensors as values
-from trackopt.archive.locate import checkpoints, locate
-from trackopt.archive.nodes import Compound, Global, Opaque, Storage, Tensor
-from trackopt.archive.source import Contents, misfit
-from trackopt.archive.strangers import recognized
+from trackopt.archive import decode as values
+from trackopt.archive import tree
+from trackopt.archive.formats import detect
+from trackopt.archive.formats.not_checkpoints import explain
+from trackopt.archive.io.source import Contents, out_of_bounds_reason
+from trackopt.archive.io.sparse_file import SparseFile, pread
+from trackopt.archive.tree import Global, Storage, Tensor, TensorSubclass, UnknownObject
 from trackopt.errors import ArchiveError
-from trackopt.remote.copy import Copy, pread
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -28,10 +27,10 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
-    from trackopt.archive.members import Files
-    from trackopt.archive.tensors import Array
+    from trackopt.archive.decode import Array
+    from trackopt.archive.formats.members import OpenFiles
 
-__all__ = ["Archive", "Compound", "Global", "Opaque", "Storage", "Tensor", "checkpoints", "locate", "open"]
+__all__ = ["Archive", "TensorSubclass", "Global", "UnknownObject", "Storage", "Tensor", "open_path"]
 
 
 class Archive:
@@ -48,7 +47,7 @@ class Archive:
     """
 
     _file = -1
-    _files: Files | None = None
+    _files: OpenFiles | None = None
 
     def __init__(self, path: Path, file: int, contents: Contents) -> None:
         self.path = path
@@ -58,7 +57,7 @@ class Archive:
         self.globals = contents.globals
         self.problems = tuple(contents.problems)
         self.source = contents.source
-        self.remote = isinstance(file, Copy)
+        self.remote = isinstance(file, SparseFile)
         self._file = file
         self._files = contents.files
         self._tensors: list[tuple[str, Tensor]] | None = None
@@ -66,7 +65,7 @@ class Archive:
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """All the tensors, in the order they were saved, each with its dotted path."""
         if self._tensors is None:
-            self._tensors = [(".".join(path), tensor) for path, tensor in nodes.tensors(self.tree)]
+            self._tensors = [(".".join(path), tensor) for path, tensor in tree.tensors(self.tree)]
         return iter(self._tensors)
 
     def read(self, tensor: Tensor) -> Array:
@@ -87,11 +86,11 @@ class Archive:
         """The value of a tensor of one element, without importing NumPy."""
         return values.scalar(self.source, tensor)
 
-    def misfits(self) -> Iterator[str]:
+    def out_of_bounds_tensors(self) -> Iterator[str]:
         """One line for each tensor whose values are not all in the file."""
         seen = set()
         for name, tensor in self.tensors():
-            problem = misfit(tensor, self.source)
+            problem = out_of_bounds_reason(tensor, self.source)
             if problem is not None and problem not in seen:
                 seen.add(problem)
                 yield f"{name}: {problem.removeprefix(f'{self.path}: ')}"
@@ -119,31 +118,18 @@ class Archive:
         return f"<Archive {str(self.path)!r}, {self.format}, {self.bytes:,} bytes>"
 
 
-def open(place: str | Path) -> Archive:  # noqa: A001 - `trackopt.open` is meant to read like the built-in
-    """Open a checkpoint for reading, without torch and without running anything in it.
+def open_path(path: Path, file: int | None = None) -> Archive:
+    """Open a file, or a directory that is one checkpoint; run nothing in it.
 
     Args:
-        place: A file; a directory that Accelerate, DeepSpeed, the Hugging Face Trainer or
-            ``torch.distributed.checkpoint`` wrote; a run's directory, whose newest checkpoint is taken; or
-            ``DIRECTORY@STEP``. Or ``runs:/<run id>/<path>``, an artifact of an MLflow run: of that only what is read is
-            fetched, where its server allows it.
+        path: The file or the directory.
+        file: A descriptor to read from, which the archive closes; by default the path is opened.
 
     Raises:
-        ArchiveError: There is no such file, it is not a checkpoint, or it is damaged.
-
-    Example:
-        >>> import tempfile, torch
-        >>> path = tempfile.mktemp(suffix=".pt")
-        >>> torch.save({"weight": torch.arange(3.0)}, path)
-        >>> with open(path) as archive:
-        ...     archive.read(archive.tree["weight"])
-        array([0., 1., 2.], dtype=float32)
+        ArchiveError: It cannot be opened, it is not a checkpoint, or it is damaged.
     """
-    path = locate(place)
     try:
-        if remote.is_address(path):
-            file = remote.open(path)
-        else:
+        if file is None:
             file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a named pipe must not block
     except OSError as error:
         raise ArchiveError(f"{path}: cannot be opened ({error.strerror}); check its permissions") from error
@@ -159,14 +145,14 @@ def open(place: str | Path) -> Archive:  # noqa: A001 - `trackopt.open` is meant
 
 def _load(path: Path, file: int) -> Contents:
     if path.is_dir() or path.name.endswith(".index.json"):
-        from trackopt.archive import directories
+        from trackopt.archive.formats import directories
 
         return directories.load(path, _load) if path.is_dir() else directories.load_index(path, _load)
     head = pread(file, detect.HEAD, 0)
     if module := detect.module(head):
-        contents: Contents = import_module(f"trackopt.archive.{module}").load(path, file)
+        contents: Contents = import_module(f"trackopt.archive.formats.{module}").load(path, file)
         return contents
-    if stranger := recognized(head):
+    if stranger := explain(head):
         raise ArchiveError(f"{path}: {stranger}")
     what = (
         "the file is empty" if not head else f"it begins with {head[:8]!r}, which is no checkpoint that trackopt reads"

@@ -1,7 +1,1 @@
-"""Checkpoints: live objects → captured state → committed file, and back."""
-
-from trackopt.checkpoint.capture import Training, capture
-from trackopt.checkpoint.restore import restore
-from trackopt.checkpoint.store import Store
-
-__all__ = ["Store", "Training", "capture", "restore"]
+"""Checkpoints: live objects → staged copy → committed file, and back."""

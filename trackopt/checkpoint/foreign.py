@@ -10,22 +10,23 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from trackopt import state as training_state
-from trackopt.archive.nodes import Tensor, children
-from trackopt.checkpoint.names import align, listed
-from trackopt.checkpoint.saved import Saved, SavedGroup, SavedOptimizer, SavedScheduler
+from trackopt.archive.tree import Tensor, children
+from trackopt.checkpoint.param_names import match_names
+from trackopt.checkpoint.saved_state import SavedGroup, SavedOptimizer, SavedScheduler, SavedState
 from trackopt.errors import ArchiveError, MismatchError
+from trackopt.utils.text import join_names
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from trackopt import state
     from trackopt.archive import Archive
-    from trackopt.checkpoint.capture import Training
+    from trackopt.training.objects import Training
 
 _PLAIN = (type(None), bool, int, float, complex, str, bytes)
 
 
-def read(archive: Archive, training: Training) -> Saved:
+def read_foreign(archive: Archive, training: Training) -> SavedState:
     """What a checkpoint holds for these objects.
 
     Args:
@@ -41,28 +42,28 @@ def read(archive: Archive, training: Training) -> Saved:
     models = {
         name: {key: _tensor(archive, tensor) for key, tensor in one.tensors.items()}
         for name, module in training.models.items()
-        if (one := _best(name, module.state_dict(), found.models)) is not None
+        if (one := _best_model(name, module.state_dict(), found.models)) is not None
     }
     optimizers = {
         name: _optimizer(archive, one)
-        for name, one in _chosen("optimizer", training.optimizers, found.optimizers, archive).items()
+        for name, one in _select("optimizer", training.optimizers, found.optimizers, archive).items()
     }
     schedulers = {
-        name: SavedScheduler(one.cls if " or " not in one.cls else "", _values(archive, _at(archive, one.path)))
-        for name, one in _chosen("scheduler", training.schedulers, found.schedulers, archive).items()
+        name: SavedScheduler(one.cls if " or " not in one.cls else "", _values(archive, _node_at(archive, one.path)))
+        for name, one in _select("scheduler", training.schedulers, found.schedulers, archive).items()
     }
     top = archive.tree if isinstance(archive.tree, dict) else {}
     stateful = {name: _values(archive, top[name]) for name in training.stateful if name in top}
-    return Saved(models, optimizers, schedulers, stateful)
+    return SavedState(models, optimizers, schedulers, stateful)
 
 
-def _best(name: str, live: Mapping[str, Any], models: Sequence[state.Model]) -> state.Model | None:
+def _best_model(name: str, live: Mapping[str, Any], models: Sequence[state.Model]) -> state.Model | None:
     """The model of this name, else the one with the most names in common; a running average only if need be."""
     same = [model for model in models if model.name == name and len(models) > 1]
-    return max(same or models, key=lambda one: (len(align(one.tensors, live)), not one.averaged), default=None)
+    return max(same or models, key=lambda one: (len(match_names(one.tensors, live)), not one.averaged), default=None)
 
 
-def _chosen(role: str, live: Mapping[str, Any], saved: Sequence[Any], archive: Archive) -> dict[str, Any]:
+def _select(role: str, live: Mapping[str, Any], saved: Sequence[Any], archive: Archive) -> dict[str, Any]:
     by_name = {one.name: one for one in saved}
     if live.keys() <= by_name.keys():
         return {name: by_name[name] for name in live}
@@ -70,14 +71,14 @@ def _chosen(role: str, live: Mapping[str, Any], saved: Sequence[Any], archive: A
         return {next(iter(live)): saved[0]}
     if saved and live:
         raise MismatchError(
-            f"{archive.path}: holds the {role}s {listed(by_name)}; pass a dict to say which is which: "
+            f"{archive.path}: holds the {role}s {join_names(by_name)}; pass a dict to say which is which: "
             f"{role}={{{min(by_name)!r}: …}}"
         )
     return {}
 
 
 def _optimizer(archive: Archive, one: state.Optimizer) -> SavedOptimizer:
-    node = _at(archive, one.path)
+    node = _node_at(archive, one.path)
     known = all(parameter.name is not None for parameter in one.parameters)
     groups: list[SavedGroup] = []
     names: dict[Any, str] = {}
@@ -91,7 +92,7 @@ def _optimizer(archive: Archive, one: state.Optimizer) -> SavedOptimizer:
     return SavedOptimizer(one.cls, groups, state)
 
 
-def _at(archive: Archive, path: Sequence[str]) -> Any:
+def _node_at(archive: Archive, path: Sequence[str]) -> Any:
     node = archive.tree
     for part in path:
         node = next(child for name, child in children(node) if name == part)

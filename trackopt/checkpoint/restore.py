@@ -1,152 +1,122 @@
-"""A checkpoint goes back into the live objects: all of it, or nothing.
-
-Everything is compared before anything is changed, and what still fails is undone. Optimizer state finds its parameter
-by name, so a script that lists its parameters in another order gets every moment where it belongs.
-"""
+"""``restore``: a checkpoint into live objects without a run, for evaluation and fine-tuning."""
 
 from __future__ import annotations
 
-import copy
-from contextlib import ExitStack
-from dataclasses import replace
-from itertools import chain
+import os
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from trackopt.checkpoint import rng
-from trackopt.checkpoint.capture import Training, state_of
-from trackopt.checkpoint.fit import Fit, fit, surplus
-from trackopt.checkpoint.fit_optimizer import parameters_of
-from trackopt.checkpoint.spread import keeper, placed, placed_state
-from trackopt.errors import ArchiveError, CheckpointError, MismatchError
+from trackopt import locations, remote
+from trackopt import state as training_state
+from trackopt.archive import verify
+from trackopt.archive.formats.torch_zip import ZipSource
+from trackopt.checkpoint.apply import restore as put
+from trackopt.checkpoint.foreign import read_foreign
+from trackopt.checkpoint.partial_load import load_keys
+from trackopt.checkpoint.saved_state import from_run
+from trackopt.checkpoint.store import load_unverified
+from trackopt.errors import CheckpointError, UsageError
+from trackopt.training.objects import Training
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Mapping
     from pathlib import Path
 
+    from torch import nn
     from torch.optim import Optimizer
 
-    from trackopt.checkpoint.fit_optimizer import OptimizerFit
-    from trackopt.checkpoint.saved import Saved
-
-_ADVICE = "build what it was saved from, or pass strict=False to load what fits"
-_FEW = 3
+    from trackopt.checkpoint.saved_state import SavedState
+    from trackopt.state import TrainingState
+    from trackopt.training.objects import Generator, Stateful
 
 
-def restore(training: Training, saved: Saved, path: Path, *, strict: bool = True, whole: bool = True) -> list[str]:
-    """Put a checkpoint into live objects: the user's own first, then optimizer, scheduler and model.
+@dataclass(frozen=True)
+class RestoreResult:
+    """What `restore` did.
 
-    The optimizer is loaded before its scheduler: the other order leaves most schedulers with a wrong LR. The model
-    comes last, since it is the only one that is changed in place.
+    Attributes:
+        step: The optimizer steps that the checkpoint says were taken; ``None`` where it does not.
+        epoch: Its epoch, as its writer counts.
+        skipped: What did not fit, one line each; with ``strict`` nothing.
+    """
+
+    step: int | None
+    epoch: int | None
+    skipped: tuple[str, ...]
+
+
+def restore(
+    path: str | os.PathLike[str],
+    *,
+    model: nn.Module | Mapping[str, nn.Module] | None = None,
+    optimizer: Optimizer | Mapping[str, Optimizer] | None = None,
+    scheduler: Any = None,
+    strict: bool = True,
+    **stateful: Stateful | Generator,
+) -> RestoreResult:
+    """Put a checkpoint into live objects, without a run.
+
+    Any checkpoint that ``trackopt inspect`` reads will do: a run's, a plain ``torch.save`` file, a Lightning
+    ``.ckpt``, safetensors, a directory of the Hugging Face Trainer. Nothing in it is run. Only what is passed is
+    restored, by parameter name; prefixes that wrappers put into names (``module.``, ``_orig_mod.``, a
+    ``LightningModule``'s ``model.``) do not matter. Random generators are left alone: to go on with a run exactly,
+    use ``wrap``.
 
     Args:
-        training: Objects built as they were for the run that wrote the checkpoint.
-        saved: The checkpoint's contents.
-        path: Where it came from, for messages.
-        strict: Whether anything that does not fit is refused. Otherwise what fits is loaded.
-        whole: Whether the objects must be all that the checkpoint holds.
+        path: A file, a checkpoint's directory, a run's directory (its newest checkpoint) or ``DIRECTORY@STEP``; or
+            ``runs:/<run id>/<path>``, an artifact of an MLflow run.
+        model: The module to fill, or a dict by name.
+        optimizer: The optimizer, or a dict by name.
+        scheduler: The LR scheduler, or a dict by name.
+        strict: Whether every name, shape, dtype and class must fit. With ``False`` what fits is loaded.
+        **stateful: Other objects, under the keys of the checkpoint.
 
     Returns:
-        What did not fit, one line each; with ``strict`` nothing.
+        Step and epoch of the checkpoint, and what was left out.
 
     Raises:
-        MismatchError: It does not fit; nothing was changed.
+        UsageError: There is nothing to restore into.
+        ArchiveError, CheckpointError: The checkpoint cannot be read, or is damaged.
+        MismatchError: It does not fit. Nothing was changed.
+
+    Example:
+        >>> import tempfile, torch
+        >>> path = tempfile.mktemp(suffix=".pt")
+        >>> torch.save({"state_dict": {"module.weight": torch.ones(1, 2)}, "epoch": 3}, path)
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> restore(path, model=model).epoch, model.weight.tolist()
+        (3, [[1.0, 1.0]])
     """
-    found = fit(training, saved)
-    problems = found.problems + (surplus(training, saved) if whole else [])
-    if problems and strict:
-        raise MismatchError(f"{path} does not fit: {_told(problems)}; {_ADVICE}")
-    _place(training, found, path)
-    with ExitStack() as undo:
-        _load(training, found, path, undo)
-        if strict:
-            _require_saved_lr(training, found, path)
-        undo.pop_all()
-    for name, module in training.models.items():
-        if name in found.models:
-            module.load_state_dict(found.models[name], strict=False)
-    return problems
+    training = Training(model, optimizer, scheduler, stateful)
+    training.validate()
+    if not (training.models or training.optimizers or training.schedulers or stateful):
+        raise UsageError("restore() was given nothing to restore into; pass model=, optimizer= or scheduler=")
+    place = locations.resolve(os.fspath(path))
+    found, saved = (_load_remote if remote.is_remote(place) else _load_local)(place, training)
+    left_out = put(training, saved, place, strict=strict, require_all=False)
+    return RestoreResult(found.step, found.epoch, tuple(left_out))
 
 
-def _told(problems: list[str]) -> str:
-    more = f" (and {len(problems) - _FEW} more)" if len(problems) > _FEW else ""
-    return "; ".join(problems[:_FEW]) + more
+def _load_local(place: Path, training: Training) -> tuple[TrainingState, SavedState]:
+    """A checkpoint here, all of it checked."""
+    _raise_if_damaged(place, verify.verify_checkpoint(place))
+    with locations.open(place) as opened:
+        found = training_state.read(opened)
+        return found, from_run(load_unverified(place)) if found.is_trackopt else read_foreign(opened, training)
 
 
-def _place(training: Training, found: Fit, path: Path) -> None:
-    """Read what is not read yet; of what is spread over processes here, each takes its part."""
-    try:
-        for name, state in found.models.items():
-            found.models[name] = placed(state, training.models[name].state_dict())
-        for name, one in found.optimizers.items():
-            groups = [*training.optimizers[name].param_groups, *one.added]
-            ids = chain.from_iterable(group["params"] for group in one.state["param_groups"])
-            parameters = dict(zip(ids, chain.from_iterable(map(parameters_of, groups)), strict=True))
-            state = placed_state(one.state["state"], parameters, training.optimizers[name])
-            found.optimizers[name] = replace(one, state={**one.state, "state": state})
-        for name, state in found.stateful.items():
-            found.stateful[name] = placed(state, state_of(training.stateful[name]))
-    except ArchiveError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error})") from error
+def _load_remote(place: Path, training: Training) -> tuple[TrainingState, SavedState]:
+    """A checkpoint elsewhere; of a run's only what is asked for is fetched, and checked."""
+    roles = {"model": training.models, "optimizer": training.optimizers, "scheduler": training.schedulers}
+    wanted = {"trackopt", *training.stateful, *(role for role, live in roles.items() if live)}
+    with locations.open(place) as opened:
+        found = training_state.read(opened)
+        if found.is_trackopt and isinstance(opened.source, ZipSource):
+            return found, from_run(load_keys(opened, opened.source, wanted))
+        _raise_if_damaged(place, verify.find_problems(opened))
+        return found, read_foreign(opened, training)
 
 
-def _load(training: Training, found: Fit, path: Path, undo: ExitStack) -> None:
-    for name, state in found.stateful.items():
-        undo.callback(_put, training.stateful[name], copy.deepcopy(state_of(training.stateful[name])))
-        _attempt(name, path, _put, training.stateful[name], state)
-    for name, one in found.optimizers.items():
-        optimizer = training.optimizers[name]
-        for each in {optimizer, keeper(optimizer)}:
-            before = {"param_groups": list(each.param_groups), "state": copy.copy(each.state)}
-            undo.callback(vars(each).update, before)  # torch puts new objects there, and leaves the old as they were
-        _attempt(name, path, _load_optimizer, optimizer, one)
-    for name, state in found.schedulers.items():
-        scheduler = training.schedulers[name]
-        undo.callback(scheduler.load_state_dict, copy.deepcopy(scheduler.state_dict()))
-        _attempt(name, path, scheduler.load_state_dict, state)
-
-
-def _attempt(name: str, path: Path, load: Callable[..., Any], *given: Any) -> None:
-    """Any code of the user's may run in a ``load_state_dict``, and raise anything."""
-    try:
-        load(*given)
-    except Exception as error:
-        raise MismatchError(
-            f"{path} does not fit: {name} refuses its state ({error}); hand over the object that was saved"
-        ) from error
-
-
-def _put(thing: Any, state: Any) -> None:
-    if rng.is_generator(thing):
-        rng.put_back(thing, state)
-    else:
-        thing.load_state_dict(state)
-
-
-def _load_optimizer(optimizer: Optimizer, one: OptimizerFit) -> None:
-    for group in one.added:
-        optimizer.add_param_group(dict(group))
-    optimizer.load_state_dict(one.state)
-    kept = keeper(optimizer).state
-    if kept is not optimizer.state:
-        optimizer.state.clear()  # a second copy, which nobody uses
-    for group, saved in zip(optimizer.param_groups, one.state["param_groups"], strict=True):
-        for parameter, key in zip(group["params"], saved["params"], strict=True):
-            for name, value in one.state["state"].get(key, {}).items():
-                now = kept[parameter][name]
-                if isinstance(value, torch.Tensor) and now.dtype != value.dtype:
-                    # torch casts moments to the parameter's dtype; an exact resume keeps the one they had
-                    kept[parameter][name] = value.to(now.device)
-
-
-def _require_saved_lr(training: Training, found: Fit, path: Path) -> None:
-    for name, one in found.optimizers.items():
-        for index, (own, saved) in enumerate(
-            zip(training.optimizers[name].param_groups, one.state["param_groups"], strict=True)
-        ):
-            if "lr" in own and float(own["lr"]) != float(saved["lr"]):
-                raise MismatchError(
-                    f"{path}: loading the scheduler moved the LR of group {index} of {name} from {float(saved['lr'])} "
-                    f"to {float(own['lr'])}; its load_state_dict must not touch the optimizer"
-                )
+def _raise_if_damaged(place: Path, problems: list[str]) -> None:
+    if problems:
+        raise CheckpointError(f"{place}: cannot be used ({problems[0]})")

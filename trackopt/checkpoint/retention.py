@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Marks:
+class RetentionMarks:
     """What a checkpoint says about its own worth.
 
     Attributes:
@@ -22,9 +22,9 @@ class Marks:
     keep: bool = False
     metric: float | None = None
 
-    def joined(self, later: Marks) -> Marks:
+    def merge(self, later: RetentionMarks) -> RetentionMarks:
         """Both in one, where a step is saved twice."""
-        return Marks(self.keep or later.keep, self.metric if later.metric is None else later.metric)
+        return RetentionMarks(self.keep or later.keep, self.metric if later.metric is None else later.metric)
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,11 @@ class Retention:
     best: int = 0
     every: int | None = None
 
-    def is_landmark(self, step: int, previous: int) -> bool:
+    def is_periodic(self, step: int, previous: int) -> bool:
         """Whether the checkpoint of ``step`` is the first in its stretch, the one before it being of ``previous``."""
         return self.every is not None and step // self.every > previous // self.every
 
-    def surplus(self, marks: Mapping[int, Marks]) -> list[int]:
+    def expired(self, marks: Mapping[int, RetentionMarks]) -> list[int]:
         """The steps whose checkpoints may go.
 
         Args:
@@ -62,6 +62,6 @@ class Retention:
         return [step for step in ordinary if step not in stays]
 
 
-def _metric(mark: Marks) -> float:
+def _metric(mark: RetentionMarks) -> float:
     """Training that diverged is no best one, whatever NaN compares like."""
     return math.inf if mark.metric is None or math.isnan(mark.metric) else mark.metric

@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from trackopt.archive.checksums import crc32
-from trackopt.checkpoint.layout import FRAME, Place, directory, directory_size, places
-from trackopt.checkpoint.pickling import pickled
+from trackopt.archive.io.checksums import crc32
+from trackopt.archive.io.zip_writer import FRAME, ZipEntry, central_directory, directory_size, plan_entries
+from trackopt.checkpoint.pickler import pickled
 from trackopt.errors import CheckpointError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 PAGE = mmap.PAGESIZE
-_SPARE = 1 << 20  # bytes that a checkpoint may grow by before new memory is needed
+_HEADROOM = 1 << 20  # bytes that a checkpoint may grow by before new memory is needed
 
 
 class Staging:
@@ -44,7 +44,7 @@ class Staging:
             CheckpointError: There is not enough memory.
         """
         pickle, storages = pickled(tree)
-        found = places(len(pickle), [storage.nbytes() for storage in storages])
+        found = plan_entries(len(pickle), [storage.nbytes() for storage in storages])
         size = found[-1].end + directory_size(found)
         memory = self._reserve(size)
         for place in found:
@@ -61,8 +61,8 @@ class Staging:
         self._memory = None
 
     def _reserve(self, size: int) -> mmap.mmap:
-        if self._memory is None or len(self._memory) < _paged(size):
-            length, self._memory = _paged(size + size // 16 + _SPARE), None
+        if self._memory is None or len(self._memory) < _round_to_page(size):
+            length, self._memory = _round_to_page(size + size // 16 + _HEADROOM), None
             try:
                 self._memory = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             except OSError as error:
@@ -83,12 +83,12 @@ class Staged:
         memory: They begin here; what follows up to the next page may be written with them.
     """
 
-    def __init__(self, memory: mmap.mmap, found: list[Place], size: int) -> None:
+    def __init__(self, memory: mmap.mmap, found: list[ZipEntry], size: int) -> None:
         self.size = size
-        self.memory = memoryview(memory)[: _paged(size)]
+        self.memory = memoryview(memory)[: _round_to_page(size)]
         self._places = found
 
-    def seal(self) -> Iterator[int]:
+    def finalize_checksums(self) -> Iterator[int]:
         """Write the checksums, record by record; after each, up to where the file can be written."""
         crcs: list[int] = []
         for place in self._places[:-1]:
@@ -100,15 +100,15 @@ class Staged:
         self.memory[last.data : last.stop] = identity.encode()
         crcs.append(crc32(identity.encode()))
         self.memory[last.stop : last.end] = last.descriptor(crcs[-1])
-        self.memory[last.end : self.size] = directory(self._places, crcs)
+        self.memory[last.end : self.size] = central_directory(self._places, crcs)
         yield self.size
 
 
-def _copy(storage: torch.UntypedStorage, memory: mmap.mmap, place: Place) -> None:
+def _copy(storage: torch.UntypedStorage, memory: mmap.mmap, place: ZipEntry) -> None:
     if place.size:
         source = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
         torch.frombuffer(memory, dtype=torch.uint8, count=place.size, offset=place.data).copy_(source)
 
 
-def _paged(size: int) -> int:
+def _round_to_page(size: int) -> int:
     return size + -size % PAGE

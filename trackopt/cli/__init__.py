@@ -42,9 +42,9 @@ class _Commands(click.Group):
 
     def get_command(self, context: click.Context, name: str) -> click.Command:
         if name not in _COMMANDS:
-            from trackopt.nearest import closest
+            from trackopt.utils.suggest import suggest
 
-            raise click.UsageError(f"there is no command {name}; {closest(name, _COMMANDS)}", context)
+            raise click.UsageError(f"there is no command {name}; {suggest(name, _COMMANDS)}", context)
         command: click.Command = import_module(f"trackopt.cli.{name}").command
         return _with_verbatim_examples(command)
 
@@ -115,7 +115,7 @@ def _forget_stdout() -> None:
 
 
 def _report(message: str) -> int:
-    from trackopt.cli.screen import clean
+    from trackopt.cli.console import sanitize
 
-    click.echo(f"trackopt: {clean(message, _LONGEST)}", err=True)
+    click.echo(f"trackopt: {sanitize(message, _LONGEST)}", err=True)
     return 2

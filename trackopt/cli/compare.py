@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from trackopt.cli import drawing, following, screen
-from trackopt.curves.comparison import SPREADS, WINDOW, Comparison, Row, compare, wanted
-from trackopt.curves.series import require
-from trackopt.figure import Curve, Panel
+from trackopt.cli import console, figures, live
+from trackopt.plotting.comparison import SPIKE_MADS, WINDOW, Comparison, Row, compare, wanted
+from trackopt.plotting.figure import Curve, Panel
+from trackopt.plotting.run_series import require_series
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.text import Text
 
-    from trackopt.curves.series import Tracked
+    from trackopt.plotting.run_series import RunSeries
 
 _LOSS = "loss"
 _MOST = 12  # curves
@@ -37,7 +37,7 @@ _NOTES = 6  # rows, about
 )
 @click.option("--follow", is_flag=True, help="Draw again as the runs go on, until they end or Ctrl-C.")
 @click.option("--attach", is_flag=True, help="Attach the curves to the MLflow run of each run, as a PNG.")
-@drawing.picture_options
+@figures.picture_options
 @click.option("--json", "as_json", is_flag=True, help="Print the table as JSON.")
 def command(
     runs: tuple[str, ...], metric: str, highest: bool, target: float | None, follow: bool, **outputs: Any
@@ -53,41 +53,41 @@ def command(
       trackopt compare runs/* --metric accuracy --max --json
     """
 
-    def facts(tracked: Sequence[Tracked]) -> Comparison:
+    def facts(tracked: Sequence[RunSeries]) -> Comparison:
         return compare(tracked, metric, target=target, highest=highest)
 
-    readers = following.read(runs, lambda key: wanted(key, metric))
+    readers = live.read(runs, lambda key: wanted(key, metric))
     if follow:
         rows = shutil.get_terminal_size().lines - 2
-        following.follow(readers, lambda tracked: _screen(facts(tracked), tracked, given=target is not None, rows=rows))
-    tracked = following.tracked(readers)
-    require(tracked, metric)
+        live.follow(readers, lambda tracked: _screen(facts(tracked), tracked, given=target is not None, rows=rows))
+    tracked = live.read_runs(readers)
+    require_series(tracked, metric)
     found = facts(tracked)
     if outputs["as_json"]:
-        screen.write_json(found.as_dict())
+        console.write_json(found.as_dict())
     else:
-        screen.show(_screen(found, tracked, given=target is not None))
-    panels, title = [_panel(found, tracked)], screen.clean(f"{len(tracked)} runs by {metric}")
-    drawing.write_pictures(panels, png=outputs["png"], svg=outputs["svg"], title=title)
+        console.show(_screen(found, tracked, given=target is not None))
+    panels, title = [_panel(found, tracked)], console.sanitize(f"{len(tracked)} runs by {metric}")
+    figures.write_pictures(panels, png=outputs["png"], svg=outputs["svg"], title=title)
     if outputs["attach"]:
-        drawing.attach(panels, [reader.directory for reader in readers], name="compare", title=title)
+        figures.attach(panels, [reader.directory for reader in readers], name="compare", title=title)
 
 
 def _screen(
-    found: Comparison, runs: Sequence[Tracked], *, given: bool, rows: int | None = None
+    found: Comparison, runs: Sequence[RunSeries], *, given: bool, rows: int | None = None
 ) -> Iterator[RenderableType]:
     tables = list(_tables(found))
     for table in tables:
         yield table
         yield ""
     for note in _notes(found, given=given):
-        yield screen.finding("info", note)
+        yield console.finding("info", note)
     left = None if rows is None else rows - len(tables) * (len(found.rows) + 2) - _NOTES
     yield ""
-    yield from drawing.drawn(drawing.fitting([_panel(found, runs)], left), legend=False)
+    yield from figures.render(figures.panel_height([_panel(found, runs)], left), legend=False)
 
 
-def _panel(found: Comparison, runs: Sequence[Tracked]) -> Panel:
+def _panel(found: Comparison, runs: Sequence[RunSeries]) -> Panel:
     """The curves in the order of the table."""
     series = {run.path: run.series.get(found.metric, []) for run in runs}
     curves = tuple(Curve(row.name, series[row.path]) for row in found.rows[:_MOST])
@@ -99,12 +99,14 @@ def _tables(found: Comparison) -> Iterator[Text]:
     """As many tables as it takes; each begins with the names of the runs."""
     from rich.cells import cell_len
 
-    from trackopt.figure.terminal import letter
+    from trackopt.plotting.terminal import letter
 
     marks = [letter(index) for index in range(len(found.rows))]
-    names = [_short(screen.clean(row.name)) for row in found.rows]
-    columns = [(screen.clean(head), [screen.clean(show(row)) for row in found.rows]) for head, show in _columns(found)]
-    room = screen.text_width() - 2 - 1 - 3 - max(map(cell_len, [*names, "run"]))
+    names = [_short(console.sanitize(row.name)) for row in found.rows]
+    columns = [
+        (console.sanitize(head), [console.sanitize(show(row)) for row in found.rows]) for head, show in _columns(found)
+    ]
+    room = console.text_width() - 2 - 1 - 3 - max(map(cell_len, [*names, "run"]))
     chosen: list[tuple[str, list[str]]] = []
     for head, cells in columns:
         if chosen and sum(_wide(*column) for column in chosen) + _wide(head, cells) > room:
@@ -118,8 +120,8 @@ def _tables(found: Comparison) -> Iterator[Text]:
 def _table(marks: Sequence[str], names: Sequence[str], columns: Sequence[tuple[str, list[str]]]) -> Text:
     heads, cells = zip(*columns, strict=True)
     if len(names) == 1:
-        return screen.table(["run", *heads], zip(names, *cells, strict=True))
-    return screen.table(["", "run", *heads], zip(marks, names, *cells, strict=True), left=2)
+        return console.table(["run", *heads], zip(names, *cells, strict=True))
+    return console.table(["", "run", *heads], zip(marks, names, *cells, strict=True), left=2)
 
 
 def _short(name: str) -> str:
@@ -146,7 +148,7 @@ def _columns(found: Comparison) -> Iterator[tuple[str, Callable[[Row], str]]]:
     yield "at step", lambda row: _count(row.best_step)
     yield "to target", lambda row: _count(row.steps_to_target)
     yield "time", lambda row: _duration(row.seconds_to_target)
-    yield "spikes", lambda row: screen.share(row.spikes)
+    yield "spikes", lambda row: console.format_percent(row.spikes)
     yield "update ratio", lambda row: _number(row.update_ratio)
     yield "ms/step", lambda row: _number(row.step_ms)
 
@@ -160,8 +162,8 @@ def _notes(found: Comparison, *, given: bool) -> Iterator[str]:
         yield f"{first} at {found.target:.4g} or {better}{reason}"
     side = "below" if found.highest else "above"
     yield (
-        f"spikes: steps whose {screen.clean(found.metric)} is NaN or infinite, or {side} the median of the {WINDOW} "
-        f"steps before by more than {SPREADS} of their interquartile ranges"
+        f"spikes: steps whose {console.sanitize(found.metric)} is NaN or infinite, or {side} the median of the {WINDOW} "
+        f"steps before by more than {SPIKE_MADS} of their interquartile ranges"
     )
     if any(row.update_ratio is not None for row in found.rows):
         yield "update ratio: how far a step moves the parameters, relative to them; the median"
@@ -169,7 +171,7 @@ def _notes(found: Comparison, *, given: bool) -> Iterator[str]:
 
 def _setting(label: str, row: Row) -> str:
     value = row.settings.get(label, "")
-    return value if isinstance(value, str) else screen.number(value)
+    return value if isinstance(value, str) else console.number(value)
 
 
 def _number(value: float | None) -> str:

@@ -6,15 +6,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from trackopt import archive, difference
-from trackopt.cli import changes, screen, story
+from trackopt import locations
+from trackopt.analysis import diff
+from trackopt.cli import console, diff_summary, diff_table
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from rich.console import RenderableType
 
-    from trackopt.difference import Difference
+    from trackopt.analysis.diff import Difference
 
 _TOP = 10
 _LONG = 256 << 20  # bytes from which a bar is shown
@@ -71,16 +72,16 @@ def command(a: str, b: str, resume: bool, stat: bool, tensors: bool, top: int, a
     if resume and (terms["only"] or terms["ignore"]):
         raise click.UsageError("--resume looks at the whole checkpoints: leave out --only and --ignore")
     with (
-        archive.open(a) as one,
-        archive.open(b) as other,
-        screen.progress("comparing", shown=one.bytes + other.bytes > _LONG) as progress,
+        locations.open(a) as one,
+        locations.open(b) as other,
+        console.progress("comparing", shown=one.bytes + other.bytes > _LONG) as progress,
     ):
-        found = difference.diff(one, other, progress=progress, **terms)
+        found = diff.diff(one, other, progress=progress, **terms)
     if as_json:
-        screen.write_json(found.as_dict())
+        console.write_json(found.as_dict())
     else:
         chosen = (_stat if stat else _resumed if resume else _everything if tensors else _screen)(found, top)
-        screen.show(_framed(found, chosen))
+        console.show(_framed(found, chosen))
     if resume and found.resume is not None:
         return 0 if found.resume.continues else _DIFFER
     return 0 if found.equal else _DIFFER
@@ -89,30 +90,30 @@ def command(a: str, b: str, resume: bool, stat: bool, tensors: bool, top: int, a
 def _framed(found: Difference, inside: Iterator[RenderableType]) -> Iterator[RenderableType]:
     from rich.text import Text
 
-    yield Text(story.headline(found), style="bold")
+    yield Text(diff_summary.headline(found), style="bold")
     yield ""
     yield from inside
-    yield from story.notes(found)
+    yield from diff_summary.notes(found)
     if found.ignored:
         names = ", ".join(path.removeprefix("trackopt.") for path in found.ignored)
         told = f"not counted, since it only says who wrote the file: {names}"
-        yield Text("  " + screen.flow([told], indent=4, first=2), style="dim")
+        yield Text("  " + console.wrap_fields([told], indent=4, first=2), style="dim")
 
 
 def _screen(found: Difference, top: int, *, everything: bool = False) -> Iterator[RenderableType]:
     if found.equal:
         yield _equal(found)
         return
-    told = list(story.lines(found))
+    told = list(diff_summary.lines(found))
     yield from told
     if told:
         yield ""
     if everything:
-        yield from changes.every(found)
-        yield changes.count(found)
+        yield from diff_table.every(found)
+        yield diff_table.count(found)
     else:
-        yield from changes.largest(found, top)
-        yield changes.count(found, changes.following(found), hint="--tensors shows all")
+        yield from diff_table.largest(found, top)
+        yield diff_table.count(found, diff_table.consequences(found), hint="--tensors shows all")
 
 
 def _everything(found: Difference, top: int) -> Iterator[RenderableType]:
@@ -120,29 +121,29 @@ def _everything(found: Difference, top: int) -> Iterator[RenderableType]:
 
 
 def _resumed(found: Difference, _: int) -> Iterator[RenderableType]:
-    told = list(story.lines(found))
+    told = list(diff_summary.lines(found))
     yield from told
     if told:
         yield ""
     if found.resume is not None:
-        yield from story.verdict(found.resume)
+        yield from diff_summary.verdict(found.resume)
 
 
 def _stat(found: Difference, _: int) -> Iterator[RenderableType]:
     if found.equal:
         yield _equal(found)
         return
-    yield from changes.modules(found)
-    yield changes.count(found)
+    yield from diff_table.modules(found)
+    yield diff_table.count(found)
 
 
 def _equal(found: Difference) -> RenderableType:
     tally = found.tally
     same = tally.tensors["same"]
-    how = ", bit for bit" if not (tally.close or tally.unread) else ""
+    how = ", bit for bit" if not (tally.within_tolerance or tally.skipped_by_checksum) else ""
     text = f"the same{how}: {same:,} tensors and {found.same - same:,} other values"
-    if tally.close:
-        text += f"; {tally.close:,} of them differ by less than the tolerance"
-    if tally.unread:
-        text += f"; {tally.unread:,} of the tensors by size and checksum alone"
-    return screen.finding("ok", text)
+    if tally.within_tolerance:
+        text += f"; {tally.within_tolerance:,} of them differ by less than the tolerance"
+    if tally.skipped_by_checksum:
+        text += f"; {tally.skipped_by_checksum:,} of the tensors by size and checksum alone"
+    return console.finding("ok", text)

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from trackopt import archive
-from trackopt.cli import screen
-from trackopt.cli.tree import outline
+from trackopt import locations
+from trackopt.analysis.summary import Summary, summarize
+from trackopt.cli import console
+from trackopt.cli.outline import outline
 from trackopt.state.models import dtypes
-from trackopt.summary import Summary, summarize
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -24,8 +24,10 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.text import Text
 
-    from trackopt.state import Group, Model, Optimizer, Scheduler
-    from trackopt.summary.statistics import Statistics
+    from trackopt.analysis.summary.statistics import Statistics
+    from trackopt.state.models import Model
+    from trackopt.state.optimizers import Group, Optimizer
+    from trackopt.state.schedulers import Scheduler
 
 _ALL = "*"
 _VALUES = ("norm", "mean", "std", "min", "max")
@@ -64,18 +66,18 @@ def command(path: str | None, pattern: str | None, stats: bool, tree: bool, as_j
         path, pattern = pattern, _ALL  # `--tensors PATH`: what follows is the path, unless there is another
     if path is None:
         raise click.UsageError("Missing argument 'PATH'.")
-    with archive.open(path) as opened:
-        with screen.progress("reading", shown=stats) as progress:
+    with locations.open(path) as opened:
+        with console.progress("reading", shown=stats) as progress:
             summary = summarize(opened, tensors=pattern is not None, statistics=stats, progress=progress)
         if summary.tensors is not None and pattern != _ALL:
             chosen = {name: one for name, one in summary.tensors.items() if fnmatchcase(name, pattern or "")}
             summary = replace(summary, tensors=chosen)
         if as_json:
-            screen.write_json(summary.as_dict())
+            console.write_json(summary.as_dict())
         elif tree:
             sys.stdout.writelines(f"{line}\n" for line in outline(opened.tree))
         else:
-            screen.show(drawn(summary))
+            console.show(drawn(summary))
 
 
 def drawn(summary: Summary) -> Iterator[RenderableType]:
@@ -92,7 +94,7 @@ def drawn(summary: Summary) -> Iterator[RenderableType]:
     yield ""
     for one in summary.findings:
         if one.level != "info":
-            yield screen.finding(one.level, one.text)
+            yield console.finding(one.level, one.text)
 
 
 def _state(summary: Summary) -> Iterator[RenderableType]:
@@ -101,19 +103,19 @@ def _state(summary: Summary) -> Iterator[RenderableType]:
 
     state = summary.state
     for model in state.models:
-        yield screen.row(model.name, _model(model))
+        yield console.row(model.name, _model(model))
     for optimizer in state.optimizers:
         yield from _optimizer(optimizer)
     for scheduler in state.schedulers:
-        yield screen.row(scheduler.name, _scheduler(scheduler))
+        yield console.row(scheduler.name, _scheduler(scheduler))
     if state.optimizers and not state.schedulers:
-        yield screen.row("scheduler", ["none saved"])
+        yield console.row("scheduler", ["none saved"])
     also = list(_also(summary))
     if also:
-        yield Text("  also        ").append(screen.flow(also, indent=screen.LABEL + 2, gap=" · "))
+        yield Text("  also        ").append(console.wrap_fields(also, indent=console.LABEL + 2, gap=" · "))
     for one in summary.findings:
         if one.level == "info":
-            yield screen.row("note", [one.text], style="")
+            yield console.row("note", [one.text], style="")
 
 
 def _header(summary: Summary) -> Text:
@@ -126,16 +128,16 @@ def _header(summary: Summary) -> Text:
     else:
         known = state.framework and state.framework != summary.format
         facts.append(f"{state.framework} ({summary.format})" if known else summary.format)
-        facts.append(screen.size(summary.bytes))
+        facts.append(console.size(summary.bytes))
     facts += [
         f"{name} {value:,}" for name, value in (("step", state.step), ("epoch", state.epoch)) if value is not None
     ]
     if state.meta is not None:
-        facts.append(f"saved {screen.since(state.meta.get('time'))}")
+        facts.append(f"saved {console.format_age(state.meta.get('time'))}")
     else:
-        facts += [f"{name} {screen.number(value)}" for name, value in _scores(state.extras)]
-    name = screen.clean(Path(summary.path).name)
-    line = screen.flow([f"{name}   {facts[0]}", *facts[1:]], indent=4, first=0, gap=" · ")
+        facts += [f"{name} {console.number(value)}" for name, value in _scores(state.extras)]
+    name = console.sanitize(Path(summary.path).name)
+    line = console.wrap_fields([f"{name}   {facts[0]}", *facts[1:]], indent=4, first=0, gap=" · ")
     text = Text(line)
     text.stylize("bold", 0, len(name))
     return text
@@ -150,7 +152,7 @@ def _model(model: Model) -> list[str]:
     return [
         _count(len(model.tensors), "tensor"),
         _count(model.parameters, "parameter"),
-        screen.size(model.nbytes),
+        console.size(model.nbytes),
         ", ".join(dtypes(model.tensors.values())),
         "(an average of the weights)" if model.averaged else "",
         f"(names start with {model.prefix})" if model.prefix else "",
@@ -165,19 +167,19 @@ def _optimizer(one: Optimizer) -> Iterator[RenderableType]:
     facts = [
         f"{_class(one)}{_told(one)}",
         _count(len(one.groups), "group"),
-        *(f"{name} {screen.number(alone.hyperparameters[name])}" for name in _telling(one.groups) if alone),
+        *(f"{name} {console.number(alone.hyperparameters[name])}" for name in _telling(one.groups) if alone),
         f"state for {len(one.stateful):,} of {_count(len(one.parameters), 'parameter')}"
         if one.stateful
         else f"no state yet for {_count(len(one.parameters), 'parameter')}",
-        screen.size(weight) if weight else "",
+        console.size(weight) if weight else "",
         _steps(one),
     ]
-    yield screen.row(one.name, facts)
+    yield console.row(one.name, facts)
     if alone is None:
         yield _groups(one.groups)
     if one.buffers:
-        indent = screen.LABEL + 4
-        yield Text(" " * indent + screen.flow([_buffers(one)], indent=indent + 2))
+        indent = console.LABEL + 4
+        yield Text(" " * indent + console.wrap_fields([_buffers(one)], indent=indent + 2))
 
 
 def _class(one: Optimizer) -> str:
@@ -213,11 +215,11 @@ def _groups(groups: tuple[Group, ...]) -> Text:
         [
             group.name,
             f"{group.elements:,}" if group.elements is not None else f"{len(group.parameters)} tensors",
-            *(screen.number(group.hyperparameters.get(name, "")) for name in names),
+            *(console.number(group.hyperparameters.get(name, "")) for name in names),
         ]
         for group in groups
     ]
-    return screen.table(["group", "parameters", *names], rows, indent=screen.LABEL + 4)
+    return console.table(["group", "parameters", *names], rows, indent=console.LABEL + 4)
 
 
 def _telling(groups: tuple[Group, ...]) -> list[str]:
@@ -232,11 +234,11 @@ def _telling(groups: tuple[Group, ...]) -> list[str]:
 
 def _scheduler(one: Scheduler) -> list[str]:
     agreement = {True: "lr agrees with the optimizer", False: "lr differs from the optimizer's"}
-    rates = f"lr {screen.number(one.last_lr)}" if one.last_lr else ""
+    rates = f"lr {console.number(one.last_lr)}" if one.last_lr else ""
     return [
         f"{one.cls or 'of an unknown class'}{_told(one)}",
         f"last_epoch {one.last_epoch:,}" if one.last_epoch is not None else "",
-        rates if one.agrees is None else agreement[one.agrees],
+        rates if one.lr_matches_optimizer is None else agreement[one.lr_matches_optimizer],
     ]
 
 
@@ -245,16 +247,16 @@ def _also(summary: Summary) -> Iterator[str]:
     if state.rng:
         yield f"rng ({', '.join(state.rng)})"
     if state.batch is not None:
-        yield f"progress (epoch {screen.number(state.epoch)}, batch {state.batch:,})"
+        yield f"progress (epoch {console.number(state.epoch)}, batch {state.batch:,})"
     above = dict(_scores(state.extras)) if state.meta is None else {}
     extras = [(name, value) for name, value in state.extras if value is not None and name not in above]
     for name, value in extras[:_EXTRAS]:
         if state.scaler is not None and name == state.scaler[0]:
-            yield f"{name} (scale {screen.number(state.scaler[1]['scale'])})"
+            yield f"{name} (scale {console.number(state.scaler[1]['scale'])})"
         elif isinstance(value, dict):
             yield f"{name} ({_count(len(value), 'entry', 'entries')})"
         else:
-            yield f"{name} {screen.number(value)}"
+            yield f"{name} {console.number(value)}"
     if len(extras) > _EXTRAS:
         yield f"and {_count(len(extras) - _EXTRAS, 'more entry', 'more entries')}"
 
@@ -268,15 +270,15 @@ def _tensors(summary: Summary) -> Text:
     shapes = {name: "×".join(map(str, tensor.shape)) or "scalar" for name, tensor in tensors.items()}
     if measured is not None:
         rows = [[name, shapes[name], *_values(measured.get(name))] for name in tensors]
-        return screen.table(["tensor", "shape", *_VALUES], rows)
-    rows = [[name, shapes[name], tensor.dtype, screen.size(tensor.nbytes)] for name, tensor in tensors.items()]
-    return screen.table(["tensor", "shape", "dtype", "size"], rows)
+        return console.table(["tensor", "shape", *_VALUES], rows)
+    rows = [[name, shapes[name], tensor.dtype, console.size(tensor.nbytes)] for name, tensor in tensors.items()]
+    return console.table(["tensor", "shape", "dtype", "size"], rows)
 
 
 def _statistics(summary: Summary) -> Text:
     """Each model and each buffer as a whole."""
-    rows = [[name, *_values(together)] for name, together in summary.together().items()]
-    return screen.table(["values", *_VALUES], rows)
+    rows = [[name, *_values(together)] for name, together in summary.merge_statistics().items()]
+    return console.table(["values", *_VALUES], rows)
 
 
 def _values(one: Statistics | None) -> list[str]:

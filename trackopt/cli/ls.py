@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from trackopt import archive, integrity, state
-from trackopt.cli import screen
+from trackopt import locations, state
+from trackopt.archive import verify
+from trackopt.cli import console
 from trackopt.errors import ArchiveError, RunError
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ def command(directory: str, as_json: bool) -> None:
 
 def _list(path: Path, *, as_json: bool) -> None:
     if _is_run(path):
-        checkpoints = [_checkpoint(step, file, crc=True) for step, file in archive.checkpoints(path).items()]
+        checkpoints = [_checkpoint(step, file, crc=True) for step, file in locations.checkpoints(path).items()]
         rows: list[Any] = checkpoints
         layout = _checkpoints(checkpoints)
     else:
@@ -104,11 +105,11 @@ def _list(path: Path, *, as_json: bool) -> None:
         rows = runs
         layout = _runs(runs)
     if as_json:
-        screen.write_json([asdict(row) for row in rows])
+        console.write_json([asdict(row) for row in rows])
     elif rows:
-        screen.show([layout])
+        console.show([layout])
     else:
-        screen.show([f"{screen.clean(path)}: nothing here yet"])
+        console.show([f"{console.sanitize(path)}: nothing here yet"])
 
 
 def _found(path: Path) -> Iterator[Run]:
@@ -118,7 +119,7 @@ def _found(path: Path) -> Iterator[Run]:
             if child.is_dir() and _is_run(child):
                 yield _run(child)
         except OSError as error:
-            click.echo(f"trackopt: {screen.clean(child)}: cannot be read ({error.strerror})", err=True)
+            click.echo(f"trackopt: {console.sanitize(child)}: cannot be read ({error.strerror})", err=True)
 
 
 def _is_run(path: Path) -> bool:
@@ -126,10 +127,10 @@ def _is_run(path: Path) -> bool:
 
 
 def _run(path: Path) -> Run:
-    files = archive.checkpoints(path)
+    files = locations.checkpoints(path)
     stats = [file.stat() for file in files.values()]
     newest = _checkpoint(*list(files.items())[-1], crc=False) if files else None
-    lines = _tail(path / "metrics.jsonl")
+    lines = _last_lines(path / "metrics.jsonl")
     last = lines[-1] if lines else {}
     times = [stat.st_mtime for stat in stats]
     if isinstance(last.get("time"), int | float):
@@ -150,9 +151,9 @@ def _checkpoint(step: int, path: Path, *, crc: bool) -> Checkpoint:
     stat = path.stat()
     row = Checkpoint(str(path), step, None, _size(path), stat.st_mtime)
     try:
-        with archive.open(path) as opened:
+        with locations.open(path) as opened:
             found = state.read(opened)
-            problems = integrity.problems(opened, crc=crc)
+            problems = verify.find_problems(opened, crc=crc)
     except ArchiveError as error:
         return replace(row, sound=False, problem=str(error).removeprefix(f"{path}: "))
     meta = found.meta or {}
@@ -185,7 +186,7 @@ def _name(path: Path) -> str:
     return str(name)
 
 
-def _tail(path: Path) -> list[dict[str, Any]]:
+def _last_lines(path: Path) -> list[dict[str, Any]]:
     """The last lines of a journal, oldest first; what is torn or unknown is left out."""
     try:
         with path.open("rb") as file:
@@ -211,10 +212,10 @@ def _status(path: Path, lines: list[dict[str, Any]]) -> str:
         return str(markers[-1].get("status", "finished")).lower()
     if not lines:
         return ""
-    return "running" if is_held(path) else "killed"
+    return "running" if is_running(path) else "killed"
 
 
-def is_held(path: Path) -> bool:
+def is_running(path: Path) -> bool:
     """Whether a process holds the run's lock.
 
     The kernel's list is read, since trying the lock would for a moment take it from a run that is just
@@ -233,15 +234,15 @@ def _runs(runs: list[Run]) -> Text:
         [
             Path(run.path).name if run.name == Path(run.path).name else f"{Path(run.path).name} ({run.name})",
             run.status,
-            screen.number(run.step) if run.step is not None else "",
-            screen.number(run.epoch) if run.epoch is not None else "",
+            console.number(run.step) if run.step is not None else "",
+            console.number(run.epoch) if run.epoch is not None else "",
             str(run.checkpoints),
-            screen.size(run.bytes),
-            screen.since(run.time),
+            console.size(run.bytes),
+            console.format_age(run.time),
         ]
         for run in runs
     ]
-    return screen.table(["run", "status", "step", "epoch", "saved", "size", "last"], rows, left=2)
+    return console.table(["run", "status", "step", "epoch", "saved", "size", "last"], rows, left=2)
 
 
 def _checkpoints(found: list[Checkpoint]) -> Text:
@@ -249,12 +250,12 @@ def _checkpoints(found: list[Checkpoint]) -> Text:
         [
             Path(one.path).name,
             f"{one.step:,}",
-            screen.number(one.epoch) if one.epoch is not None else "",
-            screen.size(one.bytes),
-            screen.since(one.time),
+            console.number(one.epoch) if one.epoch is not None else "",
+            console.size(one.bytes),
+            console.format_age(one.time),
             "" if one.metric is None else f"{one.metric:.6g}",
             ("sound, kept" if one.keep else "sound") if one.sound else "damaged",
         ]
         for one in found
     ]
-    return screen.table(["checkpoint", "step", "epoch", "size", "saved", "metric", "soundness"], rows)
+    return console.table(["checkpoint", "step", "epoch", "size", "saved", "metric", "soundness"], rows)

@@ -7,17 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from trackopt.cli import drawing, following, screen
-from trackopt.curves import panels as layout
-from trackopt.curves.series import Tracked, require
+from trackopt.cli import console, figures, live
 from trackopt.errors import UsageError
+from trackopt.plotting import panels as layout
+from trackopt.plotting.run_series import RunSeries, require_series
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from rich.console import RenderableType
 
-    from trackopt.figure import Panel
+    from trackopt.plotting.figure import Panel
 
 _LOSS = "loss"
 
@@ -28,7 +28,7 @@ _LOSS = "loss"
 @click.option("--mean", is_flag=True, help="Draw the mean of the runs, with a band of one standard deviation.")
 @click.option("--follow", is_flag=True, help="Draw again as the runs go on, until they end or Ctrl-C.")
 @click.option("--attach", is_flag=True, help="Attach the curves to the MLflow run of each run, as a PNG.")
-@drawing.picture_options
+@figures.picture_options
 @click.option("--json", "as_json", is_flag=True, help="Print the series as JSON.")
 def command(
     runs: tuple[str, ...], metrics: tuple[str, ...], mean: bool, follow: bool, attach: bool, **outputs: Any
@@ -48,42 +48,42 @@ def command(
     if mean and len(set(runs)) < 2:
         raise UsageError("--mean: takes the mean of several runs; name more than one")
 
-    def panels(tracked: Sequence[Tracked]) -> list[Panel]:
+    def panels(tracked: Sequence[RunSeries]) -> list[Panel]:
         return layout.averaged(tracked, metrics) if mean else layout.panels(tracked, metrics)
 
-    readers = following.read(runs, lambda key: layout.wanted(key, metrics))
+    readers = live.read(runs, lambda key: layout.wanted(key, metrics))
     if follow:
         rows = shutil.get_terminal_size().lines - 2
-        following.follow(readers, lambda tracked: _screen(tracked, panels(tracked), rows))
-    tracked = following.tracked(readers)
+        live.follow(readers, lambda tracked: _screen(tracked, panels(tracked), rows))
+    tracked = live.read_runs(readers)
     for metric in metrics:
-        require(tracked, metric)
+        require_series(tracked, metric)
     if outputs["as_json"]:
-        screen.write_json({"runs": [_as_dict(run) for run in tracked]})
+        console.write_json({"runs": [_as_dict(run) for run in tracked]})
     else:
-        screen.show(_screen(tracked, panels(tracked)))
-    drawing.write_pictures(panels(tracked), png=outputs["png"], svg=outputs["svg"], title=_title(tracked))
+        console.show(_screen(tracked, panels(tracked)))
+    figures.write_pictures(panels(tracked), png=outputs["png"], svg=outputs["svg"], title=_title(tracked))
     if attach:
         directories = [reader.directory for reader in readers]
-        drawing.attach(panels(tracked), directories, name="plot", title=_title(tracked))
+        figures.attach(panels(tracked), directories, name="plot", title=_title(tracked))
 
 
-def _screen(runs: Sequence[Tracked], panels: Sequence[Panel], rows: int | None = None) -> Iterator[RenderableType]:
+def _screen(runs: Sequence[RunSeries], panels: Sequence[Panel], rows: int | None = None) -> Iterator[RenderableType]:
     from rich.text import Text
 
     facts = [
         f"{run.name} · {run.steps:,} step{'s' * (run.steps != 1)}{f' · {run.status}' if run.status else ''}"
         for run in runs
     ]
-    yield Text(screen.flow(facts, indent=2, first=0), style="dim")
-    for text in drawing.drawn(drawing.fitting(panels, rows)):
+    yield Text(console.wrap_fields(facts, indent=2, first=0), style="dim")
+    for text in figures.render(figures.panel_height(panels, rows)):
         yield ""
         yield text
 
 
-def _title(runs: Sequence[Tracked]) -> str:
-    return screen.clean(", ".join(run.name for run in runs))
+def _title(runs: Sequence[RunSeries]) -> str:
+    return console.sanitize(", ".join(run.name for run in runs))
 
 
-def _as_dict(run: Tracked) -> dict[str, Any]:
+def _as_dict(run: RunSeries) -> dict[str, Any]:
     return {"path": run.path, "name": run.name, "status": run.status, "steps": run.steps, "series": run.series}

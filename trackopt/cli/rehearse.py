@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from trackopt.cli import screen
+from trackopt.cli import console
 from trackopt.rehearsal.rehearse import KILLS, rehearse
-from trackopt.rehearsal.training import CommandError
+from trackopt.rehearsal.training_command import CommandError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.text import Text
 
+    from trackopt.rehearsal.diagnosis import Diagnosis
     from trackopt.rehearsal.divergence import Divergence
-    from trackopt.rehearsal.rehearse import Facts, Rehearsal, Tell
-    from trackopt.rehearsal.verdict import Verdict
+    from trackopt.rehearsal.rehearse import Rehearsal, RunFacts, Tell
 
 _FEW = 8
 _NOT_EXACT = 1
@@ -62,13 +62,13 @@ def command(kills: int | None, at: tuple[int, ...], seed: int, as_json: bool, co
         with _progress() as tell:
             found = rehearse(command, kills=kills or KILLS, at=at, seed=seed, tell=tell)
     except CommandError as error:
-        for line in error.said:
-            click.echo(f"  {screen.clean(line)}", err=True)
+        for line in error.output_tail:
+            click.echo(f"  {console.sanitize(line)}", err=True)
         raise
     if as_json:
-        screen.write_json(found.as_dict())
+        console.write_json(found.as_dict())
     else:
-        screen.show(_screen(found))
+        console.show(_screen(found))
     return 0 if found.exact else _NOT_EXACT
 
 
@@ -95,7 +95,7 @@ def _progress() -> Iterator[Tell]:
 def _screen(found: Rehearsal) -> Iterator[RenderableType]:
     from rich.text import Text
 
-    yield Text(f"rehearsed  {screen.clean(shlex.join(found.command))}", style="bold")
+    yield Text(f"rehearsed  {console.sanitize(shlex.join(found.command))}", style="bold")
     steps = sum(run.steps for run in found.runs)
     runs = f"{len(found.runs)} runs, " if len(found.runs) > 1 else ""
     yield _line([f"uninterrupted   {runs}{steps:,} steps", f"{found.seconds[0]:.1f} s"])
@@ -103,19 +103,19 @@ def _screen(found: Rehearsal) -> Iterator[RenderableType]:
         yield _line([_kills(found), f"{found.seconds[1]:.1f} s"])
     yield ""
     if found.verdict is None:
-        yield screen.finding("ok", f"exact: {_compared(found.runs)} are identical, bit for bit")
+        yield console.finding("ok", f"exact: {_compared(found.runs)} are identical, bit for bit")
     else:
         yield from _verdict(found.verdict, several=len(found.runs) > 1)
     for note in found.notes:
-        yield screen.finding("warning", note)
+        yield console.finding("warning", note)
     if found.scratch is not None:
-        yield screen.detail(f"everything is kept in {found.scratch}")
+        yield console.indented(f"everything is kept in {found.scratch}")
 
 
 def _line(facts: list[str]) -> Text:
     from rich.text import Text
 
-    return Text("  " + screen.flow(facts, indent=4, first=2))
+    return Text("  " + console.wrap_fields(facts, indent=4, first=2))
 
 
 def _kills(found: Rehearsal) -> str:
@@ -127,7 +127,7 @@ def _kills(found: Rehearsal) -> str:
     return f"killed after step {steps}{more}; resumed from {resumed}{more and ' …'}"
 
 
-def _compared(runs: tuple[Facts, ...]) -> str:
+def _compared(runs: tuple[RunFacts, ...]) -> str:
     """``1,290 parameters, 24 optimizer buffers, the scheduler, the RNG and 17 series (1,530 points)``."""
     parameters, buffers, schedulers, series, points = (
         sum(getattr(run, name) for run in runs) for name in ("parameters", "buffers", "schedulers", "series", "points")
@@ -145,12 +145,12 @@ def _counted(count: int, what: str) -> str:
     return f"{count:,} {what}{'s' if count > 1 else ''}" if count else ""
 
 
-def _verdict(verdict: Verdict, *, several: bool) -> Iterator[RenderableType]:
+def _verdict(verdict: Diagnosis, *, several: bool) -> Iterator[RenderableType]:
     what = "not exact" if verdict.reproducible else "two uninterrupted trainings differ already"
     where = f": {_where(verdict.first, several=several)}" if verdict.first else ""
-    yield screen.finding("error", what + where)
-    yield screen.detail(verdict.cause.seen)
-    yield screen.detail(f"→ {verdict.cause.advice}")
+    yield console.finding("error", what + where)
+    yield console.indented(verdict.cause.observation)
+    yield console.indented(f"→ {verdict.cause.advice}")
 
 
 def _where(first: Divergence, *, several: bool) -> str:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-
 import click
 
-from trackopt.cli import screen
-from trackopt.salvage import salvage
+from trackopt.analysis.salvage.salvage import salvage
+from trackopt.cli import console
 
 _SHOWN = 10
 
@@ -28,14 +26,14 @@ def command(source: str, target: str, as_json: bool) -> None:
     """
     done = salvage(source, target)
     if as_json:
-        screen.write_json(asdict(done))
+        console.write_json(done.as_dict())
         return
-    count = done.tensors + len(done.lost)
-    told = f"{done.target}: {done.tensors:,} of {count:,} saved, {screen.size(done.bytes)}"
-    lines = [screen.finding("ok", told)]
-    if done.lost:
-        lines.append(screen.finding("warning", f"lost: {len(done.lost):,}"))
-        lines += [screen.detail(name) for name in done.lost[:_SHOWN]]
-        if len(done.lost) > _SHOWN:
-            lines.append(screen.detail(f"and {len(done.lost) - _SHOWN:,} more; --json lists all"))
-    screen.show(lines)
+    count = done.tensors + len(done.lost_tensors)
+    told = f"{done.target}: {done.tensors:,} of {count:,} saved, {console.size(done.bytes)}"
+    lines = [console.finding("ok", told)]
+    if done.lost_tensors:
+        lines.append(console.finding("warning", f"lost: {len(done.lost_tensors):,}"))
+        lines += [console.indented(name) for name in done.lost_tensors[:_SHOWN]]
+        if len(done.lost_tensors) > _SHOWN:
+            lines.append(console.indented(f"and {len(done.lost_tensors) - _SHOWN:,} more; --json lists all"))
+    console.show(lines)

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from trackopt.cli import drawing, screen
+from trackopt.cli import console, figures
 from trackopt.errors import UsageError
-from trackopt.figure import Curve, Panel
+from trackopt.plotting.figure import Curve, Panel
 from trackopt.schedule.expression import Call, parse
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.text import Text
 
-    from trackopt.schedule.last_epoch import Resumption
+    from trackopt.schedule.last_epoch import ResumeComparison
     from trackopt.schedule.preview import Preview
 
 _STEPS = 100
@@ -62,7 +62,7 @@ class _Schedule:
     metavar="FILE",
     help=f"What {_PLATEAU} goes by: a number for each step, one to a line or as a JSON list.",
 )
-@drawing.picture_options
+@figures.picture_options
 @click.option("--csv", "as_csv", is_flag=True, help="Print the numbers as CSV.")
 @click.option("--json", "as_json", is_flag=True, help="Print the numbers as JSON.")
 def command(
@@ -90,24 +90,24 @@ def command(
     count = steps or (len(values) if values else _STEPS)
     shown, resumed = _previews(calls, count, lr or (0.1,), values)
     panels = _panels(shown)
-    drawing.write_pictures(panels, png=outputs["png"], svg=outputs["svg"], title="learning rate schedules")
+    figures.write_pictures(panels, png=outputs["png"], svg=outputs["svg"], title="learning rate schedules")
     if outputs["as_json"]:
-        screen.write_json({"schedules": [_as_dict(one) for one in shown]})
+        console.write_json({"schedules": [_as_dict(one) for one in shown]})
     elif outputs["as_csv"]:
         _write_csv(shown)
     else:
-        screen.show(_screen(panels, resumed))
+        console.show(_screen(panels, resumed))
 
 
 def _previews(
     calls: dict[str, Call], steps: int, lr: tuple[float, ...], metric: list[float] | None
-) -> tuple[list[_Schedule], list[Resumption]]:
-    from trackopt.schedule.classes import REFUSALS, factory, last_epoch, refused
+) -> tuple[list[_Schedule], list[ResumeComparison]]:
+    from trackopt.schedule.classes import CONSTRUCTOR_ERRORS, constructor_error, factory, last_epoch
     from trackopt.schedule.last_epoch import resumption
     from trackopt.schedule.preview import preview
 
     shown: list[_Schedule] = []
-    resumed: list[Resumption] = []
+    resumed: list[ResumeComparison] = []
     for text, call in calls.items():
         build = factory(call)
         try:
@@ -117,12 +117,12 @@ def _previews(
             found = resumption(call, steps, lr)
         except UsageError:
             raise
-        except REFUSALS as error:
-            raise UsageError(f"{refused(call.name, error)}; it was to give {steps:,} (--steps)") from error
+        except CONSTRUCTOR_ERRORS as error:
+            raise UsageError(f"{constructor_error(call.name, error)}; it was to give {steps:,} (--steps)") from error
         resumed.append(found)
-        shown.append(_Schedule(f"{text}: from the start", found.whole))
+        shown.append(_Schedule(f"{text}: from the start", found.uninterrupted))
         shown.append(_Schedule(f"{text}: resumed, optimizer restored", found.restored))
-        shown.append(_Schedule(f"{text}: resumed, new optimizer", found.fresh))
+        shown.append(_Schedule(f"{text}: resumed, new optimizer", found.restarted))
     return shown, resumed
 
 
@@ -159,21 +159,21 @@ def _panel(title: str, shown: Sequence[_Schedule], kind: str, key: str) -> Panel
     return Panel(title, tuple(curves))
 
 
-def _screen(panels: Sequence[Panel], resumed: Sequence[Resumption]) -> Iterator[RenderableType]:
+def _screen(panels: Sequence[Panel], resumed: Sequence[ResumeComparison]) -> Iterator[RenderableType]:
     first, *others = panels
-    yield from drawing.drawn([(first, _HEIGHT)], legend=False)
+    yield from figures.render([(first, _HEIGHT)], legend=False)
     yield ""
     yield _table(first)
     if others:
         yield ""
-        yield from drawing.drawn([(panel, _LOW_HEIGHT) for panel in others])
+        yield from figures.render([(panel, _LOW_HEIGHT) for panel in others])
     for found in resumed:
         yield ""
         yield from _told(found)
 
 
 def _table(panel: Panel) -> Text:
-    from trackopt.figure.terminal import letter
+    from trackopt.plotting.terminal import letter
 
     several = len(panel.curves) > 1
     rows = []
@@ -182,28 +182,28 @@ def _table(panel: Panel) -> Text:
         numbers = [rates[0], min(rates), max(rates), rates[-1]]
         rows.append([*([letter(index)] if several else []), curve.name, *(f"{number:.4g}" for number in numbers)])
     heads = ["schedule", "first", "lowest", "highest", "last"]
-    return screen.table(["", *heads], rows, left=2) if several else screen.table(heads, rows)
+    return console.table(["", *heads], rows, left=2) if several else console.table(heads, rows)
 
 
-def _told(found: Resumption) -> Iterator[RenderableType]:
+def _told(found: ResumeComparison) -> Iterator[RenderableType]:
     """What ``last_epoch`` means, and what comes of it."""
-    yield screen.finding(
+    yield console.finding(
         "info",
-        f"last_epoch={found.done - 1} resumes after {found.done} step{'s' * (found.done != 1)}: it counts them from 0, "
+        f"last_epoch={found.completed_steps - 1} resumes after {found.completed_steps} step{'s' * (found.completed_steps != 1)}: it counts them from 0, "
         "so write one less than were done. Each parameter group must have an initial_lr: here that is --lr, in a "
         "script it comes with the optimizer's state_dict. The scheduler's own state_dict does all of this, and more "
         "surely.",
     )
     for how, preview in (
         ("with the optimizer's state_dict loaded first", found.restored),
-        ("on a new optimizer", found.fresh),
+        ("on a new optimizer", found.restarted),
     ):
-        parting = found.parting(preview)
+        parting = found.first_difference(preview)
         if parting is None:
-            yield screen.finding("ok", f"{how}: as if it had never stopped")
+            yield console.finding("ok", f"{how}: as if it had never stopped")
         else:
             step, wrong, right = parting
-            yield screen.finding("warning", f"{how}: at step {step} the LR is {wrong:.4g} instead of {right:.4g}")
+            yield console.finding("warning", f"{how}: at step {step} the LR is {wrong:.4g} instead of {right:.4g}")
 
 
 def _as_dict(one: _Schedule) -> dict[str, Any]:

@@ -8,8 +8,8 @@ from pathlib import Path
 import click
 import orjson
 
-from trackopt.directory import RunDirectory, read_identity
 from trackopt.errors import TrackoptError
+from trackopt.rundir.directory import RunDirectory, read_identity
 
 
 @click.command("sync")
@@ -41,11 +41,11 @@ def command(directory: Path, as_json: bool) -> None:
 
 
 def _deliver(directory: Path) -> list[str]:
-    from trackopt.recorder.progress import bar
+    from trackopt.recorder.progress import progress_bar
     from trackopt.recorder.recorder import Recorder
 
     def tell(message: str) -> None:
         click.echo(f"trackopt: {message}", err=True)
 
-    with Recorder(directory, tell) as recorder, bar(directory) as show:
+    with Recorder(directory, tell) as recorder, progress_bar(directory) as show:
         return recorder.drain(show)

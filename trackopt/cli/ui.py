@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 import click
 import orjson
 
-from trackopt.cli import screen, serving
-from trackopt.cli.ls import is_held
-from trackopt.directory import IDENTITY, read_identity
+from trackopt.cli import console, servers
+from trackopt.cli.ls import is_running
 from trackopt.errors import RunError
-from trackopt.recorder.target import without_password
+from trackopt.rundir.directory import IDENTITY, read_identity
+from trackopt.utils.mlflow_uri import redact_credentials
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -49,36 +49,36 @@ def command(directory: Path, as_json: bool) -> None:
       trackopt ui runs
     """
     runs = _find(directory)
-    going = [str(run.path) for run in runs if is_held(run.path)]
+    going = [str(run.path) for run in runs if is_running(run.path)]
     if not as_json:  # the servers take a while
-        screen.show([_summary(directory, len(runs), going)])
+        console.show([_summary(directory, len(runs), going)])
     stop = Event()
     for ending in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # a shell starts background jobs with SIGINT ignored
         if ending != signal.SIGHUP or signal.getsignal(ending) is not signal.SIG_IGN:  # by nohup
             signal.signal(ending, lambda *_: stop.set())
     with contextlib.ExitStack() as stack:
         logs = directory.absolute()
-        servers = [stack.enter_context(serving.serve("TensorBoard", _tensorboard(logs), health="/", directory=logs))]
-        addresses = {"tensorboard": servers[0].address, "mlflow": None}
+        started = [stack.enter_context(servers.serve("TensorBoard", _tensorboard(logs), health="/", directory=logs))]
+        addresses = {"tensorboard": started[0].address, "mlflow": None}
         if store := _store(runs):
             uri, home = store
             if uri.startswith(("http://", "https://")):
-                addresses["mlflow"] = shown = without_password(uri)
-                if not serving.answers(uri):
-                    click.echo(f"trackopt: {screen.clean(shown)} does not answer; is that server up?", err=True)
+                addresses["mlflow"] = shown = redact_credentials(uri)
+                if not servers.is_reachable(uri):
+                    click.echo(f"trackopt: {console.sanitize(shown)} does not answer; is that server up?", err=True)
             else:
-                mlflow = serving.serve("the MLflow UI", _mlflow(uri), health="/health", directory=home)
-                servers.append(stack.enter_context(mlflow))
-                addresses["mlflow"] = servers[-1].address
-        serving.wait_until_ready(servers, stop)
+                mlflow = servers.serve("the MLflow UI", _mlflow(uri), health="/health", directory=home)
+                started.append(stack.enter_context(mlflow))
+                addresses["mlflow"] = started[-1].address
+        servers.wait_until_ready(started, stop)
         if stop.is_set():
             raise click.Abort
         if as_json:
             sys.stdout.write(orjson.dumps({**addresses, "runs": len(runs), "going": going}).decode() + "\n")
             sys.stdout.flush()
         else:
-            screen.show(_lines(addresses))
-        serving.watch(servers, stop)
+            console.show(_lines(addresses))
+        servers.watch(started, stop)
 
 
 def _find(directory: Path) -> list[_Run]:
@@ -93,7 +93,7 @@ def _find(directory: Path) -> list[_Run]:
             try:
                 found.append(_Run(Path(place), read_identity(Path(place))))
             except RunError as error:
-                click.echo(f"trackopt: {screen.clean(error)}", err=True)
+                click.echo(f"trackopt: {console.sanitize(error)}", err=True)
     if not found:
         raise RunError(f"{directory}: holds no run; name the directory that wrap(dir=…) was given, or one above it")
     return found
@@ -110,7 +110,7 @@ def _store(runs: Sequence[_Run]) -> tuple[str, Path] | None:
         return None
     (uri, count), *_ = Counter(uri for uri, _ in stores).most_common()
     if count < len(stores):
-        shown = screen.clean(without_password(uri))
+        shown = console.sanitize(redact_credentials(uri))
         click.echo(f"trackopt: the runs are in several MLflow stores; showing {shown}", err=True)
     home = next(home for each, home in stores if each == uri)
     return uri, home if home.is_dir() else Path.cwd()
@@ -119,25 +119,25 @@ def _store(runs: Sequence[_Run]) -> tuple[str, Path] | None:
 def _summary(directory: Path, count: int, going: Sequence[str]) -> str:
     names = [Path(path).name for path in going[:_NAMED]] + ["…"] * (len(going) > _NAMED)
     state = f"{len(going)} still going: {', '.join(names)}" if going else "none still going"
-    return screen.clean(f"{count} run{'s' * (count > 1)} below {directory}, {state}")
+    return console.sanitize(f"{count} run{'s' * (count > 1)} below {directory}, {state}")
 
 
 def _lines(addresses: dict[str, str | None]) -> Iterator[Text]:
     from rich.text import Text
 
     for name, key in (("TensorBoard", "tensorboard"), ("MLflow", "mlflow")):
-        shown = Text(screen.clean(addresses[key] or "none of them is there"), style="cyan")
+        shown = Text(console.sanitize(addresses[key] or "none of them is there"), style="cyan")
         yield Text(f"{name:13}", style="bold").append_text(shown)
     yield Text("Ctrl-C stops both.", style="dim")
 
 
 def _tensorboard(directory: Path) -> list[str]:
     # Each attempt of a run has its own event file: without --reload_multifile only the newest is read on.
-    where = ["--logdir", str(directory), "--host", serving.HOST, "--port", "{port}"]
+    where = ["--logdir", str(directory), "--host", servers.HOST, "--port", "{port}"]
     options = ["--reload_multifile=true", "--reload_interval=5", "--samples_per_plugin=scalars=10000"]
     return [sys.executable, "-m", "tensorboard.main", *where, *options]
 
 
 def _mlflow(uri: str) -> list[str]:
-    where = ["--backend-store-uri", uri, "--host", serving.HOST, "--port", "{port}", "--workers", "1"]
+    where = ["--backend-store-uri", uri, "--host", servers.HOST, "--port", "{port}", "--workers", "1"]
     return [sys.executable, "-m", "mlflow", "server", *where]

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from trackopt.cli import screen
-from trackopt.integrity.report import DAMAGED, SOUND, UNREADABLE, Checked, verify
+from trackopt.analysis.verify import DAMAGED, SOUND, UNREADABLE, FileReport, verify
+from trackopt.cli import console
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -37,18 +37,18 @@ def command(paths: tuple[str, ...], as_json: bool) -> int:
     """
     found = [one for path in paths for one in verify(path)]
     if as_json:
-        screen.write_json({"sound": all(one.status == SOUND for one in found), "files": [o.as_dict() for o in found]})
+        console.write_json({"sound": all(one.status == SOUND for one in found), "files": [o.as_dict() for o in found]})
     else:
-        screen.show(line for one in found for line in _lines(one))
+        console.show(line for one in found for line in _lines(one))
     return max(_CODES[one.status] for one in found)
 
 
-def _lines(one: Checked) -> Iterator[RenderableType]:
-    about = " · ".join(filter(None, (one.format, screen.size(one.bytes) if one.bytes else "")))
-    yield screen.finding(_LEVELS[one.status], f"{screen.clean(one.path)}: {one.status}{about and f'   {about}'}")
+def _lines(one: FileReport) -> Iterator[RenderableType]:
+    about = " · ".join(filter(None, (one.format, console.size(one.bytes) if one.bytes else "")))
+    yield console.finding(_LEVELS[one.status], f"{console.sanitize(one.path)}: {one.status}{about and f'   {about}'}")
     for problem in one.problems[:_SHOWN]:
-        yield screen.detail(problem)
+        yield console.indented(problem)
     if len(one.problems) > _SHOWN:
-        yield screen.detail(f"and {len(one.problems) - _SHOWN:,} more problems")
-    if one.rescue:
-        yield screen.detail(one.rescue)
+        yield console.indented(f"and {len(one.problems) - _SHOWN:,} more problems")
+    if one.salvageable:
+        yield console.indented(one.salvageable)

@@ -16,9 +16,9 @@ except ImportError as error:
         f"trackopt.integrations.accelerate needs accelerate 1.2 or later ({error}); pip install 'trackopt[accelerate]'"
     ) from error
 
-from trackopt.checkpoint import Training
 from trackopt.errors import UsageError
-from trackopt.integrations.recording import Options, Recording, numbers, record
+from trackopt.integrations.recording import Options, TelemetrySession, numbers, open_session
+from trackopt.training.objects import Training
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -53,7 +53,7 @@ class TrackoptTracker(GeneralTracker):
     def __init__(self, **options: Any) -> None:
         super().__init__()
         self._options = Options(**options)
-        self._recording: Recording | None = None
+        self._recording: TelemetrySession | None = None
         self._watching = self._begun = False
         self._config: dict[str, Any] = {}
         self._stepped: set[str] = set()  # the optimizers that have, in this iteration
@@ -88,7 +88,7 @@ class TrackoptTracker(GeneralTracker):
         accelerator.register_for_checkpointing(self)
         scaler = {} if accelerator.scaler is None else {"scaler": accelerator.scaler}
         training = Training(model, optimizer, scheduler, scaler)
-        self._recording = record(training, self._options, leads=accelerator.is_main_process)
+        self._recording = open_session(training, self._options, leads=accelerator.is_main_process)
         if self._recording is None:
             return
         self._names = set(training.optimizers)
@@ -131,7 +131,7 @@ class TrackoptTracker(GeneralTracker):
         self._begin()
         self._stepped.clear()
         state = self._recording.state_dict()
-        self._recording.expect_checkpoint(self._folder)
+        self._recording.checkpoint_started(self._folder)
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -146,7 +146,7 @@ class TrackoptTracker(GeneralTracker):
             self._begun = True
             self._recording.begin(params=self._config)
 
-    def _turn(self) -> None:
+    def _next_iteration(self) -> None:
         """One iteration ends, the next one begins."""
         if self._recording is not None:
             self._begin()
@@ -160,11 +160,11 @@ class TrackoptTracker(GeneralTracker):
 
     def _before_forward(self, module: nn.Module, _: Any) -> None:
         if module.training and self._is_over(self._names):
-            self._turn()
+            self._next_iteration()
 
     def _before_step(self, name: str, *_: Any) -> None:
         if self._is_over({name}):
-            self._turn()
+            self._next_iteration()
 
     def _after_step(self, name: str, *_: Any) -> None:
         self._stepped.add(name)

@@ -14,9 +14,9 @@ except ImportError as error:
         f"trackopt.integrations.ignite needs pytorch-ignite 0.5 or later ({error}); pip install 'trackopt[ignite]'"
     ) from error
 
-from trackopt.checkpoint import Training
 from trackopt.errors import UsageError
-from trackopt.integrations.recording import Options, Recording, numbers, record
+from trackopt.integrations.recording import Options, TelemetrySession, numbers, open_session
+from trackopt.training.objects import Training
 
 if TYPE_CHECKING:
     from ignite.engine import Engine
@@ -35,7 +35,7 @@ def attach(
     model: nn.Module | Mapping[str, nn.Module] | None = None,
     checkpoint: Checkpoint | None = None,
     **options: Any,
-) -> Attached:
+) -> TrackoptHandler:
     """Record each optimizer step of an engine.
 
     What the engine's process function returns is logged: a number as ``loss``, a dict of numbers under its keys.
@@ -64,7 +64,7 @@ def attach(
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         >>> attached = attach(Engine(lambda engine, batch: 0.0), optimizer, model=model, dir="runs/digits")
     """
-    attached = Attached(trainer, Training(model, optimizer, scheduler), Options(**options), checkpoint)
+    attached = TrackoptHandler(trainer, Training(model, optimizer, scheduler), Options(**options), checkpoint)
     if checkpoint is not None:
         if not isinstance(checkpoint.to_save, MutableMapping):
             raise UsageError(f"checkpoint: its to_save is a {type(checkpoint.to_save).__name__}; make it a dict")
@@ -75,7 +75,7 @@ def attach(
     return attached
 
 
-class Attached:
+class TrackoptHandler:
     """What ``attach`` has attached to an engine; it keeps a state, as anything in ignite's ``to_save`` does."""
 
     def __init__(self, trainer: Engine, training: Training, options: Options, checkpoint: Checkpoint | None) -> None:
@@ -83,7 +83,7 @@ class Attached:
         self._training = training
         self._options = options
         self._checkpoint = checkpoint
-        self._recording: Recording | None = None
+        self._recording: TelemetrySession | None = None
         self._state: dict[str, Any] | None = None
         self._loaded = False
         self._closing: Any = None  # its handle
@@ -116,11 +116,11 @@ class Attached:
         """The engine starts: begin, or go on from where the checkpoint was taken."""
         if self._recording is not None:
             self._closing.remove()
-            self._recording.leave()
+            self._recording.abort()
         going_on = self._loaded or self._trainer.state.iteration > 0
         self._loaded = False
         self._saved = self._saves()
-        self._recording = record(self._training, self._options, leads=distributed.get_rank() == 0)
+        self._recording = open_session(self._training, self._options, leads=distributed.get_rank() == 0)
         if self._recording is None:
             return
         self._recording.begin(self._state if going_on else None, self._trainer.state.iteration)

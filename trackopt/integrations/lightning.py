@@ -12,8 +12,8 @@ except ImportError as error:
         f"trackopt.integrations.lightning needs lightning 2.5 or later ({error}); pip install 'trackopt[lightning]'"
     ) from error
 
-from trackopt.checkpoint import Training
-from trackopt.integrations.recording import Options, Recording, by_name, numbers, record
+from trackopt.integrations.recording import Options, TelemetrySession, by_name, numbers, open_session
+from trackopt.training.objects import Training
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -44,7 +44,7 @@ class TrackoptCallback(Callback):
 
     def __init__(self, **options: Any) -> None:
         self._options = Options(**options)
-        self._recording: Recording | None = None
+        self._recording: TelemetrySession | None = None
         self._saved: dict[str, Any] | None = None
         self._seen: dict[str, Tensor] = {}
 
@@ -58,10 +58,10 @@ class TrackoptCallback(Callback):
             {} if scaler is None else {"scaler": scaler},
         )
         self._trainer = trainer
-        self._recording = record(training, self._options, leads=trainer.is_global_zero)
+        self._recording = open_session(training, self._options, leads=trainer.is_global_zero)
         if self._recording is not None:
             self._recording.begin(self._saved if trainer.global_step else None, trainer.global_step)
-            trainer.strategy.checkpoint_io = _Told(trainer.strategy.checkpoint_io, self._recording)
+            trainer.strategy.checkpoint_io = _NotifyingCheckpointIO(trainer.strategy.checkpoint_io, self._recording)
 
     def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
         """End the last iteration, whose metrics are complete only now."""
@@ -97,9 +97,9 @@ class TrackoptCallback(Callback):
 
     def _close(self, error: BaseException | None = None) -> None:
         if self._recording is not None:
-            self._saved = self.state_dict()  # for another `fit` that goes on from here
+            self._saved = self.state_dict()  # for another `check_compatibility` that goes on from here
             told = self._trainer.strategy.checkpoint_io
-            if isinstance(told, _Told):
+            if isinstance(told, _NotifyingCheckpointIO):
                 self._trainer.strategy.checkpoint_io = told.inner
             self._recording.close(error)
             self._recording = None
@@ -118,10 +118,10 @@ class TrackoptCallback(Callback):
         self._seen = dict(metrics)
 
 
-class _Told(CheckpointIO):
+class _NotifyingCheckpointIO(CheckpointIO):
     """Lightning's own way to its checkpoints, which tells the journal where they are."""
 
-    def __init__(self, inner: CheckpointIO, recording: Recording) -> None:
+    def __init__(self, inner: CheckpointIO, recording: TelemetrySession) -> None:
         self.inner = inner
         self._recording = recording
 

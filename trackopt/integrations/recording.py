@@ -18,24 +18,24 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from trackopt import journal
-from trackopt.arguments import SINKS, check_objects, check_options
-from trackopt.checkpoint.capture import versions
 from trackopt.checkpoint.retention import Retention
-from trackopt.checkpoint.spread import has_spread_parameters
-from trackopt.directory import RunDirectory
 from trackopt.errors import UsageError
 from trackopt.journal import Journal
-from trackopt.observe import params as hyperparameters
-from trackopt.recorder.process import RecorderProcess
-from trackopt.recorder.target import mlflow_target
-from trackopt.rehearsal import plan
-from trackopt.run import tell
-from trackopt.telemetry import Telemetry
+from trackopt.recorder.child_process import RecorderProcess
+from trackopt.run.options import SINKS, validate_options
+from trackopt.rundir import environment
+from trackopt.rundir.directory import RunDirectory
+from trackopt.telemetry.collector import MetricsCollector
+from trackopt.telemetry.hyperparameters import params as hyperparameters
+from trackopt.training.objects import versions
+from trackopt.training.sharding import has_sharded_parameters
+from trackopt.utils.log import log_warnings
+from trackopt.utils.mlflow_uri import default_tracking
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from trackopt.checkpoint import Training
+    from trackopt.training.objects import Training
 
 logger = logging.getLogger("trackopt")
 
@@ -57,7 +57,9 @@ class Options:
     name: str | None = None
 
     def __post_init__(self) -> None:
-        check_options(save_every=None, save_busy="wait", retention=Retention(1), sinks=self.sinks, **self.measuring)
+        validate_options(
+            save_every=None, save_overlap="wait", retention=Retention(1), sinks=self.sinks, **self.measuring
+        )
 
     @property
     def measuring(self) -> dict[str, Any]:
@@ -65,7 +67,7 @@ class Options:
         return {"stats": self.stats, "stats_every": self.stats_every, "histograms_every": self.histograms_every}
 
 
-class Recording:
+class TelemetrySession:
     """One attempt of such a run, from ``begin`` to ``close``.
 
     Args:
@@ -82,22 +84,22 @@ class Recording:
 
     def __init__(self, training: Training, options: Options, *, leads: bool = True) -> None:
         self._training = training
-        self._sinks = options.sinks if leads and plan.current() is None else ()
+        self._sinks = options.sinks if leads and environment.from_environment() is None else ()
         self._directory = RunDirectory(options.dir) if leads else None
         self._identity: dict[str, Any] = {"id": None, "attempt": 1}
         try:
             if self._directory is not None:
                 if not self._directory.identity:
-                    self._directory.found(options.name, mlflow_target(options.experiment))
+                    self._directory.initialize(options.name, default_tracking(options.experiment))
                 self._directory.begin_attempt(self._sinks)
                 self._identity = self._directory.identity
             self._journal = Journal(Path(os.devnull) if self._directory is None else self._directory.journal)
-            self._telemetry = Telemetry(training, self._journal, **options.measuring)
+            self._telemetry = MetricsCollector(training, self._journal, **options.measuring)
         except BaseException:
             self._release()
             raise
         self._recorder: RecorderProcess | None = None
-        self._known: set[str] = set()  # what the step that a resumed run begins with has already
+        self._already_logged: set[str] = set()  # what the step that a resumed run begins with has already
         self._expected: tuple[str | os.PathLike[str], int] | None = None  # a checkpoint that may not be complete yet
         self.in_iteration = False
         self._begun = self._identity["attempt"] > 1  # whether there may be records that a return to step 0 supersedes
@@ -123,16 +125,16 @@ class Recording:
         Raises:
             UsageError: It is of other optimizers.
         """
-        self._telemetry.settle()
+        self._telemetry.flush()
         self._mark_expected()
         details: dict[str, Any] = {"attempt": self._identity["attempt"], "pid": os.getpid(), "versions": versions()}
         if state is not None:
             step = self._load(state)
             if state["run_id"] == self._identity["id"]:
-                details["offset"], later = _end_of(self._journal.path, state["journal_offset"], step)
-                self._known = {*state["pending"]["recorded"], *later}
+                details["offset"], later = _history_end(self._journal.path, state["journal_offset"], step)
+                self._already_logged = {*state["pending"]["recorded"], *later}
         elif step:
-            self._telemetry.start_at(step)
+            self._telemetry.set_step(step)
         if step:
             self._journal.mark("resume", step, **details)
             if self._directory is not None:
@@ -150,13 +152,13 @@ class Recording:
     def begin_iteration(self) -> None:
         """The loop turns to a batch."""
         self.in_iteration = True
-        self._known = set()
+        self._already_logged = set()
         self._telemetry.begin_iteration()
 
     def log(self, metrics: Mapping[str, Any]) -> None:
         """Take numbers that belong to this iteration, or behind it to its step."""
         self._mark_expected()
-        self._telemetry.log({key: value for key, value in metrics.items() if key not in self._known})
+        self._telemetry.log({key: value for key, value in metrics.items() if key not in self._already_logged})
 
     def end_iteration(self) -> None:
         """Record the iteration's step; where it is recorded already, what has been logged since."""
@@ -165,16 +167,16 @@ class Recording:
             self.in_iteration = False
             self._telemetry.end_iteration()
         else:
-            self._telemetry.record_rest()
+            self._telemetry.record_trailing()
         if self._recorder is not None:
-            tell(self._recorder.messages())
+            log_warnings(self._recorder.messages())
 
     def mark_checkpoint(self, path: str | os.PathLike[str], step: int | None = None) -> None:
         """The framework has saved to ``path``; its state is that after ``step``, or the latest."""
         if self._open:
             self._journal.mark("checkpoint", self.step if step is None else step, path=str(Path(path).absolute()))
 
-    def expect_checkpoint(self, path: str | os.PathLike[str]) -> None:
+    def checkpoint_started(self, path: str | os.PathLike[str]) -> None:
         """The framework is saving to ``path``, and will not tell when it is done: it is when it calls the next time."""
         self._expected = path, self.step
 
@@ -182,7 +184,7 @@ class Recording:
         """What a checkpoint of the framework must hold; of plain values."""
         if self._open:
             self.end_iteration()
-            self._telemetry.settle()
+            self._telemetry.flush()
             self._journal.sync()
         return {
             "run_id": self._identity["id"],
@@ -191,7 +193,7 @@ class Recording:
             **self._telemetry.state_dict(),
         }
 
-    def leave(self) -> None:
+    def abort(self) -> None:
         """Close it where the framework did not come to the end of the training, and did not say why."""
         self.close(RuntimeError("the training was left before its end"))
 
@@ -224,12 +226,12 @@ class Recording:
         if not self._open:
             return
         self.end_iteration()
-        self._telemetry.settle()
+        self._telemetry.flush()
         self._open = False
         self._journal.mark("close", self.step, status=status, ledger=self._telemetry.ledger.as_dict(), **why)
         self._telemetry.close()
         if self._recorder is not None:
-            tell(self._recorder.finish(wait=status != "KILLED"))
+            log_warnings(self._recorder.finish(wait=status != "KILLED"))
         self._journal.close()
         self._release()
         atexit.unregister(self._at_exit)
@@ -245,7 +247,7 @@ class Recording:
             self.close(error or SystemExit("the script ended within the training"))
 
 
-def record(training: Training, options: Options, *, leads: bool) -> Recording | None:
+def open_session(training: Training, options: Options, *, leads: bool) -> TelemetrySession | None:
     """Open the recording of a training on this rank.
 
     Rank 0 writes. The others have a part in it only where parameters are spread over the ranks (DTensors): to measure
@@ -257,8 +259,8 @@ def record(training: Training, options: Options, *, leads: bool) -> Recording | 
     """
     if not training.optimizers:
         raise UsageError("the training has no optimizer, so there is nothing to record")
-    check_objects(training)
-    return Recording(training, options, leads=leads) if leads or has_spread_parameters(training) else None
+    training.validate()
+    return TelemetrySession(training, options, leads=leads) if leads or has_sharded_parameters(training) else None
 
 
 def by_name(role: str, things: Sequence[Any]) -> Any:
@@ -281,7 +283,7 @@ def _is_number(value: object) -> bool:
     return value.numel() == 1 if isinstance(value, Tensor) else isinstance(value, Number)
 
 
-def _end_of(path: Path, offset: int, step: int) -> tuple[int, set[str]]:
+def _history_end(path: Path, offset: int, step: int) -> tuple[int, set[str]]:
     """Where the history of a checkpoint ends, and what of its last step was logged after it was taken.
 
     Frameworks save in the middle of what they do at a step, and do not repeat the rest when they resume.
@@ -291,5 +293,5 @@ def _end_of(path: Path, offset: int, step: int) -> tuple[int, set[str]]:
         if line.event in {"start", "resume", "close"} or (line.event is None and line.step > step):
             break
         known |= line.metrics.keys()
-        offset = line.end
+        offset = line.end_offset
     return offset, known

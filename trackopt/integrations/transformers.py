@@ -15,14 +15,14 @@ except ImportError as error:
         "pip install 'trackopt[transformers]'"
     ) from error
 
-from trackopt.checkpoint import Training
-from trackopt.integrations.recording import Options, Recording, numbers, record
+from trackopt.integrations.recording import Options, TelemetrySession, numbers, open_session
+from trackopt.training.objects import Training
 
 if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
 # The journal has the LR that each step used; the rest is of one attempt, so that a resumed run would have it otherwise.
-_LEFT_OUT = {"epoch", "learning_rate", "train_loss", "total_flos"}
+_IGNORED_METRICS = {"epoch", "learning_rate", "train_loss", "total_flos"}
 _TIMES = ("_runtime", "_per_second")
 
 
@@ -46,42 +46,44 @@ class TrackoptCallback(TrainerCallback, ExportableState):
     """
 
     def __init__(self, **options: Any) -> None:
-        self._given = {key: str(value) if isinstance(value, Path) else value for key, value in options.items()}
+        self._optimizers = {key: str(value) if isinstance(value, Path) else value for key, value in options.items()}
         self._options = Options(**options)
-        self._recording: Recording | None = None
+        self._recording: TelemetrySession | None = None
 
     def state(self) -> dict[str, Any]:
         """What ``trainer_state.json`` holds of this callback."""
         saved = {} if self._recording is None else {"saved": self._recording.state_dict()}
-        return {"args": self._given, "attributes": saved}
+        return {"args": self._optimizers, "attributes": saved}
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
     ) -> None:
         """Begin, or go on from where the checkpoint was taken."""
         if self._recording is not None:
-            self._recording.leave()
+            self._recording.abort()
         optimizer, scheduler = objects["optimizer"], objects["lr_scheduler"]
         scaler = getattr(optimizer, "scaler", None)
         training = Training(objects["model"], optimizer, scheduler, {} if scaler is None else {"scaler": scaler})
-        self._recording = record(training, self._options, leads=state.is_world_process_zero)
+        self._recording = open_session(training, self._options, leads=state.is_world_process_zero)
         if self._recording is not None:
             self._recording.begin(self._saved(state), state.global_step)
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         """End the last iteration, which has been logged by now."""
-        self._turn()
+        self._next_iteration()
 
     def on_substep_end(self, *_: Any, **__: Any) -> None:
         """Between two micro-batches, where gradients are accumulated."""
-        self._turn()
+        self._next_iteration()
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **_: Any
     ) -> None:
         """Take the losses and metrics."""
         if self._recording is not None:
-            kept = {key: value for key, value in logs.items() if key not in _LEFT_OUT and not key.endswith(_TIMES)}
+            kept = {
+                key: value for key, value in logs.items() if key not in _IGNORED_METRICS and not key.endswith(_TIMES)
+            }
             self._recording.log(numbers(kept))
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -95,7 +97,7 @@ class TrackoptCallback(TrainerCallback, ExportableState):
             self._recording.close()
             self._recording = None
 
-    def _turn(self) -> None:
+    def _next_iteration(self) -> None:
         if self._recording is not None:
             self._recording.end_iteration()
             self._recording.begin_iteration()

@@ -16,25 +16,25 @@ from pathlib import Path
 from trackopt.recorder.recorder import Recorder
 
 _STDIN = 0
-_LAST_TRIES = 10.0  # seconds at the end in which a sink that fails is tried again
-_WAKE = 5.0  # seconds: each waking costs MLflow's store a transaction, however little there is
+_DRAIN_TIMEOUT_S = 10.0  # seconds at the end in which a sink that fails is tried again
+_POLL_INTERVAL_S = 5.0  # seconds: each waking costs MLflow's store a transaction, however little there is
 
 
 def main() -> None:
     """Run until the training process is gone and everything is delivered."""
     directory = Path(sys.argv[1])
-    _stand_aside()
-    with Recorder(directory, tell=_tell) as recorder:
+    _detach_and_lower_priority()
+    with Recorder(directory, notify=_tell) as recorder:
         gc.disable()  # the backends are imported here, and nothing of theirs is garbage, now or later
-        wait = 0.0 if recorder.pump() else _WAKE
+        wait = 0.0 if recorder.deliver() else _POLL_INTERVAL_S
         gc.freeze()
         gc.enable()
-        while not _trainer_is_gone(wait):
-            wait = 0.0 if recorder.pump() else _WAKE
-        recorder.drain(patience=_LAST_TRIES)
+        while not _trainer_exited(wait):
+            wait = 0.0 if recorder.deliver() else _POLL_INTERVAL_S
+        recorder.drain(timeout=_DRAIN_TIMEOUT_S)
 
 
-def _trainer_is_gone(wait: float) -> bool:
+def _trainer_exited(wait: float) -> bool:
     readable, _, _ = select.select([_STDIN], [], [], wait)
     try:
         return bool(readable) and not os.read(_STDIN, 1)
@@ -47,7 +47,7 @@ def _tell(message: str) -> None:
         os.write(_STDIN, f"{message}\n".encode())
 
 
-def _stand_aside() -> None:
+def _detach_and_lower_priority() -> None:
     """Outlive the training process, and run only when the processor has nothing else to do.
 
     A process group of its own keeps away the signals that end the training. A session of its own would too, but Linux

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from trackopt.journal import Line
-    from trackopt.recorder.sink import Sink
+    from trackopt.recorder.sinks.base import Sink
 
 T = TypeVar("T")
 _RECORDS = 500  # in one write to a sink, unless it fails
@@ -57,7 +57,7 @@ class Delivery:
             **(cursor or {}),
         }
 
-    def pump(self, limit: int) -> bool:
+    def deliver(self, limit: int) -> bool:
         """Send the next records, as far as the journal's offset ``limit``; whether there are more.
 
         Whatever the sink raises comes through, and the cursor stays where it was.
@@ -97,20 +97,20 @@ class Delivery:
         self._sent: dict[str, int] = dict(cursor["sent"])
         self._status: str = cursor["status"]
         self._read: int = cursor["begins"]
-        self._again: tuple[int, int] = (cursor["begins"], cursor["step"])  # where a sink that is made anew begins
-        self._settled: int = cursor["step"]  # a record behind this step moves that place on
+        self._replay_from: tuple[int, int] = (cursor["begins"], cursor["step"])  # where a sink that is made anew begins
+        self._replay_step: int = cursor["step"]  # a record behind this step moves that place on
         self._resumed: int | None = cursor["resumed"]  # the marker whose steps may be recorded once more
-        self._replaced: dict[int, dict[str, float]] = {}
-        if sink.rewinds:
-            self._forget_after(cursor["step"] - 1)
+        self._superseded_values: dict[int, dict[str, float]] = {}
+        if sink.supports_truncation:
+            self._truncate_sent(cursor["step"] - 1)
         elif self._resumed is not None:
-            self._replaced = self._superseded(next(journal.read(self._path, self._resumed)))
+            self._superseded_values = self._superseded(next(journal.read(self._path, self._resumed)))
         return sink
 
     def _pump(self, sink: Sink, limit: int) -> bool:
         records: list[Line] = []
         for line in journal.read(self._path, self._read):
-            if line.end > limit or len(records) >= self._size:
+            if line.end_offset > limit or len(records) >= self._size:
                 break
             if line.event in {"start", "resume"}:
                 self._send(sink, records)
@@ -119,16 +119,16 @@ class Delivery:
             elif line.event == "close":
                 self._status = line.details["status"]
             elif line.event is None:
-                self._take(sink, line, records)
-            self._read = line.end
+                self._enqueue(sink, line, records)
+            self._read = line.end_offset
         self._send(sink, records)
         return len(records) >= self._size
 
-    def _take(self, sink: Sink, line: Line, records: list[Line]) -> None:
-        if line.step > self._settled:
-            self._again, self._settled = (line.start, line.step), line.step
-        metrics = self._unsent(line.step, line.metrics)
-        histograms = self._unsent(line.step, line.histograms, "histogram ")
+    def _enqueue(self, sink: Sink, line: Line, records: list[Line]) -> None:
+        if line.step > self._replay_step:
+            self._replay_from, self._replay_step = (line.start_offset, line.step), line.step
+        metrics = self._drop_already_sent(line.step, line.metrics)
+        histograms = self._drop_already_sent(line.step, line.histograms, "histogram ")
         if metrics or histograms:
             records.append(dataclasses.replace(line, metrics=metrics, histograms=histograms))
         if self._resumed is not None:
@@ -136,15 +136,15 @@ class Delivery:
 
     def _compare(self, sink: Sink, line: Line) -> None:
         """Tell the first step at which a resumed run measures what the one before it did not."""
-        before = self._replaced.get(line.step, {})
+        before = self._superseded_values.get(line.step, {})
         if any(repr(before.get(key, value)) != repr(value) for key, value in line.metrics.items()):
             sink.diverged(line.step)
             self._tell(f"the resumed run differs from the one before it, first at step {line.step}")
-        elif line.step <= next(reversed(self._replaced), 0):
+        elif line.step <= next(reversed(self._superseded_values), 0):
             return
-        self._replaced, self._resumed = {}, None
+        self._superseded_values, self._resumed = {}, None
 
-    def _unsent(self, step: int, values: dict[str, T], kind: str = "") -> dict[str, T]:
+    def _drop_already_sent(self, step: int, values: dict[str, T], kind: str = "") -> dict[str, T]:
         """The values that the sink has not been given yet; from here on they count as sent."""
         new = {key: value for key, value in values.items() if step > self._sent.get(kind + key, -1)}
         self._sent |= {kind + key: step for key in new}
@@ -153,10 +153,10 @@ class Delivery:
     def _send(self, sink: Sink, records: list[Line]) -> None:
         if records:
             sink.write(records)
-        begins, step = self._again
+        begins, step = self._replay_from
         self.cursor = {
             "offset": self._read,
-            "begins": begins if sink.rewinds else self._read,
+            "begins": begins if sink.supports_truncation else self._read,
             "step": step,
             "sent": dict(self._sent),
             "resumed": self._resumed,
@@ -166,12 +166,12 @@ class Delivery:
 
     def _begin(self, sink: Sink, marker: Line) -> None:
         self._status = "RUNNING"
-        if marker.event == "resume" and sink.rewinds:
+        if marker.event == "resume" and sink.supports_truncation:
             self._rewind(sink, marker)
             return
         if marker.event == "resume":
-            self._again, self._settled = (marker.end, marker.step + 1), marker.step
-            self._replaced, self._resumed = self._superseded(marker), marker.start
+            self._replay_from, self._replay_step = (marker.end_offset, marker.step + 1), marker.step
+            self._superseded_values, self._resumed = self._superseded(marker), marker.start_offset
         sink.begin(marker)
 
     def _rewind(self, sink: Sink, marker: Line) -> None:
@@ -180,27 +180,27 @@ class Delivery:
         That is the checkpoint's own step at the latest: what is logged for it after the resume comes twice where this
         is broken off, and then the sink has to drop the step as a whole.
         """
-        again = self._revived(marker)
+        again = self._restored_records(marker)
         step = min((line.step for line in again), default=marker.step + 1)
-        self._forget_after(step - 1)
-        self._again, self._settled = (marker.start, step), marker.step
+        self._truncate_sent(step - 1)
+        self._replay_from, self._replay_step = (marker.start_offset, step), marker.step
         sink.begin(dataclasses.replace(marker, step=step - 1))
         records: list[Line] = []
         for line in again:
-            self._take(sink, line, records)
+            self._enqueue(sink, line, records)
         self._send(sink, records)
 
-    def _revived(self, marker: Line) -> list[Line]:
+    def _restored_records(self, marker: Line) -> list[Line]:
         """The records of the marker's own step, and those that an earlier resume had put out of force."""
         places = [
             dataclasses.replace(line, metrics={}, histograms={})  # all of them may be too much for the memory
             for line in journal.read(self._path)
-            if line.start < marker.start and line.event in {"resume", None}
+            if line.start_offset < marker.start_offset and line.event in {"resume", None}
         ]
-        before = {line.start for line in journal.effective(places)}
+        before = {line.start_offset for line in journal.effective(places)}
         after = journal.effective([*places, marker])
-        again = {line.start for line in after if line.start not in before or line.step == marker.step}
-        return [line for line in journal.read(self._path) if line.start in again] if again else []
+        again = {line.start_offset for line in after if line.start_offset not in before or line.step == marker.step}
+        return [line for line in journal.read(self._path) if line.start_offset in again] if again else []
 
     def _superseded(self, marker: Line) -> dict[int, dict[str, float]]:
         """What was recorded, and perhaps sent, of the steps that a resumed run will take again."""
@@ -208,10 +208,10 @@ class Delivery:
         for line in journal.effective(
             line
             for line in journal.read(self._path)
-            if line.start < marker.start and (line.event == "resume" or journal.superseded(line, marker))
+            if line.start_offset < marker.start_offset and (line.event == "resume" or journal.superseded(line, marker))
         ):
             found.setdefault(line.step, {}).update(line.metrics)
         return found
 
-    def _forget_after(self, step: int) -> None:
+    def _truncate_sent(self, step: int) -> None:
         self._sent = {key: min(sent, step) for key, sent in self._sent.items()}

@@ -10,19 +10,19 @@ from typing import TYPE_CHECKING
 import orjson
 
 from trackopt import journal
-from trackopt.directory import read_identity
 from trackopt.errors import RunError
+from trackopt.rundir.directory import read_identity
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
 CURSORS = "recorder.json"
-_PATIENCE = 1.0  # seconds until there is a bar
+_SHOW_AFTER_S = 1.0  # seconds until there is a bar
 _NAMES = {"tensorboard": "TensorBoard", "mlflow": "MLflow", "artifacts": "its artifacts"}
 
 
-def share(directory: Path) -> float:
+def delivered_fraction(directory: Path) -> float:
     """The part of a run's journal that its sinks have, from 0 to 1."""
     try:
         sinks = read_identity(directory)["sinks"]
@@ -35,7 +35,7 @@ def share(directory: Path) -> float:
 
 
 @contextmanager
-def bar(directory: Path) -> Iterator[Callable[[], None]]:
+def progress_bar(directory: Path) -> Iterator[Callable[[], None]]:
     """A function that brings the bar up to date; there is one on a terminal only, and if it takes a while."""
     if not sys.stderr.isatty():
         yield lambda: None
@@ -50,9 +50,9 @@ def bar(directory: Path) -> Iterator[Callable[[], None]]:
     begin = time.monotonic()
 
     def show() -> None:
-        if time.monotonic() - begin >= _PATIENCE:
+        if time.monotonic() - begin >= _SHOW_AFTER_S:
             progress.start()
-            progress.update(task, completed=share(directory))
+            progress.update(task, completed=delivered_fraction(directory))
 
     try:
         yield show

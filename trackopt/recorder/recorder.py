@@ -13,22 +13,22 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from trackopt import journal
-from trackopt.directory import read_identity, replace
 from trackopt.errors import RunError, TrackoptError
+from trackopt.recorder.child_process import LOG
 from trackopt.recorder.delivery import Delivery
-from trackopt.recorder.process import LOG
 from trackopt.recorder.progress import CURSORS
-from trackopt.recorder.target import without_password
+from trackopt.rundir.directory import atomic_write, read_identity
+from trackopt.utils.mlflow_uri import redact_credentials
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
     from types import TracebackType
 
-    from trackopt.recorder.sink import Sink
-    from trackopt.recorder.uploads import Uploads
+    from trackopt.recorder.sinks.base import Sink
+    from trackopt.recorder.sinks.mlflow_artifacts import ArtifactUploader
 
-_LONGEST_PAUSE = 60.0  # seconds between two tries of a sink that fails
+_MAX_BACKOFF_S = 60.0  # seconds between two tries of a sink that fails
 
 
 class Recorder:
@@ -36,12 +36,12 @@ class Recorder:
 
     Args:
         directory: The run's directory.
-        tell: Called with a line that the user should see: a sink that fails, or works again.
+        notify: Called with a line that the user should see: a sink that fails, or works again.
     """
 
-    def __init__(self, directory: Path, tell: Callable[[str], None]) -> None:
+    def __init__(self, directory: Path, notify: Callable[[str], None]) -> None:
         self._directory = directory
-        self._tell = tell
+        self._tell = notify
         self._log = (directory / LOG).open("ab", buffering=0)
         fcntl.flock(self._log, fcntl.LOCK_EX)
         identity = read_identity(directory)
@@ -52,8 +52,8 @@ class Recorder:
             self._tell(f"{identity['working_directory']} is gone; what is relative to it is taken to be here")
         self._names: list[str] = identity.get("sinks", [])  # it was killed before it had any
         self._journal = directory / journal.NAME
-        self._deliveries: dict[str, Delivery | Uploads] = {}
-        self._pauses: dict[str, tuple[float, float]] = {}  # until when, and how long, a failing sink is left alone
+        self._deliveries: dict[str, Delivery | ArtifactUploader] = {}
+        self._backoff: dict[str, tuple[float, float]] = {}  # until when, and how long, a failing sink is left alone
         self._cursors = self._load()
         self._saving = threading.Lock()
 
@@ -67,78 +67,78 @@ class Recorder:
             delivery.close()
         self._log.close()
 
-    def pump(self) -> bool:
+    def deliver(self) -> bool:
         """Send each sink the next of what is new for it; whether there is more.
 
         A sink that fails is told once, and left alone for a while.
         """
         size = self._journal.stat().st_size
         more = [
-            self._attempt(name, lambda delivery: delivery.pump(size))
+            self._try(name, lambda delivery: delivery.deliver(size))
             for name in self._names
-            if time.monotonic() >= self._pauses.get(name, (0.0, 0.0))[0]
+            if time.monotonic() >= self._backoff.get(name, (0.0, 0.0))[0]
         ]
         self._save()
         return any(more)
 
-    def drain(self, show: Callable[[], None] = lambda: None, *, patience: float = 0.0) -> list[str]:
+    def drain(self, on_progress: Callable[[], None] = lambda: None, *, timeout: float = 0.0) -> list[str]:
         """Send what is left, and how the run ended; the names of the sinks that still lack something.
 
         Args:
-            show: Called now and then, when there is some progress.
-            patience: For how many seconds a sink that fails is tried again.
+            on_progress: Called now and then, when there is some progress.
+            timeout: For how many seconds a sink that fails is tried again.
         """
         size = self._journal.stat().st_size
-        until = time.monotonic() + patience
+        until = time.monotonic() + timeout
         left = self._names
         while True:
-            left = [name for name in left if not self._complete(name, size, show)]
+            left = [name for name in left if not self._flush_sink(name, size, on_progress)]
             now = time.monotonic()
-            due = min((self._pauses[name][0] for name in left), default=until)
+            due = min((self._backoff[name][0] for name in left), default=until)
             if due >= until:
                 return left
             time.sleep(max(0.0, due - now))
 
-    def _complete(self, name: str, size: int, show: Callable[[], None]) -> bool:
+    def _flush_sink(self, name: str, size: int, on_progress: Callable[[], None]) -> bool:
         """Send a sink what is left of the journal's first ``size`` bytes, and the end; whether it has it all."""
 
-        def rest(delivery: Delivery | Uploads) -> bool:
-            more = bool(delivery.pump(size))
+        def rest(delivery: Delivery | ArtifactUploader) -> bool:
+            more = bool(delivery.deliver(size))
             if not more:
                 delivery.finish()
             return more
 
-        while self._attempt(name, rest):
+        while self._try(name, rest):
             self._save()
-            show()
+            on_progress()
         self._save()
-        return name not in self._pauses
+        return name not in self._backoff
 
-    def _attempt(self, name: str, action: Callable[[Delivery | Uploads], bool | None]) -> bool:
+    def _try(self, name: str, action: Callable[[Delivery | ArtifactUploader], bool | None]) -> bool:
         try:
             more = action(self._delivery(name))
         except Exception as error:  # noqa: BLE001 - whatever one sink raises must not keep the others from theirs
             with contextlib.suppress(OSError):  # the disk may be what is full
-                self._log.write(without_password(traceback.format_exc()).encode())
-            if name not in self._pauses:
+                self._log.write(redact_credentials(traceback.format_exc()).encode())
+            if name not in self._backoff:
                 self._tell(
                     f"the {name} sink fails ({_first_line(error)}); training goes on, the journal keeps everything, "
                     f"`trackopt sync {self._directory}` delivers later"
                 )
-            pause = min(2 * self._pauses.get(name, (0.0, 0.5))[1], _LONGEST_PAUSE)
-            self._pauses[name] = (time.monotonic() + pause, pause)
+            pause = min(2 * self._backoff.get(name, (0.0, 0.5))[1], _MAX_BACKOFF_S)
+            self._backoff[name] = (time.monotonic() + pause, pause)
             return False
-        if more is not None and name in self._pauses:
-            del self._pauses[name]
+        if more is not None and name in self._backoff:
+            del self._backoff[name]
             self._tell(f"the {name} sink works again")
         return bool(more)
 
-    def _delivery(self, name: str) -> Delivery | Uploads:
+    def _delivery(self, name: str) -> Delivery | ArtifactUploader:
         if name not in self._deliveries and name == "artifacts":
-            _limit_patience()
-            from trackopt.recorder.uploads import Uploads
+            _set_mlflow_timeouts()
+            from trackopt.recorder.sinks.mlflow_artifacts import ArtifactUploader
 
-            self._deliveries[name] = Uploads(self._directory, self._cursors.get(name), self._tell, self._save)
+            self._deliveries[name] = ArtifactUploader(self._directory, self._cursors.get(name), self._tell, self._save)
         elif name not in self._deliveries:
             connect = _connector(name, self._directory)
             self._deliveries[name] = Delivery(self._journal, connect, self._cursors.get(name), self._tell)
@@ -157,25 +157,25 @@ class Recorder:
             cursors = self._cursors | {name: delivery.cursor for name, delivery in self._deliveries.items()}
             if cursors != self._cursors:
                 with contextlib.suppress(RunError):
-                    replace(self._directory / CURSORS, orjson.dumps(cursors))
+                    atomic_write(self._directory / CURSORS, orjson.dumps(cursors))
                     self._cursors = cursors
 
 
 def _connector(name: str, directory: Path) -> Callable[[int], Sink]:
     """A backend is imported when its sink is first made, so that the one that is missing does not stop the other."""
     if name == "tensorboard":
-        from trackopt.recorder.tensorboard import TensorBoardSink
+        from trackopt.recorder.sinks.tensorboard import TensorBoardSink
 
         return lambda step: TensorBoardSink(directory, step)
     if name == "mlflow":
-        _limit_patience()
-        from trackopt.recorder.mlflow import MLflowSink
+        _set_mlflow_timeouts()
+        from trackopt.recorder.sinks.mlflow import MLflowSink
 
         return lambda _: MLflowSink(directory)
     raise TrackoptError(f"{name}: no such sink; choose tensorboard or mlflow")
 
 
-def _limit_patience() -> None:
+def _set_mlflow_timeouts() -> None:
     """The recorder has a back-off of its own: MLflow's would keep it for minutes at a server that is down.
 
     One retry is for a connection that the server had closed.
@@ -186,4 +186,4 @@ def _limit_patience() -> None:
 
 
 def _first_line(error: Exception) -> str:
-    return without_password((str(error).strip() or type(error).__name__).splitlines()[0])
+    return redact_credentials((str(error).strip() or type(error).__name__).splitlines()[0])

@@ -35,13 +35,13 @@ class Divergence:
     tensor: str | None = None
 
 
-def first(a: Trace, b: Trace) -> Divergence | None:
+def first_divergence(a: Trace, b: Trace) -> Divergence | None:
     """The earliest step at which a series, the weights, the optimizer's state or what made them differs.
 
     A learning rate that was changed behind a step differs in the series of the next one, which used it.
     """
     points = list(_points(a, b))
-    other = {step: parts(a, b, step) for step in a.steps.keys() & b.steps.keys()}
+    other = {step: differing_parts(a, b, step) for step in a.steps.keys() & b.steps.keys()}
     steps = {step for step, *_ in points} | a.steps.keys() ^ b.steps.keys()
     steps |= {step for step, found in other.items() if found - {"lr"}}
     steps = steps or {step for step, found in other.items() if found}
@@ -60,20 +60,20 @@ def same_series(a: Trace, b: Trace) -> bool:
     return next(_points(a, b), None) is None
 
 
-def parts(a: Trace, b: Trace, step: int) -> set[str]:
+def differing_parts(a: Trace, b: Trace, step: int) -> set[str]:
     """What differs at a step, of what decides how training goes on: names of `Step`'s attributes."""
     one, other = a.steps[step], b.steps[step]
     found = {name for name in ("batch", "weights", "optimizer", "lr") if getattr(one, name) != getattr(other, name)}
-    return found | ({"rng"} if moved(a, b, one.rng, other.rng) else set())
+    return found | ({"rng"} if changed_generators(a, b, one.rng, other.rng) else set())
 
 
-def moved(a: Trace, b: Trace, one: Mapping[str, int], other: Mapping[str, int]) -> list[str]:
+def changed_generators(a: Trace, b: Trace, one: Mapping[str, int], other: Mapping[str, int]) -> list[str]:
     """The global generators that stand elsewhere, of those that something draws from."""
-    still = idle(a) & idle(b)
+    still = unchanged_steps(a) & unchanged_steps(b)
     return [name for name in one if name not in still and one[name] != other.get(name)]
 
 
-def idle(trace: Trace) -> set[str]:
+def unchanged_steps(trace: Trace) -> set[str]:
     """The global generators that nothing drew from in the whole training."""
     states = [state for step in trace.steps.values() for state in (step.before["rng"], step.rng)]
     return {name for name in (states[0] if states else ()) if len({state.get(name) for state in states}) == 1}

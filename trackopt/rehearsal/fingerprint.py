@@ -8,18 +8,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from trackopt.archive.checksums import crc32
-from trackopt.checkpoint import rng
+from trackopt.archive.io.checksums import crc32
+from trackopt.training import rng
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from trackopt.checkpoint import Training
+    from trackopt.training.objects import Training
 
-_DEEPEST = 8  # levels of containers and objects; what refers to itself must come to an end
+_MAX_DEPTH = 8  # levels of containers and objects; what refers to itself must come to an end
 
 
-def fingerprint(value: Any, start: int = 0, depth: int = _DEEPEST) -> int:
+def fingerprint(value: Any, start: int = 0, depth: int = _MAX_DEPTH) -> int:
     """The CRC-32 of a value's content: tensors, arrays, plain values, containers, and objects by their attributes.
 
     Args:
@@ -67,12 +67,12 @@ def optimizer_state(training: Training) -> dict[str, int]:
     return {name: fingerprint(dict(state)) for name, state, _ in _parameters(training)}
 
 
-def rates(training: Training) -> list[float]:
+def learning_rates(training: Training) -> list[float]:
     """The learning rate of every parameter group, as it stands."""
     return [float(group["lr"]) for one in training.optimizers.values() for group in one.param_groups if "lr" in group]
 
 
-def randomness() -> dict[str, int]:
+def global_rng() -> dict[str, int]:
     """The fingerprint of each global generator's state."""
     return {name: fingerprint(state) for name, state in rng.capture().items()}
 

@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import orjson
 
-from trackopt.rehearsal.fingerprint import fingerprint, optimizer_state, randomness, rates, weights
-from trackopt.rehearsal.plan import KILLED, Plan
-from trackopt.rehearsal.strays import Stray, numbers, strays
+from trackopt.rehearsal.fingerprint import fingerprint, global_rng, learning_rates, optimizer_state, weights
 from trackopt.rehearsal.trace import NAME
+from trackopt.rehearsal.untracked_state import UntrackedObject, find_untracked, numbers
+from trackopt.rundir.environment import KILLED, ResumeCheckPlan
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from pathlib import Path
 
-    from trackopt.checkpoint import Training
+    from trackopt.training.objects import Training
 
 T = TypeVar("T")
 
@@ -36,38 +36,38 @@ class Probe:
         step: The step that it goes on from; 0 at the start.
     """
 
-    def __init__(self, plan: Plan, training: Training, directory: Path, step: int) -> None:
+    def __init__(self, plan: ResumeCheckPlan, training: Training, directory: Path, step: int) -> None:
         self._root = plan.root
         self._kill_at = plan.kill.get(directory.name)
         self._training = training
         self._file = (directory / NAME).open("ab", buffering=0)
-        self._strays: list[Stray] = []
+        self._strays: list[UntrackedObject] = []
         self._names: dict[str, list[str]] = {}
         self._batch: int | None = None  # the fingerprint of the batches since the latest record
         self._loader: object = None
         self._by_batch = False  # whether the loop takes its batches from the run
         self._write(life=step, **self._state())
-        self._look()
-        self._before = self._moment()
+        self._scan_untracked()
+        self._before = self._step_inputs()
 
     def watch(self, batches: Iterable[T], loader: object) -> Iterator[T]:
         """The same batches, which come from ``loader``, each noted as it goes by."""
         self._by_batch, self._loader = True, loader
         for number, batch in enumerate(batches):
             if number == 0:
-                self._look()
+                self._scan_untracked()
             if self._batch is None:
-                self._before = self._moment()
+                self._before = self._step_inputs()
             self._batch = fingerprint(batch, self._batch or 0)
             yield batch
 
     def record(self, step: int) -> None:
         """Note the step that is in the journal now, then die if it is the one."""
-        self._write(step=step, batch=self._batch, before=self._before, rng=randomness(), **self._state())
+        self._write(step=step, batch=self._batch, before=self._before, rng=global_rng(), **self._state())
         self._batch = None
         if not self._by_batch:
-            self._look()
-            self._before = self._moment()
+            self._scan_untracked()
+            self._before = self._step_inputs()
         if self._kill_at is not None and step >= self._kill_at:
             self._write(killed=step)
             (self._root / KILLED).touch()
@@ -82,19 +82,19 @@ class Probe:
             self._names = names
             self._write(names=names)
         joined = {what: "".join(f"{crc:08x}" for crc in parts.values()) for what, parts in found.items()}
-        return {**joined, "lr": rates(self._training)}
+        return {**joined, "lr": learning_rates(self._training)}
 
-    def _moment(self) -> dict[str, Any]:
+    def _step_inputs(self) -> dict[str, Any]:
         """What a step begins with, beside the weights and its batch."""
         return {
-            "rng": randomness(),
+            "rng": global_rng(),
             "strays": {stray.name: stray.state() for stray in self._strays},
             "numbers": numbers(),
         }
 
-    def _look(self) -> None:
+    def _scan_untracked(self) -> None:
         """Look for what the script keeps to itself; some of it is made only after ``wrap``, or epoch by epoch."""
-        self._strays = strays(self._training, self._loader)
+        self._strays = find_untracked(self._training, self._loader)
         self._write(strays={stray.name: {"kind": stray.kind, "label": stray.label} for stray in self._strays})
 
     def _write(self, **line: Any) -> None:

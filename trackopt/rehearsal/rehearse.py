@@ -11,13 +11,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trackopt import archive, journal, state
-from trackopt.difference import diff
+from trackopt import journal, locations, state
+from trackopt.analysis.diff import diff
 from trackopt.errors import TrackoptError
-from trackopt.rehearsal.divergence import Divergence, idle, same_series
-from trackopt.rehearsal.plan import UNNAMED
-from trackopt.rehearsal.training import CommandError, Training
-from trackopt.rehearsal.verdict import Cause, Verdict, judge
+from trackopt.rehearsal.diagnosis import Cause, Diagnosis, diagnose
+from trackopt.rehearsal.divergence import Divergence, same_series, unchanged_steps
+from trackopt.rehearsal.training_command import CommandError, TrainingCommand
+from trackopt.rundir.environment import UNNAMED_PREFIX
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -47,7 +47,7 @@ class Kill:
 
 
 @dataclass(frozen=True)
-class Facts:
+class RunFacts:
     """What was compared of one run.
 
     Attributes:
@@ -87,9 +87,9 @@ class Rehearsal:
 
     command: tuple[str, ...]
     seconds: tuple[float, float]
-    runs: tuple[Facts, ...]
+    runs: tuple[RunFacts, ...]
     kills: tuple[Kill, ...]
-    verdict: Verdict | None
+    verdict: Diagnosis | None
     notes: tuple[str, ...]
     scratch: str | None = None
 
@@ -101,7 +101,10 @@ class Rehearsal:
     def as_dict(self) -> dict[str, Any]:
         """The facts under the keys of ``rehearse --json``."""
         seconds = dict(zip(("uninterrupted", "killed"), self.seconds, strict=True))
-        return {"exact": self.exact, **asdict(self), "seconds": seconds}
+        found = {"exact": self.exact, **asdict(self), "seconds": seconds}
+        if self.verdict is not None:
+            found["verdict"]["cause"] = self.verdict.cause.as_dict()
+        return found
 
 
 def rehearse(
@@ -132,8 +135,8 @@ def rehearse(
         killed = _killed(command, scratch / "killed", chosen, _total(whole), tell)
         verdict = _verdict(whole, killed, lambda: _uninterrupted(command, scratch / "again", tell, _total(whole)))
     except CommandError as error:
-        if error.said:
-            raise CommandError(f"{error}; see {scratch}", error.said) from error
+        if error.output_tail:
+            raise CommandError(f"{error}; see {scratch}", error.output_tail) from error
         shutil.rmtree(scratch)
         raise
     except TrackoptError as error:
@@ -155,10 +158,10 @@ def rehearse(
     return found
 
 
-def _uninterrupted(command: Sequence[str], home: Path, tell: Tell, total: int | None = None) -> Training:
+def _uninterrupted(command: Sequence[str], home: Path, tell: Tell, total: int | None = None) -> TrainingCommand:
     what = "uninterrupted" if total is None else "uninterrupted, once more"
     tell(what, 0, total)
-    training = Training(command, home, lambda done: tell(what, done, total))
+    training = TrainingCommand(command, home, lambda done: tell(what, done, total))
     training.start()
     training.read()
     if not training.traces:
@@ -168,7 +171,7 @@ def _uninterrupted(command: Sequence[str], home: Path, tell: Tell, total: int | 
                 "rehearse a loop with trackopt.wrap(), or see in `trackopt compare` whether a resumed run is as another"
             )
         raise CommandError(f"{shlex.join(command)}: made no run; does the script call trackopt.wrap()?")
-    if not training.order():
+    if not training.runs_in_order():
         raise CommandError(
             f"{shlex.join(command)}: made no step; does the loop call optimizer.step(), and end its iterations by "
             "run.batches() or run.step()?"
@@ -176,9 +179,11 @@ def _uninterrupted(command: Sequence[str], home: Path, tell: Tell, total: int | 
     return training
 
 
-def _killed(command: Sequence[str], home: Path, chosen: list[tuple[str, int]], total: int, tell: Tell) -> Training:
+def _killed(
+    command: Sequence[str], home: Path, chosen: list[tuple[str, int]], total: int, tell: Tell
+) -> TrainingCommand:
     stage = ""
-    training = Training(command, home, lambda done: tell(stage, done, total))
+    training = TrainingCommand(command, home, lambda done: tell(stage, done, total))
     for number, (run, step) in enumerate(chosen):
         stage = f"kill {number + 1} of {len(chosen)}, at step {step:,}"
         tell(stage, 0, total)
@@ -192,12 +197,12 @@ def _killed(command: Sequence[str], home: Path, chosen: list[tuple[str, int]], t
     return training
 
 
-def _total(training: Training) -> int:
+def _total(training: TrainingCommand) -> int:
     return sum(max(one.steps, default=0) for one in training.traces.values())
 
 
-def _at(whole: Training, at: Sequence[int]) -> list[tuple[str, int]]:
-    steps = whole.order()
+def _at(whole: TrainingCommand, at: Sequence[int]) -> list[tuple[str, int]]:
+    steps = whole.runs_in_order()
     last = max(step for _, step in steps)
     if max(at) > last:
         raise CommandError(f"--at {max(at)}: the training ends at step {last:,}")
@@ -208,9 +213,9 @@ def _at(whole: Training, at: Sequence[int]) -> list[tuple[str, int]]:
     return [pair for pair in steps if pair in wanted]
 
 
-def _random(whole: Training, kills: int, seed: int) -> list[tuple[str, int]]:
+def _random(whole: TrainingCommand, kills: int, seed: int) -> list[tuple[str, int]]:
     """A random step in each of as many equal parts of the training."""
-    steps = whole.order()
+    steps = whole.runs_in_order()
     saved = {run: one.first_checkpoint or 0 for run, one in whole.traces.items()}
     behind = [(run, step) for run, step in steps if step > saved[run] > 0] or steps
     draw, kills = random.Random(seed), min(kills, len(behind))  # noqa: S311 - no secret
@@ -218,24 +223,26 @@ def _random(whole: Training, kills: int, seed: int) -> list[tuple[str, int]]:
     return [draw.choice(part) for part in parts]
 
 
-def _verdict(whole: Training, killed: Training, again: Callable[[], Training]) -> Verdict | None:
+def _verdict(
+    whole: TrainingCommand, killed: TrainingCommand, run_control: Callable[[], TrainingCommand]
+) -> Diagnosis | None:
     """Why the killed training is not the uninterrupted one; ``None`` if it is."""
     if whole.traces.keys() != killed.traces.keys():
         names = ", ".join(sorted(whole.traces.keys() ^ killed.traces.keys())[:3])
         seen = f"each start of the command chose another directory ({names}), so there was nothing to resume"
-        return Verdict(True, None, Cause("directory", seen, "give wrap() the same dir at every start"))
+        return Diagnosis(True, None, Cause("directory", seen, "give wrap() the same dir at every start"))
     if all(_same(whole, killed, run) for run in whole.traces):
         return None
-    control = again()
+    control = run_control()
     for run in whole.traces:
         if run in control.traces and not _same(whole, control, run):
-            return _part(whole, control, run, None)
+            return _compare(whole, control, run, None)
     run = next(run for run in whole.traces if not _same(whole, killed, run))
-    return _part(whole, killed, run, control.traces.get(run))
+    return _compare(whole, killed, run, control.traces.get(run))
 
 
-def _part(a: Training, b: Training, run: str, control: Trace | None) -> Verdict:
-    found = judge(a.traces[run], b.traces[run], control)
+def _compare(a: TrainingCommand, b: TrainingCommand, run: str, control: Trace | None) -> Diagnosis:
+    found = diagnose(a.traces[run], b.traces[run], control)
     if found is not None:
         return found
     path = _changes(a, b, run)[0]
@@ -244,31 +251,31 @@ def _part(a: Training, b: Training, run: str, control: Trace | None) -> Verdict:
         f"every step was the same, but {path} in the final checkpoint is not",
         f"see whether the load_state_dict() behind {path.partition('.')[0]} takes all that its state_dict() returns",
     )
-    return Verdict(control is not None, Divergence(run, None, tensor=path), cause)
+    return Diagnosis(control is not None, Divergence(run, None, tensor=path), cause)
 
 
-def _same(a: Training, b: Training, run: str) -> bool:
+def _same(a: TrainingCommand, b: TrainingCommand, run: str) -> bool:
     return same_series(a.traces[run], b.traces[run]) and not _changes(a, b, run)
 
 
-def _changes(a: Training, b: Training, run: str) -> list[str]:
+def _changes(a: TrainingCommand, b: TrainingCommand, run: str) -> list[str]:
     """What differs in the final checkpoints. A generator that nothing drew from decides nothing: it is left out."""
     places = [training.root / run for training in (a, b)]
-    saved = [bool(archive.checkpoints(place)) for place in places]
+    saved = [bool(locations.checkpoints(place)) for place in places]
     if not all(saved):
         return ["the final checkpoint"] if any(saved) else []
-    still = idle(a.traces[run]) & idle(b.traces[run])
+    still = unchanged_steps(a.traces[run]) & unchanged_steps(b.traces[run])
     paths = [change.path for change in diff(*places).changes]
     return [path for path in paths if not ((found := _RANDOM.search(path)) and found.group(1) in still)]
 
 
-def _kills(killed: Training, chosen: list[tuple[str, int]]) -> tuple[Kill, ...]:
+def _kills(killed: TrainingCommand, chosen: list[tuple[str, int]]) -> tuple[Kill, ...]:
     left = {run: iter(one.kills) for run, one in killed.traces.items()}
     done = [(run, next(left[run], None)) for run, _ in chosen if run in left]
     return tuple(Kill(run, *pair) for run, pair in done if pair is not None)
 
 
-def _notes(killed: Training, chosen: list[tuple[str, int]]) -> list[str]:
+def _notes(killed: TrainingCommand, chosen: list[tuple[str, int]]) -> list[str]:
     kills = _kills(killed, chosen)
     notes = []
     if len(kills) < len(chosen):
@@ -278,17 +285,17 @@ def _notes(killed: Training, chosen: list[tuple[str, int]]) -> list[str]:
             "no checkpoint was there when it was killed, so every attempt began anew; train longer, or save more often "
             "(save_every)"
         )
-    if any(run.startswith(UNNAMED) for run in killed.traces):
+    if any(run.startswith(UNNAMED_PREFIX) for run in killed.traces):
         notes.append("wrap() was given no dir: outside of a rehearsal the same command begins a new run; name one")
     return notes
 
 
-def _facts(place: Path, one: Trace) -> Facts:
+def _facts(place: Path, one: Trace) -> RunFacts:
     points = sum(map(len, one.series.values()))
-    facts = Facts(one.name, max(one.steps, default=0), len(one.series), points)
-    if not archive.checkpoints(place):
+    facts = RunFacts(one.name, max(one.steps, default=0), len(one.series), points)
+    if not locations.checkpoints(place):
         return facts
-    with archive.open(place) as opened:
+    with locations.open(place) as opened:
         found = state.read(opened)
     return replace(
         facts,

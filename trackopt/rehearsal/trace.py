@@ -26,7 +26,7 @@ class Step:
         lr: Of every group after the step (and after the scheduler's, if that came first).
         rng: The global generators after the step.
         batch: The batches that it was made from; ``None`` where the loop takes them from elsewhere than the run.
-        before: What it began with: ``rng``, the state of each of the ``strays``, and the user's ``numbers`` as text.
+        before: What it began with: ``rng``, the state of each of the ``find_untracked``, and the user's ``numbers`` as text.
     """
 
     weights: str
@@ -38,7 +38,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Life:
+class AttemptStart:
     """What an attempt had before its first step: the state after ``step`` steps, as it was restored."""
 
     step: int
@@ -51,10 +51,10 @@ class Trace:
 
     Attributes:
         name: Of its directory.
-        began: Unix seconds.
+        started_at: Unix seconds.
         series: The effective ones, by key.
         steps: The effective steps.
-        lives: The attempts, in order.
+        attempts: The attempts, in order.
         names: Of the ``weights`` and of the ``optimizer``'s parameters.
         kills: The steps at which it was killed, each with the step that the next attempt went on from.
         strays: Kind and label of what the script keeps to itself, by name.
@@ -62,10 +62,10 @@ class Trace:
     """
 
     name: str
-    began: float
+    started_at: float
     series: Mapping[str, list[tuple[int, float]]]
     steps: Mapping[int, Step]
-    lives: tuple[Life, ...]
+    attempts: tuple[AttemptStart, ...]
     kills: tuple[tuple[int, int], ...]
     names: Mapping[str, list[str]]
     strays: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
@@ -75,14 +75,14 @@ class Trace:
 def read(directory: Path) -> Trace:
     """Read what a run's journal and its probe wrote."""
     steps: dict[int, Step] = {}
-    lives: list[Life] = []
+    lives: list[AttemptStart] = []
     killed: list[int] = []
     resumed: list[int] = []
     strays: dict[str, dict[str, str]] = {}
     names: dict[str, list[str]] = {}
     for line in map(orjson.loads, (directory / NAME).read_bytes().splitlines()):
         if "life" in line:
-            lives.append(Life(line["life"], line["weights"]))
+            lives.append(AttemptStart(line["life"], line["weights"]))
             resumed += [line["life"]] * (len(killed) - len(resumed))
             steps = {number: step for number, step in steps.items() if number <= line["life"]}
         elif "killed" in line:

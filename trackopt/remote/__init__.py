@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 SCHEME = "runs:/"
 
 
-def is_address(place: str | os.PathLike[str]) -> bool:
+def is_remote(place: str | os.PathLike[str]) -> bool:
     """Whether a place is an artifact of an MLflow run, and no path here.
 
     Example:
@@ -25,50 +25,50 @@ def is_address(place: str | os.PathLike[str]) -> bool:
     return str(place).startswith(SCHEME)
 
 
-def locate(address: str | os.PathLike[str]) -> Path:
+def locate(uri: str | os.PathLike[str]) -> Path:
     """The file that is meant, as a path here or as the full address of what `open` reads.
 
     Args:
-        address: Of a file or a directory; ``runs:/<run id>`` is the newest checkpoint, ``runs:/<run id>@400`` that of
+        uri: Of a file or a directory; ``runs:/<run id>`` is the newest checkpoint, ``runs:/<run id>@400`` that of
             step 400.
 
     Raises:
         ArchiveError: There is no such thing, or the server does not give it.
     """
-    from trackopt.remote.artifacts import Artifact
+    from trackopt.remote.artifacts import RemoteArtifact
 
-    return Artifact(address).locate()
+    return RemoteArtifact(uri).locate()
 
 
-def open(address: Path) -> int:  # noqa: A001 - it returns what `os.open` does
+def open(uri: Path) -> int:  # noqa: A001 - it returns what `os.open` does
     """A descriptor of a copy that is filled where `copy.pread` reads; it takes room as far as that goes.
 
     Raises:
         ArchiveError: There is no such file, or the server does not give it.
     """
-    from trackopt.remote.artifacts import Artifact
+    from trackopt.remote.artifacts import RemoteArtifact
 
-    return Artifact(address).open()
+    return RemoteArtifact(uri).open()
 
 
-def completed(address: str | os.PathLike[str]) -> Path:
+def complete_uri(uri: str | os.PathLike[str]) -> Path:
     """The address with the path of the checkpoint that is meant, where it says none.
 
     Raises:
         ArchiveError: There is no such checkpoint, or the server does not tell.
     """
-    from trackopt.remote.artifacts import Artifact
+    from trackopt.remote.artifacts import RemoteArtifact
 
-    return Artifact(address).address
+    return RemoteArtifact(uri).address
 
 
-def fetch(address: str | os.PathLike[str]) -> Path:
+def fetch(uri: str | os.PathLike[str]) -> Path:
     """A path here at which all of it is: in the store, or a copy that stays as long as this process.
 
     Raises:
         ArchiveError: There is no such file, or the server does not give it.
     """
-    from trackopt.recorder.target import tracking_uri
-    from trackopt.remote.artifacts import fetched
+    from trackopt.remote.artifacts import download
+    from trackopt.utils.mlflow_uri import tracking_uri
 
-    return fetched(str(address), tracking_uri())
+    return download(str(uri), tracking_uri())

@@ -23,10 +23,10 @@ from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 from mlflow.utils.credentials import get_default_host_creds
 from mlflow.utils.rest_utils import http_request
 
+from trackopt.archive.io.sparse_file import SparseFile, temporary
 from trackopt.errors import ArchiveError
-from trackopt.recorder.target import tracking_uri, without_password
 from trackopt.remote import SCHEME
-from trackopt.remote.copy import Copy, temporary
+from trackopt.utils.mlflow_uri import redact_credentials, tracking_uri
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -48,7 +48,7 @@ _SETTINGS = {
 _OK, _PARTIAL, _UNSATISFIABLE, _MISSING = 200, 206, 416, 404
 
 
-class Artifact:
+class RemoteArtifact:
     """A file or a directory among a run's artifacts.
 
     Args:
@@ -71,14 +71,14 @@ class Artifact:
             )
         self._run, step = match[1], match[2]
         self._uri = tracking_uri()
-        with self._told():
+        with self._translate_errors():
             self._store = _store(self._uri, self._run)
             self._path = path if path not in {"", FOLDER} else self._checkpoint(step)
         self.address = Path(f"{SCHEME}{self._run}/{self._path}")
 
     def locate(self) -> Path:
         """Where it is here; else its full address if it is a file on a server, or a copy of it."""
-        with self._told():
+        with self._translate_errors():
             if isinstance(self._store, LocalArtifactRepository):
                 return Path(self._store.get_local_path(self._path))
             if isinstance(self._store, HttpArtifactRepository) and not self._store.list_artifacts(self._path):
@@ -86,25 +86,25 @@ class Artifact:
             return self._copy()
 
     def open(self) -> int:
-        """A descriptor of a file on a server: of a `Copy` if the server grants ranges, else of all of it."""
-        with self._told():
+        """A descriptor of a file on a server: of a `SparseFile` if the server grants ranges, else of all of it."""
+        with self._translate_errors():
             answer = self._get(Range=f"bytes=0-{_HEAD - 1}")
             if answer.status_code != _PARTIAL:
-                return self._received(answer, temporary())
+                return self._download(answer, temporary())
             size = int(answer.headers["Content-Range"].rpartition("/")[2])
             tag = answer.headers.get("ETag", "W/")
             version = {} if tag.startswith("W/") else {"If-Range": tag}  # a weak one never matches
-            return Copy(size, lambda start, stop: self._range(start, stop, version), self._told)
+            return SparseFile(size, lambda start, stop: self._range(start, stop, version), self._translate_errors)
 
     def fetch(self) -> Path:
         """A path here, at which all of it is."""
         located = self.locate()
         if located != self.address:
             return located
-        with self._told():
+        with self._translate_errors():
             place = _folder() / self._run / self._path
             place.parent.mkdir(parents=True, exist_ok=True)
-            os.close(self._received(self._get(), os.open(place, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)))
+            os.close(self._download(self._get(), os.open(place, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)))
             return place
 
     def _checkpoint(self, step: str | None) -> str:
@@ -139,7 +139,7 @@ class Artifact:
         if answer.status_code == _UNSATISFIABLE and "Range" in headers:  # nothing is in it
             return self._get()
         if answer.status_code not in {_OK, _PARTIAL}:
-            raise self._denied(answer)
+            raise self._permission_error(answer)
         return answer
 
     def _range(self, start: int, stop: int, version: dict[str, str]) -> bytes:
@@ -154,7 +154,7 @@ class Artifact:
             raise ArchiveError(f"{self._given}: was replaced while it was read; try again")
         return bytes(data)
 
-    def _received(self, answer: Any, file: int) -> int:
+    def _download(self, answer: Any, file: int) -> int:
         """The descriptor of a file with the whole body in it."""
         try:
             with answer, _bar(answer.headers.get("Content-Length")) as add, os.fdopen(file, "wb", closefd=False) as to:
@@ -167,7 +167,7 @@ class Artifact:
         return file
 
     @contextlib.contextmanager
-    def _told(self) -> Iterator[None]:
+    def _translate_errors(self) -> Iterator[None]:
         """Whatever MLflow, its stores and their networks raise, in one line; a server that is down is told soon."""
         ours = {name: value for name, value in _SETTINGS.items() if name not in os.environ}
         os.environ.update(ours)
@@ -179,44 +179,46 @@ class Artifact:
             if error.error_code == "RESOURCE_DOES_NOT_EXIST":
                 raise self._missing() from error
             if isinstance(error.__context__, OSError):
-                raise self._silent() from error
-            raise self._refused(error) from error
+                raise self._timeout_error() from error
+            raise self._http_error(error) from error
         except requests.RequestException as error:
-            raise (self._silent() if error.response is None else self._denied(error.response)) from error
+            raise (
+                self._timeout_error() if error.response is None else self._permission_error(error.response)
+            ) from error
         except OSError as error:
             reason = error.strerror or error
             raise ArchiveError(
                 f"{self._given}: no copy can be made ({reason}); set TMPDIR to where there is room"
             ) from error
         except Exception as error:  # each store has exceptions of its own
-            raise self._refused(error) from error
+            raise self._http_error(error) from error
         finally:
             for name in ours:
                 os.environ.pop(name, None)
 
-    def _denied(self, answer: requests.Response) -> ArchiveError:
+    def _permission_error(self, answer: requests.Response) -> ArchiveError:
         missing = answer.status_code == _MISSING
-        return self._missing() if missing else self._refused(f"{answer.status_code} {answer.reason}")
+        return self._missing() if missing else self._http_error(f"{answer.status_code} {answer.reason}")
 
     def _missing(self) -> ArchiveError:
         return ArchiveError(f"{self._given}: {self._server} has no such run or file; check the address")
 
-    def _silent(self) -> ArchiveError:
+    def _timeout_error(self) -> ArchiveError:
         return ArchiveError(f"{self._given}: {self._server} does not answer; is MLFLOW_TRACKING_URI right?")
 
-    def _refused(self, reason: object) -> ArchiveError:
-        text = without_password(" ".join(str(reason).split()))
+    def _http_error(self, reason: object) -> ArchiveError:
+        text = redact_credentials(" ".join(str(reason).split()))
         return ArchiveError(f"{self._given}: {self._server} refuses it ({text:.200}); ask who runs that server")
 
     @property
     def _server(self) -> str:
-        return without_password(self._uri)
+        return redact_credentials(self._uri)
 
 
 @cache
-def fetched(address: str, uri: str) -> Path:  # noqa: ARG001 - the same address on another server is another thing
+def download(address: str, uri: str) -> Path:  # noqa: ARG001 - the same address on another server is another thing
     """As `Artifact.fetch`, once for each."""
-    return Artifact(address).fetch()
+    return RemoteArtifact(address).fetch()
 
 
 @cache

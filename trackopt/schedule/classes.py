@@ -12,8 +12,8 @@ from torch.optim import lr_scheduler
 from torch.optim.swa_utils import SWALR
 
 from trackopt.errors import UsageError
-from trackopt.nearest import closest
 from trackopt.schedule.expression import Call, Reference
+from trackopt.utils.suggest import suggest
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -24,7 +24,7 @@ _OPTIMIZER = "optimizer"
 _LAST_EPOCH = "last_epoch"
 
 #: What torch, or a user's function, raises where an argument makes no sense.
-REFUSALS = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RuntimeError)
+CONSTRUCTOR_ERRORS = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RuntimeError)
 
 
 def classes() -> dict[str, type[Any]]:
@@ -64,13 +64,13 @@ def factory(call: Call) -> Callable[[Optimizer], Any]:
         arguments = {name: _built(value, optimizer) for name, value in given.items()}
         try:
             return kind(optimizer=optimizer, **arguments)
-        except REFUSALS as error:
-            raise refused(call.name, error) from error
+        except CONSTRUCTOR_ERRORS as error:
+            raise constructor_error(call.name, error) from error
 
     return build
 
 
-def refused(name: str, error: Exception) -> UsageError:
+def constructor_error(name: str, error: Exception) -> UsageError:
     """What torch, or a function that was named, says against a schedule, in one line."""
     told = error.args[0] if isinstance(error, KeyError) and error.args else error  # whose text is a repr
     reason = " ".join(str(told).split()) or type(error).__name__
@@ -94,7 +94,7 @@ def last_epoch(call: Call) -> int:
     return value
 
 
-def from_the_start(call: Call) -> Call:
+def without_last_epoch(call: Call) -> Call:
     """The same call without ``last_epoch``."""
     return Call(call.name, (), {name: value for name, value in _by_name(call).items() if name != _LAST_EPOCH})
 
@@ -102,7 +102,7 @@ def from_the_start(call: Call) -> Call:
 def _class(call: Call) -> type[Any]:
     known = classes()
     if call.name not in known:
-        raise UsageError(f"{call.name}: no scheduler class of torch; {closest(call.name, known)}")
+        raise UsageError(f"{call.name}: no scheduler class of torch; {suggest(call.name, known)}")
     return known[call.name]
 
 
@@ -117,7 +117,7 @@ def _by_name(call: Call) -> dict[str, Any]:
         if name == _OPTIMIZER:
             raise UsageError(f"{call.name}: leave out the optimizer, it is supplied")
         if name not in open_to_all:
-            raise UsageError(f"{call.name}: has no argument {name}; {closest(name, open_to_all)}")
+            raise UsageError(f"{call.name}: has no argument {name}; {suggest(name, open_to_all)}")
         if name in given:
             raise UsageError(f"{call.name}: {name} is given twice")
         given[name] = value
@@ -165,5 +165,5 @@ def _imported(reference: Reference) -> Any:
     found = getattr(module, reference.name, None)
     if not callable(found):
         functions = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
-        raise UsageError(f"{where}: no such function; {closest(reference.name, functions)}")
+        raise UsageError(f"{where}: no such function; {suggest(reference.name, functions)}")
     return found

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from trackopt.errors import UsageError
-from trackopt.schedule.classes import factory, from_the_start, last_epoch
-from trackopt.schedule.preview import Preview, preview, stand_in
+from trackopt.schedule.classes import factory, last_epoch, without_last_epoch
+from trackopt.schedule.preview import Preview, dummy_optimizer, preview
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,22 +21,22 @@ _LATEST = 1_000_000
 
 
 @dataclass(frozen=True)
-class Resumption:
+class ResumeComparison:
     """Three previews of one schedule.
 
     Attributes:
-        done: Steps before it is resumed: ``last_epoch`` counts them from 0, so there is one more.
-        whole: From the start, as if it had never stopped.
+        completed_steps: Steps before it is resumed: ``last_epoch`` counts them from 0, so there is one more.
+        uninterrupted: From the start, as if it had never stopped.
         restored: Resumed on an optimizer whose state was loaded first.
-        fresh: Resumed on a new optimizer, with the LR that it was built with.
+        restarted: Resumed on a new optimizer, with the LR that it was built with.
     """
 
-    done: int
-    whole: Preview
+    completed_steps: int
+    uninterrupted: Preview
     restored: Preview
-    fresh: Preview
+    restarted: Preview
 
-    def parting(self, resumed: Preview) -> tuple[int, float, float] | None:
+    def first_difference(self, resumed: Preview) -> tuple[int, float, float] | None:
         """Where a resumed schedule first has another LR than the whole one: the step, its LR, and the right one.
 
         ``None`` if it never has.
@@ -44,13 +44,15 @@ class Resumption:
         found = [
             (step, rate, right)
             for name, rates in resumed.lr.items()
-            for step, rate, right in zip(resumed.steps, rates, self.whole.lr[name][self.done :], strict=True)
+            for step, rate, right in zip(
+                resumed.steps, rates, self.uninterrupted.lr[name][self.completed_steps :], strict=True
+            )
             if not math.isclose(rate, right, rel_tol=1e-9)
         ]
         return min(found, default=None)
 
 
-def resumption(call: Call, steps: int, lr: Sequence[float]) -> Resumption:
+def resumption(call: Call, steps: int, lr: Sequence[float]) -> ResumeComparison:
     """Resume a schedule by its ``last_epoch``, for so many steps.
 
     Args:
@@ -70,8 +72,8 @@ def resumption(call: Call, steps: int, lr: Sequence[float]) -> Resumption:
     done = last_epoch(call) + 1
     if done > _LATEST:
         raise UsageError(f"last_epoch={done - 1}: too far to show; a million is the most")
-    build, begin = factory(call), factory(from_the_start(call))
-    optimizer = stand_in(lr)
+    build, begin = factory(call), factory(without_last_epoch(call))
+    optimizer = dummy_optimizer(lr)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # torch misses the steps of the optimizer
         scheduler = begin(optimizer)
@@ -80,7 +82,7 @@ def resumption(call: Call, steps: int, lr: Sequence[float]) -> Resumption:
     new = copy.deepcopy(optimizer)
     for group, rate in zip(new.param_groups, lr, strict=True):
         group["lr"] = rate
-    return Resumption(
+    return ResumeComparison(
         done,
         preview(begin, done + steps, lr=lr),
         preview(build, steps, optimizer=optimizer),

@@ -16,7 +16,7 @@ import torch
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from trackopt.errors import UsageError
-from trackopt.observe.hyperparameters import label, numeric
+from trackopt.telemetry.hyperparameters import label, numeric
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -84,13 +84,13 @@ def preview(
         # torch warns of a scheduler that is stepped without its optimizer, and of its own nested ones.
         warnings.simplefilter("ignore", UserWarning)
         if isinstance(scheduler, type) or not hasattr(scheduler, "step"):
-            built = _built(scheduler, stand_in(lr) if optimizer is None else _copied(optimizer, optimizer))
+            built = _built(scheduler, dummy_optimizer(lr) if optimizer is None else _clone(optimizer, optimizer))
         else:
-            built = _copied(scheduler, _optimizer_of(scheduler))
-        return _simulated(built, steps, metric)
+            built = _clone(scheduler, _optimizer_of(scheduler))
+        return _simulate(built, steps, metric)
 
 
-def stand_in(lr: float | Sequence[float]) -> Optimizer:
+def dummy_optimizer(lr: float | Sequence[float]) -> Optimizer:
     """An optimizer with nothing to optimize: one group for each LR."""
     rates: list[Any] = list(lr) if isinstance(lr, Iterable) else [lr]
     if not rates or not all(isinstance(rate, Real) and 0.0 <= float(rate) < math.inf for rate in rates):
@@ -118,7 +118,7 @@ def _optimizer_of(scheduler: Any) -> Any:
     return optimizer
 
 
-def _copied(original: Any, optimizer: Optimizer) -> Any:
+def _clone(original: Any, optimizer: Optimizer) -> Any:
     """A deep copy of a scheduler or an optimizer, without what is large: parameters and the optimizer's state."""
     memo: dict[int, Any] = {id(optimizer.state): defaultdict(dict)}
     for group in optimizer.param_groups:
@@ -130,8 +130,8 @@ def _copied(original: Any, optimizer: Optimizer) -> Any:
         raise UsageError(f"preview(): {name} cannot be copied ({error}); pass a function that builds it") from error
 
 
-def _simulated(scheduler: Any, steps: int, metric: Sequence[float] | Callable[[int], float] | None) -> Preview:
-    first = _done(scheduler) + 1
+def _simulate(scheduler: Any, steps: int, metric: Sequence[float] | Callable[[int], float] | None) -> Preview:
+    first = _steps_taken(scheduler) + 1
     values = _metric(scheduler, range(first, first + steps), metric)
     rates: dict[str, list[float]] = {}
     others: dict[str, list[float]] = {}
@@ -147,12 +147,12 @@ def _simulated(scheduler: Any, steps: int, metric: Sequence[float] | Callable[[i
     return Preview(range(first, first + steps), rates, moved)
 
 
-def _done(scheduler: Any) -> int:
+def _steps_taken(scheduler: Any) -> int:
     """How often a scheduler was stepped; one that chains others leaves the counting to them."""
     inner = getattr(scheduler, "_schedulers", None)
     count = getattr(scheduler, "last_epoch", None)
     if count is None and inner:
-        return _done(inner[0])
+        return _steps_taken(inner[0])
     return max(0, int(count or 0))
 
 

@@ -11,13 +11,13 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from trackopt.archive.nodes import Path, Tensor
+from trackopt.archive.tree import Path, Tensor
 from trackopt.errors import ArchiveError
 from trackopt.state.frameworks import counters, recognize
-from trackopt.state.layout import Entry, entries, label
+from trackopt.state.layout import Entry, label, top_level_entries
 from trackopt.state.models import Model, find_models, is_state_dict
 from trackopt.state.optimizers import Buffer, Group, Optimizer, Parameter, is_optimizer, read_optimizer
-from trackopt.state.randomness import generators, is_random
+from trackopt.state.rng import generators, is_rng_key
 from trackopt.state.schedulers import Scheduler, is_scheduler, read_scheduler
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ class TrainingState:
         return tuple(model for model in self.models if not model.averaged) or self.models
 
     @property
-    def own(self) -> bool:
+    def is_trackopt(self) -> bool:
         """Whether trackopt wrote it."""
         return self.meta is not None
 
@@ -119,12 +119,12 @@ class _Reader:
         if meta is not None:
             self._framework, self._evidence = META, f"its key {META}"
         own: list[Entry] = [(key, (key,), node) for key, node in self._tree.items()]
-        self._entries = own if meta is not None else entries(self._tree)
+        self._entries = own if meta is not None else top_level_entries(self._tree)
         self._used: set[Path] = {(META,)} if meta is not None else set()
 
     def state(self) -> TrainingState:
         models = tuple(self._models())
-        told = self._told()
+        told = self._declared_classes()
         optimizers = tuple(
             read_optimizer(self._archive, name, path, node, (models, told))
             for name, path, node in self._named("optim", is_optimizer, "optimizer")
@@ -139,7 +139,7 @@ class _Reader:
         extras = tuple((".".join(path), self._plain(node)) for _, path, node in self._entries if path not in self._used)
         return replace(found, extras=extras, scaler=next((extra for extra in extras if _is_scaler(extra[1])), None))
 
-    def _told(self) -> dict[str, Any] | None:
+    def _declared_classes(self) -> dict[str, Any] | None:
         """What was written down about classes: by trackopt, or by Composer, whose keys are class names."""
         if self._framework != "Composer":
             return self._meta
@@ -148,7 +148,7 @@ class _Reader:
 
     def _models(self) -> Iterator[Model]:
         for key, path, node in self._entries:
-            if path in self._used or (self._meta is not None and key != "model") or is_random(key):
+            if path in self._used or (self._meta is not None and key != "model") or is_rng_key(key):
                 continue
             found = find_models(key, path, node)
             if found:
@@ -163,7 +163,7 @@ class _Reader:
                 continue
             if is_kind(node):
                 found.append((label(key, name) if self._meta is None else name, path, node))
-            elif inner := _several(node, is_kind):
+            elif inner := _all_of_kind(node, is_kind):
                 found.extend((_part_name(part, name, len(inner)), (*path, part), child) for part, child in inner)
             elif word not in key.lower() or node:
                 continue
@@ -172,7 +172,7 @@ class _Reader:
 
     def _rng(self) -> Iterator[str]:
         for key, path, node in self._entries:
-            if path not in self._used and is_random(key):
+            if path not in self._used and is_rng_key(key):
                 self._used.add(path)
                 yield from generators(key, node)
 
@@ -219,7 +219,7 @@ def _part_name(part: str, name: str, count: int) -> str:
     return name if count == 1 else name + part
 
 
-def _several(node: Any, is_kind: Any) -> list[tuple[str, Any]]:
+def _all_of_kind(node: Any, is_kind: Any) -> list[tuple[str, Any]]:
     """The parts of a dict or list whose values are all of a kind."""
     pairs = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list | tuple) else ()
     found = [(str(key), value) for key, value in pairs]

@@ -13,26 +13,26 @@ _COMMON = frozenset({
 
 
 @dataclass(frozen=True)
-class Kind:
+class OptimizerSignature:
     """A class of optimizers, by its keys.
 
     Attributes:
         name: As ``"AdamW"``.
-        needs: Hyperparameters that its groups always have.
-        lacks: Hyperparameters that they never have.
-        others: Hyperparameters that they may have, by torch's version.
+        required_keys: Hyperparameters that its groups always have.
+        absent_keys: Hyperparameters that they never have.
+        similar: Hyperparameters that they may have, by torch's version.
         buffers: What it keeps per parameter, counters too.
     """
 
     name: str
-    needs: frozenset[str]
-    lacks: frozenset[str]
-    others: frozenset[str]
+    required_keys: frozenset[str]
+    absent_keys: frozenset[str]
+    similar: frozenset[str]
     buffers: frozenset[str]
 
 
-def _kind(name: str, needs: str, lacks: str, others: str, buffers: str) -> Kind:
-    return Kind(name, *(frozenset(words.split()) for words in (needs, lacks, others, buffers)))
+def _kind(name: str, needs: str, lacks: str, others: str, buffers: str) -> OptimizerSignature:
+    return OptimizerSignature(name, *(frozenset(words.split()) for words in (needs, lacks, others, buffers)))
 
 
 _SWITCHES = "weight_decay maximize foreach capturable differentiable fused"
@@ -73,7 +73,7 @@ _BY_BUFFERS = (
 
 
 @dataclass(frozen=True)
-class Guess:
+class InferredClass:
     """What was inferred.
 
     Attributes:
@@ -87,7 +87,7 @@ class Guess:
     unknown: tuple[str, ...] = ()
 
 
-def infer(groups: Any, state: dict[Any, Any]) -> Guess:
+def infer(groups: Any, state: dict[Any, Any]) -> InferredClass:
     """Tell an optimizer's class from the names in its state dict.
 
     Args:
@@ -101,20 +101,20 @@ def infer(groups: Any, state: dict[Any, Any]) -> Guess:
     group = groups[0] if groups else {}
     keys = {str(key) for key in group}
     buffers = {str(key) for entry in state.values() if isinstance(entry, dict) for key in entry}
-    kind = next((one for one in _KINDS if one.needs <= keys and not one.lacks & keys), None)
+    kind = next((one for one in _KINDS if one.required_keys <= keys and not one.absent_keys & keys), None)
     if kind is not None and not (kind.name == "SparseAdam" and "exp_inf" in buffers):
-        unknown = sorted(keys - kind.needs - kind.others - _COMMON) + sorted(buffers - kind.buffers)
+        unknown = sorted(keys - kind.required_keys - kind.similar - _COMMON) + sorted(buffers - kind.buffers)
         cls, evidence = _refined(kind, group)
-        return Guess(cls, evidence, tuple(unknown))
+        return InferredClass(cls, evidence, tuple(unknown))
     for name, marks, needs in _BY_BUFFERS:
         if marks <= buffers and needs <= keys:
-            return Guess(name, f"its buffers: {', '.join(sorted(marks))}; keys: {', '.join(sorted(needs))}")
+            return InferredClass(name, f"its buffers: {', '.join(sorted(marks))}; keys: {', '.join(sorted(needs))}")
     told = f"unknown keys: {', '.join(sorted(keys - _COMMON))}; buffers: {', '.join(sorted(buffers))}"
-    return Guess("", told, tuple(sorted(keys - _COMMON) + sorted(buffers)))
+    return InferredClass("", told, tuple(sorted(keys - _COMMON) + sorted(buffers)))
 
 
-def _refined(kind: Kind, group: dict[Any, Any]) -> tuple[str, str]:
-    evidence = f"its keys: {', '.join(sorted(kind.needs))}"
+def _refined(kind: OptimizerSignature, group: dict[Any, Any]) -> tuple[str, str]:
+    evidence = f"its keys: {', '.join(sorted(kind.required_keys))}"
     if kind.name != "Adam":
         return kind.name, evidence
     if "decoupled_weight_decay" in group:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
-from trackopt.archive.nodes import Path, Tensor
+from trackopt.archive.tree import Path, Tensor
 from trackopt.state.models import find_models
 from trackopt.state.optimizers import is_optimizer
 from trackopt.state.schedulers import is_scheduler
@@ -18,12 +18,12 @@ Entry = tuple[str, Path, Any]
 _WORDS = re.compile(r"(?i)optimi[sz]ers?|optims?|opts?|lr|param|schedulers?|scheds?|states?|dict|last|model")
 
 
-def entries(tree: dict[str, Any]) -> list[Entry]:
+def top_level_entries(tree: dict[str, Any]) -> list[Entry]:
     """What stands at the top, and what stands one level below in a mere folder: its name, path and node."""
     found: list[Entry] = []
     for key, node in tree.items():
         inside = list(_folder(key, node))
-        found.extend(inside or [(key, (key,), unflattened(node))])
+        found.extend(inside or [(key, (key,), unflatten(node))])
     return found
 
 
@@ -43,14 +43,14 @@ def _folder(key: str, node: Any) -> Iterator[Entry]:
     """The parts of a dictionary that is nothing itself, but holds an optimizer or a model."""
     if not isinstance(node, dict) or is_optimizer(node) or is_scheduler(node) or find_models(key, (key,), node):
         return
-    parts = [(str(name), unflattened(part)) for name, part in node.items()]
+    parts = [(str(name), unflatten(part)) for name, part in node.items()]
     known = [part for name, part in parts if is_optimizer(part) or find_models(name, (name,), part)]
     if known and not all(is_optimizer(part) for _, part in parts):
         for name, part in parts:
             yield name if name not in ("", key) else key, (key, name), part
 
 
-def unflattened(node: Any) -> Any:
+def unflatten(node: Any) -> Any:
     """An optimizer's state dict from its flattened form, with keys as ``state.WEIGHT.exp_avg``; else the node itself.
 
     In that form each parameter has hyperparameters of its own; neighbours with the same ones make a group. A

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from trackopt.archive.nodes import Tensor
-from trackopt.state import order
+from trackopt.archive.tree import Tensor
+from trackopt.state import parameter_order
 from trackopt.state.models import unique_names
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ _LEAVES = {"weight", "bias"}
 Names = dict[Any, str]
 
 
-def alike(entry: Any) -> Tensor | None:
+def same_shape_tensors(entry: Any) -> Tensor | None:
     """A buffer shaped like the parameter that it belongs to."""
     if not isinstance(entry, dict):
         return None
@@ -46,18 +46,18 @@ def flat(value: Any, groups: list[Any]) -> list[Any] | None:
     return result
 
 
-def match(groups: Any, state: Any, models: tuple[Model, ...], told: Any) -> tuple[Names, str]:
+def match(groups: Any, state: Any, models: tuple[Model, ...], saved_names: Any) -> tuple[Names, str]:
     """Names by id as far as they are known, and how they were found; an empty text where they were not.
 
     Args:
         groups: The ``param_groups``.
         state: The ``state``.
         models: The models beside it.
-        told: Names that were saved for this purpose, a list per group; None if there are none.
+        saved_names: Names that were saved for this purpose, a list per group; None if there are none.
     """
     ids = [key for group in groups for key in group["params"]]
     for value, how in (
-        (told, "saved beside it"),
+        (saved_names, "saved beside it"),
         ([group.get("param_names") for group in groups], "saved in its groups"),
     ):
         given = flat(value, groups)
@@ -67,9 +67,9 @@ def match(groups: Any, state: Any, models: tuple[Model, ...], told: Any) -> tupl
         return {key: key for key in ids}, "its keys"
     sets = _candidates(models)
     for candidates in sets:
-        found, how = _by_order(groups, state, _in_order(candidates))
+        found, how = _match_by_order(groups, state, _in_order(candidates))
         if not found:
-            found, how = _by_kind(groups, state, candidates)
+            found, how = _match_by_kind(groups, state, candidates)
         if found:
             return found, how
     for candidates in sets:
@@ -118,23 +118,23 @@ def _position(name: str) -> list[tuple[int, str]]:
 
 def _by_shape(ids: list[Any], state: Any, candidates: dict[str, Tensor]) -> Names:
     """The names of those whose shape no other parameter has."""
-    wanted = Counter(like.shape for key in ids if (like := alike(state.get(key))) is not None)
+    wanted = Counter(like.shape for key in ids if (like := same_shape_tensors(state.get(key))) is not None)
     there: dict[tuple[int, ...], list[str]] = {}
     for name, tensor in candidates.items():
         there.setdefault(tensor.shape, []).append(name)
     found = {}
     for key in ids:
-        like = alike(state.get(key))
+        like = same_shape_tensors(state.get(key))
         if like is not None and wanted[like.shape] == 1 and len(there.get(like.shape, ())) == 1:
             found[key] = there[like.shape][0]
     return found
 
 
-def _by_order(groups: Any, state: Any, candidates: dict[str, Tensor]) -> tuple[Names, str]:
+def _match_by_order(groups: Any, state: Any, candidates: dict[str, Tensor]) -> tuple[Names, str]:
     ids = [key for group in groups for key in group["params"]]
     if not ids or len(set(ids)) < len(ids) or len(ids) > len(candidates):
         return {}, ""
-    shapes = {key: like.shape for key in ids if (like := alike(state.get(key))) is not None}
+    shapes = {key: like.shape for key in ids if (like := same_shape_tensors(state.get(key))) is not None}
     how = "order against the model" if shapes else "order against the model, with no shapes to check"
     if len(candidates) == len(ids) and all(
         shapes.get(key, tensor.shape) == tensor.shape for key, tensor in zip(ids, candidates.values(), strict=True)
@@ -147,15 +147,15 @@ def _by_order(groups: Any, state: Any, candidates: dict[str, Tensor]) -> tuple[N
     return found, f"{how}, {left} frozen left out" if left else f"{how}, in each group"
 
 
-def _by_kind(groups: Any, state: Any, candidates: dict[str, Tensor]) -> tuple[Names, str]:
+def _match_by_kind(groups: Any, state: Any, candidates: dict[str, Tensor]) -> tuple[Names, str]:
     """The names if each kind of parameter is in a group of its own, or all are in one; partly where orders differ."""
-    likes = [[(key, alike(state.get(key))) for key in group["params"]] for group in groups]
+    likes = [[(key, same_shape_tensors(state.get(key))) for key in group["params"]] for group in groups]
     sequences = [[(key, like.shape) for key, like in group if like is not None] for group in likes]
     if not sequences or sum(map(len, sequences)) < sum(map(len, likes)):
         return {}, ""
     is_sorted = any(map(_is_sorted, candidates.values()))
-    named = order.reordered if is_sorted else order.in_order
-    ways = order.deals(sequences, {name: tensor.shape for name, tensor in candidates.items()})
+    named = parameter_order.reordered if is_sorted else parameter_order.in_order
+    ways = parameter_order.assignments(sequences, {name: tensor.shape for name, tensor in candidates.items()})
     found = [names for hands in ways if (names := named(sequences, hands)) is not None]
     if len(found) != 1:
         return {}, ""
@@ -192,5 +192,5 @@ def _merged(groups: list[list[tuple[Any, tuple[int, ...]]]], candidates: dict[st
     return names
 
 
-def _add(ways: dict[tuple[int, ...], tuple[int, Any]], at: tuple[int, ...], count: int, trail: Any) -> None:
-    ways[at] = (ways[at][0] + count if at in ways else count, trail)
+def _add(candidates: dict[tuple[int, ...], tuple[int, Any]], at: tuple[int, ...], count: int, path: Any) -> None:
+    candidates[at] = (candidates[at][0] + count if at in candidates else count, path)

@@ -7,8 +7,8 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from trackopt.archive import nodes
-from trackopt.archive.nodes import Opaque, Path, Tensor
+from trackopt.archive import tree
+from trackopt.archive.tree import Path, Tensor, UnknownObject
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -102,19 +102,19 @@ def is_state_dict(node: Any) -> bool:
     """Whether a node is a flat dictionary of names to tensors (what modules keep besides them aside)."""
     if not isinstance(node, dict) or not node or not all(isinstance(key, str) for key in node):
         return False
-    others = [key for key, value in node.items() if not isinstance(value, Tensor | nodes.Compound)]
+    others = [key for key, value in node.items() if not isinstance(value, Tensor | tree.TensorSubclass)]
     return len(others) < len(node) and all(_BESIDES.intersection(key.split(".")) for key in others)
 
 
 def is_module(node: Any) -> bool:
     """Whether a node describes a whole pickled module."""
-    return isinstance(node, Opaque) and isinstance(node.state, dict) and set(node.state) >= _MODULE
+    return isinstance(node, UnknownObject) and isinstance(node.state, dict) and set(node.state) >= _MODULE
 
 
 def find_models(key: str, path: Path, node: Any) -> tuple[Model, ...]:
     """The models in one entry of a checkpoint: itself, or a dictionary of several; none if it is neither."""
     if is_state_dict(node) or is_module(node):
-        tensors = {".".join(below): tensor for below, tensor in nodes.tensors(node)}
+        tensors = {".".join(below): tensor for below, tensor in tree.tensors(node)}
         usual = key in ("model", "model_state_dict", "state_dict", "net", "model_state", "network")
         return (Model("model" if usual else key, path, tensors),)
     if isinstance(node, dict) and node and all(is_state_dict(value) or is_module(value) for value in node.values()):

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from trackopt.archive.nodes import Path, Tensor, tensors
+from trackopt.archive.tree import Path, Tensor, tensors
 from trackopt.errors import ArchiveError
 from trackopt.state.inference import infer
-from trackopt.state.matching import alike, flat, match
+from trackopt.state.matching import flat, match, same_shape_tensors
 
 if TYPE_CHECKING:
     from trackopt.archive import Archive
@@ -190,7 +190,7 @@ def _shapes(groups: Any, state: Any, names: dict[Any, str], models: Any, told: A
         return {key: tuple(shape) for key, shape in zip(ids, given, strict=True)}
     known = {name: tensor.shape for model in models for name, tensor in model.tensors.items()}
     for key in ids:
-        like = alike(state.get(key))
+        like = same_shape_tensors(state.get(key))
         if like is not None:
             shapes[key] = like.shape
         elif names[key] in known:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from trackopt.archive.nodes import Path
+    from trackopt.archive.tree import Path
     from trackopt.state.optimizers import Optimizer
 
 #: A class of torch.optim.lr_scheduler, keys that its state has, and keys that it may have. The first that fits counts.
@@ -52,7 +52,7 @@ class Scheduler:
         unknown: Keys that the class is not known to have.
         last_epoch: Its position: the number of times it was stepped.
         last_lr: The learning rates that it set last, one per group.
-        agrees: Whether an optimizer's groups have these; None where there is nothing to compare.
+        lr_matches_optimizer: Whether an optimizer's groups have these; None where there is nothing to compare.
     """
 
     name: str
@@ -62,7 +62,7 @@ class Scheduler:
     unknown: tuple[str, ...]
     last_epoch: int | None
     last_lr: tuple[float, ...]
-    agrees: bool | None
+    lr_matches_optimizer: bool | None
 
 
 def is_scheduler(node: Any) -> bool:

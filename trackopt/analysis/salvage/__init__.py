@@ -1,0 +1,1 @@
+"""The intact part of a damaged checkpoint as a new file."""

@@ -1,0 +1,1 @@
+"""One format of checkpoints in each file: ``load(path, file) -> Contents``."""

@@ -1,0 +1,114 @@
+"""The files of the ``safetensors`` package: a JSON header, then the tensors' bytes."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+from trackopt.archive.io.byte_ranges import FileRegion, RangeSource
+from trackopt.archive.io.source import Contents
+from trackopt.archive.tree import ITEMSIZE, Storage, Tensor, UnknownObject, contiguous
+from trackopt.errors import ArchiveError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+MAX_HEADER = 64 << 20
+_MAX_CONTAINERS = 1_200_000  # two lists and a dictionary for each tensor
+_MAX_VALUES = 8_000_000
+_METADATA = "__metadata__"
+_DTYPES = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
+    "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
+    "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
+    "C64": "complex64", "F8_E8M0": "float8_e8m0fnu", "F4": "float4_e2m1fn_x2",
+    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz",
+}  # fmt: skip
+
+
+def load(path: Path, file: int) -> Contents:
+    """Read the header; the tensors stay in the file.
+
+    Raises:
+        ArchiveError: The header is malformed, or too large.
+    """
+    whole = FileRegion(path, file)
+    (length,) = struct.unpack("<Q", whole.read(0, 8))
+    if length > MAX_HEADER:
+        raise ArchiveError(f"{path}: its header has {length:,} bytes, at most {MAX_HEADER:,} are read; "
+                           "use another checkpoint")  # fmt: skip
+    header, problems = _header(path, whole.read(8, 8 + length))
+    data = whole.slice(8 + length, whole.size)
+    header.pop(_METADATA, None)  # a few words of its writer's; no tensor, so no part of a state_dict
+    tree: dict[str, Any] = {}
+    spans = []
+    for name, entry in header.items():
+        try:
+            span, tree[name] = _tensor(entry, data)
+        except (TypeError, ValueError, KeyError, AttributeError) as error:
+            raise _malformed(path, f"its entry for {name!r} makes no sense") from error
+        spans.append((*span, name))
+    problems += _gaps(sorted(spans), data.size)
+    return Contents("safetensors", tree, RangeSource(path), (), problems)
+
+
+def _header(path: Path, text: bytes) -> tuple[dict[str, Any], list[str]]:
+    if text.count(b"[") + text.count(b"{") > _MAX_CONTAINERS or text.count(b",") > _MAX_VALUES:
+        raise _malformed(path, "its header describes more tensors than are read")
+    twice: list[str] = []
+
+    def mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in found:
+                twice.append(key)
+            found[key] = value
+        return found
+
+    try:
+        header = json.loads(text, object_pairs_hook=mapping)
+    except (ValueError, RecursionError) as error:
+        raise _malformed(path, "its header is no JSON") from error
+    if not isinstance(header, dict):
+        raise _malformed(path, "its header is no JSON object")
+    return header, [f"the header names {key!r} twice: programs differ in which one they read" for key in twice[:10]]
+
+
+def _malformed(path: Path, what: str) -> ArchiveError:
+    return ArchiveError(f"{path}: {what}; the safetensors file is damaged, copy it again or use another checkpoint")
+
+
+def _tensor(entry: dict[str, Any], data: FileRegion) -> tuple[tuple[int, int], Tensor | UnknownObject]:
+    start, stop = entry["data_offsets"]
+    shape = tuple(entry["shape"])
+    numbers = (start, stop, *shape)
+    if len(shape) > 64 or not all(type(number) is int and 0 <= number < 1 << 62 for number in numbers) or stop < start:
+        raise ValueError(numbers)
+    kind = entry["dtype"]
+    dtype = _DTYPES.get(kind)
+    if dtype is None:
+        return (start, stop), UnknownObject(f"safetensors.{kind}", (shape,))
+    if kind == "F4":  # two values share a byte, which torch counts as one element
+        shape = (*shape[:-1], shape[-1] // 2) if shape else shape
+    if math.prod(shape) * ITEMSIZE[dtype] != stop - start:
+        raise ValueError(shape)
+    storage = Storage(f"@{start}", dtype, "cpu", stop - start, data.slice(start, stop))
+    return (start, stop), Tensor(storage, dtype, shape, contiguous(shape))
+
+
+def _gaps(spans: list[tuple[int, int, str]], size: int) -> list[str]:
+    """What the safetensors package would refuse: overlaps, holes, bytes behind the last tensor."""
+    found = []
+    for (_, end, one), (start, _, other) in pairwise([(0, 0, "the header"), *spans]):
+        if start < end:
+            found.append(f"tensors {one!r} and {other!r} overlap")
+        elif start > end:
+            found.append(f"{start - end:,} bytes between {one!r} and {other!r} belong to no tensor")
+    end = max((span[1] for span in spans), default=0)
+    if end < size:
+        found.append(f"{size - end:,} bytes behind the last tensor belong to none")
+    return found[:10]

@@ -1,0 +1,1 @@
+"""Bytes of files: ranges, zip records, checksums, sparse copies."""

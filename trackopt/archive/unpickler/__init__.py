@@ -1,0 +1,1 @@
+"""A pickle machine that runs nothing of what it reads."""

@@ -1,0 +1,113 @@
+"""What a hostile pickle may not do to whoever walks its tree: loop, overrun the stack, grow without end."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from trackopt.archive.tree import TensorSubclass, UnknownObject
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+MAX_DEPTH = 200
+MAX_NODES = 5_000_000
+MAX_SHARED = 500_000  # where most of the values are the same ones again: no training state is, and each costs a visit
+_REPEATS = 10
+_MAX_KEY = 100
+_CONTAINERS = (dict, list, tuple, TensorSubclass, UnknownObject)
+
+
+class MalformedPickle(Exception):
+    """The pickle cannot be read; the message says why, without the file's name."""
+
+
+def checked_key(key: Any) -> Any:
+    """The key, if a dictionary can have it and hashing it is cheap.
+
+    Hashing a tuple walks it in C: one that is nested deeply overruns the stack, one that holds itself
+    doubly often never ends.
+    """
+    if isinstance(key, list | dict):
+        raise MalformedPickle(f"a {type(key).__name__} is used as a dictionary's key")
+    pending, seen = [key], 0
+    while pending:
+        value = pending.pop()
+        seen += 1
+        if seen > _MAX_KEY or isinstance(value, list | dict | bytearray):
+            raise MalformedPickle("a dictionary's key is not hashable, or has too many parts")
+        if isinstance(value, tuple):
+            pending.extend(value)
+    return key
+
+
+def check_limits(root: Any) -> Any:
+    """Cut what contains itself, and refuse what is too deep or, written out, too large to walk."""
+    sizes: dict[int, tuple[int, int]] = {}  # a container's size written out and its depth
+    path: dict[int, Any] = {id(root): root}
+    frames = [_frame(root)]
+    distinct = 0
+    while frames:
+        node, below, total = frames[-1]
+        for key, child in below:
+            known = sizes.get(id(child))
+            if known is not None:
+                total[0] += known[0]
+                total[1] = max(total[1], known[1])
+            elif id(child) in path:
+                _break_cycle(node, key)
+                total[0] += 1
+            else:
+                path[id(child)] = child
+                frames.append(_frame(child))
+                break
+        else:
+            sizes[id(node)] = (total[0], total[1] + 1)
+            distinct += _count(node)
+            _check_size(*sizes[id(node)])
+            del path[id(node)]
+            frames.pop()
+            if frames:
+                frames[-1][2][0] += total[0]
+                frames[-1][2][1] = max(frames[-1][2][1], total[1] + 1)
+    written_out = sizes[id(root)][0]
+    if written_out > max(MAX_SHARED, _REPEATS * distinct):
+        raise MalformedPickle(f"its {distinct:,} values hold each other so often that they stand for {written_out:,}")
+    return root
+
+
+def _check_size(size: int, depth: int) -> None:
+    if size > MAX_NODES:
+        raise MalformedPickle(f"it describes more than {MAX_NODES:,} values")
+    if depth > MAX_DEPTH:
+        raise MalformedPickle(f"it is nested more than {MAX_DEPTH} levels deep")
+
+
+def _frame(node: Any) -> tuple[Any, Iterator[tuple[Any, Any]], list[int]]:
+    """A container, those of its parts that hold others with where each can be replaced, and its size so far."""
+    slots: Iterable[tuple[Any, Any]] = ()
+    if isinstance(node, dict):
+        slots = node.items()
+    elif isinstance(node, list | tuple):
+        slots = enumerate(node)
+    elif isinstance(node, TensorSubclass):
+        slots = node.components.items()
+    elif isinstance(node, UnknownObject):
+        slots = tuple(node.components())
+    inner = [(key, part) for key, part in slots if isinstance(part, _CONTAINERS) and part]
+    return node, iter(inner), [1 + _count(node) - len(inner), 0]
+
+
+def _count(node: Any) -> int:
+    if isinstance(node, TensorSubclass):
+        return len(node.components)
+    return len(node) if isinstance(node, dict | list | tuple) else 4
+
+
+def _break_cycle(node: Any, key: Any) -> None:
+    """Replace a part that contains the node itself."""
+    if isinstance(node, UnknownObject):
+        setattr(node, key, None if key == "state" else type(getattr(node, key))())
+    elif isinstance(node, tuple):
+        raise MalformedPickle("a tuple contains itself")
+    else:
+        node[key] = UnknownObject("cycle")

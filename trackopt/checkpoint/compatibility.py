@@ -1,0 +1,162 @@
+"""What of a checkpoint fits the live objects, and what does not, in words: nothing is changed here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from trackopt.checkpoint.compatibility_optimizer import OptimizerCompatibility, fit_optimizer
+from trackopt.checkpoint.param_names import match_names
+from trackopt.checkpoint.resharding import LazyTensor
+from trackopt.training.objects import class_name, dtype_name
+from trackopt.training.scheduler_config import changed_keys, scheduler_config
+from trackopt.training.sharding import inner_optimizer, to_local
+from trackopt.utils.text import format_shape_dtype, join_names
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from torch import nn
+
+    from trackopt.checkpoint.saved_state import SavedScheduler, SavedState
+    from trackopt.training.objects import Training
+
+
+@dataclass
+class Compatibility:
+    """What goes where, and what does not fit.
+
+    Attributes:
+        models: State dicts under the live names.
+        optimizers: By name, where the class is right.
+        schedulers: The same.
+        stateful: States of the user's objects.
+        problems: What does not fit, one line each, the most telling first.
+    """
+
+    models: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+    optimizers: dict[str, OptimizerCompatibility] = field(default_factory=dict)
+    schedulers: dict[str, dict[str, Any]] = field(default_factory=dict)
+    stateful: dict[str, Any] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+
+def check_compatibility(training: Training, saved: SavedState) -> Compatibility:
+    """Compare a checkpoint with live objects, by name.
+
+    Parts that only the checkpoint has are no problem here: `surplus` names them.
+    """
+    found = Compatibility()
+    for name, module in _shared("model", training.models, saved.models, found.problems):
+        found.models[name] = _model(name, saved.models[name], module, found.problems)
+    for name, optimizer in _shared("optimizer", training.optimizers, saved.optimizers, found.problems):
+        one = saved.optimizers[name]
+        if _same_class(name, one.class_name, inner_optimizer(optimizer), found.problems):
+            found.optimizers[name] = fit_optimizer(name, one, optimizer, training, found.problems)
+    for name, scheduler in _shared("scheduler", training.schedulers, saved.schedulers, found.problems):
+        if _same_class(name, saved.schedulers[name].class_name, scheduler, found.problems):
+            found.schedulers[name] = _scheduler(name, saved.schedulers[name], scheduler, found.problems)
+    for name, _ in _shared("object", training.stateful, saved.stateful, found.problems):
+        found.stateful[name] = saved.stateful[name]
+    return found
+
+
+def unexpected(training: Training, saved: SavedState) -> list[str]:
+    """What a checkpoint holds, and the live objects have no place for."""
+    pairs = (
+        ("model", saved.models, training.models),
+        ("optimizer", saved.optimizers, training.optimizers),
+        ("scheduler", saved.schedulers, training.schedulers),
+        ("object", saved.stateful, training.stateful),
+    )
+    return [
+        f"the checkpoint holds the {role} {join_names(there.keys() - here.keys())}, which was not handed over"
+        for role, there, here in pairs
+        if there.keys() - here.keys()
+    ]
+
+
+def _shared(
+    role: str, live: Mapping[str, Any], saved: Mapping[str, Any], problems: list[str]
+) -> Iterator[tuple[str, Any]]:
+    if missing := live.keys() - saved.keys():
+        problems.append(f"the checkpoint has no {role} {join_names(missing)}")
+    yield from ((name, thing) for name, thing in live.items() if name in saved)
+
+
+def _same_class(name: str, kind: str, live: object, problems: list[str]) -> bool:
+    own = class_name(live)
+    if kind in (own, own.rpartition(".")[2]) or not kind:
+        return True
+    problems.append(f"{name} was saved from {kind.rpartition('.')[2]}, here it is {own.rpartition('.')[2]}")
+    return False
+
+
+def _model(role: str, saved: Mapping[str, Any], module: nn.Module, problems: list[str]) -> Mapping[str, Any]:
+    live = module.state_dict()
+    names = match_names(saved, live)
+    given = {own: saved[name] for name, own in names.items()}
+    tied = {_address(value) for key, value in live.items() if key in given} - {None}
+    missing = {key for key, value in live.items() if key not in given and _address(value) not in tied}
+    if missing:
+        problems.append(f"the {role} here has {join_names(missing)}, the checkpoint has not")
+    if extra := saved.keys() - names.keys():
+        problems.append(f"the checkpoint has {join_names(extra)}, the {role} here has not")
+    fits = {key: value for key, value in given.items() if _is_loadable(key, value, live[key], problems)}
+    return saved if fits.keys() == saved.keys() == live.keys() else fits  # itself, with the layers' versions
+
+
+def _address(value: Any) -> int | None:
+    if not isinstance(value, torch.Tensor):
+        return None
+    part = to_local(value)
+    return part.data_ptr() if part.numel() else None
+
+
+def _is_loadable(key: str, saved: Any, live: Any, problems: list[str]) -> bool:
+    """Whether a value can be loaded; one of another dtype can, but is a problem, too."""
+    if not (isinstance(live, torch.Tensor) and isinstance(saved, (torch.Tensor, LazyTensor))):
+        return isinstance(live, torch.Tensor) == isinstance(saved, (torch.Tensor, LazyTensor))
+    then, now = _shape_dtype(saved), _shape_dtype(live)
+    if then != now:
+        problems.append(f"{key} was saved as {format_shape_dtype(*then)}, here it is {format_shape_dtype(*now)}")
+    return then[0] == now[0]
+
+
+def _shape_dtype(tensor: torch.Tensor | LazyTensor) -> tuple[tuple[int, ...], str]:
+    return tuple(tensor.shape), dtype_name(tensor.dtype)
+
+
+def _scheduler(name: str, saved: SavedScheduler, live: Any, problems: list[str]) -> dict[str, Any]:
+    """The state without what was built otherwise here: that stays as the script has it now."""
+    if saved.settings is None:
+        strangers = saved.state.keys() ^ live.state_dict().keys()
+        if strangers:
+            problems.append(f"{name} was saved from another class: {join_names(strangers)} stands in one of them only")
+        return saved.state
+    now = scheduler_config(live)
+    state = saved.state
+    for path in changed_keys(saved.settings, now):
+        problems.append(f"{name}.{path} {_change_message(saved.settings.get(path), now.get(path))}")
+        state = _remove_path(state, path.split("."))
+    return state
+
+
+def _change_message(saved: Any, live: Any) -> str:
+    if isinstance(saved, dict) and isinstance(live, dict):
+        return "is other code now"
+    return f"was {saved} when the run began, here it is {live}"
+
+
+def _remove_path(state: Any, path: list[str]) -> Any:
+    """A state without what stands at a path: a nested scheduler's attribute, or a whole one of this."""
+    key, *rest = path
+    if isinstance(state, list):
+        return [_remove_path(part, rest) if str(index) == key else part for index, part in enumerate(state)]
+    inner = state.get(key)
+    nested = isinstance(inner, dict) or (isinstance(inner, list) and any(isinstance(part, dict) for part in inner))
+    if nested and rest:
+        return {**state, key: _remove_path(inner, rest)}
+    return {name: value for name, value in state.items() if str(name) != key}

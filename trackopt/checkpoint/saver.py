@@ -1,0 +1,239 @@
+"""When a run takes a checkpoint, how it gets to the disk beside the training, and what is told of it."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from trackopt.checkpoint.retention import RetentionMarks
+from trackopt.checkpoint.snapshot import capture, estimate_nbytes
+from trackopt.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from pathlib import Path
+
+    from trackopt.checkpoint.sharded import ShardedCheckpoint
+    from trackopt.checkpoint.staging import Staged
+    from trackopt.checkpoint.store import CheckpointStore
+    from trackopt.distributed.collectives import Collectives
+    from trackopt.journal import Journal
+    from trackopt.training.objects import Training
+
+logger = logging.getLogger("trackopt")
+
+
+@dataclass(frozen=True)
+class SaveRequest:
+    """A checkpoint that is to be taken where the loop next stands between two iterations.
+
+    Attributes:
+        marks: What it is to say about its worth.
+        wait: Whether the loop waits until it is on the disk.
+    """
+
+    marks: RetentionMarks = field(default_factory=RetentionMarks)
+    wait: bool = False
+
+    def merge(self, other: SaveRequest) -> SaveRequest:
+        """Both in one."""
+        return SaveRequest(self.marks.merge(other.marks), self.wait or other.wait)
+
+
+class CheckpointSaver:
+    """The checkpoints of one attempt. One at a time is on its way to the disk; the next one waits for it.
+
+    Args:
+        training: What they are taken of.
+        store: Where they go.
+        collectives: This process among those of the training; the first one writes, unless all write together.
+        journal: What is told of them, and made durable with them.
+        save_every: Optimizer steps, or time, between two of them; ``None`` for only those that are asked for.
+        save_overlap: Whether one that becomes due so while another is being written has to ``"wait"`` or to ``"skip"``.
+        background: Whether the loop goes on while they are written.
+
+    Attributes:
+        latest: Step and position of the newest one that is on the disk, as far as ``wait_until_finished`` and ``on_step`` know.
+    """
+
+    def __init__(
+        self,
+        training: Training,
+        store: CheckpointStore,
+        journal: Journal,
+        collectives: Collectives,
+        *,
+        save_every: int | timedelta | None,
+        save_overlap: str,
+        background: bool,
+    ) -> None:
+        self.latest: tuple[int, Any] = (0, None)
+        self._training = training
+        self._store = store
+        self._journal = journal
+        self._collectives = collectives
+        self._save_every = save_every
+        self._skip_when_busy = save_overlap == "skip"
+        self._is_writer = collectives.is_rank_zero or store.is_collective
+        self._background = background
+        self._last_save_time = time.monotonic()
+        self._due: SaveRequest | None = None
+        self._in_flight: _AsyncWrite | None = None
+        self._preparing: threading.Thread | None = None
+
+    @property
+    def due(self) -> bool:
+        """Whether one is to be taken where the loop next stands between two iterations."""
+        return self._due is not None
+
+    def request(self, request: SaveRequest) -> None:
+        """Ask for one."""
+        self._last_save_time = time.monotonic()
+        self._due = self._due.merge(request) if self._due is not None else request
+
+    def on_step(self, before: int, step: int) -> None:
+        """The run went from step ``before`` to ``step``: perhaps it is time for one, or the last one is written."""
+        if self._in_flight is not None and not self._in_flight.is_alive():
+            self.wait_until_finished()
+        if isinstance(self._save_every, timedelta):
+            due = self._collectives.world_size == 1 and self.is_overdue()
+        else:
+            due = self._save_every is not None and step // self._save_every > before // self._save_every
+            due = due and not (self._skip_when_busy and self._collectives.broadcast(self._in_flight is not None))
+        if due:
+            self.request(SaveRequest())
+
+    def is_overdue(self) -> bool:
+        """Whether it is time for one, where time decides.
+
+        Several processes have a clock each; they take a checkpoint when rank 0's says so, at an iteration that they
+        agree on.
+        """
+        if not isinstance(self._save_every, timedelta) or (self._skip_when_busy and self._in_flight is not None):
+            return False
+        return time.monotonic() - self._last_save_time >= self._save_every.total_seconds()
+
+    def preallocate(self) -> None:
+        """Get the memory ready in the background; after the first step the size of the state is known."""
+        if self._preparing is None and self._collectives.is_rank_zero:
+            size = estimate_nbytes(self._training)  # here, where nobody changes the state meanwhile
+            self._preparing = threading.Thread(target=self._prepare, args=(size,), name="trackopt-prepare")
+            self._preparing.start()
+
+    def save(self, progress: Mapping[str, Any]) -> None:
+        """Take one now: it is copied when this returns. If it cannot be written, that is told and training goes on.
+
+        Args:
+            progress: What it says under ``trackopt`` beside what is found in the training itself.
+        """
+        if not self._is_writer:
+            self._due = None
+            return
+        wait = not self._background or (self._due is not None and self._due.wait)
+        try:
+            self._in_flight = self._stage(progress)
+        except CheckpointError as error:
+            self._on_failed(progress, error)
+            return
+        if not wait:
+            self._in_flight.start()
+            return
+        self.wait_until_finished()
+
+    def save_final(self, progress: Mapping[str, Any]) -> None:
+        """Take one now, and return when it is on the disk.
+
+        Raises:
+            CheckpointError: It could not be written; the earlier ones are untouched.
+        """
+        if self._is_writer and (error := self._on_written(self._stage(progress))):
+            raise error
+
+    def wait_until_finished(self) -> None:
+        """Wait until nothing is on its way to the disk, and tell what became of it."""
+        writing, self._in_flight = self._in_flight, None
+        if writing is not None and (error := self._on_written(writing)):
+            self._on_failed(writing.progress, error)
+
+    def close(self) -> None:
+        """Wait for what is on its way, and let go of the memory."""
+        self.wait_until_finished()
+        if self._preparing is not None:
+            self._preparing.join()
+        self._store.close()
+
+    def _prepare(self, size: int) -> None:
+        lower_thread_priority()
+        self._store.preallocate(size)
+
+    def _stage(self, progress: Mapping[str, Any]) -> _AsyncWrite:
+        """The state, copied; the memory is free once the one before it is written."""
+        self.wait_until_finished()
+        if self._preparing is not None:
+            self._preparing.join()
+        request, self._due = self._due or SaveRequest(), None
+        staged = self._store.stage(capture(self._training, progress), request.marks)
+        self._last_save_time = time.monotonic()
+        return _AsyncWrite(self._store, staged, progress, self._journal.sync)
+
+    def _on_written(self, writing: _AsyncWrite) -> CheckpointError | None:
+        writing.finish()
+        if writing.path is not None:
+            self.latest = (writing.progress["step"], writing.progress["position"])
+            path = f"{writing.path.parent.name}/{writing.path.name}"
+            self._journal.mark("checkpoint", writing.progress["step"], path=path)
+        return writing.error
+
+    def _on_failed(self, progress: Mapping[str, Any], error: CheckpointError) -> None:
+        logger.warning("trackopt: %s; training goes on", error)
+        self._journal.mark("checkpoint_failed", progress["step"], reason=str(error))
+
+
+class _AsyncWrite(threading.Thread):
+    """One checkpoint on its way to the disk. The interpreter waits for it, since it is no daemon."""
+
+    def __init__(
+        self,
+        store: CheckpointStore,
+        staged: Staged | ShardedCheckpoint,
+        progress: Mapping[str, Any],
+        before_commit: Callable[[], None],
+    ) -> None:
+        super().__init__(name="trackopt-save")
+        self.progress = progress
+        self.path: Path | None = None
+        self.error: CheckpointError | None = None
+        self._store, self._stage, self._before_commit = store, staged, before_commit
+
+    def run(self) -> None:
+        lower_thread_priority()
+        self._write()
+
+    def _write(self) -> None:
+        try:
+            self.path = self._store.commit(self._stage, self.progress["step"], self._before_commit)
+        except CheckpointError as error:
+            self.error = error
+        except Exception as error:  # noqa: BLE001 - told where the training can hear it
+            self.error = CheckpointError(f"the checkpoint of step {self.progress['step']}: not written ({error!r})")
+
+    def finish(self) -> None:
+        """Wait for it; one that was not started is written here, as no thread starts while the interpreter ends."""
+        if self.ident is None:
+            self._write()
+        else:
+            self.join()
+
+
+def lower_thread_priority() -> None:
+    """Let the training go before this thread wherever both want a core; there is no way back for it."""
+    if sys.platform == "linux":  # elsewhere it would be the whole process
+        with contextlib.suppress(OSError):  # a sandbox may forbid it
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)

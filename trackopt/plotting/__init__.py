@@ -1,0 +1,1 @@
+"""Curves of runs: series, panels, comparison, on a terminal and as pictures."""

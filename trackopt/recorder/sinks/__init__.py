@@ -1,0 +1,1 @@
+"""The backends that a journal is delivered to, one in each file."""

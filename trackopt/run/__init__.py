@@ -1,0 +1,1 @@
+"""What the user holds: `wrap`, `Run` and their options."""

@@ -1,0 +1,228 @@
+"""Where a training loop stands in its data, and how it gets back there.
+
+A position is an epoch, a pass over a loader within it (most epochs have one) and a number of batches within the pass.
+To return to it, the script runs the epoch's first lines again, with the random number generators as they stood then;
+the loader is started with them as they stood when the pass began, and the batches that were trained on are passed
+over. Then everything is put where it stood at the checkpoint. What the loader yields next is what it would have
+yielded.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, TypeVar
+from weakref import WeakKeyDictionary
+
+from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data.distributed import DistributedSampler
+
+from trackopt.errors import UsageError
+from trackopt.training import rng
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping
+
+T = TypeVar("T")
+
+
+class DataPosition:
+    """The position of one run.
+
+    Args:
+        stateful: The objects that the run saves beside model, optimizer and scheduler. Generators among them are put
+            back like the global ones; a loader among them (torchdata's ``StatefulDataLoader``) finds its way itself.
+
+    Attributes:
+        epoch: Finished epochs.
+        in_epoch: Whether the loop is inside an epoch.
+        in_pass: Whether it is inside a pass over a loader.
+        in_batch: Whether it is working on a batch right now.
+        batch: Batches taken in the current pass.
+    """
+
+    def __init__(self, stateful: Mapping[str, Any]) -> None:
+        self.epoch = 0
+        self.in_epoch = self.in_pass = self.in_batch = False
+        self._left_by_break = False
+        self._generators = {name: thing for name, thing in stateful.items() if rng.is_generator(thing)}
+        self._stateful_loaders = [thing for thing in stateful.values() if not rng.is_generator(thing)]
+        self._pass = 0  # passes finished in this epoch
+        self.batch = 0
+        self._epoch_start: dict[str, Any] | None = None  # the generators when the epoch began
+        self._pass_start: dict[str, Any] | None = None  # the generators, and the loader's, when the pass began
+        self._length: int | None = None  # batches that the pass has
+        self._loaders: dict[int, object] = {}
+        self._saved: dict[str, Any] | None = None  # a restored position that the loop has not reached yet
+        self._loader_states: dict[int, Any] = {}  # restored states of loaders that are not known yet
+        self._on_restored: Callable[[], None] = lambda: None
+        self._world_size_changed = False  # whether the data was divided otherwise when it was saved
+        # the first epoch of each shuffling sampler, and its own
+        self._sampler_epochs: WeakKeyDictionary[object, tuple[int, int]] = WeakKeyDictionary()
+
+    @property
+    def is_between_epochs(self) -> bool:
+        """Whether the loop over epochs has not begun or is done, so that nothing of an epoch would run twice."""
+        return not self.in_epoch and not self._left_by_break and not self.is_fast_forwarding
+
+    @property
+    def is_fast_forwarding(self) -> bool:
+        """Whether the loop is still to reach the place within an epoch where the checkpoint was taken."""
+        return self._saved is not None and self._saved["epoch_start"] is not None
+
+    def epochs(self, total: int) -> Iterator[int]:
+        """The epochs that are still to come, of ``total``."""
+        if self.in_epoch:
+            raise UsageError("run.epochs() is running already; give each run one loop over its epochs")
+        if self._saved is not None:  # whatever the script drew while it was set up
+            self._restore_rng(self._saved["epoch_start"] or self._saved["here"])
+        try:
+            while self.epoch < total:
+                self.in_epoch = True
+                self._epoch_start = self._capture()
+                yield self.epoch
+                self.epoch += 1
+                self._pass, self._saved = 0, None
+        except GeneratorExit:
+            self._left_by_break = True
+            raise
+        finally:
+            self.in_epoch = False
+
+    def sampler_epoch_is_stale(self, loader: object) -> bool:
+        """Whether the loader's sampler shuffles as it did in an earlier epoch: nobody told it that this is another."""
+        sampler = getattr(loader, "sampler", None)
+        if not isinstance(sampler, DistributedSampler) or not sampler.shuffle:
+            return False
+        first, order = self._sampler_epochs.setdefault(sampler, (self.epoch, sampler.epoch))
+        return self.epoch > first and sampler.epoch == order
+
+    def batches(self, loader: Iterable[T]) -> Iterator[T]:
+        """The batches of one pass over ``loader``; after a restore, those that are still to come."""
+        if not self.in_epoch:
+            raise UsageError("run.batches() needs `for epoch in run.epochs(n):` around it; without epochs, n is 1")
+        if self.in_pass:
+            raise UsageError("run.batches() stands inside another; iterate over the inner loader itself")
+        self._loaders[self._pass] = loader
+        self._length = length(loader)
+        self.in_pass = True
+        try:
+            for batch in self._begin(loader):
+                self.batch += 1
+                self.in_batch = True
+                yield batch
+                self.in_batch = False
+        finally:
+            self.in_pass = self.in_batch = False
+            self._pass, self.batch, self._pass_start = self._pass + 1, 0, None
+
+    def state_dict(self, *, epoch_done: bool) -> dict[str, Any]:
+        """The position as plain values; ``epoch_done`` when the epoch's last line has run."""
+        own = {number: _loader_state(loader) for number, loader in self._loaders.items()}
+        if epoch_done or self.is_between_epochs:  # the next epoch's first lines have not run
+            epoch = self.epoch + 1 if epoch_done else self.epoch
+            return {"epoch": epoch, "pass": 0, "batch": 0, "epoch_start": None, "pass_start": None, "own": own}
+        starts = {"epoch_start": self._epoch_start, "pass_start": self._pass_start, "length": self._length}
+        return {"epoch": self.epoch, "pass": self._pass, "batch": self.batch, **starts, "own": own}
+
+    def load_state_dict(self, state: dict[str, Any], arrive: Callable[[], None], *, divided: bool = False) -> None:
+        """Aim at a saved position, which ``epochs`` and ``batches`` lead to.
+
+        Args:
+            state: What ``state_dict`` returned. The generators stand now as they stood there.
+            arrive: Called when the loop is in the middle of the epoch again, before the first batch is asked for: it
+                undoes what the epoch's first lines did a second time.
+            divided: Whether another number of processes shares the data now. Then the same part of the loader's
+                batches is passed over, rather than the same number.
+        """
+        self.epoch, self._world_size_changed = state["epoch"], divided
+        self._saved = {**state, "here": self._capture()}
+        self._loader_states = dict(state["own"])
+        self._on_restored = arrive
+
+    def _begin(self, loader: Iterable[T]) -> Iterator[T]:
+        saved, own = self._saved, self._loader_states.pop(self._pass, {"generators": [], "warm": False})
+        if saved is not None and self._pass < saved["pass"]:
+            return iter(())
+        if own["warm"]:
+            _start_workers(loader)
+        self._saved = None
+        if saved is not None and saved["epoch_start"] is not None:
+            self._on_restored()
+            self._restore_rng(saved["here"])
+        if saved is None or saved["pass_start"] is None:
+            _restore_loader(loader, own)
+            self._pass_start = {**self._capture(), "own": _loader_state(loader)}
+            return iter(loader)
+        self._pass_start, self.batch = saved["pass_start"], self._scale_batch_index(saved)
+        self._restore_rng(self._pass_start)
+        _restore_loader(loader, self._pass_start["own"])
+        iterator = iter(loader)
+        if not any(loader is guided for guided in self._stateful_loaders):
+            _fast_forward(iterator, loader, self.batch)
+        self._restore_rng(saved["here"])
+        rng.restore_all(rng.find_generators(loader), own["generators"])
+        return iterator
+
+    def _scale_batch_index(self, saved: Mapping[str, Any]) -> int:
+        if self._world_size_changed and self._length and saved.get("length"):
+            return int(saved["batch"] * self._length // saved["length"])
+        return int(saved["batch"])
+
+    def _capture(self) -> dict[str, Any]:
+        handed = {name: rng.state_of(generator) for name, generator in self._generators.items()}
+        return {"rng": rng.capture(), "handed": handed}
+
+    def _restore_rng(self, state: Mapping[str, Any]) -> None:
+        rng.restore(state["rng"])
+        for name, each in state["handed"].items():
+            rng.set_state(self._generators[name], each)
+
+
+def length(loader: object) -> int | None:
+    """How many batches a loader has; ``None`` where it does not know."""
+    try:
+        return len(loader)  # type: ignore[arg-type]  # this is how one asks
+    except (TypeError, NotImplementedError):
+        return None
+
+
+def _loader_state(loader: object) -> dict[str, Any]:
+    """Of a loader: its own generators, whether its persistent workers are running, how many passes it has counted."""
+    generators = [rng.state_of(generator) for generator in rng.find_generators(loader)]
+    counted = getattr(loader, "iteration", None) if hasattr(loader, "set_epoch") else None
+    return {"generators": generators, "warm": getattr(loader, "_iterator", None) is not None, "counted": counted}
+
+
+def _restore_loader(loader: Any, own: Mapping[str, Any]) -> None:
+    """Put a loader where it stood when a pass began; Accelerate's shuffle by the number of the pass."""
+    rng.restore_all(rng.find_generators(loader), own["generators"])
+    if (counted := own.get("counted")) is not None:
+        loader.set_epoch(counted)
+
+
+def _start_workers(loader: Any) -> None:
+    """Start persistent workers as an earlier pass did: starting them draws a seed, which a later pass does not."""
+    if getattr(loader, "persistent_workers", False) and loader._iterator is None:
+        before = rng.capture(), [rng.state_of(generator) for generator in rng.find_generators(loader)]
+        iter(loader)
+        rng.restore(before[0])
+        rng.restore_all(rng.find_generators(loader), before[1])
+
+
+def _fast_forward(iterator: Iterator[object], loader: object, count: int) -> None:
+    """Pass over ``count`` batches.
+
+    A loader without workers loads its samples with generators that are set afterwards, so it is enough to draw the
+    indices. With workers, whose generators cannot be reached, and for any other iterable the batches themselves must
+    be drawn.
+    """
+    if (
+        isinstance(loader, DataLoader)
+        and loader.num_workers == 0
+        and not isinstance(loader.dataset, IterableDataset)
+        and hasattr(iterator, "_next_index")
+    ):
+        for _ in range(count):
+            iterator._next_index()
+    else:
+        for _ in range(count):
+            next(iterator, None)

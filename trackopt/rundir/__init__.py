@@ -1,0 +1,1 @@
+"""A run's directory: identity, lock, and what the environment overrides."""

@@ -1,0 +1,56 @@
+"""What a rehearsal tells the training processes it starts, in one environment variable."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+VARIABLE = "TRACKOPT_REHEARSAL"
+UNNAMED_PREFIX = "unnamed-"  # what a run is called for which the script names no directory
+KILLED = ".killed"  # the file below ``root`` that says that the kill was the planned one
+
+_unnamed = itertools.count(1)
+
+
+@dataclass(frozen=True)
+class ResumeCheckPlan:
+    """Where the runs of a training process go, and when it dies.
+
+    Attributes:
+        root: Every run has its directory below it, and nowhere else.
+        kill: The step after whose record the process kills itself, by the name of the run's directory.
+    """
+
+    root: Path
+    kill: Mapping[str, int] = field(default_factory=dict)
+
+    def environment(self) -> dict[str, str]:
+        """The variable that hands the plan to a process."""
+        return {VARIABLE: json.dumps({"root": str(self.root), "kill": dict(self.kill) or None})}
+
+    def directory(self, chosen: str | os.PathLike[str] | None) -> Path:
+        """The run's directory in place of the one that the script chose, the same at each start of the script.
+
+        Example:
+            >>> Plan(Path("/tmp/x")).directory("runs/digits")
+            PosixPath('/tmp/x/runs-digits')
+        """
+        parts = Path(chosen).parts if chosen is not None else ()
+        name = "-".join(part for part in parts if part not in {"/", ".."})
+        return self.root / (name or f"{UNNAMED_PREFIX}{next(_unnamed)}")
+
+
+def from_environment() -> ResumeCheckPlan | None:
+    """The plan that this process was started with; ``None`` outside of a rehearsal."""
+    text = os.environ.get(VARIABLE)
+    if text is None:
+        return None
+    given = json.loads(text)
+    return ResumeCheckPlan(Path(given["root"]), given["kill"] or {})

@@ -1,0 +1,1 @@
+"""Telemetry: optimizer step → statistics → one line of the journal."""

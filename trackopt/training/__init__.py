@@ -1,0 +1,1 @@
+"""The live objects of a training, as every flow sees them."""

@@ -1,0 +1,17 @@
+"""Lines for the user, on the logger ``trackopt``."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+logger = logging.getLogger("trackopt")
+
+
+def log_warnings(messages: Iterable[str]) -> None:
+    """Tell the user, a line each."""
+    for message in messages:
+        logger.warning("trackopt: %s", message)
