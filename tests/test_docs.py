@@ -90,9 +90,9 @@ def python(path):
     """The python blocks, and the pieces of python within sentences, as trees; of the latter those that parse."""
     for code in blocks(path, "python"):
         yield ast.parse(code)
-    for span in re.findall(r"`((?:trackopt|run)\.[^`\n]+)`", prose(path)):
-        if span != "run.py":
-            yield ast.parse(span.replace("…", "..."))
+    for span in re.findall(r"`((?:trackopt|run)\.(?!py`|json`)[^`
+]+)`", prose(path)):
+        yield ast.parse(span.replace("…", "..."))
 
 
 @documents
