@@ -19,7 +19,7 @@ from trackopt.rehearsal.diagnosis import diagnose
 from trackopt.rehearsal.divergence import first_divergence
 from trackopt.rehearsal.rehearse import rehearse
 from trackopt.rehearsal.trace import AttemptStart, Step, Trace
-from trackopt.rehearsal.training_command import CommandError
+from trackopt.rehearsal.training_command import OBSERVER, CommandError
 from trackopt.rehearsal.untracked_state import find_untracked
 from trackopt.rundir import environment
 from trackopt.training.objects import Training
@@ -289,7 +289,7 @@ def test_a_restart_that_fails_says_behind_which_kill(script, tmp_path):
 
 def test_the_kill_is_a_kill(script, tmp_path):
     """SIGKILL, right behind the journal's line of that very step; below the given root, and into no sink."""
-    variables = environment.ResumeCheckPlan(tmp_path / "root", {"runs-small": 5}).environment()
+    variables = environment.ResumeCheckPlan(tmp_path / "root", {"runs-small": 5}, OBSERVER).environment()
     done = subprocess.run(script("none"), env={**os.environ, **variables}, start_new_session=True, check=False)
     assert done.returncode == -signal.SIGKILL
     directory = tmp_path / "root" / "runs-small"

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "Archive": "trackopt.archive",
     "Preview": "trackopt.schedule.preview",
-    "Restored": "trackopt.checkpoint.restore",
+    "RestoreResult": "trackopt.checkpoint.restore",
     "Run": "trackopt.run.run",
     "diff": "trackopt.analysis.diff",
     "open": "trackopt.locations",

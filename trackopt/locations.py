@@ -67,7 +67,7 @@ def resolve(location: str | Path) -> Path:
         ArchiveError: There is no such thing.
 
     Example:
-        >>> locate("nowhere")
+        >>> resolve("nowhere")
         Traceback (most recent call last):
         trackopt.errors.ArchiveError: nowhere: there is no such file or directory
     """

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trackopt import locations
-from trackopt.archive.verify import find_problems as find_problems
+from trackopt.archive.verify import find_problems
 from trackopt.errors import ArchiveError
 
 if TYPE_CHECKING:

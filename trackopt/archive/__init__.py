@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from trackopt.archive.decode import Array
     from trackopt.archive.formats.members import OpenFiles
 
-__all__ = ["Archive", "TensorSubclass", "Global", "UnknownObject", "Storage", "Tensor", "open_path"]
+__all__ = ["Archive", "Global", "Storage", "Tensor", "TensorSubclass", "UnknownObject", "open_path"]
 
 
 class Archive:

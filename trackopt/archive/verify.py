@@ -31,7 +31,7 @@ def verify_checkpoint(path: str | Path, *, crc: bool = True) -> list[str]:
         One line for each problem. A file that cannot be opened or understood is one too.
 
     Example:
-        >>> check("nowhere.pt")
+        >>> verify_checkpoint("nowhere.pt")
         ['there is no such file or directory']
     """
     try:

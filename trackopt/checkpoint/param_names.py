@@ -19,7 +19,7 @@ def match_names(saved: Iterable[str], live: Iterable[str]) -> dict[str, str]:
     those that differ by one prefix for all (a ``LightningModule``'s ``model.``).
 
     Example:
-        >>> align(["module.fc.weight"], ["fc.weight"]), align(["net.fc.weight", "head.bias"], ["fc.weight"])
+        >>> match_names(["module.fc.weight"], ["fc.weight"]), match_names(["net.fc.weight", "head.bias"], ["fc.weight"])
         ({'module.fc.weight': 'fc.weight'}, {'net.fc.weight': 'fc.weight'})
     """
     saved, live = list(saved), list(live)

@@ -52,8 +52,8 @@ class Retention:
             marks: Of every checkpoint that is there, by step.
 
         Example:
-            >>> marks = {step: Marks(metric=metric) for step, metric in {1: 0.5, 2: 0.1, 3: 0.4, 4: 0.9}.items()}
-            >>> Retention(newest=1, best=1).surplus(marks)
+            >>> marks = {step: RetentionMarks(metric=metric) for step, metric in {1: 0.5, 2: 0.1, 3: 0.4, 4: 0.9}.items()}
+            >>> Retention(newest=1, best=1).expired(marks)
             [1, 3]
         """
         ordinary = sorted(step for step, mark in marks.items() if not mark.keep)

@@ -60,7 +60,8 @@ class CheckpointSaver:
         background: Whether the loop goes on while they are written.
 
     Attributes:
-        latest: Step and position of the newest one that is on the disk, as far as ``wait_until_finished`` and ``on_step`` know.
+        latest: Step and position of the newest one that is on the disk, as far as ``wait_until_finished`` and
+            ``on_step`` know.
     """
 
     def __init__(

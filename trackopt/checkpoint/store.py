@@ -39,8 +39,8 @@ class CheckpointStore:
     Args:
         folder: The run's ``checkpoints`` directory; it is made at the first commit.
         retention: Which of them stay.
-        collectives: The processes that share the training's state: its checkpoints are directories then, which all of them
-            write. By default this process has all of it.
+        collectives: The processes that share the training's state: its checkpoints are directories then, which all of
+            them write. By default this process has all of it.
     """
 
     def __init__(self, folder: Path, retention: Retention, collectives: Collectives | None = None) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from trackopt.cli import console, figures, live
-from trackopt.plotting.comparison import SPIKE_MADS, WINDOW, Comparison, Row, compare, wanted
+from trackopt.plotting.comparison import SPIKE_IQRS, WINDOW, Comparison, Row, compare, wanted
 from trackopt.plotting.figure import Curve, Panel
 from trackopt.plotting.run_series import require_series
 
@@ -163,7 +163,7 @@ def _notes(found: Comparison, *, given: bool) -> Iterator[str]:
     side = "below" if found.highest else "above"
     yield (
         f"spikes: steps whose {console.sanitize(found.metric)} is NaN or infinite, or {side} the median of the {WINDOW} "
-        f"steps before by more than {SPIKE_MADS} of their interquartile ranges"
+        f"steps before by more than {SPIKE_IQRS} of their interquartile ranges"
     )
     if any(row.update_ratio is not None for row in found.rows):
         yield "update ratio: how far a step moves the parameters, relative to them; the median"

@@ -39,7 +39,7 @@ def sanitize(text: object, longest: int = _LONGEST) -> str:
     r"""A text without anything that a terminal would act on or show in another order than it is stored.
 
     Example:
-        >>> print(clean("a\x1b[31mb"))
+        >>> print(sanitize("a\x1b[31mb"))
         a\x1b[31mb
     """
     string = str(text)

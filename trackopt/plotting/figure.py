@@ -80,7 +80,7 @@ def downsample(points: Sequence[Point], columns: int) -> list[list[Point]]:
 
     Example:
         >>> spiky = [(x, 100.0 if x == 567 else 0.0) for x in range(1000)]
-        >>> (piece,) = thin(spiky, 10)
+        >>> (piece,) = downsample(spiky, 10)
         >>> len(piece), max(y for _, y in piece)
         (22, 100.0)
     """
@@ -111,7 +111,7 @@ def smooth(curve: Curve, columns: int, swings: int = _MAX_EXTREMA) -> Curve:
 
     Example:
         >>> noisy = Curve("loss", [(x, float(x % 3)) for x in range(900)])
-        >>> calm(noisy, 2).points, calm(noisy, 2).band
+        >>> smooth(noisy, 2).points, smooth(noisy, 2).band
         ([(0, 1.0), (450, 1.0)], [(0, 0.0, 2.0), (450, 0.0, 2.0)])
     """
     if len(curve.points) <= columns or not _is_noisy(curve.points, swings):

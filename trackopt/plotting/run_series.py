@@ -66,7 +66,7 @@ class RunReader:
         ...     writer = journal.Journal(Path(folder) / "metrics.jsonl")
         ...     writer.record(1, {"loss": 0.5, "accuracy": 0.9})
         ...     writer.close()
-        ...     reader = Reader(folder, wanted=lambda key: key == "loss")
+        ...     reader = RunReader(folder, select=lambda key: key == "loss")
         ...     reader.update()
         ...     reader.run().series
         True

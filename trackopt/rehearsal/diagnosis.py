@@ -219,7 +219,7 @@ class _Comparison:
         if self._restored is not None and (names := self._all("iterator")):
             return Cause(
                 "object",
-                f"{seen}; {_describe_objects(names, self._traces[1])} in the middle of its data, and begins anew after a resume",
+                f"{seen}; {_describe_objects(names, self._traces[1])} in the middle of its data; a resume starts it again",
                 "make the iterator anew in each epoch, or take its batches from run.batches(loader)",
             )
         return None

@@ -26,7 +26,8 @@ class Step:
         lr: Of every group after the step (and after the scheduler's, if that came first).
         rng: The global generators after the step.
         batch: The batches that it was made from; ``None`` where the loop takes them from elsewhere than the run.
-        before: What it began with: ``rng``, the state of each of the ``find_untracked``, and the user's ``numbers`` as text.
+        before: What it began with: ``rng``, the state of each untracked object, and the user's
+            ``numbers`` as text.
     """
 
     weights: str

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 _EVERY = 0.1  # seconds between two looks at how far it is
 _LAST_LINES = 12
+OBSERVER = "trackopt.rehearsal.probe:Probe"
 
 
 class CommandError(TrackoptError):
@@ -70,7 +71,7 @@ class TrainingCommand:
         Raises:
             CommandError: It failed.
         """
-        plan = ResumeCheckPlan(self.root, kill or {})
+        plan = ResumeCheckPlan(self.root, kill or {}, OBSERVER)
         mark = self.root / KILLED
         mark.unlink(missing_ok=True)
         began = time.monotonic()

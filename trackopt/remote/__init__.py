@@ -19,7 +19,7 @@ def is_remote(place: str | os.PathLike[str]) -> bool:
     """Whether a place is an artifact of an MLflow run, and no path here.
 
     Example:
-        >>> is_address("runs:/5a3c/checkpoints/step-00000100.pt"), is_address("runs/digits")
+        >>> is_remote("runs:/5a3c/checkpoints/step-00000100.pt"), is_remote("runs/digits")
         (True, False)
     """
     return str(place).startswith(SCHEME)

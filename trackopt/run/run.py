@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from trackopt.checkpoint.resume import PendingRestore
     from trackopt.checkpoint.store import CheckpointStore
     from trackopt.distributed.collectives import Collectives
-    from trackopt.rehearsal.probe import Probe
     from trackopt.rundir.directory import RunDirectory
     from trackopt.telemetry.step_counts import StepCounts
     from trackopt.training.objects import Training
@@ -104,7 +103,7 @@ class Run:
         self._resumption: PendingRestore | None = None
         self._recorder: RecorderProcess | None = None
         self._meeting: PreemptionSync | None = None
-        self._probe: Probe | None = None
+        self._probe: Any = None
         self._warned_set_epoch = False  # of `set_epoch`
         self._final_checkpoint_taken = False  # the last checkpoint is taken, though the script still finishes its epoch
         self._pid = os.getpid()
@@ -278,9 +277,7 @@ class Run:
         if self._sinks:
             self._recorder = RecorderProcess(self.dir)
         if (rehearsal := environment.from_environment()) is not None and self._collectives.is_rank_zero:
-            from trackopt.rehearsal.probe import Probe
-
-            self._probe = Probe(rehearsal, self._training, self.dir, self.global_step)
+            self._probe = rehearsal.load_observer()(rehearsal, self._training, self.dir, self.global_step)
         atexit.register(self._at_exit)
 
     def _resume(self, resumption: PendingRestore, details: dict[str, Any], described: dict[str, Any]) -> None:

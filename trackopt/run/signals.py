@@ -33,8 +33,8 @@ class StopSignals:
     ignored (as SIGINT is under ``nohup``), and for Ctrl-C at a prompt, where it means the current line.
 
     Args:
-        single_process: Whether this process decides by itself. Where it is one of several, they agree on where they stop.
-        log: Whether the user is told at once.
+        single_process: Stop for a local signal at once; with several processes all ranks agree on the step first.
+        log: Print a line when a signal arrives.
 
     Attributes:
         local_signal: The signal that came to this process, if one did.

@@ -90,12 +90,12 @@ def wrap(
         stats_every: Take them at every n-th step; what the step really changed, at every tenth of these.
         histograms_every: Take histograms of gradients and buffers at every n-th step; 0 for none.
         sinks: Where the journal goes: ``"tensorboard"``, ``"mlflow"``, both or none.
-        upload_checkpoints: Whether the recorder uploads each checkpoint to the artifacts of the MLflow run, where they stay; it
-            is then to be had as ``runs:/<run id>/checkpoints/step-…``.
+        upload_checkpoints: Upload each checkpoint to the artifacts of the MLflow run, where all of them stay. Its
+            address is then ``runs:/<run id>/checkpoints/step-…``.
         experiment: MLflow's experiment. Default: ``MLFLOW_EXPERIMENT_NAME``, else MLflow's own default.
         name: The run's name. Default: the directory's.
-        progress_bar: Whether ``epochs`` and ``batches`` show how far the training is: on a terminal in two lines that stay,
-            elsewhere in a line a minute.
+        progress_bar: Show the progress of ``epochs`` and ``batches``: on a terminal in two lines that stay, elsewhere
+            in a line a minute.
         strict: Whether a checkpoint must fit the objects in every name, shape, dtype, class and setting. With
             ``False`` what fits is loaded, and the rest is listed in a warning.
         **stateful: Whatever else has ``state_dict`` and ``load_state_dict`` (a ``GradScaler``, an EMA model), and

@@ -6,8 +6,9 @@ import itertools
 import json
 import os
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -26,20 +27,30 @@ class ResumeCheckPlan:
     Attributes:
         root: Every run has its directory below it, and nowhere else.
         kill: The step after whose record the process kills itself, by the name of the run's directory.
+        observer: The class that records the inputs of every step in the training process, as ``module:name``. The plan
+            names it because the training does not know what checks it.
     """
 
     root: Path
     kill: Mapping[str, int] = field(default_factory=dict)
+    observer: str = ""
 
     def environment(self) -> dict[str, str]:
         """The variable that hands the plan to a process."""
-        return {VARIABLE: json.dumps({"root": str(self.root), "kill": dict(self.kill) or None})}
+        return {
+            VARIABLE: json.dumps({"root": str(self.root), "kill": dict(self.kill) or None, "observer": self.observer})
+        }
+
+    def load_observer(self) -> Any:
+        """Import the observer's class."""
+        module, _, name = self.observer.partition(":")
+        return getattr(import_module(module), name)
 
     def directory(self, chosen: str | os.PathLike[str] | None) -> Path:
         """The run's directory in place of the one that the script chose, the same at each start of the script.
 
         Example:
-            >>> Plan(Path("/tmp/x")).directory("runs/digits")
+            >>> ResumeCheckPlan(Path("/tmp/x")).directory("runs/digits")
             PosixPath('/tmp/x/runs-digits')
         """
         parts = Path(chosen).parts if chosen is not None else ()
@@ -53,4 +64,4 @@ def from_environment() -> ResumeCheckPlan | None:
     if text is None:
         return None
     given = json.loads(text)
-    return ResumeCheckPlan(Path(given["root"]), given["kill"] or {})
+    return ResumeCheckPlan(Path(given["root"]), given["kill"] or {}, given["observer"])

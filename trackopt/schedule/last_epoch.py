@@ -66,7 +66,7 @@ def resumption(call: Call, steps: int, lr: Sequence[float]) -> ResumeComparison:
     Example:
         >>> from trackopt.schedule.expression import parse
         >>> found = resumption(parse("ExponentialLR(0.5, last_epoch=1)"), 2, [0.8])
-        >>> found.whole.lr["group0"], found.restored.lr["group0"], found.fresh.lr["group0"]
+        >>> found.uninterrupted.lr["group0"], found.restored.lr["group0"], found.restarted.lr["group0"]
         ([0.8, 0.4, 0.2, 0.1], [0.2, 0.1], [0.8, 0.4])
     """
     done = last_epoch(call) + 1

@@ -21,8 +21,8 @@ class AsyncMetrics:
             is on its way, else by ``metrics``, so that the readings of several steps keep their order.
 
     Example:
-        >>> reading = Reading({"lr": 0.1}, [torch.tensor(9.0)], lambda numbers: {"norm": numbers[0] ** 0.5})
-        >>> reading.arrived, reading.metrics()
+        >>> reading = AsyncMetrics({"lr": 0.1}, [torch.tensor(9.0)], lambda numbers: {"norm": numbers[0] ** 0.5})
+        >>> reading.is_ready, reading.metrics()
         (True, {'lr': 0.1, 'norm': 3.0})
     """
 

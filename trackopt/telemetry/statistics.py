@@ -2,8 +2,8 @@
 
 Small tensors of the CPU are gathered (``small``), others are read piece by piece (``near``). They yield their sum and
 their sum of squares, and are read again where these do not tell their deviations. What is on a device is hardly cut,
-and not waited for (`AsyncMetrics`): there the number of kernels counts. Parts are combined in float64 on the host by the
-pairwise formula of Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample
+and not waited for (`AsyncMetrics`): there the number of kernels counts. Parts are combined in float64 on the host by
+the pairwise formula of Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample
 variances" (1979).
 """
 

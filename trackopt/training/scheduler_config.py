@@ -29,7 +29,7 @@ def scheduler_config(scheduler: Any) -> dict[str, Any]:
     Example:
         >>> import torch
         >>> optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.1)
-        >>> found = settings(torch.optim.lr_scheduler.StepLR(optimizer, 30))
+        >>> found = scheduler_config(torch.optim.lr_scheduler.StepLR(optimizer, 30))
         >>> found["step_size"], found["gamma"], found["base_lrs.0"]
         (30, 0.1, 0.1)
     """

@@ -29,7 +29,7 @@ def redact_credentials(text: str) -> str:
     """A text whose URLs have no user and no password any more; a password may have an ``@`` in it.
 
     Example:
-        >>> without_password("GET http://someone:se@cret@host/api failed")
+        >>> redact_credentials("GET http://someone:se@cret@host/api failed")
         'GET http://host/api failed'
     """
     return re.sub(r"//[^/\s]*@", "//", text)

@@ -21,9 +21,9 @@ def suggest(name: str, names: Iterable[str], *, within: Path | None = None) -> s
         within: The directory that they are in, if they are files; it is shown with them, and makes none alike.
 
     Example:
-        >>> closest("StepLr", ["StepLR", "ConstantLR"])
+        >>> suggest("StepLr", ["StepLR", "ConstantLR"])
         'did you mean StepLR?'
-        >>> closest("x", ["loss", "accuracy"])
+        >>> suggest("x", ["loss", "accuracy"])
         'there is accuracy, loss'
     """
     import difflib  # only a mistake needs it

@@ -32,13 +32,13 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Change",
+    "ContinuationFinding",
+    "ContinuationReport",
     "Difference",
     "Module",
     "Numbers",
-    "ContinuationFinding",
-    "TrainingDiff",
     "Totals",
-    "ContinuationReport",
+    "TrainingDiff",
     "diff",
 ]
 

@@ -93,7 +93,8 @@ def align(
     renamed = renamed or {}
     _check(renamed, a)
     models, optimizers, schedulers = (
-        _match_pairs(a.models, b.models), _match_pairs(a.optimizers, b.optimizers), _match_pairs(a.schedulers, b.schedulers)
+        _match_pairs(a.models, b.models), _match_pairs(a.optimizers, b.optimizers), _match_pairs(a.schedulers,
+        b.schedulers)
     )  # fmt: skip
     left: Slots = {}
     right: Slots = {}
@@ -200,7 +201,7 @@ def normalize_name(name: str) -> str:
     """A parameter's name without what wrappers put into it.
 
     Example:
-        >>> folded("module.encoder._orig_mod.weight"), folded("model.weight"), folded("model")
+        >>> normalize_name("module.encoder._orig_mod.weight"), normalize_name("model.weight"), normalize_name("model")
         ('encoder.weight', 'weight', 'model')
     """
     parts = [part for part in name.split(".") if part not in _WRAPPERS]

@@ -23,7 +23,7 @@ def explain(head: bytes) -> str | None:
         head: Its first 24 bytes or more.
 
     Example:
-        >>> recognized(b"\x1f\x8b")
+        >>> explain(b"\x1f\x8b")
         'it is packed with gzip; unpack it first'
     """
     if head.lstrip()[:9].lower().startswith(_PAGES):

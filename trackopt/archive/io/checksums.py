@@ -17,7 +17,7 @@ try:
 except ImportError:  # no wheel for this platform
     from zlib import crc32
 
-__all__ = ["crc32_combine", "crc32", "find_damaged"]
+__all__ = ["crc32", "crc32_combine", "find_damaged"]
 
 _SLICE = 32 << 20
 _CHUNK = 1 << 20  # stays in a core's cache between the read and the sum, and keeps threads out of each other's way
@@ -85,7 +85,7 @@ def crc32_combine(first: int, second: int, length: int) -> int:
 
     Example:
         >>> import zlib
-        >>> combined(zlib.crc32(b"one"), zlib.crc32(b"two"), 3) == zlib.crc32(b"onetwo")
+        >>> crc32_combine(zlib.crc32(b"one"), zlib.crc32(b"two"), 3) == zlib.crc32(b"onetwo")
         True
     """
     power, square = 1 << 31, 1 << 30  # x to the 0th, x to the 1st; the highest bit is the lowest power

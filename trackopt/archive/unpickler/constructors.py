@@ -1,8 +1,8 @@
 """What the calls in a checkpoint's pickle stand for.
 
 Each entry of the table turns a name and its arguments into a plain value or a node; those of tensors are in
-`trackopt.archive.unpickler.tensor_constructors`. Whatever is not in it is described as an `UnknownObject` node. Nothing here
-imports
+`trackopt.archive.unpickler.tensor_constructors`. Whatever is not in it is described as an `UnknownObject` node.
+Nothing here imports
 or calls what the file names.
 """
 

@@ -27,7 +27,7 @@ def is_allowed(name: str) -> bool:
     """Whether a name in a file is one that torch takes.
 
     Example:
-        >>> is_safe("torch.FloatStorage"), is_safe("os.system")
+        >>> is_allowed("torch.FloatStorage"), is_allowed("os.system")
         (True, False)
     """
     name = name.replace("__builtin__.", "builtins.")

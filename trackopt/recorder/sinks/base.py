@@ -15,8 +15,8 @@ class Sink(ABC):
     """One backend. Whatever it raises is told to the user once; delivery is tried again from the last cursor.
 
     Attributes:
-        supports_truncation: Whether it can take back what it was given, as a resumed run needs it. A sink that cannot is given
-            each point once, and is told when a replayed value differs.
+        supports_truncation: Whether it can take back what it was given, as a resumed run needs it. A sink that cannot
+            is given each point once, and is told when a replayed value differs.
     """
 
     supports_truncation: bool
