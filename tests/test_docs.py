@@ -90,8 +90,7 @@ def python(path):
     """The python blocks, and the pieces of python within sentences, as trees; of the latter those that parse."""
     for code in blocks(path, "python"):
         yield ast.parse(code)
-    for span in re.findall(r"`((?:trackopt|run)\.(?!py`|json`)[^`
-]+)`", prose(path)):
+    for span in re.findall(r"`((?:trackopt|run)\.(?!py`|json`)[^`\n]+)`", prose(path)):
         yield ast.parse(span.replace("…", "..."))
 
 
