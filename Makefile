@@ -24,10 +24,10 @@ bench: $(VENV)/ready
 	$(BIN)/python -m tests.benchmarks
 
 fuzz: $(VENV)/ready
-	$(BIN)/python -m tests.fuzz
+	$(BIN)/python -m tests.robustness.fuzz
 
 faults: $(VENV)/ready
-	$(BIN)/python -m tests.faults
+	$(BIN)/python -m tests.robustness.faults
 
 PICTURES := line moons schedules batches finetune optimizers ewma
 

@@ -26,7 +26,7 @@ def datasets():
     return TensorDataset(images[train], labels[train]), TensorDataset(images[held_out], labels[held_out])
 
 
-def build():
+def make_training():
     """The model and its AdamW: a small LR and weight decay for the backbone, a large LR and none for the head."""
     backbone = nn.Sequential(
         nn.Conv2d(1, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(),
@@ -64,7 +64,7 @@ def main():
     np.random.seed(0)
     torch.manual_seed(0)
     train, held_out = datasets()
-    model, optimizer = build()
+    model, optimizer = make_training()
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=150, gamma=0.5)
     criterion = nn.CrossEntropyLoss()
     loader = DataLoader(train, batch_size=32, shuffle=True)

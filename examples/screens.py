@@ -26,7 +26,7 @@ SCREENS = {
 FORMAT = re.sub(r"@font-face \{\{.*?\}\}\s*", "", CONSOLE_SVG_FORMAT, flags=re.DOTALL)  # nothing from elsewhere
 
 
-def on_a_terminal(command, directory):
+def run_in_pty(command, directory):
     """What a command writes on a terminal, colours and all."""
     main, side = pty.openpty()
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
@@ -66,9 +66,9 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "runs").mkdir()
         (Path(folder) / "runs" / "optimizers").symlink_to(optimizers)
-        picture("training", "python train.py", frame(on_a_terminal(f"python {HERE.absolute()}/digits.py", folder)))
+        picture("training", "python train.py", frame(run_in_pty(f"python {HERE.absolute()}/digits.py", folder)))
         for name, command in SCREENS.items():
-            picture(name, "trackopt", f"$ {command}\n{on_a_terminal(command, folder)}")
+            picture(name, "trackopt", f"$ {command}\n{run_in_pty(command, folder)}")
 
 
 if __name__ == "__main__":

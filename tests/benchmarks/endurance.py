@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tests.benchmarks.measure import Row, table
-from tests.conftest import mlflow_points, tensorboard_points
+from tests.helpers.stores import mlflow_points, tensorboard_points
 from trackopt import journal
 
 if TYPE_CHECKING:
