@@ -102,7 +102,7 @@ def test_a_distributed_script_resumes(name):
 
 def assert_one_history(name, checkpoints, last, output, metric="loss"):
     """It resumed from one of these, the newest that was on the disk; the journal has each step once."""
-    (resumed,) = re.findall(rf"^trackopt: resumed {name} at step (\d+)", output, flags=re.MULTILINE)
+    (resumed,) = re.findall(rf"trackopt: resumed {name} at step (\d+)", output)
     assert int(resumed) in checkpoints
     assert [step for step, _ in journal.series(Path("runs", name))[metric]] == list(range(1, last + 1))
 
