@@ -23,7 +23,10 @@ def circle():
 
 def main():
     dist.init_process_group()  # before wrap()
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
     torch.manual_seed(dist.get_rank())  # dropout differs between ranks; DDP broadcasts the weights of rank 0
     model = nn.Sequential(nn.Linear(2, 64), nn.Tanh(), nn.Dropout(0.1), nn.Linear(64, 2)).to(device)
     model = DistributedDataParallel(model)
