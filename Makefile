@@ -1,24 +1,36 @@
 # make demo       set up, then run the main job on real data
 # make test       set up, then run the tests
-# make pictures   run the examples, and keep what they draw and what commands show
+# make check      linters, types and unit tests: what to run before a commit
+# make lint       linters and types
+# make matrix     every optimizer with every scheduler, killed and resumed; tests take pairs of them
+# make bench      the benchmarks, as ratios
 # make fuzz       100,000 mutated files, each of which must be answered or refused
 # make faults     a training killed, hindered and cut off at every place, each time resumed
+# make pictures   run the examples, and keep what they draw and what commands show
+# make dist       build wheel and sdist, and install the wheel into an empty environment
 VENV := .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest --numprocesses auto
 
-.PHONY: demo test lint bench fuzz faults pictures clean
+.PHONY: demo test check lint matrix bench fuzz faults pictures dist clean
 
 demo: $(VENV)/ready
 	$(BIN)/python examples/demo.py
 
 test: $(VENV)/ready
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
+	$(PYTEST) --dist worksteal
+
+check: lint
+	$(PYTEST) --dist worksteal -m "not integration and not distributed and not robustness" tests/unit
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+matrix: $(VENV)/ready
+	TRACKOPT_MATRIX=full $(PYTEST) --dist worksteal tests/integration/test_resume_matrix.py tests/integration/test_resume.py
 
 bench: $(VENV)/ready
 	$(BIN)/python -m tests.benchmarks
@@ -36,6 +48,14 @@ pictures: $(VENV)/ready
 	  rm -rf runs/$$name && $(BIN)/python examples/$$name.py && cp runs/$$name/$$name.png examples/pictures/ || exit 1; \
 	done
 	$(BIN)/python examples/screens.py
+
+dist: $(VENV)/ready
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist .
+	rm -rf $(VENV)/dist-check && $(PYTHON) -m venv $(VENV)/dist-check
+	$(VENV)/dist-check/bin/python -m pip install --quiet --constraint constraints.txt dist/*.whl
+	cd dist && ../$(VENV)/dist-check/bin/trackopt inspect ../tests/helpers/format1/killed
+	rm -rf $(VENV)/dist-check
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

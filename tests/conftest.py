@@ -12,6 +12,7 @@ import sys
 
 import pytest
 
+from tests.helpers.processes import stop_server
 from tests.helpers.training import make_training
 from trackopt import cli
 
@@ -34,6 +35,11 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(part)
         if item.path.stem == "test_browser":
             item.add_marker("browser")
+
+
+def pytest_sessionfinish():
+    """End what the tests of this process share."""
+    stop_server()
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -1,7 +1,12 @@
-"""Every optimizer of torch.optim with every scheduler of torch.optim.lr_scheduler, stopped and resumed: exact."""
+"""Optimizers of torch.optim with schedulers of torch.optim.lr_scheduler, stopped and resumed: exact.
+
+Every optimizer meets several schedulers and every scheduler several optimizers; ``make matrix`` tries each pair.
+"""
 
 import atexit
+import os
 import random
+from collections import Counter
 
 import pytest
 import torch
@@ -58,7 +63,17 @@ SCHEDULERS = {
     ),
     "SWALR": lambda o: SWALR(o, 1e-3, 5, "cos"),
 }
-EXACT: list[str] = []
+_EACH = 4  # schedulers that an optimizer meets
+
+
+def pairs():
+    """Every optimizer with every scheduler, or a cover: the schedulers are dealt out in turn."""
+    every = [(optimizer, scheduler) for optimizer in OPTIMIZERS for scheduler in SCHEDULERS]
+    if os.environ.get("TRACKOPT_MATRIX") == "full":
+        return every
+    stride = len(SCHEDULERS) // _EACH
+    kept = {(o, (o + stride * k) % len(SCHEDULERS)) for o in range(len(OPTIMIZERS)) for k in range(_EACH)}
+    return [pair for at, pair in enumerate(every) if divmod(at, len(SCHEDULERS)) in kept]
 
 
 def make_training(optimizer):
@@ -123,8 +138,7 @@ def die(run):
 
 
 @pytest.mark.filterwarnings("ignore:Detected call of")  # torch warns of its own nested SequentialLR
-@pytest.mark.parametrize("scheduler", SCHEDULERS)
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize(("optimizer", "scheduler"), pairs())
 def test_stopped_at_random_steps_and_resumed(optimizer, scheduler, tmp_path):
     """Weights, optimizer, scheduler, RNG and series are those of the run that never stopped."""
     steps = sorted(random.Random(f"{optimizer} {scheduler}").sample(range(1, STEPS), 2))
@@ -137,17 +151,18 @@ def test_stopped_at_random_steps_and_resumed(optimizer, scheduler, tmp_path):
     whole, stopped = journal.series(tmp_path / "whole"), journal.series(tmp_path / "stopped")
     assert whole == stopped
     assert [step for step, _ in whole["loss"]] == list(range(1, STEPS + 1))
-    EXACT.append(f"{optimizer} × {scheduler}")
 
 
-def test_the_tally(record_property):
-    """No class of torch's is missing, and no combination was not exact."""
+def test_no_class_is_missing():
+    """Every optimizer and every scheduler of torch's is in the pairs, each several times."""
     known = {
         name
         for name, kind in vars(lr_scheduler).items()
         if isinstance(kind, type) and issubclass(kind, lr_scheduler.LRScheduler) and not name.startswith("_")
     } - {"LRScheduler"}
     assert known | {"SWALR"} == {name for name in SCHEDULERS if " in " not in name}
-    combinations = len(OPTIMIZERS) * len(SCHEDULERS)
-    record_property("tally", f"stopped and resumed: {len(EXACT)} of {combinations} combinations exact")
-    assert len(EXACT) in {0, combinations}
+    optimizers, schedulers = (Counter(names) for names in zip(*pairs(), strict=True))
+    assert set(optimizers) == set(OPTIMIZERS)
+    assert min(optimizers.values()) >= _EACH
+    assert set(schedulers) == set(SCHEDULERS)
+    assert min(schedulers.values()) >= 2

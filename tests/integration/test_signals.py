@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.processes import run_script
+from tests.helpers.processes import run_script, start_script
 from tests.helpers.stores import drain, mlflow_run
 from tests.integration.test_resume import assert_same, final_state
 from tests.scripts import train_variants
@@ -55,9 +55,7 @@ def _path(monkeypatch):
 def start(tmp_path, loop=STEPS, before="", after=""):
     script = tmp_path / "train.py"
     script.write_text(LOOP.format(loop=loop, before=before, after=after))
-    process = subprocess.Popen(
-        [sys.executable, str(script), str(tmp_path / "run")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    process = start_script(script, tmp_path / "run")
     assert process.stdout.readline() == "ready\n"
     return process
 

@@ -17,6 +17,7 @@ from trackopt.errors import TrackoptError
 from trackopt.rehearsal.diagnosis import Cause, Diagnosis, diagnose
 from trackopt.rehearsal.divergence import Divergence, same_series, unchanged_steps
 from trackopt.rehearsal.training_command import CommandError, TrainingCommand
+from trackopt.rundir.checkpoints import list_checkpoints
 from trackopt.rundir.environment import UNNAMED_PREFIX
 
 if TYPE_CHECKING:
@@ -261,7 +262,7 @@ def _same(a: TrainingCommand, b: TrainingCommand, run: str) -> bool:
 def _changes(a: TrainingCommand, b: TrainingCommand, run: str) -> list[str]:
     """What differs in the final checkpoints. A generator that nothing drew from decides nothing: it is left out."""
     places = [training.root / run for training in (a, b)]
-    saved = [bool(locations.checkpoints(place)) for place in places]
+    saved = [bool(list_checkpoints(place)) for place in places]
     if not all(saved):
         return ["the final checkpoint"] if any(saved) else []
     still = unchanged_steps(a.traces[run]) & unchanged_steps(b.traces[run])
@@ -293,7 +294,7 @@ def _notes(killed: TrainingCommand, chosen: list[tuple[str, int]]) -> list[str]:
 def _facts(place: Path, one: Trace) -> RunFacts:
     points = sum(map(len, one.series.values()))
     facts = RunFacts(one.name, max(one.steps, default=0), len(one.series), points)
-    if not locations.checkpoints(place):
+    if not list_checkpoints(place):
         return facts
     with locations.open(place) as opened:
         found = state.read(opened)

@@ -15,9 +15,9 @@ import pytest
 import torch
 
 import trackopt
+from tests.helpers.command import trackopt as command
 from tests.helpers.processes import run_script
 from tests.helpers.training import make_training, train_step
-from tests.unit.cli.test_cli import trackopt as command
 from trackopt import UsageError, journal
 from trackopt.archive import verify
 from trackopt.checkpoint import store as stores
@@ -159,7 +159,7 @@ def test_a_directory_that_cannot_be_listed_stops_no_training(monkeypatch, caplog
 
     run.save(wait=True)
     with monkeypatch.context() as broken:
-        broken.setattr(stores.locations, "checkpoints", fail)
+        broken.setattr(stores, "list_checkpoints", fail)
         step()
         run.save()
     assert "Input/output error" in caplog.text

@@ -13,13 +13,12 @@ import pytest
 import torch
 
 from tests.helpers.checkpoints import pickled, saved, trained, zipped
+from tests.helpers.command import ESCAPE, fails, trackopt
 from trackopt import cli
 from trackopt.cli import console
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-ESCAPE = "\x1b"
 
 
 @pytest.fixture
@@ -33,29 +32,6 @@ def run_directory(tmp_path: Path) -> Path:
     lines = [{"event": "start", "step": 0, "time": 1.0}, {"step": 7, "time": 2.0, "metrics": {}}]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 8, "ti')
     return folder
-
-
-def trackopt(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    env = {key: value for key, value in os.environ.items() if key not in ("COLUMNS", "NO_COLOR", "FORCE_COLOR")}
-    command = [sys.executable, "-m", "trackopt", *map(str, arguments)]
-    return subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**env, **environment},
-        stdin=subprocess.DEVNULL,
-    )
-
-
-def fails(*arguments: object) -> str:
-    """The one line on stderr of a command that ends with 2 and says nothing on stdout."""
-    done = trackopt(*arguments)
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert done.stderr.count("\n") == 1
-    assert done.stderr.startswith("trackopt: ")
-    return done.stderr
 
 
 def test_inspect_shows_a_run(run_directory: Path) -> None:

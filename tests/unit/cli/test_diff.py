@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from tests.helpers.checkpoints import saved, trained
-from tests.unit.cli.test_cli import trackopt
+from tests.helpers.command import trackopt
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from rich.cells import cell_len
 
-from tests.unit.cli.test_cli import ESCAPE, fails
+from tests.helpers.command import ESCAPE, fails
 from tests.unit.plotting.test_plot import STEPS, train
 from trackopt import journal
 from trackopt.errors import UsageError

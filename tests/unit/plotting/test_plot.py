@@ -14,10 +14,10 @@ import torch
 from PIL import Image
 
 import trackopt
+from tests.helpers.command import ESCAPE, fails
+from tests.helpers.command import trackopt as run
 from tests.helpers.stores import mlflow_run, without_warnings
 from tests.helpers.training import make_training, train_step
-from tests.unit.cli.test_cli import ESCAPE, fails
-from tests.unit.cli.test_cli import trackopt as run
 from trackopt import journal
 from trackopt.errors import RunError, UsageError
 from trackopt.plotting.panels import panels

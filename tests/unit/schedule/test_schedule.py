@@ -13,8 +13,8 @@ from PIL import Image
 from torch.optim import lr_scheduler
 
 import trackopt
+from tests.helpers.command import ESCAPE, fails
 from tests.integration.test_resume_matrix import SCHEDULERS
-from tests.unit.cli.test_cli import ESCAPE, fails
 from trackopt.errors import UsageError
 from trackopt.schedule.classes import classes, factory
 from trackopt.schedule.expression import Call, Reference, parse

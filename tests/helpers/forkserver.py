@@ -1,0 +1,102 @@
+"""A process that has torch and trackopt loaded, and forks a child for each script, since the imports take seconds.
+
+A child is what ``python SCRIPT …`` would be: its own environment, directory, arguments and ``__main__``; an exception
+that nobody catches ends it through the interpreter. MLflow and TensorBoard are not loaded.
+
+The protocol, on a Unix socket: the request is one JSON line with the descriptors of stdout and stderr; the answers are
+two lines, the process id and the exit code.
+"""
+
+from __future__ import annotations
+
+import builtins
+import json
+import os
+import socket
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+_REQUEST_BYTES = 1 << 20
+
+
+def serve(path: str) -> None:
+    """Answer requests until standard input, which the test process holds open, is closed; return in a child."""
+    import selectors
+
+    import numpy as np
+    import torch
+    import torch._dynamo  # or each script imports it when it makes its first optimizer
+
+    import trackopt
+
+    trackopt.wrap, trackopt.restore, trackopt.preview  # noqa: B018 - loads what they need
+    with socket.socket(socket.AF_UNIX) as listener, selectors.DefaultSelector() as selector:
+        listener.bind(path)
+        listener.listen(16)
+        print("ready", flush=True)
+        selector.register(listener, selectors.EVENT_READ)
+        selector.register(0, selectors.EVENT_READ)
+        while all(key.fileobj == listener for key, _ in selector.select()):
+            connection, _ = listener.accept()
+            if os.fork() == 0:
+                listener.close()
+                selector.close()
+                request = _supervise(connection)
+                np.random.seed()
+                if threads := os.environ.get("OMP_NUM_THREADS"):
+                    torch.set_num_threads(int(threads))
+                return _run(request)
+            connection.close()
+            _reap()
+    os._exit(0)
+
+
+def _supervise(connection: socket.socket) -> dict[str, Any]:
+    """Fork the script's process and return in it; this process waits for it and reports its end."""
+    data, descriptors, _, _ = socket.recv_fds(connection, _REQUEST_BYTES, 2)
+    while not data.endswith(b"\n"):
+        data += connection.recv(_REQUEST_BYTES)
+    child = os.fork()
+    if child:
+        for descriptor in descriptors:
+            os.close(descriptor)
+        connection.sendall(f"{child}\n".encode())
+        connection.sendall(f"{os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])}\n".encode())
+        os._exit(0)
+    os.setpgid(0, 0)
+    connection.close()
+    for number, descriptor in enumerate((os.open(os.devnull, os.O_RDONLY), *descriptors)):
+        os.dup2(descriptor, number)
+        os.close(descriptor)
+    request: dict[str, Any] = json.loads(data)
+    os.environ.clear()
+    os.environ.update(request["environment"])
+    os.chdir(request["directory"])
+    return request
+
+
+def _run(request: dict[str, Any]) -> None:
+    script, arguments = request["script"], request["arguments"]
+    sys.argv = [script, *arguments]
+    sys.orig_argv = [sys.executable, script, *arguments]
+    extra = [place for place in os.environ.get("PYTHONPATH", "").split(os.pathsep) if place and place not in sys.path]
+    sys.path[:0] = [str(Path(script).parent), *extra]
+    module = ModuleType("__main__")
+    module.__dict__.update(__file__=script, __builtins__=builtins)
+    sys.modules["__main__"] = module
+    exec(compile(Path(script).read_bytes(), script, "exec"), module.__dict__)
+
+
+def _reap() -> None:
+    while True:
+        try:
+            if os.waitpid(-1, os.WNOHANG) == (0, 0):
+                return
+        except ChildProcessError:
+            return
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1])
