@@ -207,7 +207,7 @@ for epoch in run.epochs(3):
         if (epoch, number) == (1, 1):
             if rank == 1:
                 os.kill(os.getpid(), signal.SIGTERM)
-            assert run._meeting._known.wait(20)  # each knows where they meet: here
+            assert run._loop.stop._sync._sync_step_known.wait(20)  # each knows where they meet: here
             break
     if epoch == 1:
         break

@@ -51,7 +51,7 @@ while True:
     for _ in range(5):
         run.step(loss=train_step(model, optimizer, scheduler))
     run.save(wait=True)
-    print(run._recorder._process.pid, flush=True)
+    print(run._loop.attempt._recorder._process.pid, flush=True)
     if sys.stdin.readline() == "end\\n":
         break
 run.close()
@@ -428,7 +428,7 @@ def test_uploads_that_come_late(tmp_path):
     identity = orjson.loads((directory / "run.json").read_bytes())
     (directory / "run.json").write_bytes(orjson.dumps({**identity, "sinks": ["mlflow", "artifacts"]}))
     told = drain(directory)
-    assert [line.partition(" had been let go")[0] for line in told] == ["checkpoints/step-00000002.pt and 1 more"]
+    assert [line.partition(": deleted by `keep`")[0] for line in told] == ["checkpoints/step-00000002.pt and 1 more"]
     _, mlflow = mlflow_run(directory)
     stored = Path(mlflow.info.artifact_uri) / "checkpoints"
     assert sorted(str(one.relative_to(stored)) for one in stored.rglob("*")) == [

@@ -19,6 +19,7 @@ from tests.helpers.stores import drain, mlflow_points, mlflow_run, tensorboard_p
 from tests.helpers.training import make_training, train_step
 from trackopt import journal
 from trackopt.journal import Histogram, Journal
+from trackopt.recorder.cursor import Cursor
 from trackopt.recorder.delivery import Delivery
 from trackopt.recorder.recorder import Recorder
 from trackopt.recorder.sinks.base import Sink
@@ -41,7 +42,7 @@ for epoch in run.epochs(3):
             os.kill(os.getpid(), signal.SIGKILL)
     run.log(accuracy=epoch / 3)
 if os.environ.get("KILL_RECORDER"):
-    os.kill(run._recorder._process.pid, signal.SIGKILL)
+    os.kill(run._loop.attempt._recorder._process.pid, signal.SIGKILL)
 if os.environ.get("FAIL"):
     raise RuntimeError("the end")
 run.close()
@@ -146,8 +147,8 @@ def test_a_recorder_that_was_killed_is_started_anew(script, tmp_path):
     directory = tmp_path / "run"
     done = run_script(script, directory, KILL_RECORDER=1)
     assert done.returncode == 0
-    assert "the recorder ended with code -9" in done.stderr
-    assert "it is started anew" in done.stderr
+    assert "the recorder exited with code -9" in done.stderr
+    assert "it is restarted" in done.stderr
     assert mlflow_points(directory) == journal.series(directory)
     assert_once(tensorboard_points(directory))
 
@@ -195,7 +196,7 @@ def test_a_resumed_run_that_differs_is_tagged(tmp_path):
     (directory / "run.json").write_bytes(journal.orjson.dumps({**identity, "sinks": ["mlflow", "tensorboard"]}))
     told = drain(directory)
     assert mlflow_run(directory)[1].data.tags["trackopt.diverged_at_step"] == "3"
-    assert told == ["the resumed run differs from the one before it, first at step 3"]
+    assert told == ["the resumed run differs from the previous attempt, first at step 3"]
     assert [value for _, value in mlflow_points(directory)["loss"]][1:] == [0.1, 0.5]
     assert [value for _, value in tensorboard_points(directory)["loss"]][1:] == pytest.approx([0.1, 0.75])
 
@@ -306,7 +307,7 @@ def test_a_server_that_is_down_harms_nobody_and_sync_delivers_later(script, tmp_
     sync = [sys.executable, "-m", "trackopt", "sync", str(directory)]
     refused = subprocess.run(sync, capture_output=True, text=True, check=False)
     assert refused.returncode == 2
-    assert "not everything arrived in mlflow" in refused.stderr
+    assert "delivery to mlflow is incomplete" in refused.stderr
     assert "Traceback" not in refused.stderr
     log = (directory / "recorder.log").read_text()
     assert f"//127.0.0.1:{port}" in log
@@ -381,7 +382,7 @@ def test_a_sink_that_fails_gets_everything_later(rewinds, tmp_path):
     writer.mark("start", 0)
     writer.record(1, {"loss": 1.0})
     sink = Remembering(rewinds)
-    delivery = Delivery(path, lambda step: sink, None, print)
+    delivery = Delivery(path, lambda step: sink, Cursor(), print)
     delivery.deliver(writer.offset)
     sink.fail = True
     writer.record(2, {"loss": 2.0})

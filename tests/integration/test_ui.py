@@ -100,9 +100,9 @@ def test_ui_finds_runs_at_any_depth_and_tells_when_a_server_dies():
         Path("runs/broken/run.json").write_text("{}")
         with served("runs", under=["nohup"]) as process:
             head, tensorboard, mlflow, _ = (process.stdout.readline() for _ in range(4))
-            assert head == "2 runs below runs, 1 still going: one\n"
+            assert head == "2 runs below runs, 1 running: one\n"
             assert tensorboard.startswith("TensorBoard  http://127.0.0.1:")
-            assert mlflow == "MLflow       none of them is there\n"
+            assert mlflow == "MLflow       no run uses it\n"
             (leader,) = sessions_of(process)
             process.send_signal(signal.SIGHUP)
             os.kill(leader, signal.SIGKILL)
@@ -110,7 +110,7 @@ def test_ui_finds_runs_at_any_depth_and_tells_when_a_server_dies():
             wait_until_empty({leader})
             broken, died = process.stderr.read().splitlines()
     assert "broken/run.json: not a run's description" in broken
-    assert died.startswith("trackopt: TensorBoard has ended by itself: ")
+    assert died.startswith("trackopt: TensorBoard exited unexpectedly: ")
 
 
 def test_ui_tells_why_a_server_does_not_start():
@@ -121,7 +121,7 @@ def test_ui_tells_why_a_server_does_not_start():
     identity["mlflow"]["tracking_uri"] = "nowhere://"
     write_identity(run.dir, {**identity, "sinks": ["mlflow"]})
     done = trackopt_command("ui", "runs")
-    assert (done.returncode, done.stdout) == (2, "1 run below runs, none still going\n")
+    assert (done.returncode, done.stdout) == (2, "1 run below runs, none running\n")
     assert done.stderr.startswith("trackopt: the MLflow UI did not start: ")
     assert len(done.stderr.splitlines()) == 1
 
@@ -187,7 +187,7 @@ def test_sync_delivers_a_run_from_elsewhere_and_one_killed_at_its_start(change):
     write_identity(run.dir, {key: value for key, value in identity.items() if value != ()})
     done = trackopt_command("sync", "runs/moved")
     assert (done.returncode, done.stdout) == (0, "moved: everything is delivered\n"), done.stderr
-    assert ("/nowhere is gone" in done.stderr) == ("working_directory" in change)
+    assert ("working directory /nowhere does not exist" in done.stderr) == ("working_directory" in change)
     assert bool(list(run.dir.glob("events.out.*"))) == ("sinks" not in change)
 
 
@@ -195,8 +195,8 @@ def test_sync_delivers_a_run_from_elsewhere_and_one_killed_at_its_start(change):
     ("words", "said"),
     [
         (["sync", "nowhere"], "not a run's directory"),
-        (["ui", "nowhere"], "there is no such directory"),
-        (["ui", "."], "holds no run"),
+        (["ui", "nowhere"], "no such directory"),
+        (["ui", "."], "contains no run"),
     ],
 )
 def test_a_directory_that_is_no_run_is_told(words, said):

@@ -47,6 +47,19 @@ class SaveRequest:
         return SaveRequest(self.marks.merge(other.marks), self.wait or other.wait)
 
 
+@dataclass(frozen=True)
+class SaveOptions:
+    """When checkpoints become due by themselves.
+
+    Attributes:
+        save_every: Optimizer steps, or time, between two checkpoints; ``None`` for only those that are asked for.
+        save_overlap: What a due checkpoint does while another is being written: ``"wait"`` or ``"skip"``.
+    """
+
+    save_every: int | timedelta | None = None
+    save_overlap: str = "wait"
+
+
 class CheckpointSaver:
     """The checkpoints of one attempt. One at a time is on its way to the disk; the next one waits for it.
 
@@ -55,8 +68,7 @@ class CheckpointSaver:
         store: Where they go.
         collectives: This process among those of the training; the first one writes, unless all write together.
         journal: What is told of them, and made durable with them.
-        save_every: Optimizer steps, or time, between two of them; ``None`` for only those that are asked for.
-        save_overlap: Whether one that becomes due so while another is being written has to ``"wait"`` or to ``"skip"``.
+        options: When they become due by themselves.
         background: Whether the loop goes on while they are written.
 
     Attributes:
@@ -70,9 +82,8 @@ class CheckpointSaver:
         store: CheckpointStore,
         journal: Journal,
         collectives: Collectives,
+        options: SaveOptions,
         *,
-        save_every: int | timedelta | None,
-        save_overlap: str,
         background: bool,
     ) -> None:
         self.latest: tuple[int, Any] = (0, None)
@@ -80,8 +91,8 @@ class CheckpointSaver:
         self._store = store
         self._journal = journal
         self._collectives = collectives
-        self._save_every = save_every
-        self._skip_when_busy = save_overlap == "skip"
+        self._save_every = options.save_every
+        self._skip_when_busy = options.save_overlap == "skip"
         self._is_writer = collectives.is_rank_zero or store.is_collective
         self._background = background
         self._last_save_time = time.monotonic()

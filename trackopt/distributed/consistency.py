@@ -11,7 +11,9 @@ from trackopt.errors import RunError
 from trackopt.training.objects import class_name, versions
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
+
+    from _typeshed import DataclassInstance
 
     from trackopt.distributed.collectives import Collectives
     from trackopt.training.objects import Training
@@ -20,7 +22,10 @@ if TYPE_CHECKING:
 
 
 def check_consistency(
-    collectives: Collectives, training: Training, scheduler_configs: Mapping[str, Any], arguments: Mapping[str, Any]
+    collectives: Collectives,
+    training: Training,
+    scheduler_configs: Mapping[str, Any],
+    options: Sequence[DataclassInstance],
 ) -> None:
     """Refuse ranks that differ in their script, their objects or their arguments.
 
@@ -28,13 +33,13 @@ def check_consistency(
         collectives: This process among those of the training.
         training: Its objects.
         scheduler_configs: The settings of its schedulers.
-        arguments: What else ``wrap`` was given that decides what the loop does.
+        options: The options of ``wrap`` that decide what the loop does.
 
     Raises:
         RunError: On every rank, the first difference that there is.
     """
     found = collectives.all_gather_object(
-        _fingerprints(training, scheduler_configs, arguments) if collectives.world_size > 1 else {}
+        _fingerprints(training, scheduler_configs, options) if collectives.world_size > 1 else {}
     )
     collectives.run_on_all(lambda: _compare(found))
 
@@ -53,7 +58,7 @@ def _compare(found: list[_Fingerprints]) -> None:
 
 
 def _fingerprints(
-    training: Training, scheduler_configs: Mapping[str, Any], arguments: Mapping[str, Any]
+    training: Training, scheduler_configs: Mapping[str, Any], options: Sequence[DataclassInstance]
 ) -> _Fingerprints:
     """What must be the same, in a word that a reader understands and as a checksum of all of it."""
     script = Path(getattr(sys.modules["__main__"], "__file__", None) or "")
@@ -66,7 +71,7 @@ def _fingerprints(
         "optimizer": _fingerprint(", ".join(map(_short_class_name, optimizers.values())), names),
         "scheduler": _fingerprint(", ".join(map(_short_class_name, schedulers.values())), scheduler_configs),
         "objects": _fingerprint(", ".join(training.stateful)),
-        **{name: _fingerprint(str(value)) for name, value in arguments.items()},
+        **{name: _fingerprint(str(value)) for each in options for name, value in vars(each).items()},
     }
 
 

@@ -144,8 +144,8 @@ def test_not_strict_loads_what_fits_and_lists_the_rest(caplog):
     assert torch.equal(net[2].weight, head)
     assert net[2].weight not in mine.state
     assert (scheduler.step_size, scheduler.last_epoch) == (5, 6)
-    assert "left as it is here: 2.weight was saved as 2×8 float32, here it is 5×8 float32" in caplog.text
-    assert "left as it is here: scheduler.step_size was 3" in caplog.text
+    assert "not restored: 2.weight was saved as 2×8 float32, here it is 5×8 float32" in caplog.text
+    assert "not restored: scheduler.step_size was 3" in caplog.text
     run.close()
 
 

@@ -139,7 +139,7 @@ def test_what_fails_beside_the_training_is_told_at_the_next_step(error, monkeypa
             fail,
         )
         run.save()
-        while run._saving._in_flight.is_alive():
+        while run._loop.checkpoints.saver._in_flight.is_alive():
             time.sleep(0.001)
     assert "training goes on" not in caplog.text
     step()
