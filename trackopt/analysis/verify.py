@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from trackopt import locations
 from trackopt.archive.verify import find_problems
 from trackopt.errors import ArchiveError
+from trackopt.rundir.checkpoints import list_checkpoints
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -77,7 +78,7 @@ def _run(path: Path) -> tuple[list[Path], list[Path]]:
     from trackopt import journal
 
     written = path / journal.NAME
-    return list(locations.checkpoints(path).values()), [written] if written.is_file() else []
+    return list(list_checkpoints(path).values()), [written] if written.is_file() else []
 
 
 def check_file(place: str | Path) -> FileReport:

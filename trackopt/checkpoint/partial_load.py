@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
 
     from trackopt.archive import Archive
-    from trackopt.archive.formats.torch_zip import ZipSource
+    from trackopt.archive.formats.zip_source import ZipSource
     from trackopt.archive.tree import Storage
 
 #: What the unpickler raises of a pickle that makes no sense.

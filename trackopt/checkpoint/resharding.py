@@ -127,5 +127,5 @@ def _local_shard(value: Tensor | LazyTensor, live: Any) -> Tensor:
         part = value.read(offsets, sizes)
     else:
         part = value[tuple(slice(start, start + size) for start, size in zip(offsets, sizes, strict=True))].clone()
-    stride = tree.contiguous(tuple(value.shape))
+    stride = tree.contiguous_strides(tuple(value.shape))
     return DTensor.from_local(part, mesh, placements, run_check=False, shape=value.shape, stride=stride)

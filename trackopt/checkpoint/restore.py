@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from trackopt import locations, remote
 from trackopt import state as training_state
 from trackopt.archive import verify
-from trackopt.archive.formats.torch_zip import ZipSource
+from trackopt.archive.formats.zip_source import ZipSource
 from trackopt.checkpoint.apply import restore as put
 from trackopt.checkpoint.foreign import read_foreign
 from trackopt.checkpoint.partial_load import load_keys

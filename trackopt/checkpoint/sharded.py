@@ -137,7 +137,7 @@ def write_collectively(
             write(shards.rest, part / UNSHARDED_FILE, before_commit=lambda: None)
             listed = {name: each for own in sums for name, each in own.items()}
             listed |= {name: manifest.checksum(part / name) for name in (".metadata", UNSHARDED_FILE)}
-            _write_synced(part / manifest.NAME, manifest.content(listed))
+            _write_synced(part / manifest.NAME, manifest.encode(listed))
             before_commit()
             commit_directory(part, path)
 

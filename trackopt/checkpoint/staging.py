@@ -12,7 +12,14 @@ import numpy as np
 import torch
 
 from trackopt.archive.io.checksums import crc32
-from trackopt.archive.io.zip_writer import FRAME, ZipEntry, central_directory, directory_size, plan_entries
+from trackopt.archive.io.zip_writer import (
+    ZipEntry,
+    central_directory,
+    constant_records,
+    directory_size,
+    plan_entries,
+    serialization_id,
+)
 from trackopt.checkpoint.pickler import pickled
 from trackopt.errors import CheckpointError
 
@@ -48,9 +55,9 @@ class Staging:
         size = found[-1].end + directory_size(found)
         memory = self._reserve(size)
         for place in found:
-            memory[place.header : place.data] = place.local()
+            memory[place.header : place.data] = place.local_header()
         small = [*found[:4], found[-2]]
-        for place, content in zip(small, (pickle, *FRAME), strict=True):
+        for place, content in zip(small, (pickle, *constant_records()), strict=True):
             memory[place.data : place.stop] = content
         for place, storage in zip(found[4:-2], storages, strict=True):
             _copy(storage, memory, place)
@@ -93,13 +100,13 @@ class Staged:
         crcs: list[int] = []
         for place in self._places[:-1]:
             crcs.append(crc32(self.memory[place.data : place.stop]))
-            self.memory[place.stop : place.end] = place.descriptor(crcs[-1])
+            self.memory[place.stop : place.end] = place.data_descriptor(crcs[-1])
             yield place.end
         last = self._places[-1]
-        identity = f"{crc32(b''.join(place.name for place in self._places)):020d}{crc32(repr(crcs).encode()):020d}"
-        self.memory[last.data : last.stop] = identity.encode()
-        crcs.append(crc32(identity.encode()))
-        self.memory[last.stop : last.end] = last.descriptor(crcs[-1])
+        identity = serialization_id(self._places, crcs)
+        self.memory[last.data : last.stop] = identity
+        crcs.append(crc32(identity))
+        self.memory[last.stop : last.end] = last.data_descriptor(crcs[-1])
         self.memory[last.end : self.size] = central_directory(self._places, crcs)
         yield self.size
 

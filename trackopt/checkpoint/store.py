@@ -19,6 +19,7 @@ from trackopt.checkpoint.snapshot import FORMAT
 from trackopt.checkpoint.staging import Staging
 from trackopt.checkpoint.writer import PARTIAL_SUFFIX, write
 from trackopt.errors import ArchiveError, CheckpointError, MismatchError
+from trackopt.rundir.checkpoints import list_checkpoints
 from trackopt.utils.files import fsync_directory
 
 if TYPE_CHECKING:
@@ -165,7 +166,7 @@ class CheckpointStore:
 
     def _by_step(self) -> dict[int, Path]:
         try:
-            return locations.checkpoints(self.folder) if self.folder.exists() else {}
+            return list_checkpoints(self.folder) if self.folder.exists() else {}
         except OSError as error:
             raise CheckpointError(f"{self.folder}: cannot be listed ({error.strerror}); mend the disk") from error
 

@@ -13,6 +13,7 @@ from trackopt import locations, state
 from trackopt.archive import verify
 from trackopt.cli import console
 from trackopt.errors import ArchiveError, RunError
+from trackopt.rundir.checkpoints import list_checkpoints
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -97,7 +98,7 @@ def command(directory: str, as_json: bool) -> None:
 
 def _list(path: Path, *, as_json: bool) -> None:
     if _is_run(path):
-        checkpoints = [_checkpoint(step, file, crc=True) for step, file in locations.checkpoints(path).items()]
+        checkpoints = [_checkpoint(step, file, crc=True) for step, file in list_checkpoints(path).items()]
         rows: list[Any] = checkpoints
         layout = _checkpoints(checkpoints)
     else:
@@ -127,7 +128,7 @@ def _is_run(path: Path) -> bool:
 
 
 def _run(path: Path) -> Run:
-    files = locations.checkpoints(path)
+    files = list_checkpoints(path)
     stats = [file.stat() for file in files.values()]
     newest = _checkpoint(*list(files.items())[-1], crc=False) if files else None
     lines = _last_lines(path / "metrics.jsonl")

@@ -41,7 +41,7 @@ class Model:
     @property
     def trainable(self) -> dict[str, Tensor]:
         """What looks like a parameter: floating, and no running statistic; of a pickled module what is one."""
-        told = {name: tensor for name, tensor in self.tensors.items() if tensor.parameter}
+        told = {name: tensor for name, tensor in self.tensors.items() if tensor.is_parameter}
         return told or {
             name: tensor
             for name, tensor in self.tensors.items()

@@ -159,7 +159,7 @@ def test_a_directory_that_cannot_be_listed_stops_no_training(monkeypatch, caplog
 
     run.save(wait=True)
     with monkeypatch.context() as broken:
-        broken.setattr(stores.locations, "checkpoints", fail)
+        broken.setattr(stores, "list_checkpoints", fail)
         step()
         run.save()
     assert "Input/output error" in caplog.text

@@ -169,7 +169,7 @@ def test_a_run_that_died_before_its_first_checkpoint_starts_again():
     assert [s for s, _ in journal.series("run")["loss"]] == [1]
 
 
-@pytest.mark.parametrize("place", ["os.open", "locations.checkpoints", "verify.find_problems"])
+@pytest.mark.parametrize("place", ["os.open", "rundir.list_checkpoints", "verify.find_problems"])
 def test_a_disk_that_cannot_read_now_costs_no_checkpoint(place, monkeypatch):
     """A run that cannot be opened for that says so in one line, and the next attempt goes on from the newest."""
     run, step = wrapped(save_every=1)
@@ -186,7 +186,7 @@ def test_a_disk_that_cannot_read_now_costs_no_checkpoint(place, monkeypatch):
             broken.setattr(os, "open", refusing(os.open, ".pt"))
             broken.setattr(Path, "open", refusing(Path.open, ".pt"))
         else:
-            broken.setattr(getattr(stores, room), name, fail)
+            broken.setattr(getattr(stores, room, stores), name, fail)
         with pytest.raises(CheckpointError, match="Input/output error"):
             wrapped()
     run, _ = wrapped()

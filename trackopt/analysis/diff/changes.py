@@ -169,7 +169,7 @@ def _change(one: Leaf, other: Leaf, kind: str, numbers: Numbers | None = None, *
 
 def _pair(archives: tuple[Archive, Archive], x: Any, y: Any) -> Pair | None:
     """Two tensors whose values are to be compared."""
-    if not (isinstance(x, Tensor) and isinstance(y, Tensor)) or x.shape != y.shape or x.meta or y.meta:
+    if not (isinstance(x, Tensor) and isinstance(y, Tensor)) or x.shape != y.shape or x.is_meta or y.is_meta:
         return None
     pair = Pair(TensorReader(archives[0].source, x), TensorReader(archives[1].source, y))
     return pair if x.dtype == y.dtype or pair.numeric else None
@@ -186,7 +186,7 @@ def _kind(x: Any, y: Any, tolerance: Tolerance) -> str:
     if isinstance(x, Tensor) and isinstance(y, Tensor):
         if x.shape != y.shape:
             return "shape"
-        return "dtype" if x.dtype != y.dtype else "same" if x.meta == y.meta else "value"
+        return "dtype" if x.dtype != y.dtype else "same" if x.is_meta == y.is_meta else "value"
     if isinstance(x, Tensor) or isinstance(y, Tensor):
         return "value"
     return "same" if same(x, y, tolerance) else "value"

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from trackopt.analysis.diff import elements, numbers
 from trackopt.analysis.diff.numbers import Numbers, Tolerance
 from trackopt.archive import decode as values
-from trackopt.archive.formats.members import StorageRegion
-from trackopt.archive.formats.torch_zip import ZipSource
+from trackopt.archive.formats.members import StorageRange
+from trackopt.archive.formats.zip_source import ZipSource
 from trackopt.errors import ArchiveError
 
 if TYPE_CHECKING:
@@ -199,7 +199,7 @@ def _ordered_results(
 def _view(pair: Pair) -> tuple[Any, ...]:
     """What decides which bytes a pair shows, and what they mean."""
     return tuple(
-        (id(side.source), id(one.storage.region), one.storage.key, one.offset, one.shape, one.stride, one.dtype,
+        (id(side.source), id(one.storage.byte_range), one.storage.key, one.offset, one.shape, one.stride, one.dtype,
          one.conj, one.neg)
         for side in (pair.a, pair.b)
         for one in (side.tensor,)
@@ -227,7 +227,7 @@ def _pieces(pair: Pair) -> Iterator[Pair]:
     """A pair in parts that can be compared apart; what does not lie in order in both files is one."""
     pair = _in_memory_order(pair)
     count = pair.a.tensor.elements
-    if count <= _PIECE or not (pair.a.tensor.contiguous and pair.b.tensor.contiguous):
+    if count <= _PIECE or not (pair.a.tensor.is_contiguous and pair.b.tensor.is_contiguous):
         yield pair
         return
     for start in range(0, count, _PIECE):
@@ -246,7 +246,7 @@ def _in_memory_order(pair: Pair) -> Pair:
     The sums do not depend on the order, and what is contiguous is read in pieces.
     """
     stride = pair.a.tensor.stride
-    if stride != pair.b.tensor.stride or pair.a.tensor.contiguous:
+    if stride != pair.b.tensor.stride or pair.a.tensor.is_contiguous:
         return pair
     order = sorted(range(len(stride)), key=lambda axis: -stride[axis])
     return Pair(_permuted(pair.a, order), _permuted(pair.b, order))
@@ -259,9 +259,9 @@ def _permuted(side: TensorReader, order: list[int]) -> TensorReader:
 
 def _record(source: TensorSource, storage: Storage) -> Record | None:
     """The record of a zip file that a storage is, if it is one."""
-    if isinstance(storage.region, StorageRegion):
-        return _record(storage.region.source, storage.region.storage)
-    if storage.region is not None or not isinstance(source, ZipSource):
+    if isinstance(storage.byte_range, StorageRange):
+        return _record(storage.byte_range.source, storage.byte_range.storage)
+    if storage.byte_range is not None or not isinstance(source, ZipSource):
         return None
     try:
         return source.record(storage)

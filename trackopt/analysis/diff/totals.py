@@ -108,7 +108,7 @@ def accumulate(changes: Iterable[Change], a: Archive, comparison: TensorComparer
             if change.kind == "same" and change.numbers is None and _measured(change.role):
                 still.append(change)
     moved = {kin for kin, numbers in _summed(tally) if numbers.differing}
-    still = [change for change in still if _role_key(change) in moved and not change.a.meta]
+    still = [change for change in still if _role_key(change) in moved and not change.a.is_meta]
     for change, numbers in zip(still, comparison.norms(TensorReader(a.source, one.a) for one in still), strict=True):
         _sum(tally, replace(change, numbers=numbers))
     return tally

@@ -105,7 +105,7 @@ def measure(archive: Archive, progress: Callable[[int, int], None] | None = None
     alike: dict[tuple[Tensor, int], list[str]] = {}
     for name, tensor in archive.tensors():
         if tensor.dtype.startswith(_MEASURED) and out_of_bounds_reason(tensor, archive.source) is None:
-            alike.setdefault((_flat(tensor), id(tensor.storage.region)), []).append(name)
+            alike.setdefault((_flat(tensor), id(tensor.storage.byte_range)), []).append(name)
     pieces = [(key, piece) for key in alike for piece in _pieces(key[0])]
     tell = _counted(progress, sum(piece.nbytes for _, piece in pieces))
 
@@ -140,13 +140,13 @@ def _flat(tensor: Tensor) -> Tensor:
     """The same values in the order of the file, where that can be: a transposed matrix is read as it lies."""
     order = sorted(range(len(tensor.shape)), key=lambda axis: tensor.stride[axis], reverse=True)
     lying = replace(tensor, shape=tuple(tensor.shape[a] for a in order), stride=tuple(tensor.stride[a] for a in order))
-    if lying.contiguous:
-        return replace(lying, shape=(tensor.elements,), stride=(1,), parameter=False, requires_grad=False)
+    if lying.is_contiguous:
+        return replace(lying, shape=(tensor.elements,), stride=(1,), is_parameter=False, requires_grad=False)
     return tensor
 
 
 def _pieces(tensor: Tensor) -> Iterator[Tensor]:
-    if not tensor.contiguous or tensor.nbytes <= _PIECE:
+    if not tensor.is_contiguous or tensor.nbytes <= _PIECE:
         yield tensor
         return
     step = _PIECE // tensor.itemsize
@@ -155,7 +155,7 @@ def _pieces(tensor: Tensor) -> Iterator[Tensor]:
 
 
 def _measured(archive: Archive, tensor: Tensor) -> Statistics | None:
-    if not tensor.contiguous and tensor.nbytes > _GATHERED:
+    if not tensor.is_contiguous and tensor.nbytes > _GATHERED:
         return None
     try:
         return merge(map(_block, archive.chunks(tensor, _BLOCK * min(tensor.itemsize, 4))))
