@@ -1,8 +1,8 @@
-"""Tensor values from the file, as NumPy arrays: in slices, of every dtype, whatever the strides.
+"""Tensor values from the file, as NumPy arrays: in slices, of every dtype, with any strides.
 
-NumPy is imported when the first array is asked for, so that a look at a checkpoint's structure does not pay
-for it. Dtypes that NumPy lacks are widened: bfloat16 and float8 to float32, complex32 to complex64.
-Quantized and packed ones are given as the integers that they are stored as.
+NumPy is imported for the first array, so that reading only a checkpoint's structure does not pay for it. Dtypes that
+NumPy lacks are widened: bfloat16 and float8 to float32, complex32 to complex64. Quantized and packed ones are returned
+as the stored integers.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ if TYPE_CHECKING:
 
     Array = NDArray[Any]
 
-CHUNK = 4 << 20
-_MAX_EXPANDED = 1 << 30
-_MAX_COUNTED = 1 << 58  # elements that NumPy can count the bytes of, whatever their dtype
-#: How NumPy reads an element that it knows.
-_PLAIN = {
+CHUNK_BYTES = 4 << 20
+_MAX_EXPANDED_BYTES = 1 << 30
+_MAX_ELEMENTS = 1 << 58  # whose bytes NumPy can count, whatever their dtype
+#: NumPy's type codes of the dtypes that it has.
+_NUMPY_CODES = {
     "float64": "f8", "float32": "f4", "float16": "f2", "int64": "i8", "int32": "i4",
     "int16": "i2", "int8": "i1",
     "uint64": "u8", "uint32": "u4", "uint16": "u2", "uint8": "u1", "complex64": "c8", "complex128": "c16",
     "qint32": "i4", "qint8": "i1",
 }  # fmt: skip
-_LETTERS = {
+_STRUCT_CODES = {
     "float64": "d", "float32": "f", "float16": "e", "int64": "q", "int32": "i", "int16": "h", "int8": "b",
     "uint64": "Q", "uint32": "I", "uint16": "H", "uint8": "B", "bool": "?",
 }  # fmt: skip
-#: Exponent bits, mantissa bits, exponent bias, and which patterns are not finite, of the eight-bit floats.
+#: Exponent bits, mantissa bits, exponent bias, and the patterns that are not finite, of the eight-bit floats.
 _FLOAT8 = {
     "float8_e4m3fn": (4, 3, 7, "nan at the top"),
     "float8_e5m2": (5, 2, 15, "as IEEE"),
@@ -49,14 +49,14 @@ _FLOAT8 = {
 
 
 def scalar(source: TensorSource, tensor: Tensor) -> float | int | None:
-    """The value of a tensor with one element, without NumPy; None for a dtype that is no plain number."""
+    """Return the value of a tensor with one element, without NumPy; None for a dtype that is no plain number."""
     check(source, tensor)
-    letter = "H" if tensor.dtype == "bfloat16" else _LETTERS.get(tensor.dtype)
-    if letter is None or tensor.elements != 1:
+    code = "H" if tensor.dtype == "bfloat16" else _STRUCT_CODES.get(tensor.dtype)
+    if code is None or tensor.elements != 1:
         return None
     start = tensor.offset * tensor.itemsize
     order = "<" if source.byteorder == "little" else ">"
-    (value,) = struct.unpack(order + letter, read_storage(source, tensor.storage, start, start + tensor.itemsize))
+    (value,) = struct.unpack(order + code, read_storage(source, tensor.storage, start, start + tensor.itemsize))
     if tensor.dtype == "bfloat16":
         (value,) = struct.unpack("<f", struct.pack("<I", value << 16))
     result: float | int = -value if tensor.neg else value
@@ -66,63 +66,61 @@ def scalar(source: TensorSource, tensor: Tensor) -> float | int | None:
 def check(source: TensorSource, tensor: Tensor) -> None:
     """Raise ArchiveError unless the tensor's values are all in its storage."""
     problem = out_of_bounds_reason(tensor, source)
-    if problem is None and tensor.nbytes > max(_MAX_EXPANDED, tensor.storage.nbytes):
+    if problem is None and tensor.nbytes > max(_MAX_EXPANDED_BYTES, tensor.storage.nbytes):
         problem = f"a tensor of {tensor.nbytes:,} bytes is made of {tensor.storage.nbytes:,} stored ones"
-    if math.prod(max(1, size) for size in tensor.shape) > _MAX_COUNTED:
+    if math.prod(max(1, size) for size in tensor.shape) > _MAX_ELEMENTS:
         problem = "its shape is larger than an array can be"  # without elements, if one dimension is 0
-    if tensor.meta:
+    if tensor.is_meta:
         problem = "a tensor on the meta device has no values"
     if problem is not None:
         problem = problem.removeprefix(f"{source.path}: ")
         raise ArchiveError(f"{source.path}: {problem}; its values cannot be read, use another checkpoint")
 
 
-def raw(source: TensorSource, tensor: Tensor, chunk: int = CHUNK) -> Iterator[bytes | memoryview]:
-    """The stored bytes of a tensor's elements, in logical order, in pieces of at most ``chunk`` bytes.
+def raw(source: TensorSource, tensor: Tensor, chunk: int = CHUNK_BYTES) -> Iterator[bytes | memoryview]:
+    """Yield the stored bytes of a tensor's elements, in logical order, in chunks of at most ``chunk`` bytes.
 
-    A contiguous tensor is read piece by piece; of any other one the whole stretch that it lies in is held
-    in memory.
+    A contiguous tensor is read chunk by chunk; of any other one the whole extent is read into memory.
     """
     check(source, tensor)
     step = max(1, chunk // tensor.itemsize) * tensor.itemsize
     start = tensor.offset * tensor.itemsize
-    if tensor.contiguous:
+    if tensor.is_contiguous:
         for position in range(0, tensor.nbytes, step):
             stop = min(position + step, tensor.nbytes)
             yield read_storage(source, tensor.storage, start + position, start + stop)
         return
-    whole = memoryview(_gathered(source, tensor, start).tobytes())
+    data = memoryview(_gather(source, tensor, start).tobytes())
     for position in range(0, tensor.nbytes, step):
-        yield whole[position : position + step]
+        yield data[position : position + step]
 
 
-def _gathered(source: TensorSource, tensor: Tensor, start: int) -> Array:
+def _gather(source: TensorSource, tensor: Tensor, start: int) -> Array:
     import numpy as np
 
     size = tensor.itemsize
     data = np.frombuffer(read_storage(source, tensor.storage, start, start + tensor.extent * size), f"V{size}")
     strides = [step * size for step in tensor.stride]
-    return np.ascontiguousarray(np.lib.stride_tricks.as_strided(data, tensor.shape, strides, writeable=False)).view(
-        "u1"
-    )
+    view = np.lib.stride_tricks.as_strided(data, tensor.shape, strides, writeable=False)
+    return np.ascontiguousarray(view).view("u1")
 
 
-def chunks(source: TensorSource, tensor: Tensor, chunk: int = CHUNK) -> Iterator[Array]:
-    """A tensor's values in logical order, as flat arrays made of at most ``chunk`` stored bytes each."""
+def chunks(source: TensorSource, tensor: Tensor, chunk: int = CHUNK_BYTES) -> Iterator[Array]:
+    """Iterate over a tensor's values in logical order, as flat arrays of at most ``chunk`` stored bytes each."""
     for data in raw(source, tensor, chunk):
         yield values(data, tensor, source.byteorder)
 
 
 def read(source: TensorSource, tensor: Tensor) -> Array:
-    """A tensor's values as an array of its shape.
+    """Return a tensor's values as an array of its shape.
 
     Raises:
         ArchiveError: Its record is shorter than its shape says.
     """
     import numpy as np
 
-    pieces = list(chunks(source, tensor)) or [values(b"", tensor, source.byteorder)]
-    array = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+    arrays = list(chunks(source, tensor)) or [values(b"", tensor, source.byteorder)]
+    array = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
     if array.size != math.prod(tensor.shape):
         raise ArchiveError(
             f"{source.path}: {array.size} values are stored of a tensor of shape {list(tensor.shape)}; it is damaged"
@@ -131,17 +129,17 @@ def read(source: TensorSource, tensor: Tensor) -> Array:
 
 
 def values(data: bytes | memoryview, tensor: Tensor, byteorder: str) -> Array:
-    """What stored bytes of a tensor mean, as a flat array."""
+    """Decode stored bytes of a tensor to a flat array."""
     import numpy as np
 
-    array: Array = _decoded(data, tensor.dtype, "<" if byteorder == "little" else ">")
+    array: Array = _decode(data, tensor.dtype, "<" if byteorder == "little" else ">")
     array = array.conj() if tensor.conj else array
     if tensor.neg:
         np.negative(array, out=(array := array.copy()))
     return array
 
 
-def _decoded(data: bytes | memoryview, dtype: str, order: str) -> Array:
+def _decode(data: bytes | memoryview, dtype: str, order: str) -> Array:
     import numpy as np
 
     array: Array
@@ -153,9 +151,9 @@ def _decoded(data: bytes | memoryview, dtype: str, order: str) -> Array:
         array = np.frombuffer(data, order + "f2").astype("f4").view("c8")
     elif dtype in _FLOAT8 or dtype == "float8_e8m0fnu":
         array = _float8(dtype)[np.frombuffer(data, "u1")]
-    elif dtype in _PLAIN:
-        array = np.frombuffer(data, order + _PLAIN[dtype])
-        array = array if order == "<" else array.astype(_PLAIN[dtype])
+    elif dtype in _NUMPY_CODES:
+        array = np.frombuffer(data, order + _NUMPY_CODES[dtype])
+        array = array if order == "<" else array.astype(_NUMPY_CODES[dtype])
     else:
         array = np.frombuffer(data, order + "u2" if dtype == "bits16" else "u1")
     return array
@@ -163,7 +161,7 @@ def _decoded(data: bytes | memoryview, dtype: str, order: str) -> Array:
 
 @cache
 def _float8(dtype: str) -> Array:
-    """The 256 values of an eight-bit float, after the OCP and the fnuz definitions."""
+    """Return the 256 values of an eight-bit float, after the OCP and the fnuz definitions."""
     import numpy as np
 
     codes = np.arange(256)

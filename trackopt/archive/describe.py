@@ -1,19 +1,22 @@
-"""A value of a checkpoint's tree in a few words, however large it is."""
+"""Short texts for the values of a checkpoint's tree, whatever their size."""
 
 from __future__ import annotations
 
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trackopt.archive.tree import Global, Storage, Tensor, TensorSubclass, UnknownObject
 
-_ITEMS = 4
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+_MAX_ITEMS = 4
 
 
 def describe(value: Any, depth: int = 2) -> str:
-    """A short text for a value; at most some ten items of a container are looked at.
+    """Return a short text for a value, from at most some ten items of a container.
 
-    Control characters are left in it: whoever prints it cleans it.
+    Control characters stay in it; the caller that prints it must sanitize it.
 
     Example:
         >>> describe((0.9, 0.999)), describe({"a": [1] * 9})
@@ -32,23 +35,22 @@ def describe(value: Any, depth: int = 2) -> str:
     if isinstance(value, UnknownObject):
         return f"<{value.name}>"
     if isinstance(value, dict):
-        return _inside(
-            "{}", len(value), (f"{describe(k, 0)}: {describe(v, depth - 1)}" for k, v in value.items()), depth
-        )
+        items = (f"{describe(k, 0)}: {describe(v, depth - 1)}" for k, v in value.items())
+        return _join("{}", len(value), items, depth)
     if isinstance(value, list | tuple):
         marks = "[]" if isinstance(value, list) else "()"
-        return _inside(marks, len(value), (describe(item, depth - 1) for item in value), depth)
+        return _join(marks, len(value), (describe(item, depth - 1) for item in value), depth)
     if isinstance(value, Global):
         return value.name
     return repr(value)
 
 
-def _inside(marks: str, length: int, parts: Any, depth: int) -> str:
+def _join(marks: str, length: int, items: Iterable[str], depth: int) -> str:
     if not length:
         return marks
     if depth <= 0:
         return f"{marks[0]}{length} items{marks[1]}"
-    shown = list(islice(parts, _ITEMS))
-    if length > _ITEMS:
+    shown = list(islice(items, _MAX_ITEMS))
+    if length > _MAX_ITEMS:
         shown.append(f"… {length} items")
     return marks[0] + ", ".join(shown) + marks[1]

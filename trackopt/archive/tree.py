@@ -1,7 +1,7 @@
-"""What a checkpoint's tree is made of: plain Python values, and the inert nodes defined here.
+"""The nodes of a checkpoint's tree: plain Python values, and the inert classes defined here.
 
-Dictionaries, lists, tuples, strings, bytes, numbers, booleans and ``None`` stand for themselves. Everything
-that would need somebody else's code to exist becomes one of these nodes, which only describe.
+Dictionaries, lists, tuples, strings, bytes, numbers, booleans and ``None`` stay as they are. An object that only the
+code of its class could build becomes one of these nodes, which only describe it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from trackopt.archive.io.byte_ranges import ByteRange
 
-#: Bytes per element of every dtype that a checkpoint can name, without the ``torch.`` in front.
+#: Bytes per element of every dtype that a checkpoint can name, by its name without ``torch.``.
 ITEMSIZE: dict[str, int] = {
     "float64": 8, "float32": 4, "float16": 2, "bfloat16": 2,
     "float8_e4m3fn": 1, "float8_e5m2": 1, "float8_e4m3fnuz": 1, "float8_e5m2fnuz": 1, "float8_e8m0fnu": 1,
@@ -29,48 +29,48 @@ ITEMSIZE: dict[str, int] = {
 }  # fmt: skip
 
 
-def contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The strides of a tensor whose elements lie one after the other."""
+def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the strides of a contiguous tensor."""
     strides = [1]
     for size in reversed(shape[1:]):
         strides.append(strides[-1] * max(1, size))
     return tuple(reversed(strides[: len(shape)]))
 
 
-#: The kind of a `Tensor` that stands for many bytes in a pickle.
+#: The kind of a `Tensor` that represents a long byte string of a pickle.
 BYTES = "builtins.bytes"
 
 
 @dataclass(frozen=True, slots=True)
 class Storage:
-    """A stretch of bytes in the file that tensors look into.
+    """The bytes in the file that tensors are views of.
 
     Attributes:
         key: Its name in the file; tensors with the same key share their memory.
-        dtype: The dtype it was declared with; ``"uint8"`` for an untyped one.
-        device: Where it lived, as ``"cuda:0"``.
+        dtype: The dtype it was declared with; ``"uint8"`` for an untyped storage.
+        device: The device that it was on, as ``"cuda:0"``.
         nbytes: Its size in bytes.
-        region: Where its bytes are, if it says so itself; otherwise the container finds them by the key.
-        byteorder: ``"little"`` or ``"big"``, if it is not the container's.
+        byte_range: Its bytes; if None, the container finds them by the key.
+        byteorder: ``"little"`` or ``"big"``, if it differs from the container's.
     """
 
     key: str
     dtype: str
     device: str
     nbytes: int
-    region: ByteRange | None = field(default=None, repr=False, compare=False)
+    byte_range: ByteRange | None = field(default=None, repr=False, compare=False)
     byteorder: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Quantizer:
-    """How integers stand for real numbers: ``scale * (integer - zero_point)``.
+    """The mapping of integers to real numbers: ``scale * (integer - zero_point)``.
 
     Attributes:
         scheme: As ``"per_tensor_affine"``.
-        scale: One number, or a tensor with one for each channel.
+        scale: A number, or a tensor with one element per channel.
         zero_point: The same.
-        axis: The dimension that the channels are along, if there are any.
+        axis: The dimension of the channels, if there are any.
     """
 
     scheme: str
@@ -81,14 +81,14 @@ class Quantizer:
 
 @dataclass(frozen=True, slots=True)
 class TensorSubclass:
-    """A tensor made of several: sparse, nested, or of a class that wraps others.
+    """A tensor that consists of several: sparse, nested, or of a class that wraps others.
 
     Attributes:
         kind: Its layout or class, as ``"torch.sparse_csr"``.
-        dtype: That of its values.
-        shape: Elements along each dimension; empty where that is not known.
-        components: The tensors that it is made of, by name.
-        placements: How each dimension of the device mesh holds it, as ``"Shard(dim=0)"``, if it is distributed.
+        dtype: The dtype of its values.
+        shape: Elements along each dimension; empty if unknown.
+        components: The tensors that it consists of, by name.
+        placements: Its placement along each dimension of the device mesh, as ``"Shard(dim=0)"``, if it is a DTensor.
     """
 
     kind: str
@@ -99,8 +99,8 @@ class TensorSubclass:
 
     @property
     def is_nested(self) -> bool:
-        """Whether one of its parts has parts, too."""
-        return any(isinstance(part, TensorSubclass) for part in self.components.values())
+        """True if a component has components, too."""
+        return any(isinstance(component, TensorSubclass) for component in self.components.values())
 
     def __repr__(self) -> str:
         return f"<{self.kind} {list(self.shape)}>"
@@ -108,20 +108,20 @@ class TensorSubclass:
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """A tensor's description; its values stay in the file until they are asked for.
+    """A tensor's description; its values stay in the file until they are read.
 
     Attributes:
-        storage: The bytes it looks into.
+        storage: The bytes that it is a view of.
         dtype: As ``"float32"``.
         shape: Elements along each dimension.
         stride: Elements from one entry to the next along each dimension.
-        offset: Elements before its first one.
-        parameter: Whether it was an ``nn.Parameter``.
-        requires_grad: Whether gradients were wanted.
+        offset: Elements of the storage before its first one.
+        is_parameter: Whether it was an ``nn.Parameter``.
+        requires_grad: Whether gradients were computed for it.
         conj: Whether the values are the conjugates of the stored ones.
         neg: Whether the values are the negatives of the stored ones.
-        kind: The class whose values these are: ``numpy.ndarray``, a subclass of Tensor, or many plain bytes.
-        quantizer: What turns its integers into real numbers, if it is quantized.
+        kind: Its class: ``torch.Tensor``, a subclass of it, ``numpy.ndarray``, or `BYTES`.
+        quantizer: The mapping of its integers to real numbers, if it is quantized.
     """
 
     storage: Storage
@@ -129,7 +129,7 @@ class Tensor:
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     offset: int = 0
-    parameter: bool = False
+    is_parameter: bool = False
     requires_grad: bool = False
     conj: bool = False
     neg: bool = False
@@ -137,13 +137,13 @@ class Tensor:
     quantizer: Quantizer | None = None
 
     @property
-    def meta(self) -> bool:
-        """Whether it was on the meta device, where tensors have a shape and no values."""
+    def is_meta(self) -> bool:
+        """True if it was on the meta device, whose tensors have no values."""
         return self.storage.device == "meta"
 
     @property
     def elements(self) -> int:
-        """How many values it has."""
+        """The number of its values."""
         return math.prod(self.shape)
 
     @property
@@ -158,14 +158,14 @@ class Tensor:
 
     @property
     def extent(self) -> int:
-        """Elements from its first to behind its furthest one, in its storage."""
+        """Elements of its storage from its first to its last one, both included."""
         if 0 in self.shape:
             return 0
         return 1 + sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
 
     @property
-    def contiguous(self) -> bool:
-        """Whether its values lie in the file one after the other, in order."""
+    def is_contiguous(self) -> bool:
+        """True if its values are in the file one after the other, in row-major order."""
         expected = 1
         for size, step in zip(reversed(self.shape), reversed(self.stride), strict=True):
             if size != 1 and step != expected:
@@ -186,17 +186,16 @@ class Global:
 
 @dataclass(eq=False, slots=True)
 class UnknownObject:
-    """An object of a class that is described, not built.
+    """An object that is described, not built.
 
-    It is not frozen, since a pickle refers to an object before it says what is in it; readers do not change
-    it.
+    It is not frozen, since a pickle refers to an object before its content; readers must not change it.
 
     Attributes:
-        name: The class or function that would have made it.
-        args: What that would have been called with.
-        state: What its ``__setstate__`` or ``__dict__`` would have received.
-        items: What would have been appended or added to it.
-        entries: What would have been set in it by key.
+        name: The class or function that builds it.
+        args: The arguments of that call.
+        state: The argument of its ``__setstate__``, or its ``__dict__``.
+        items: Items that are appended or added to it.
+        entries: Items that are set in it by key.
     """
 
     name: str
@@ -209,19 +208,19 @@ class UnknownObject:
         return f"<{self.name}>"
 
     def components(self) -> Iterator[tuple[str, Any]]:
-        """What is known of its inside: ``(where, what)``."""
-        for where in ("args", "state", "items", "entries"):
-            value = getattr(self, where)
+        """Yield the attributes that are not empty: ``(name, value)``."""
+        for name in ("args", "state", "items", "entries"):
+            value = getattr(self, name)
             if value not in (None, (), [], {}):
-                yield where, value
+                yield name, value
 
 
 Path = tuple[str, ...]
-_MODULE = ("_parameters", "_buffers", "_modules")
+_MODULE_KEYS = ("_parameters", "_buffers", "_modules")
 
 
 def children(node: object) -> Iterator[tuple[str, Any]]:
-    """The named parts of a node, in order; nothing for a leaf."""
+    """Yield the named children of a node, in order; nothing for a leaf."""
     if isinstance(node, dict):
         for key, value in node.items():
             yield key if isinstance(key, str) else repr(key), value
@@ -235,33 +234,33 @@ def children(node: object) -> Iterator[tuple[str, Any]]:
 
 
 def _attributes(node: UnknownObject) -> Iterator[tuple[str, Any]]:
-    """An object's attributes, where these are all that is known of it; a module's tensors under their names."""
+    """Yield an object's attributes if nothing else is known of it; those of a module as its tensors by name."""
     state = node.state
     if not isinstance(state, dict) or node.args or node.items or node.entries:
         yield from node.components()
         return
-    inside = [state[key] for key in _MODULE if isinstance(state.get(key), dict)]
-    if len(inside) < len(_MODULE):
+    registries = [state[key] for key in _MODULE_KEYS if isinstance(state.get(key), dict)]
+    if len(registries) < len(_MODULE_KEYS):
         yield from children(state)
         return
-    for part in inside:
-        yield from children(part)
+    for registry in registries:
+        yield from children(registry)
     for key, value in state.items():
-        if key not in _MODULE and value not in (None, {}, []):
+        if key not in _MODULE_KEYS and value not in (None, {}, []):
             yield str(key), value
 
 
 def walk(node: object, path: Path = ()) -> Iterator[tuple[Path, Any]]:
-    """All the leaves below a node, in order, each with its path.
+    """Iterate over the leaves below a node, in order, each with its path.
 
-    The tree of an open archive has no cycles and is at most some hundred levels deep, so this ends.
+    This terminates: the tree of an open archive has no cycles and at most some hundred levels.
     """
     pending: list[tuple[Path, Any]] = [(path, node)]
     while pending:
         path, node = pending.pop()
-        below = [((*path, name), child) for name, child in children(node)]
-        if below:
-            pending.extend(reversed(below))
+        nodes = [((*path, name), child) for name, child in children(node)]
+        if nodes:
+            pending.extend(reversed(nodes))
         else:
             yield path, node
 
@@ -270,9 +269,9 @@ _INNER = (Tensor, TensorSubclass, dict, list, tuple, UnknownObject)
 
 
 def tensors(node: object, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
-    """All the tensors below a node, in order, each with its path.
+    """Iterate over the tensors below a node, in order, each with its path.
 
-    Like `walk`, but plain values are passed by: a list of a million numbers costs next to nothing.
+    Unlike `walk`, this skips plain values: a list of a million numbers costs next to nothing.
     """
     pending: list[tuple[Path, Any]] = [(path, node)]
     while pending:
@@ -280,12 +279,12 @@ def tensors(node: object, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
         if isinstance(node, Tensor):
             yield path, node
         else:
-            below = [((*path, name), child) for name, child in _inner(node)]
-            pending.extend(reversed(below))
+            nodes = [((*path, name), child) for name, child in _inner_nodes(node)]
+            pending.extend(reversed(nodes))
 
 
-def _inner(node: object) -> list[tuple[str, Any]]:
-    """The parts of a node that are or may hold tensors; names are made for these alone."""
+def _inner_nodes(node: object) -> list[tuple[str, Any]]:
+    """Return the children of a node that are or may hold tensors; only their names are built."""
     if isinstance(node, dict):
         items = [(key, value) for key, value in node.items() if isinstance(value, _INNER)]
         return [(key if isinstance(key, str) else repr(key), value) for key, value in items]

@@ -1,4 +1,4 @@
-"""Whether a checkpoint's bytes are those that were written: structure, checksums, bounds.
+"""Verification of a checkpoint: structure, checksums, bounds.
 
 Neither torch nor NumPy is imported, and nothing is printed.
 """
@@ -18,17 +18,17 @@ if TYPE_CHECKING:
 
 
 def verify_checkpoint(path: str | Path, *, crc: bool = True) -> list[str]:
-    """What is wrong with a checkpoint; an empty list if nothing is.
+    """Return what is wrong with a checkpoint; an empty list if nothing is.
 
-    The structure is read, every tensor must lie inside its record, and every record's bytes must have the
-    CRC-32 that was written with them. They are streamed: memory stays at a few MB.
+    The structure must be readable, every tensor inside its record, and the CRC-32 of every record as it was written.
+    Records are streamed: memory stays at a few MB.
 
     Args:
         path: A file, or a directory that is one checkpoint.
         crc: Whether to read the tensors' bytes; without it only the structure is checked, in milliseconds.
 
     Returns:
-        One line for each problem. A file that cannot be opened or understood is one too.
+        One line for each problem. It is one, too, if the file cannot be opened or is no checkpoint.
 
     Example:
         >>> verify_checkpoint("nowhere.pt")
@@ -42,19 +42,20 @@ def verify_checkpoint(path: str | Path, *, crc: bool = True) -> list[str]:
 
 
 def find_problems(opened: Archive, *, crc: bool = True) -> list[str]:
-    """The same for an archive that is already open."""
-    found = [*opened.problems, *opened.out_of_bounds_tensors(), *_contradictions(opened)]
+    """Return what is wrong with an archive that is already open."""
+    problems = [*opened.problems, *opened.out_of_bounds_tensors(), *_contradictions(opened)]
     if crc:
-        found.extend(opened.source.verify_checksums())
-    return list(dict.fromkeys(found))
+        problems.extend(opened.source.verify_checksums())
+    return list(dict.fromkeys(problems))
 
 
 def _contradictions(opened: Archive) -> Iterator[str]:
-    """Where two tensors disagree about the storage that they share; torch takes the word of the first."""
-    first: dict[str, str] = {}
-    told: set[str] = set()
+    """Yield one line for each storage whose tensors disagree on its dtype; torch uses the first."""
+    dtypes: dict[str, str] = {}
+    reported: set[str] = set()
     for name, tensor in opened.tensors():
         key, dtype = tensor.storage.key, tensor.storage.dtype
-        if first.setdefault(key, dtype) != dtype and key not in told:
-            told.add(key)
-            yield f"{name}: storage {key!r} is said to be two things, {first[key]} and {dtype}; torch takes the first"
+        if dtypes.setdefault(key, dtype) != dtype and key not in reported:
+            reported.add(key)
+            both = f"{dtypes[key]}, {dtype}"
+            yield f"{name}: tensors disagree on the dtype of storage {key!r} ({both}); torch uses the first"

@@ -17,6 +17,7 @@ from trackopt.errors import TrackoptError
 from trackopt.rehearsal.diagnosis import Cause, Diagnosis, diagnose
 from trackopt.rehearsal.divergence import Divergence, same_series, unused_generators
 from trackopt.rehearsal.training_command import CommandError, TrainingCommand
+from trackopt.rundir.checkpoints import list_checkpoints
 from trackopt.rundir.environment import UNNAMED_PREFIX
 
 if TYPE_CHECKING:
@@ -263,7 +264,7 @@ def _same(a: TrainingCommand, b: TrainingCommand, run: str) -> bool:
 def _changed_paths(a: TrainingCommand, b: TrainingCommand, run: str) -> list[str]:
     """List what differs in the final checkpoints, without generators that nothing drew from: they have no effect."""
     directories = [training.root / run for training in (a, b)]
-    saved = [bool(locations.checkpoints(directory)) for directory in directories]
+    saved = [bool(list_checkpoints(directory)) for directory in directories]
     if not all(saved):
         return ["the final checkpoint"] if any(saved) else []
     unused = unused_generators(a.traces[run]) & unused_generators(b.traces[run])
@@ -295,7 +296,7 @@ def _write_notes(killed: TrainingCommand, kill_steps: list[tuple[str, int]]) -> 
 def _read_facts(directory: Path, trace: Trace) -> RunFacts:
     points = sum(map(len, trace.series.values()))
     facts = RunFacts(trace.name, max(trace.steps, default=0), len(trace.series), points)
-    if not locations.checkpoints(directory):
+    if not list_checkpoints(directory):
         return facts
     with locations.open(directory) as opened:
         training = state.read(opened)

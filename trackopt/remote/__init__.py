@@ -1,50 +1,44 @@
-"""Checkpoints among the artifacts of MLflow's runs, by address: ``runs:/<run id>/checkpoints/step-00000100.pt``.
+"""Checkpoints among the artifacts of MLflow runs, by URI: ``runs:/<run id>/checkpoints/step-00000100.pt``.
 
-A file of a store that is a directory here is read in place. Of one behind a server that grants HTTP ranges only what
-is asked for is fetched; any other is fetched as a whole. MLflow is imported for such addresses only.
+A file in a local artifact store is read in place. From a server that supports HTTP range requests only the requested
+bytes are fetched, from any other store the whole file. MLflow is imported only for such URIs.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from trackopt.remote.uri import is_remote
+
 if TYPE_CHECKING:
     import os
     from pathlib import Path
 
-SCHEME = "runs:/"
+    from trackopt.archive.io.file import File
 
-
-def is_remote(place: str | os.PathLike[str]) -> bool:
-    """Whether a place is an artifact of an MLflow run, and no path here.
-
-    Example:
-        >>> is_remote("runs:/5a3c/checkpoints/step-00000100.pt"), is_remote("runs/digits")
-        (True, False)
-    """
-    return str(place).startswith(SCHEME)
+__all__ = ["complete_uri", "fetch", "is_remote", "locate", "open"]
 
 
 def locate(uri: str | os.PathLike[str]) -> Path:
-    """The file that is meant, as a path here or as the full address of what `open` reads.
+    """Return the local path of an artifact, or the complete URI of a file that `open` reads.
 
     Args:
-        uri: Of a file or a directory; ``runs:/<run id>`` is the newest checkpoint, ``runs:/<run id>@400`` that of
-            step 400.
+        uri: A file or a directory; ``runs:/<run id>`` is the newest checkpoint, ``runs:/<run id>@400`` that of step
+            400.
 
     Raises:
-        ArchiveError: There is no such thing, or the server does not give it.
+        ArchiveError: There is no such artifact, or the server refuses it.
     """
     from trackopt.remote.artifacts import RemoteArtifact
 
     return RemoteArtifact(uri).locate()
 
 
-def open(uri: Path) -> int:  # noqa: A001 - it returns what `os.open` does
-    """A descriptor of a copy that is filled where `copy.pread` reads; it takes room as far as that goes.
+def open(uri: Path) -> File:  # noqa: A001 - it returns what `os.open` does
+    """Open a file on a server; blocks of it are fetched and take disk space when they are read.
 
     Raises:
-        ArchiveError: There is no such file, or the server does not give it.
+        ArchiveError: There is no such file, or the server refuses it.
     """
     from trackopt.remote.artifacts import RemoteArtifact
 
@@ -52,21 +46,21 @@ def open(uri: Path) -> int:  # noqa: A001 - it returns what `os.open` does
 
 
 def complete_uri(uri: str | os.PathLike[str]) -> Path:
-    """The address with the path of the checkpoint that is meant, where it says none.
+    """Return the URI with the path of the checkpoint, which may be missing in it.
 
     Raises:
-        ArchiveError: There is no such checkpoint, or the server does not tell.
+        ArchiveError: There is no such checkpoint, or the server refuses to list them.
     """
     from trackopt.remote.artifacts import RemoteArtifact
 
-    return RemoteArtifact(uri).address
+    return RemoteArtifact(uri).uri
 
 
 def fetch(uri: str | os.PathLike[str]) -> Path:
-    """A path here at which all of it is: in the store, or a copy that stays as long as this process.
+    """Return a local path of the whole artifact: in the store, or a copy that exists as long as this process.
 
     Raises:
-        ArchiveError: There is no such file, or the server does not give it.
+        ArchiveError: There is no such file, or the server refuses it.
     """
     from trackopt.remote.artifacts import download
     from trackopt.utils.mlflow_uri import tracking_uri

@@ -1,4 +1,4 @@
-"""Artifacts of MLflow's runs, through MLflow's own client and stores: its servers, credentials and addresses."""
+"""Artifacts of MLflow runs, through MLflow's own client and stores: its servers, credentials and URIs."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 from mlflow.utils.credentials import get_default_host_creds
 from mlflow.utils.rest_utils import http_request
 
-from trackopt.archive.io.sparse_file import SparseFile, temporary
+from trackopt.archive.io.file import File
+from trackopt.archive.io.sparse_file import SparseFile, open_temporary
 from trackopt.errors import ArchiveError
-from trackopt.remote import SCHEME
+from trackopt.remote.uri import SCHEME, parse
 from trackopt.utils.mlflow_uri import redact_credentials, tracking_uri
 
 if TYPE_CHECKING:
@@ -35,12 +36,11 @@ if TYPE_CHECKING:
     from mlflow.store.artifact.artifact_repo import ArtifactRepository
 
 FOLDER = "checkpoints"
-_RUN = re.compile(r"([\w-]+)(?:@(\d{1,18}))?")
 _STEP = re.compile(r"step-(\d+)(?:\.pt)?")
-_HEAD = 64 << 10  # bytes of the first request, whose answer tells whether the server grants ranges
-_CHUNK = 1 << 20
-#: By MLflow's own one waits minutes for a server that is down, and a bar goes into a log. Who wants that sets them.
-_SETTINGS = {
+_PROBE_BYTES = 64 << 10  # of the first request, whose response shows whether the server supports ranges
+_CHUNK_BYTES = 1 << 20
+#: With MLflow's defaults a server that is down takes minutes, and a progress bar goes into logs. Users can override.
+_MLFLOW_DEFAULTS = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": str(sys.stderr.isatty()),
@@ -52,124 +52,121 @@ class RemoteArtifact:
     """A file or a directory among a run's artifacts.
 
     Args:
-        address: ``runs:/<run id>/<path>``, ``runs:/<run id>`` or ``runs:/<run id>@<step>``.
+        uri: ``runs:/<run id>/<path>``, ``runs:/<run id>`` or ``runs:/<run id>@<step>``.
 
     Attributes:
-        address: The first of these.
+        uri: The first of these.
 
     Raises:
-        ArchiveError: Here and everywhere below: there is no such thing, or the server does not give it.
+        ArchiveError: Here and in all methods: there is no such artifact, or the server refuses it.
     """
 
-    def __init__(self, address: str | os.PathLike[str]) -> None:
-        self._given = str(address)
-        run, _, path = self._given.removeprefix(SCHEME).strip("/").partition("/")
-        match = _RUN.fullmatch(run)
-        if match is None or ".." in path.split("/") or (match[2] and path):
-            raise ArchiveError(
-                f"{self._given}: is no address; write it as {SCHEME}<run id>/checkpoints/step-00000100.pt"
-            )
-        self._run, step = match[1], match[2]
-        self._uri = tracking_uri()
+    def __init__(self, uri: str | os.PathLike[str]) -> None:
+        self._given = str(uri)
+        parsed = parse(self._given)
+        self._run_id = parsed.run_id
+        self._tracking_uri = tracking_uri()
         with self._translate_errors():
-            self._store = _store(self._uri, self._run)
-            self._path = path if path not in {"", FOLDER} else self._checkpoint(step)
-        self.address = Path(f"{SCHEME}{self._run}/{self._path}")
+            self._store = _open_store(self._tracking_uri, self._run_id)
+            is_complete = parsed.path not in {"", FOLDER}
+            self._path = parsed.path if is_complete else self._find_checkpoint(parsed.step)
+        self.uri = Path(f"{SCHEME}{self._run_id}/{self._path}")
 
     def locate(self) -> Path:
-        """Where it is here; else its full address if it is a file on a server, or a copy of it."""
+        """Return its path in a local store, its complete URI if it is a file on a server, else the path of a copy."""
         with self._translate_errors():
             if isinstance(self._store, LocalArtifactRepository):
                 return Path(self._store.get_local_path(self._path))
             if isinstance(self._store, HttpArtifactRepository) and not self._store.list_artifacts(self._path):
-                return self.address
+                return self.uri
             return self._copy()
 
-    def open(self) -> int:
-        """A descriptor of a file on a server: of a `SparseFile` if the server grants ranges, else of all of it."""
+    def open(self) -> File:
+        """Open a file on a server: a `SparseFile` if the server supports ranges, else a copy of all of it."""
         with self._translate_errors():
-            answer = self._get(Range=f"bytes=0-{_HEAD - 1}")
-            if answer.status_code != _PARTIAL:
-                return self._download(answer, temporary())
-            size = int(answer.headers["Content-Range"].rpartition("/")[2])
-            tag = answer.headers.get("ETag", "W/")
+            response = self._get(Range=f"bytes=0-{_PROBE_BYTES - 1}")
+            if response.status_code != _PARTIAL:
+                return File(self._download(response, open_temporary()))
+            size = int(response.headers["Content-Range"].rpartition("/")[2])
+            tag = response.headers.get("ETag", "W/")
             version = {} if tag.startswith("W/") else {"If-Range": tag}  # a weak one never matches
             return SparseFile(size, lambda start, stop: self._range(start, stop, version), self._translate_errors)
 
     def fetch(self) -> Path:
-        """A path here, at which all of it is."""
+        """Return a local path of the whole artifact."""
         located = self.locate()
-        if located != self.address:
+        if located != self.uri:
             return located
         with self._translate_errors():
-            place = _folder() / self._run / self._path
-            place.parent.mkdir(parents=True, exist_ok=True)
-            os.close(self._download(self._get(), os.open(place, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)))
-            return place
+            path = _temporary_folder() / self._run_id / self._path
+            path.parent.mkdir(parents=True, exist_ok=True)
+            os.close(self._download(self._get(), os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)))
+            return path
 
-    def _checkpoint(self, step: str | None) -> str:
-        """The path of the newest complete one, or of that of a step; of two of the same step it is the file."""
-        found = [(int(match[1]), not one.is_dir, one) for one in self._store.list_artifacts(FOLDER)
-                 if (match := _STEP.fullmatch(one.path.rpartition("/")[2]))]  # fmt: skip
-        found.sort(key=lambda each: each[:2])
-        for number, _, one in reversed(found):
-            if number == int(step or number) and self._is_complete(one):
-                return str(one.path)
-        there = [str(number) for number, _, one in found[-8:] if self._is_complete(one)]
-        told = f"there are {', '.join(there)}" if there else "there is none"
-        raise ArchiveError(f"{self._given}: no such checkpoint is among the run's artifacts; {told}")
+    def _find_checkpoint(self, step: int | None) -> str:
+        """Return the path of the newest complete checkpoint, or of that of a step; a file precedes a directory."""
+        checkpoints = [(int(match[1]), not info.is_dir, info) for info in self._store.list_artifacts(FOLDER)
+                       if (match := _STEP.fullmatch(info.path.rpartition("/")[2]))]  # fmt: skip
+        checkpoints.sort(key=lambda checkpoint: checkpoint[:2])
+        for number, _, info in reversed(checkpoints):
+            if step in (None, number) and self._is_complete(info):
+                return str(info.path)
+        steps = [str(number) for number, _, info in checkpoints[-8:] if self._is_complete(info)]
+        available = f"there are {', '.join(steps)}" if steps else "there is none"
+        raise ArchiveError(f"{self._given}: no such checkpoint is among the run's artifacts; {available}")
 
-    def _is_complete(self, one: FileInfo) -> bool:
-        """Whether a directory has the file that is uploaded last, or is DCP's own; a file is there as a whole."""
-        if not one.is_dir:
+    def _is_complete(self, info: FileInfo) -> bool:
+        """Return whether all of a checkpoint was uploaded: a directory has its last file then, a file always is."""
+        if not info.is_dir:
             return True
-        names = {each.path.rpartition("/")[2] for each in self._store.list_artifacts(one.path)}
+        names = {file.path.rpartition("/")[2] for file in self._store.list_artifacts(info.path)}
         return "manifest.json" in names or (".metadata" in names and "training.pt" not in names)
 
     def _copy(self) -> Path:
-        """All of it, by the store's own means."""
-        place = _folder() / self._run
-        place.mkdir(exist_ok=True)
-        return Path(self._store.download_artifacts(self._path, str(place)))
+        """Download all of it with MLflow's client of the store."""
+        folder = _temporary_folder() / self._run_id
+        folder.mkdir(exist_ok=True)
+        return Path(self._store.download_artifacts(self._path, str(folder)))
 
     def _get(self, **headers: str) -> Any:
-        headers["Accept-Encoding"] = "identity"  # or the ranges are those of something else
+        headers["Accept-Encoding"] = "identity"  # or the ranges are those of the compressed body
         creds = get_default_host_creds(self._store.artifact_uri)
-        answer = http_request(creds, f"/{quote(self._path)}", "GET", extra_headers=headers, stream=True)
-        if answer.status_code == _UNSATISFIABLE and "Range" in headers:  # nothing is in it
+        response = http_request(creds, f"/{quote(self._path)}", "GET", extra_headers=headers, stream=True)
+        if response.status_code == _UNSATISFIABLE and "Range" in headers:  # the file is empty
             return self._get()
-        if answer.status_code not in {_OK, _PARTIAL}:
-            raise self._permission_error(answer)
-        return answer
+        if response.status_code not in {_OK, _PARTIAL}:
+            raise self._response_error(response)
+        return response
 
     def _range(self, start: int, stop: int, version: dict[str, str]) -> bytes:
         data = bytearray()
-        with self._get(Range=f"bytes={start}-{stop - 1}", **version) as answer:
-            if answer.headers.get("Content-Range", "").startswith(f"bytes {start}-{stop - 1}/"):
-                for chunk in answer.iter_content(_CHUNK):
+        with self._get(Range=f"bytes={start}-{stop - 1}", **version) as response:
+            if response.headers.get("Content-Range", "").startswith(f"bytes {start}-{stop - 1}/"):
+                for chunk in response.iter_content(_CHUNK_BYTES):
                     data += chunk
-                    if len(data) > stop - start:  # and there may be no end of it
+                    if len(data) > stop - start:  # the body may be endless
                         break
         if len(data) != stop - start:
             raise ArchiveError(f"{self._given}: was replaced while it was read; try again")
         return bytes(data)
 
-    def _download(self, answer: Any, file: int) -> int:
-        """The descriptor of a file with the whole body in it."""
+    def _download(self, response: Any, descriptor: int) -> int:
+        """Write the whole body to a descriptor and return it."""
+        size = response.headers.get("Content-Length")
         try:
-            with answer, _bar(answer.headers.get("Content-Length")) as add, os.fdopen(file, "wb", closefd=False) as to:
-                for chunk in answer.iter_content(_CHUNK):
-                    to.write(chunk)
-                    add(len(chunk))
+            with response, _progress_bar(size) as advance, os.fdopen(descriptor, "wb", closefd=False) as file:
+                for chunk in response.iter_content(_CHUNK_BYTES):
+                    file.write(chunk)
+                    advance(len(chunk))
         except BaseException:
-            os.close(file)
+            os.close(descriptor)
             raise
-        return file
+        return descriptor
 
     @contextlib.contextmanager
     def _translate_errors(self) -> Iterator[None]:
-        """Whatever MLflow, its stores and their networks raise, in one line; a server that is down is told soon."""
-        ours = {name: value for name, value in _SETTINGS.items() if name not in os.environ}
+        """Convert what MLflow, its stores and the network raise to one line, soon even if the server is down."""
+        ours = {name: value for name, value in _MLFLOW_DEFAULTS.items() if name not in os.environ}
         os.environ.update(ours)
         try:
             yield
@@ -177,18 +174,16 @@ class RemoteArtifact:
             raise
         except MlflowException as error:
             if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-                raise self._missing() from error
+                raise self._missing_error() from error
             if isinstance(error.__context__, OSError):
                 raise self._timeout_error() from error
             raise self._http_error(error) from error
         except requests.RequestException as error:
-            raise (
-                self._timeout_error() if error.response is None else self._permission_error(error.response)
-            ) from error
+            raise (self._timeout_error() if error.response is None else self._response_error(error.response)) from error
         except OSError as error:
             reason = error.strerror or error
             raise ArchiveError(
-                f"{self._given}: no copy can be made ({reason}); set TMPDIR to where there is room"
+                f"{self._given}: no copy can be made ({reason}); set TMPDIR to a disk with free space"
             ) from error
         except Exception as error:  # each store has exceptions of its own
             raise self._http_error(error) from error
@@ -196,12 +191,13 @@ class RemoteArtifact:
             for name in ours:
                 os.environ.pop(name, None)
 
-    def _permission_error(self, answer: requests.Response) -> ArchiveError:
-        missing = answer.status_code == _MISSING
-        return self._missing() if missing else self._http_error(f"{answer.status_code} {answer.reason}")
+    def _response_error(self, response: requests.Response) -> ArchiveError:
+        if response.status_code == _MISSING:
+            return self._missing_error()
+        return self._http_error(f"{response.status_code} {response.reason}")
 
-    def _missing(self) -> ArchiveError:
-        return ArchiveError(f"{self._given}: {self._server} has no such run or file; check the address")
+    def _missing_error(self) -> ArchiveError:
+        return ArchiveError(f"{self._given}: {self._server} has no such run or file; check the URI")
 
     def _timeout_error(self) -> ArchiveError:
         return ArchiveError(f"{self._given}: {self._server} does not answer; is MLFLOW_TRACKING_URI right?")
@@ -212,37 +208,37 @@ class RemoteArtifact:
 
     @property
     def _server(self) -> str:
-        return redact_credentials(self._uri)
+        return redact_credentials(self._tracking_uri)
 
 
 @cache
-def download(address: str, uri: str) -> Path:  # noqa: ARG001 - the same address on another server is another thing
-    """As `Artifact.fetch`, once for each."""
-    return RemoteArtifact(address).fetch()
+def download(uri: str, server: str) -> Path:  # noqa: ARG001 - the same URI on another server is another artifact
+    """Call `RemoteArtifact.fetch` once per URI and server."""
+    return RemoteArtifact(uri).fetch()
 
 
 @cache
-def _store(uri: str, run: str) -> ArtifactRepository:
-    """Where a run's artifacts are."""
+def _open_store(uri: str, run_id: str) -> ArtifactRepository:
+    """Return the store of a run's artifacts."""
     if (database := uri.removeprefix("sqlite:///")) != uri and not Path(database).exists():
         raise ArchiveError(
-            f"{SCHEME}{run}: there is no MLflow store here; set MLFLOW_TRACKING_URI to the server's address"
+            f"{SCHEME}{run_id}: there is no MLflow store here; set MLFLOW_TRACKING_URI to the server's address"
         )
-    artifacts = MlflowClient(tracking_uri=uri).get_run(run).info.artifact_uri
+    artifacts = MlflowClient(tracking_uri=uri).get_run(run_id).info.artifact_uri
     return get_artifact_repository(artifacts, tracking_uri=uri)
 
 
 @cache
-def _folder() -> Path:
-    """Of copies that stay as long as this process."""
+def _temporary_folder() -> Path:
+    """Return a folder that exists as long as this process."""
     folder = tempfile.mkdtemp(prefix="trackopt-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return Path(folder)
 
 
 @contextlib.contextmanager
-def _bar(size: str | None) -> Iterator[Callable[[int], None]]:
-    """What is told how many more bytes are there, and shows it where there is a terminal."""
+def _progress_bar(size: str | None) -> Iterator[Callable[[int], None]]:
+    """Yield a function that adds downloaded bytes to a progress bar, which only a terminal shows."""
     if not sys.stderr.isatty():
         yield lambda _: None
         return
@@ -250,6 +246,6 @@ def _bar(size: str | None) -> Iterator[Callable[[int], None]]:
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("fetching", total=int(size) if size else None)
-        yield lambda count: bar.advance(task, count)
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("fetching", total=int(size) if size else None)
+        yield lambda count: progress.advance(task, count)

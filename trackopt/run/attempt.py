@@ -68,14 +68,12 @@ class Attempt:
     @property
     def id(self) -> str:
         """The id of the run."""
-        identifier: str = self.directory.identity["id"]
-        return identifier
+        return self.directory.identity.id
 
     @property
     def name(self) -> str:
         """The name of the run."""
-        name: str = self.directory.identity["name"]
-        return name
+        return self.directory.identity.name
 
     @property
     def step(self) -> int:
@@ -129,7 +127,7 @@ class Attempt:
     def mark_close(self, status: str, error: BaseException | None = None) -> None:
         """Mark the end of the attempt in the journal."""
         details = {} if error is None else {"error": f"{type(error).__name__}: {error}"}
-        self.journal.mark("close", self.step, status=status, ledger=self.telemetry.ledger.as_dict(), **details)
+        self.journal.mark("close", self.step, status=status, ledger=self.telemetry.step_counts.as_dict(), **details)
 
     def close(self, *, wait: bool) -> None:
         """Remove the hooks, let the recorder deliver the rest, and release the directory.

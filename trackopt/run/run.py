@@ -44,7 +44,7 @@ class Run:
     @property
     def step_counts(self) -> StepCounts:
         """Iterations, steps, skipped steps and closure calls of the run, over all its attempts."""
-        return self._loop.attempt.telemetry.ledger
+        return self._loop.attempt.telemetry.step_counts
 
     @property
     def should_stop(self) -> bool:
@@ -76,7 +76,7 @@ class Run:
         """
         if reduce not in {"mean", None}:
             raise UsageError(f"reduce={reduce!r}: choose 'mean' or None")
-        self._loop.attempt.telemetry.log(metrics, shared=reduce is not None)
+        self._loop.attempt.telemetry.log(metrics, reduced=reduce is not None)
 
     def step(self, **metrics: Any) -> None:
         """Log ``metrics`` and end the iteration; for loops that do not use ``batches``."""

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tests.robustness.faults.server import Case
-from trackopt import journal, locations
+from trackopt import journal
 from trackopt.archive import verify
+from trackopt.rundir.checkpoints import list_checkpoints
 from trackopt.rundir.directory import CHECKPOINTS
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ class Fixtures:
             assert server.ask(Case(str(self.sound), epochs)).through
         resumed = folder / "resumed"
         shutil.copytree(self.sound, resumed, symlinks=True)
-        _, newest_sound, newest = locations.checkpoints(resumed).values()
+        _, newest_sound, newest = list_checkpoints(resumed).values()
         flip(newest, newest.stat().st_size // 2)
         (resumed / CHECKPOINTS / ".step-00000006.pt.part").write_bytes(bytes(5000))
         with (resumed / journal.NAME).open("ab") as file:
@@ -142,7 +143,7 @@ class Fixtures:
         if series and journal.series(directory) != self.whole[epochs].series:
             found.append(Violation("other results", "the series are others"))
         left = [path.name for path in (directory / CHECKPOINTS).glob(".*")]
-        bad = [path.name for path in locations.checkpoints(directory).values() if verify.verify_checkpoint(path)]
+        bad = [path.name for path in list_checkpoints(directory).values() if verify.verify_checkpoint(path)]
         if left or bad:
             found.append(Violation("other results", f"left behind: {left}; damaged: {bad}"))
         return found

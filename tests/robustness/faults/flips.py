@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 from tests.robustness.faults.fixtures import EPOCHS, Violation, flip, losses, step_of
 from tests.robustness.faults.runner import Trial, Worker
-from trackopt import journal, locations
+from trackopt import journal
+from trackopt.rundir.checkpoints import list_checkpoints
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -26,7 +27,7 @@ _LOCAL, _ENTRY, _DESCRIPTOR = 30, 46, 16  # bytes of a zip's structures
 def trials(fixtures: Fixtures, seed: int, each: int) -> list[Trial]:
     """So many flips in each region."""
     random, found = Random(seed), []
-    checkpoint = list(locations.checkpoints(fixtures.sound).values())[-1]
+    checkpoint = list(list_checkpoints(fixtures.sound).values())[-1]
     for name, region in _regions(checkpoint):
         for offset in sorted(random.sample(region, min(each, len(region)))):
             run = partial(_in_checkpoint, offset, 1 << random.randrange(8), name.endswith("data"))
@@ -75,7 +76,7 @@ def _in_checkpoint(
 ) -> tuple[Counter[str], list[Violation]]:
     """The one before it is gone on from, unless it means the same as before."""
     shutil.copytree(worker.fixtures.sound, directory, symlinks=True)
-    _, before, newest = locations.checkpoints(directory).values()
+    _, before, newest = list_checkpoints(directory).values()
     flip(newest, offset, bit)
     found = worker.fixtures.judge(
         worker.sound, directory, checkpoint=step_of(before), records=losses(worker.fixtures.sound)
@@ -97,7 +98,7 @@ def _in_journal(
     flip(path, offset, bit)
     kept = [line for line in whole if line.start_offset not in spoilt]
     records = [(line.step, line.metrics["loss"]) for line in kept if "loss" in line.metrics]
-    newest = step_of(list(locations.checkpoints(directory).values())[-1])
+    newest = step_of(list(list_checkpoints(directory).values())[-1])
     found = worker.fixtures.judge(worker.sound, directory, checkpoint=newest, records=records, series=False)
     now = list(journal.read(path))
     if any(line not in now for line in kept):

@@ -112,7 +112,9 @@ CASES: dict[str, Case] = {
     "size 2^40 with stride 0": _case(_tensor((1 << 40,), (0,))),
     "2^62 squared elements": _case(_tensor((1 << 61, 1 << 61, 1 << 61), (0, 0, 0))),
     "one key with two dtypes": _case(
-        _tensor(), _tensor((4,), storage=Storage(kind="DoubleStorage", numel=4), name="other"), says="two"
+        _tensor(),
+        _tensor((4,), storage=Storage(kind="DoubleStorage", numel=4), name="other"),
+        says="disagree on the dtype",
     ),
     "one key with two sizes": _case(_tensor(), _tensor((4,), storage=Storage(numel=4), name="other"), says="record"),
     "an unknown storage class": _case(_tensor(storage=Storage(kind="SecretStorage")), says="not a kind of storage"),

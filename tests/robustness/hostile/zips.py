@@ -142,9 +142,11 @@ CASES: dict[str, Case] = {
     "all crc 0": of_bytes(lambda: zipped([replace(one, crc=0) for one in honest()])),
     "encrypted in the directory": of_bytes(lambda: whole(flags=1, local_flags=0), "encrypted"),
     "encrypted in the header": of_bytes(lambda: whole(flags=0, local_flags=1), "encrypted"),
-    "local name differs": of_bytes(lambda: whole(local_name=b"archive/data.xyz"), "another one"),
-    "local method differs": of_bytes(lambda: whole(local_method=8), "another one"),
-    "a storage's local name differs": of_bytes(lambda: whole(record="data/0", local_name=b"archive/data/7"), "another"),
+    "local name differs": of_bytes(lambda: whole(local_name=b"archive/data.xyz"), "differs between its local header"),
+    "local method differs": of_bytes(lambda: whole(local_method=8), "differs between its local header"),
+    "a storage's local name differs": of_bytes(
+        lambda: whole(record="data/0", local_name=b"archive/data/7"), "differs between its local header"
+    ),
     "two entries on one header": of_bytes(_shared_header, "overlaps"),
     "overlapping records": of_bytes(lambda: whole(record="data/0", packed=80, size=80), "overlaps"),
     "a deflate bomb": of_bytes(lambda: whole(data=b"\0" * (60 << 20), method=8)),

@@ -109,7 +109,7 @@ def test_an_index_that_makes_no_sense_is_one_line(tmp_path: Path, text: str) -> 
 
 def test_a_pipe_in_the_place_of_a_file_does_not_block(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pytorch_model.bin")
-    with pytest.raises(ArchiveError, match="no plain file"):
+    with pytest.raises(ArchiveError, match="no regular file"):
         trackopt.open(tmp_path)
 
 

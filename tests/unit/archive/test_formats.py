@@ -228,7 +228,7 @@ def test_a_malformed_safetensors_header_is_one_line(header: Any, tmp_path: Path)
     [
         ({"a": entry(0, 8), "b": entry(4, 12)}, "overlap"),
         ({"a": entry(0, 8), "b": entry(12, 20)}, "4 bytes between"),
-        ({"a": entry(0, 8)}, "12 bytes behind"),
+        ({"a": entry(0, 8)}, "12 bytes after"),
         (b'{"a":%b,"a":%b}' % ((json.dumps(entry(0, 20, (5,))).encode(),) * 2), "twice"),
     ],
 )
@@ -299,7 +299,7 @@ def test_packed_quantized_tensors_are_given_as_their_bytes(tmp_path: Path) -> No
     scales, zeros = torch.tensor([0.1, 0.2, 0.3]), torch.zeros(3)
     tensor = quiet(torch.quantize_per_channel, torch.randn(3, 5), scales, zeros, 0, torch.quint4x2)
     with trackopt.open(zip_file(tensor, tmp_path / "t")) as archive:
-        assert (archive.tree.shape, archive.tree.parts["packed"].shape) == ((3, 5), (3, 3))
+        assert (archive.tree.shape, archive.tree.components["packed"].shape) == ((3, 5), (3, 3))
         assert list(archive.out_of_bounds_tensors()) == []
 
 
@@ -320,11 +320,11 @@ def test_nested_meta_and_subclassed_tensors(tmp_path: Path) -> None:
     }
     with trackopt.open(zip_file(tree, tmp_path / "t")) as archive:
         nested, jagged, meta, sub, read = archive.tree.values()
-        assert np.array_equal(archive.read(nested.parts["buffer"]), torch.cat(parts).numpy())
-        assert np.array_equal(archive.read(jagged.parts["_values"]), torch.cat(parts).numpy())
+        assert np.array_equal(archive.read(nested.components["buffer"]), torch.cat(parts).numpy())
+        assert np.array_equal(archive.read(jagged.components["_values"]), torch.cat(parts).numpy())
         assert (meta.shape, meta.storage.device) == ((3, 2), "meta")
         assert "no values" in one_line(lambda: archive.read(meta))
-        assert (sub.kind.rpartition(".")[2], read.parameter) == ("Labelled", True)
+        assert (sub.kind.rpartition(".")[2], read.is_parameter) == ("Labelled", True)
         assert list(archive.out_of_bounds_tensors()) == []
 
 
@@ -497,7 +497,7 @@ def test_a_pickled_module_has_its_tensors_names(writer: str, tmp_path: Path) -> 
         for name, tensor in model.state_dict().items():
             assert np.array_equal(archive.read(read[f"model.{name}"]), tensor.numpy())
         assert isinstance(archive.tree["model"], UnknownObject)
-        assert read["model.0.weight"].parameter
+        assert read["model.0.weight"].is_parameter
 
 
 # TorchScript and torch.export.
@@ -564,8 +564,8 @@ def test_an_exported_program_has_its_weights(exported: tuple[Net, Path]) -> None
     with trackopt.open(path) as archive:
         assert archive.format == "torch.export (pt2)"
         assert archive.tree["model"].keys() == set(model.state_dict())
-        assert archive.tree["model"]["fc.weight"].parameter
-        assert not archive.tree["model"]["scale"].parameter
+        assert archive.tree["model"]["fc.weight"].is_parameter
+        assert not archive.tree["model"]["scale"].is_parameter
         for name, tensor in model.state_dict().items():
             assert np.array_equal(archive.read(archive.tree["model"][name]), tensor.numpy())
 
@@ -765,6 +765,7 @@ def test_a_file_that_embeds_itself_over_and_over_ends_soon(tmp_path: Path) -> No
     assert "objects" in one_line(lambda: trackopt.open(tmp_path / "t"))
 
 
+@pytest.mark.integration
 def test_a_plain_pickle_of_a_large_tensor_takes_little_memory(tmp_path: Path) -> None:
     path = dumped(4)({"w": torch.zeros(50_000_000), "n": np.zeros(10_000_000)}, tmp_path / "t")
     program = "import sys, trackopt\nfor _, t in trackopt.open(sys.argv[1]).tensors(): print(t.shape)"

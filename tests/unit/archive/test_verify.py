@@ -81,21 +81,25 @@ def test_what_cannot_be_read_is_a_problem_and_no_error(content: bytes, tmp_path:
     assert str(path) not in problem
 
 
+@pytest.mark.integration
 def test_it_needs_neither_torch_nor_numpy(tmp_path: Path) -> None:
     path = saved(trained(), tmp_path / "t.pt")
     program = (
-        "import sys; from trackopt.archive.verify import check; assert check(sys.argv[1]) == []; "
+        "import sys; from trackopt.archive.verify import verify_checkpoint\n"
+        "assert verify_checkpoint(sys.argv[1]) == []; "
         "print(*{'torch', 'numpy', 'click', 'rich'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", program, str(path)], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
 
 
+@pytest.mark.integration
 def test_memory_stays_bounded_on_a_large_file(tmp_path: Path) -> None:
     path = saved({"t": torch.zeros(64 << 20, dtype=torch.uint8)}, tmp_path / "t.pt")
-    assert (
-        peak("import sys; from trackopt.archive.verify import check; assert check(sys.argv[1]) == []", path) < 40 << 10
+    program = (
+        "import sys; from trackopt.archive.verify import verify_checkpoint\nassert verify_checkpoint(sys.argv[1]) == []"
     )
+    assert peak(program, path) < 40 << 10
 
 
 @pytest.mark.parametrize("lengths", [(0, 0), (0, 5), (5, 0), (3, 70_000), (1 << 20, 1)])

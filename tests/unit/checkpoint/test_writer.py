@@ -15,6 +15,7 @@ from torch.serialization import skip_data
 
 from trackopt import CheckpointError, UsageError
 from trackopt.archive import verify
+from trackopt.archive.io.file import File
 from trackopt.archive.io.zip_reader import Zip
 from trackopt.archive.io.zip_writer import central_directory, plan_entries
 from trackopt.checkpoint import writer as writing
@@ -53,6 +54,7 @@ def test_the_file_is_torchs_own_but_for_its_name():
     assert same[0] == same[1]
 
 
+@pytest.mark.integration
 def test_every_reader_takes_it():
     """torch with and without mmap, Python's zipfile, unzip, and verify."""
     path = written(TREE)
@@ -75,14 +77,14 @@ def test_a_file_beyond_4_gib_is_laid_out_as_torchs():
     with skip_data(), Path("large.pt").open("wb") as file:
         torch.save([torch.empty(size, dtype=torch.uint8) for size in sizes], file)
     with Path("large.pt").open("rb") as file:
-        zipped = Zip(Path("large.pt"), file.fileno())
+        zipped = Zip(Path("large.pt"), File(file.fileno()))
         found = plan_entries(zipped.records["archive/data.pkl"].size, sizes)
         assert [place.name.decode() for place in found] == list(zipped.records)
         for place, record in zip(found, zipped.records.values(), strict=True):
             file.seek(place.header)
-            assert file.read(place.data - place.header) == place.local()
+            assert file.read(place.data - place.header) == place.local_header()
             file.seek(place.stop)
-            assert file.read(place.end - place.stop) == place.descriptor(record.crc)
+            assert file.read(place.end - place.stop) == place.data_descriptor(record.crc)
         assert file.read() == central_directory(found, [record.crc for record in zipped.records.values()])
 
 

@@ -13,12 +13,14 @@ from torch import nn
 import trackopt
 from tests.helpers.training import make_training, train_step
 from trackopt import journal
-from trackopt.telemetry import statistics_cpu, statistics_dtensor
+from trackopt.telemetry import statistics_device, statistics_dtensor
+from trackopt.telemetry import vectors as vectors_module
 from trackopt.telemetry.hooks import OptimizerObserver
-from trackopt.telemetry.hyperparameters import numeric, params
+from trackopt.telemetry.hyperparameters import params
 from trackopt.telemetry.options import StatsOptions
-from trackopt.telemetry.statistics import launch_device, measure
+from trackopt.telemetry.statistics import measure
 from trackopt.telemetry.update import cosine_terms
+from trackopt.training.param_groups import numeric
 
 OPTIMIZERS = sorted(
     name
@@ -411,9 +413,9 @@ def test_norms_of_half_precision_are_taken_from_a_device_without_a_copy(monkeypa
     halves = [torch.full((300,), 3.0, dtype=dtype) for dtype in (torch.bfloat16, torch.float16)]
     mixed = [*halves, torch.full((2,), 2.0), torch.full((1,), 1 + 1j), torch.empty(0)]
     monkeypatch.setattr(
-        statistics_cpu, "real", lambda vector: vector if vector.dtype is torch.float32 else pytest.fail("copied")
+        vectors_module, "widen", lambda vector: vector if vector.dtype is torch.float32 else pytest.fail("copied")
     )
-    _, scalars, counts = launch_device({}, {"grad": mixed, "none": []})
+    _, scalars, counts = statistics_device.launch({}, {"grad": mixed, "none": []})
     assert counts == {"grad": 4, "none": 0}
     assert math.hypot(*(scalar.item() for scalar in scalars)) == pytest.approx(math.sqrt(5400 + 8 + 2))
 

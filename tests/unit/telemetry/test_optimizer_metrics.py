@@ -182,20 +182,20 @@ def test_histograms(dtype):
     values[1] = -math.inf
     finite = values[values.isfinite()].double()
     found = histogram([values[:500], values[500:]])
-    edges = [found["min"], *found["limits"]]
+    edges = [found.min, *found.limits]
     assert edges == sorted(edges)
-    assert (found["num"], sum(found["counts"])) == (len(finite), len(finite))
-    assert (found["min"], found["limits"][-1]) == (finite.min().item(), finite.max().item())
-    assert found["sum"] == pytest.approx(finite.sum().item())
-    assert found["sum_squares"] == pytest.approx(finite.square().sum().item())
-    below = int((finite <= found["limits"][31]).sum())
-    assert abs(sum(found["counts"][:32]) - below) <= 1
+    assert (found.num, sum(found.counts)) == (len(finite), len(finite))
+    assert (found.min, found.limits[-1]) == (finite.min().item(), finite.max().item())
+    assert found.sum == pytest.approx(finite.sum().item())
+    assert found.sum_squares == pytest.approx(finite.square().sum().item())
+    below = int((finite <= found.limits[31]).sum())
+    assert abs(sum(found.counts[:32]) - below) <= 1
 
 
 def test_histograms_of_nothing_and_of_one_value():
     assert histogram([]) is None
     assert histogram([torch.full((3,), math.nan), torch.empty(0)]) is None
-    assert histogram([torch.full((3,), 2.0)])["counts"] == [3]
+    assert histogram([torch.full((3,), 2.0)]).counts == [3]
 
 
 def test_histograms_are_lines_of_the_journal_and_no_records():
@@ -244,7 +244,7 @@ def test_whatever_an_optimizer_keeps_stops_no_training(default):
     assert "grad/group0.cosine" not in first
     assert second["grad/group0.norm"] == second["momentum_buffer/group0.norm"] == pytest.approx(math.sqrt(15))
     assert complexes.grad.is_conj()
-    assert observers[0].pop_histograms()["grad/group0"]["num"] == 12
+    assert observers[0].pop_histograms()["grad/group0"].num == 12
 
 
 def test_numbers_beyond_all_bounds_stop_no_training():
@@ -264,4 +264,4 @@ def test_a_step_that_was_none_leaves_no_copy_of_the_parameters():
     optimizer.grad_scale, optimizer.found_inf = torch.ones(()), torch.ones(())
     optimizer.step()
     assert observer.pop_overflow()
-    assert not observer._meter._update._before
+    assert not observer._optimizer_metrics._update._before

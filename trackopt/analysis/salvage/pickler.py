@@ -1,8 +1,8 @@
-"""A tree of plain values and tensors as a pickle that ``torch.load(weights_only=True)`` takes.
+"""A tree of plain values and tensors as a pickle that ``torch.load(weights_only=True)`` accepts.
 
-The way back from `trackopt.archive.unpickler.machine`, written without torch: operations are put together by hand,
-and the only names in it are those of tensors and storages. What has no such form (an object of a class) is left out
-and reported.
+The inverse of `trackopt.archive.unpickler`, without torch: the opcodes are written by hand, since a pickler of the
+standard library imports the names that it writes. The only names in the pickle are those of tensors and storages; any
+other object is skipped and reported.
 """
 
 from __future__ import annotations
@@ -12,189 +12,184 @@ import struct
 from typing import TYPE_CHECKING, Any
 
 from trackopt.archive.tree import Tensor
-from trackopt.archive.unpickler.constructors import STORAGES
+from trackopt.archive.unpickler.tensor_constructors import STORAGES
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-_KINDS = {dtype: kind for kind, dtype in STORAGES.items() if kind != "Untyped"}
+_STORAGE_KINDS = {dtype: kind for kind, dtype in STORAGES.items() if kind != "Untyped"}
 _SCALARS = frozenset((type(None), bool, int, float, str, bytes))
-_SMALL = frozenset((type(None), bool, float))
-_LONGEST_INTEGER = 255  # bytes; torch takes no longer one
-_REMEMBERED = 64
-_LARGE = 1 << 16
-_ORDERED = b"ccollections\nOrderedDict\n)R"
+_FIXED_SIZE_SCALARS = frozenset((type(None), bool, float))
+_MAX_INTEGER_BYTES = 255  # that torch accepts
+_MIN_MEMOIZED_BYTES = 65
+_MIN_SEPARATE_BYTES = 1 << 16
+_EMPTY_ORDERED_DICT = b"ccollections\nOrderedDict\n)R"
 
 
 class SafePickler:
-    """Makes one pickle.
+    """A pickler that writes one tree.
 
     Args:
-        keep: Told a tensor, whether it is to be written.
+        is_intact: Returns whether a tensor can be written.
 
     Attributes:
-        left_out: The paths of what was not written.
-        storages: The keys of the storages that are needed, each once; the pickle calls them by their numbers.
+        skipped: The paths of the values that were not written.
+        storages: The number of each storage that is needed, by its key; the pickle uses the numbers.
         tensors: How many tensors were written.
     """
 
-    def __init__(self, keep: Callable[[Tensor], bool]) -> None:
-        self.left_out: list[str] = []
+    def __init__(self, is_intact: Callable[[Tensor], bool]) -> None:
+        self.skipped: list[str] = []
         self.storages: dict[str, int] = {}
         self.tensors = 0
-        self._keep = keep
-        self._parts: list[bytes] = []
-        self._last = bytearray()
+        self._is_intact = is_intact
+        self._chunks: list[bytes] = []
+        self._chunk = bytearray()
         self._memo: dict[int, int] = {}
 
     def dump(self, tree: Any) -> list[bytes]:
-        """The pickle of a tree, in pieces; what holds nothing any more is an empty container."""
+        """Return the pickle of a tree, in chunks; a container of skipped values stays, empty."""
         self._write(b"\x80\x02")
-        self._value(tree, ())
+        self._write_value(tree, ())
         self._write(b".")
-        return [*self._parts, bytes(self._last)]
+        return [*self._chunks, bytes(self._chunk)]
 
     def _write(self, data: bytes) -> None:
-        if len(data) < _LARGE:
-            self._last += data
+        if len(data) < _MIN_SEPARATE_BYTES:
+            self._chunk += data
         else:
-            self._parts += [bytes(self._last), data]
-            self._last = bytearray()
+            self._chunks += [bytes(self._chunk), data]
+            self._chunk = bytearray()
 
-    def _value(self, node: Any, path: tuple[str, ...]) -> None:
-        if isinstance(node, Tensor) and self._is_representable(node):
+    def _write_value(self, node: Any, path: tuple[str, ...]) -> None:
+        if isinstance(node, Tensor) and self._is_kept(node):
             self.tensors += 1
-            if not self._memoized(node):
-                self._write(self._tensor(node))
-                self._remember(node)
+            if not self._write_reference(node):
+                self._write(self._encode_tensor(node))
+                self._memoize(node)
         elif isinstance(node, dict):
-            self._dictionary(node, path)
+            self._write_dict(node, path)
         elif isinstance(node, list | tuple):
-            self._items(node, path)
-        elif type(node) in _SCALARS and _opcode_for(node):
-            self._scalar(node)
+            self._write_items(node, path)
+        elif type(node) in _SCALARS and _is_accepted(node):
+            self._write_scalar(node)
         else:
-            self.left_out.append(".".join(path))
+            self.skipped.append(".".join(path))
             self._write(b"N")
 
-    def _dictionary(self, node: dict[Any, Any], path: tuple[str, ...]) -> None:
+    def _write_dict(self, node: dict[Any, Any], path: tuple[str, ...]) -> None:
         self._write(b"}(")
         for key, value in node.items():
             if type(value) not in _SCALARS:
-                below = (*path, key if isinstance(key, str) else repr(key))
-                if not (_opcode_for(key) and self._is_representable(value)):
-                    self.left_out.append(".".join(below))
+                value_path = (*path, key if isinstance(key, str) else repr(key))
+                if not (_is_accepted(key) and self._is_kept(value)):
+                    self.skipped.append(".".join(value_path))
                     continue
-                self._key(key)
-                self._value(value, below)
-            elif _opcode_for(key) and _opcode_for(value):
-                self._key(key)
-                self._scalar(value)
+                self._write_key(key)
+                self._write_value(value, value_path)
+            elif _is_accepted(key) and _is_accepted(value):
+                self._write_key(key)
+                self._write_scalar(value)
             else:
-                self.left_out.append(".".join((*path, str(key))))
+                self.skipped.append(".".join((*path, str(key))))
         self._write(b"u")
 
-    def _is_representable(self, value: Any) -> bool:
-        """Whether a dictionary's entry is kept; in a list its place would be, with nothing in it."""
+    def _is_kept(self, value: Any) -> bool:
+        """Return whether a value can be written; a dictionary drops other values, a list has None instead."""
         if isinstance(value, Tensor):
-            return self._keep(value) and not value.dtype.startswith("q")
+            return self._is_intact(value) and not value.dtype.startswith("q")
         return isinstance(value, dict | list | tuple)
 
-    def _items(self, node: list[Any] | tuple[Any, ...], path: tuple[str, ...]) -> None:
-        if _SMALL.issuperset(map(type, node)):
-            self._write(pickle.dumps(node, 2)[2:-1])  # in C; it takes the memo's number 0
+    def _write_items(self, node: list[Any] | tuple[Any, ...], path: tuple[str, ...]) -> None:
+        if _FIXED_SIZE_SCALARS.issuperset(map(type, node)):
+            self._write(pickle.dumps(node, 2)[2:-1])  # in C; it uses number 0 of the memo
             return
         self._write(b"](" if isinstance(node, list) else b"(")
         for index, item in enumerate(node):
-            if type(item) in _SCALARS and _opcode_for(item):
-                self._scalar(item)
+            if type(item) in _SCALARS and _is_accepted(item):
+                self._write_scalar(item)
             else:
-                self._value(item, (*path, str(index)))
+                self._write_value(item, (*path, str(index)))
         self._write(b"e" if isinstance(node, list) else b"t")
 
-    def _key(self, key: Any) -> None:
+    def _write_key(self, key: Any) -> None:
         if isinstance(key, tuple):
-            self._items(key, ())
+            self._write_items(key, ())
         else:
-            self._scalar(key)
+            self._write_scalar(key)
 
-    def _scalar(self, value: Any) -> None:
-        if not self._memoized(value):
-            data = _is_exact_type(value)
+    def _write_scalar(self, value: Any) -> None:
+        if not self._write_reference(value):
+            data = _encode_scalar(value)
             self._write(data)
-            if len(data) > _REMEMBERED:
-                self._remember(value)
+            if len(data) >= _MIN_MEMOIZED_BYTES:
+                self._memoize(value)
 
-    def _memoized(self, value: Any) -> bool:
-        """Write a reference to what was written before: a few long values may stand in very many places."""
-        known = self._memo.get(id(value))
-        if known is not None:
-            self._write(b"j" + struct.pack("<I", known))
-        return known is not None
+    def _write_reference(self, value: Any) -> bool:
+        """Write a reference to a value that was written before; return False if it was not."""
+        number = self._memo.get(id(value))
+        if number is not None:
+            self._write(b"j" + struct.pack("<I", number))
+        return number is not None
 
-    def _remember(self, value: Any) -> None:
+    def _memoize(self, value: Any) -> None:
         self._memo[id(value)] = len(self._memo) + 1
         self._write(b"r" + struct.pack("<I", self._memo[id(value)]))
 
-    def _tensor(self, tensor: Tensor) -> bytes:
+    def _encode_tensor(self, tensor: Tensor) -> bytes:
+        is_typed = tensor.dtype in _STORAGE_KINDS  # other dtypes have no class of storage
+        storage = b"(" + self._encode_storage(tensor, is_typed) + b"tQ"
+        layout = _encode_scalar(tensor.offset) + _encode_sizes(tensor.shape) + _encode_sizes(tensor.stride)
+        rest = _encode_scalar(tensor.requires_grad) + _EMPTY_ORDERED_DICT
+        if not is_typed:
+            rest += f"ctorch\n{tensor.dtype}\n".encode()
+        if bits := b"".join(_encode_scalar(name) + b"\x88" for name in ("conj", "neg") if getattr(tensor, name)):
+            rest += b"}(" + bits + b"u"
+        version = 2 if is_typed else 3
+        data = f"ctorch._utils\n_rebuild_tensor_v{version}\n(".encode() + storage + layout + rest + b"tR"
+        if not tensor.is_parameter:
+            return data
+        flags = _encode_scalar(tensor.requires_grad) + _EMPTY_ORDERED_DICT
+        return b"ctorch._utils\n_rebuild_parameter\n" + data + flags + b"\x87R"
+
+    def _encode_storage(self, tensor: Tensor, is_typed: bool) -> bytes:
+        """Return the persistent id's items: ``"storage"``, class, key, location, number of elements."""
         number = self.storages.setdefault(tensor.storage.key, len(self.storages))
-        typed = tensor.dtype in _KINDS
-        kind = f"torch\n{_KINDS[tensor.dtype]}Storage" if typed else "torch.storage\nUntypedStorage"
-        count = tensor.storage.nbytes // tensor.itemsize if typed else tensor.storage.nbytes
-        place = b"(" + _is_exact_type("storage") + f"c{kind}\n".encode() + _is_exact_type(str(number))
-        storage = place + _is_exact_type("cpu") + _is_exact_type(count) + b"tQ"
-        layout = (
-            _is_exact_type(tensor.offset)
-            + _sizes(tensor.shape)
-            + _sizes(tensor.stride)
-            + _is_exact_type(tensor.requires_grad)
-        )
-        bits = b"".join(_is_exact_type(name) + b"\x88" for name in ("conj", "neg") if getattr(tensor, name))
-        rest = (
-            _ORDERED + (b"" if typed else f"ctorch\n{tensor.dtype}\n".encode()) + (b"}(" + bits + b"u" if bits else b"")
-        )
-        function = b"ctorch._utils\n_rebuild_tensor_v2\n" if typed else b"ctorch._utils\n_rebuild_tensor_v3\n"
-        made = function + b"(" + storage + layout + rest + b"tR"
-        if tensor.parameter:
-            made = (
-                b"ctorch._utils\n_rebuild_parameter\n"
-                + made
-                + _is_exact_type(tensor.requires_grad)
-                + _ORDERED
-                + b"\x87R"
-            )
-        return made
+        kind = f"torch\n{_STORAGE_KINDS[tensor.dtype]}Storage" if is_typed else "torch.storage\nUntypedStorage"
+        count = tensor.storage.nbytes // tensor.itemsize if is_typed else tensor.storage.nbytes
+        name = _encode_scalar("storage") + f"c{kind}\n".encode() + _encode_scalar(str(number))
+        return name + _encode_scalar("cpu") + _encode_scalar(count)
 
 
-def _opcode_for(value: Any) -> bool:
-    """Whether torch takes a plain value, or a dictionary's key."""
+def _is_accepted(value: Any) -> bool:
+    """Return whether torch accepts a plain value or a dictionary's key."""
     if isinstance(value, int):
-        return value.bit_length() < 8 * _LONGEST_INTEGER
-    return type(value) in _SCALARS or (isinstance(value, tuple) and all(map(_opcode_for, value)))
+        return value.bit_length() < 8 * _MAX_INTEGER_BYTES
+    return type(value) in _SCALARS or (isinstance(value, tuple) and all(map(_is_accepted, value)))
 
 
-def _sizes(numbers: tuple[int, ...]) -> bytes:
-    return b"(" + b"".join(map(_is_exact_type, numbers)) + b"t"
+def _encode_sizes(numbers: tuple[int, ...]) -> bytes:
+    return b"(" + b"".join(map(_encode_scalar, numbers)) + b"t"
 
 
-def _is_exact_type(value: Any) -> bytes:
-    """The operations for a plain value."""
+def _encode_scalar(value: Any) -> bytes:
+    """Return the opcodes for a plain value."""
     if value is None:
         return b"N"
     if isinstance(value, bool):
         return b"\x88" if value else b"\x89"
     if isinstance(value, int):
-        return _integer(value)
+        return _encode_integer(value)
     if isinstance(value, float):
         return struct.pack(">cd", b"G", value)
     if isinstance(value, str):
         data = value.encode("utf-8", "surrogatepass")
         return struct.pack("<cI", b"X", len(data)) + data
-    # As Python 2 would have to be told it: protocol 2 has no bytes of its own.
-    return b"c_codecs\nencode\n" + _is_exact_type(value.decode("latin1")) + _is_exact_type("latin1") + b"\x86R"
+    # Protocol 2 has no opcode for bytes.
+    return b"c_codecs\nencode\n" + _encode_scalar(value.decode("latin1")) + _encode_scalar("latin1") + b"\x86R"
 
 
-def _integer(value: int) -> bytes:
+def _encode_integer(value: int) -> bytes:
     if 0 <= value < 256:
         return struct.pack("<cB", b"K", value)
     if -(1 << 31) <= value < 1 << 31:

@@ -1,59 +1,66 @@
-"""Which module reads a file, by its first bytes, in the order in which torch tells them apart."""
+"""The choice of the module that reads a file or a directory, in the order in which torch detects formats."""
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from trackopt.archive.formats import signatures
 from trackopt.archive.formats.not_checkpoints import explain
+from trackopt.errors import ArchiveError
 
-HEAD = 512
-_MAGIC = (b"l\xfc\x9cF\xf9 j\xa8P\x19.", b"L119547037146038801333356L\n.")  # as binary and as text
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from trackopt.archive.io.file import File
+    from trackopt.archive.io.source import Contents
+
+#: Modules of this package with a ``load(path, file) -> Contents``, imported when they are needed.
+_MODULES = (
+    (signatures.is_tar, "tar"),
+    (signatures.is_safetensors, "safetensors"),
+    (signatures.is_legacy, "legacy"),
+    (signatures.is_pickle, "pickle_file"),
+)
 
 
-def module(head: bytes) -> str | None:
-    r"""The name of the module in `trackopt.archive`; None for what is no checkpoint.
+def load(path: Path, file: File) -> Contents:
+    """Read the structure of a checkpoint; the tensors stay in the file.
 
     Args:
-        head: The first 512 bytes, or all if there are fewer.
+        path: A file, or a directory that is one checkpoint.
+        file: Where to read it.
 
-    Example:
-        >>> module(b"PK\x03\x04")
-        'torch_zip'
+    Raises:
+        ArchiveError: It is no checkpoint, or damaged.
     """
-    return next((name for is_format, name in _FORMATS if is_format(head)), None)
+    if path.is_dir() or path.name.endswith(".index.json"):
+        from trackopt.archive.formats import directories
+
+        return directories.load(path, load) if path.is_dir() else directories.load_index(path, load)
+    head = file.read(0, signatures.HEAD_BYTES)
+    if signatures.is_zip(head):
+        return _load_zip(path, file)
+    if reason := explain(head):
+        raise ArchiveError(f"{path}: {reason}")
+    module = next((name for is_format, name in _MODULES if is_format(head)), None)
+    if module is None:
+        what = f"it begins with {head[:8]!r}, which is no checkpoint that trackopt reads" if head else "it is empty"
+        raise ArchiveError(f"{path}: {what}; name a file that torch.save or safetensors wrote")
+    contents: Contents = import_module(f"trackopt.archive.formats.{module}").load(path, file)
+    return contents
 
 
-def _is_zip(head: bytes) -> bool:
-    return head.startswith(b"PK\x03\x04")
+def _load_zip(path: Path, file: File) -> Contents:
+    """Read a file that ``torch.save`` or ``torch.export.save`` wrote."""
+    from trackopt.archive.formats.zip_source import ZipSource
+    from trackopt.archive.io.zip_reader import Zip
 
+    source = ZipSource(Zip(path, file))
+    if source.pickle is None and source.read_text("archive_format") == "pt2":
+        from trackopt.archive.formats import pt2
 
-def _is_stranger(head: bytes) -> bool:
-    return explain(head) is not None
+        return pt2.load(source)
+    from trackopt.archive.formats import torch_zip
 
-
-def is_tar(head: bytes) -> bool:
-    """By the checksum of the first member's header."""
-    field = head[148:156].strip(b" \0")
-    if len(head) < HEAD or not head[0] or not field or field.strip(b"01234567"):
-        return False
-    return int(field, 8) == sum(head[:148]) + 8 * 32 + sum(head[156:HEAD])
-
-
-def _is_safetensors(head: bytes) -> bool:
-    return head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 32
-
-
-def _is_legacy(head: bytes) -> bool:
-    return _looks_pickled(head) and any(magic in head[:40] for magic in _MAGIC)
-
-
-def _looks_pickled(head: bytes) -> bool:
-    return head[:1] in (b"\x80", b"(", b"]", b"}", b"c", b"L", b"I")
-
-
-_FORMATS = (
-    (_is_zip, "torch_zip"),
-    (_is_stranger, None),
-    (is_tar, "tar"),
-    (_is_safetensors, "safetensors"),
-    (_is_legacy, "legacy"),
-    (_looks_pickled, "pickle_file"),
-)
+    return torch_zip.load(source)

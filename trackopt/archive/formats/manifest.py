@@ -1,9 +1,10 @@
-"""The list of a sharded checkpoint's files with their checksums: the last thing that is written into its directory."""
+"""The files of a sharded checkpoint with their checksums; written last into its directory."""
 
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from trackopt.archive.io.checksums import crc32
 from trackopt.archive.io.parallel import map_threads
@@ -13,50 +14,64 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from pathlib import Path
 
-    from trackopt.archive.formats.members import OpenFiles
+    from trackopt.archive.io.open_files import OpenFiles
 
 NAME = "manifest.json"
 FORMAT = 1
-_CHUNK = 1 << 20
+_CHUNK_BYTES = 1 << 20
 
 
-def checksum(path: Path) -> dict[str, Any]:
-    """What the list says of a file: its ``bytes`` and its ``crc32``, in hexadecimal digits."""
+@dataclass(frozen=True)
+class FileChecksum:
+    """A file's entry in the manifest.
+
+    Attributes:
+        bytes: Its size.
+        crc32: Its CRC-32 in hexadecimal digits.
+    """
+
+    bytes: int
+    crc32: str
+
+
+def checksum(path: Path) -> FileChecksum:
+    """Read a file and compute its entry."""
     crc = size = 0
     with path.open("rb", buffering=0) as file:
-        while piece := file.read(_CHUNK):
-            crc, size = crc32(piece, crc), size + len(piece)
-    return {"bytes": size, "crc32": f"{crc:08x}"}
+        while chunk := file.read(_CHUNK_BYTES):
+            crc, size = crc32(chunk, crc), size + len(chunk)
+    return FileChecksum(size, f"{crc:08x}")
 
 
-def content(sums: Mapping[str, Mapping[str, Any]]) -> bytes:
-    """The list as it is written."""
-    return json.dumps({"format": FORMAT, "files": dict(sorted(sums.items()))}, indent=1).encode()
+def encode(checksums: Mapping[str, FileChecksum]) -> bytes:
+    """Return the content of the manifest."""
+    files = {name: {"bytes": entry.bytes, "crc32": entry.crc32} for name, entry in sorted(checksums.items())}
+    return json.dumps({"format": FORMAT, "files": files}, indent=1).encode()
 
 
 def find_damaged(files: OpenFiles) -> Iterator[str]:
-    """One line for each file that is not what was written.
+    """Yield one line for each file that differs from what was written.
 
     Raises:
-        ArchiveError: The list itself makes no sense, or a file cannot be read.
+        ArchiveError: The manifest is invalid, or a file cannot be read.
     """
-    listed = _listed(files)
-    for name in listed:
-        files.open(name)  # raises where it is missing
-    found = map_threads(lambda name: checksum(files.directory / name), list(listed))
-    for (name, said), now in zip(listed.items(), found, strict=True):
-        if said != now:
+    expected = _read(files)
+    for name in expected:
+        files.open(name)  # raises if it is missing
+    actual = map_threads(lambda name: checksum(files.directory / name), list(expected))
+    for (name, written), now in zip(expected.items(), actual, strict=True):
+        if written != now:
             yield (
-                f"{name}: {now['bytes']:,} bytes with the checksum {now['crc32']}, "
-                f"{said.get('bytes', 0):,} with {said.get('crc32')} were written"
+                f"{name}: {now.bytes:,} bytes with the checksum {now.crc32}, "
+                f"{written.bytes:,} with {written.crc32} were written"
             )
 
 
-def _listed(files: OpenFiles) -> dict[str, dict[str, Any]]:
+def _read(files: OpenFiles) -> dict[str, FileChecksum]:
     try:
-        found = json.loads(files.text(NAME))["files"]
-        if all(isinstance(said, dict) and isinstance(said.get("bytes"), int) for said in found.values()):
-            return dict(found)
+        entries = json.loads(files.read_all(NAME))["files"]
+        if all(isinstance(entry["bytes"], int) for entry in entries.values()):
+            return {name: FileChecksum(entry["bytes"], entry.get("crc32")) for name, entry in entries.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass
     raise ArchiveError(f"{files.directory / NAME}: it is no list of files with their checksums; use another checkpoint")

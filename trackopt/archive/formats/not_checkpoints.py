@@ -1,4 +1,4 @@
-"""Files that people take for checkpoints and that are something else, told by their first bytes."""
+"""Files that are mistaken for checkpoints, recognized by their first bytes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _PAGES = (b"<!doctype", b"<html", b"<?xml")
 
 
 def explain(head: bytes) -> str | None:
-    r"""What a file is that is no checkpoint, and what to do; None where that is not known.
+    r"""Return what a file is and what to do if it is known to be no checkpoint, else None.
 
     Args:
         head: Its first 24 bytes or more.
@@ -27,5 +27,5 @@ def explain(head: bytes) -> str | None:
         'it is packed with gzip; unpack it first'
     """
     if head.lstrip()[:9].lower().startswith(_PAGES):
-        return "it is an HTML page, such as a server sends in place of a file; download it again"
+        return "it is an HTML page, such as a server sends instead of a file; download it again"
     return next((what for signature, what in _SIGNATURES if head.startswith(signature)), None)

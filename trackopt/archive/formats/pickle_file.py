@@ -4,30 +4,30 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from trackopt.archive.io.byte_ranges import FileRegion, RangeSource
-from trackopt.archive.io.source import Contents
-from trackopt.archive.unpickler import constructors
+from trackopt.archive.formats import legacy
+from trackopt.archive.io.byte_ranges import FileRange
+from trackopt.archive.io.source import Contents, RangeSource
 from trackopt.archive.unpickler.limits import MalformedPickle
-from trackopt.archive.unpickler.machine import PickleMachine
-from trackopt.archive.unpickler.opcodes import OPERATIONS
+from trackopt.archive.unpickler.unpickle import unpickle
 from trackopt.errors import ArchiveError
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from trackopt.archive.io.file import File
 
-def load(path: Path, file: int) -> Contents:
-    """Read a pickle; long stretches of bytes stay in the file.
+
+def load(path: Path, file: File) -> Contents:
+    """Read a pickle; long byte strings stay in the file.
 
     Raises:
         ArchiveError: It is malformed.
     """
-    whole = FileRegion(path, file)
-    machine = PickleMachine(whole, constructors.construct, constructors.storage)
+    byte_range = FileRange(path, file)
     try:
-        tree = machine.run(OPERATIONS)
+        pickled = unpickle(byte_range, legacy.load_nested)
     except MalformedPickle as error:
         raise ArchiveError(f"{path}: its pickle cannot be read: {error}; use another checkpoint") from error
-    rest = whole.size - machine.offset
+    rest = byte_range.size - pickled.end
     problems = [f"{rest:,} bytes follow the pickle"] if rest else []
-    return Contents("pickle", tree, RangeSource(path), tuple(machine.globals), problems)
+    return Contents("pickle", pickled.tree, RangeSource(path), pickled.globals, problems)

@@ -8,15 +8,17 @@ import struct
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from trackopt.archive.io.byte_ranges import FileRegion, RangeSource
-from trackopt.archive.io.source import Contents
-from trackopt.archive.tree import ITEMSIZE, Storage, Tensor, UnknownObject, contiguous
+from trackopt.archive.io.byte_ranges import FileRange
+from trackopt.archive.io.source import Contents, RangeSource
+from trackopt.archive.tree import ITEMSIZE, Storage, Tensor, UnknownObject, contiguous_strides
 from trackopt.errors import ArchiveError
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-MAX_HEADER = 64 << 20
+    from trackopt.archive.io.file import File
+
+_MAX_HEADER_BYTES = 64 << 20
 _MAX_CONTAINERS = 1_200_000  # two lists and a dictionary for each tensor
 _MAX_VALUES = 8_000_000
 _METADATA = "__metadata__"
@@ -30,59 +32,59 @@ _DTYPES = {
 }  # fmt: skip
 
 
-def load(path: Path, file: int) -> Contents:
+def load(path: Path, file: File) -> Contents:
     """Read the header; the tensors stay in the file.
 
     Raises:
         ArchiveError: The header is malformed, or too large.
     """
-    whole = FileRegion(path, file)
-    (length,) = struct.unpack("<Q", whole.read(0, 8))
-    if length > MAX_HEADER:
-        raise ArchiveError(f"{path}: its header has {length:,} bytes, at most {MAX_HEADER:,} are read; "
+    content = FileRange(path, file)
+    (length,) = struct.unpack("<Q", content.read(0, 8))
+    if length > _MAX_HEADER_BYTES:
+        raise ArchiveError(f"{path}: its header has {length:,} bytes, at most {_MAX_HEADER_BYTES:,} are read; "
                            "use another checkpoint")  # fmt: skip
-    header, problems = _header(path, whole.read(8, 8 + length))
-    data = whole.slice(8 + length, whole.size)
-    header.pop(_METADATA, None)  # a few words of its writer's; no tensor, so no part of a state_dict
+    header, problems = _read_header(path, content.read(8, 8 + length))
+    data = content.slice(8 + length, content.size)
+    header.pop(_METADATA, None)  # strings of its writer's; no part of a state_dict
     tree: dict[str, Any] = {}
     spans = []
     for name, entry in header.items():
         try:
-            span, tree[name] = _tensor(entry, data)
+            span, tree[name] = _read_tensor(entry, data)
         except (TypeError, ValueError, KeyError, AttributeError) as error:
-            raise _malformed(path, f"its entry for {name!r} makes no sense") from error
+            raise _make_error(path, f"its entry for {name!r} makes no sense") from error
         spans.append((*span, name))
-    problems += _gaps(sorted(spans), data.size)
+    problems += _find_gaps(sorted(spans), data.size)
     return Contents("safetensors", tree, RangeSource(path), (), problems)
 
 
-def _header(path: Path, text: bytes) -> tuple[dict[str, Any], list[str]]:
+def _read_header(path: Path, text: bytes) -> tuple[dict[str, Any], list[str]]:
     if text.count(b"[") + text.count(b"{") > _MAX_CONTAINERS or text.count(b",") > _MAX_VALUES:
-        raise _malformed(path, "its header describes more tensors than are read")
-    twice: list[str] = []
+        raise _make_error(path, "its header describes more tensors than are read")
+    repeated: list[str] = []
 
     def mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found: dict[str, Any] = {}
+        result: dict[str, Any] = {}
         for key, value in pairs:
-            if key in found:
-                twice.append(key)
-            found[key] = value
-        return found
+            if key in result:
+                repeated.append(key)
+            result[key] = value
+        return result
 
     try:
         header = json.loads(text, object_pairs_hook=mapping)
     except (ValueError, RecursionError) as error:
-        raise _malformed(path, "its header is no JSON") from error
+        raise _make_error(path, "its header is no JSON") from error
     if not isinstance(header, dict):
-        raise _malformed(path, "its header is no JSON object")
-    return header, [f"the header names {key!r} twice: programs differ in which one they read" for key in twice[:10]]
+        raise _make_error(path, "its header is no JSON object")
+    return header, [f"the header names {key!r} twice: programs differ in which one they read" for key in repeated[:10]]
 
 
-def _malformed(path: Path, what: str) -> ArchiveError:
+def _make_error(path: Path, what: str) -> ArchiveError:
     return ArchiveError(f"{path}: {what}; the safetensors file is damaged, copy it again or use another checkpoint")
 
 
-def _tensor(entry: dict[str, Any], data: FileRegion) -> tuple[tuple[int, int], Tensor | UnknownObject]:
+def _read_tensor(entry: dict[str, Any], data: FileRange) -> tuple[tuple[int, int], Tensor | UnknownObject]:
     start, stop = entry["data_offsets"]
     shape = tuple(entry["shape"])
     numbers = (start, stop, *shape)
@@ -97,18 +99,18 @@ def _tensor(entry: dict[str, Any], data: FileRegion) -> tuple[tuple[int, int], T
     if math.prod(shape) * ITEMSIZE[dtype] != stop - start:
         raise ValueError(shape)
     storage = Storage(f"@{start}", dtype, "cpu", stop - start, data.slice(start, stop))
-    return (start, stop), Tensor(storage, dtype, shape, contiguous(shape))
+    return (start, stop), Tensor(storage, dtype, shape, contiguous_strides(shape))
 
 
-def _gaps(spans: list[tuple[int, int, str]], size: int) -> list[str]:
-    """What the safetensors package would refuse: overlaps, holes, bytes behind the last tensor."""
-    found = []
-    for (_, end, one), (start, _, other) in pairwise([(0, 0, "the header"), *spans]):
+def _find_gaps(spans: list[tuple[int, int, str]], size: int) -> list[str]:
+    """Return what the safetensors package would refuse: overlaps, gaps, bytes after the last tensor."""
+    problems = []
+    for (_, end, name), (start, _, next_name) in pairwise([(0, 0, "the header"), *spans]):
         if start < end:
-            found.append(f"tensors {one!r} and {other!r} overlap")
+            problems.append(f"tensors {name!r} and {next_name!r} overlap")
         elif start > end:
-            found.append(f"{start - end:,} bytes between {one!r} and {other!r} belong to no tensor")
+            problems.append(f"{start - end:,} bytes between {name!r} and {next_name!r} belong to no tensor")
     end = max((span[1] for span in spans), default=0)
     if end < size:
-        found.append(f"{size - end:,} bytes behind the last tensor belong to none")
-    return found[:10]
+        problems.append(f"{size - end:,} bytes after the last tensor belong to none")
+    return problems[:10]

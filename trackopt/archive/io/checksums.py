@@ -1,4 +1,4 @@
-"""The CRC-32 of a zip file's records, at the speed of the disk: on all cores, in slices, in little memory."""
+"""The CRC-32 of a zip file's records, at the speed of the disk: on all cores, in slices, with bounded memory."""
 
 from __future__ import annotations
 
@@ -19,69 +19,71 @@ except ImportError:  # no wheel for this platform
 
 __all__ = ["crc32", "crc32_combine", "find_damaged"]
 
-_SLICE = 32 << 20
-_CHUNK = 1 << 20  # stays in a core's cache between the read and the sum, and keeps threads out of each other's way
+_SLICE_BYTES = 32 << 20
+_CHUNK_BYTES = (
+    1 << 20
+)  # stays in a core's cache between the read and the sum, and keeps threads out of each other's way
 _POLYNOMIAL = 0xEDB88320
 
 
 def find_damaged(zipped: Zip, records: Iterable[Record]) -> Iterator[str]:
-    """One line for each of the records whose data has another CRC-32 than the directory says.
+    """Yield one line for each record whose data has another CRC-32 than the directory says.
 
-    A 0 there with data behind it is none: torch can be told to leave the sums out.
+    A 0 in the directory is no checksum: torch has an option that leaves them out.
     """
     slices = [part for record in records for part in _slices(record)]
-    yield from _compared(slices, map_threads(lambda part: _sum(zipped, *part), slices))
+    yield from _mismatches(slices, map_threads(lambda part: _sum(zipped, *part), slices))
 
 
 def _slices(record: Record) -> list[tuple[Record, int, int]]:
-    """A record in parts that can be summed apart; what is packed is one."""
+    """Split a record into ranges that can be summed in parallel; a compressed one is a single range."""
     if record.method:
         return [(record, 0, record.size)]
-    starts = range(0, record.size, _SLICE) or (0,)
-    return [(record, start, min(start + _SLICE, record.size)) for start in starts]
+    starts = range(0, record.size, _SLICE_BYTES) or (0,)
+    return [(record, start, min(start + _SLICE_BYTES, record.size)) for start in starts]
 
 
-def _compared(slices: list[tuple[Record, int, int]], sums: Iterable[int | str]) -> Iterator[str]:
-    crc, failed = 0, ""
-    for (record, start, stop), found in zip(slices, sums, strict=True):
-        if isinstance(found, str):
-            failed = failed or found
+def _mismatches(slices: list[tuple[Record, int, int]], sums: Iterable[int | str]) -> Iterator[str]:
+    crc, failure = 0, ""
+    for (record, start, stop), result in zip(slices, sums, strict=True):
+        if isinstance(result, str):
+            failure = failure or result
         else:
-            crc = crc32_combine(crc, found, stop - start) if start else found
+            crc = crc32_combine(crc, result, stop - start) if start else result
         if stop == record.size:
-            if failed:
-                yield failed
+            if failure:
+                yield failure
             elif record.crc not in (0, crc):
                 yield f"record {record.name!r} has the checksum {crc:08x}, {record.crc:08x} was written"
-            crc, failed = 0, ""
+            crc, failure = 0, ""
 
 
 def _sum(zipped: Zip, record: Record, start: int, stop: int) -> int | str:
-    """The CRC-32 of a slice, or why it cannot be read."""
+    """Return the CRC-32 of a slice, or why it cannot be read."""
     crc = 0
     try:
         if record.method:
-            for piece in zipped.chunks(record):
-                crc = crc32(piece, crc)
+            for chunk in zipped.chunks(record):
+                crc = crc32(chunk, crc)
         else:
-            for position in range(start, stop, _CHUNK):
-                crc = crc32(zipped.read(record, position, min(position + _CHUNK, stop)), crc)
+            for position in range(start, stop, _CHUNK_BYTES):
+                crc = crc32(zipped.read(record, position, min(position + _CHUNK_BYTES, stop)), crc)
         if start == stop == 0:
-            zipped.read(record)  # even one without data has a header, which may lie
+            zipped.read(record)  # a record without data has a header, too, which may be wrong
     except ArchiveError as error:
         return str(error).removeprefix(f"{zipped.path}: ")
     return crc
 
 
 def crc32_combine(first: int, second: int, length: int) -> int:
-    """The CRC-32 of two stretches, one behind the other, from their own.
+    """Return the CRC-32 of two concatenated byte strings from their checksums.
+
+    It is the first checksum times x to the power of the bits that follow, modulo the polynomial, as in zlib.
 
     Args:
-        first: That of the first stretch.
-        second: That of the second one.
-        length: Bytes of the second one.
-
-    It is the first one times x to the power of the bits that follow, modulo the polynomial, as zlib has it.
+        first: The checksum of the first string.
+        second: The checksum of the second string.
+        length: Bytes of the second string.
 
     Example:
         >>> import zlib

@@ -1,6 +1,6 @@
-"""Work on all cores, the calling thread being one of them.
+"""Work on all cores; the calling thread does its part.
 
-``concurrent.futures`` would do, but its import alone takes a tenth of the time in which 1 GB is checked.
+``concurrent.futures`` would do, but its import alone takes a tenth of the time in which 1 GB is verified.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ Result = TypeVar("Result")
 
 
 def map_threads(work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
-    """What ``work`` makes of each item, in their order.
+    """Apply ``work`` to each item in threads; return the results in order.
 
-    It pays where ``work`` spends its time outside of the interpreter's lock: in long reads and sums. An error
-    ends the work of all threads and is raised then.
+    This pays if ``work`` spends its time without the GIL, as in long reads and checksums. The first error stops all
+    threads and is raised after they have ended.
     """
     pending = deque(enumerate(items))
     done: dict[int, Result] = {}
@@ -35,7 +35,7 @@ def map_threads(work: Callable[[Item], Result], items: Sequence[Item]) -> list[R
                 return
             try:
                 done[index] = work(item)
-            except Exception as error:  # noqa: BLE001 - told to the caller below
+            except Exception as error:  # noqa: BLE001 - raised for the caller below
                 errors.append(error)
 
     threads = [threading.Thread(target=run) for _ in range(min(os.cpu_count() or 1, len(items)) - 1)]

@@ -1,4 +1,4 @@
-"""What every container offers to whoever reads tensors from it."""
+"""The sources of tensor bytes: the interface that every format offers to its readers."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from trackopt.archive.formats.members import OpenFiles
+    from trackopt.archive.io.open_files import OpenFiles
     from trackopt.archive.tree import Storage, Tensor
 
 
 class TensorSource(Protocol):
-    """A container's storages.
+    """The storages of one container.
 
     Attributes:
         path: The file, for messages.
         byteorder: ``"little"`` or ``"big"``.
-        checksummed_bytes: Bytes that its checksums cover, in the file.
+        checksummed_bytes: Bytes in the file that its checksums cover.
     """
 
     path: Path
@@ -30,26 +30,56 @@ class TensorSource(Protocol):
     checksummed_bytes: int
 
     def size(self, storage: Storage) -> int:
-        """How many bytes are there; raises ArchiveError if the storage is missing."""
+        """Return a storage's size in bytes; raises ArchiveError if it is missing."""
 
     def read(self, storage: Storage, start: int, stop: int) -> bytes:
-        """The bytes ``start`` to ``stop``; raises ArchiveError if they are not there."""
+        """Read the bytes ``start`` to ``stop``; raises ArchiveError if they are missing."""
 
     def verify_checksums(self) -> Iterator[str]:
-        """One line for each part whose bytes are not those that were written."""
+        """Yield one line for each part whose bytes differ from what was written."""
+
+
+class RangeSource:
+    """The source of a format whose storages have byte ranges of their own; it has no checksums.
+
+    Args:
+        path: The file, for messages.
+        byteorder: ``"little"`` or ``"big"``.
+    """
+
+    checksummed_bytes = 0
+
+    def __init__(self, path: Path, byteorder: str = "little") -> None:
+        self.path = path
+        self.byteorder = byteorder
+
+    def size(self, storage: Storage) -> int:
+        """Raise ArchiveError: the storage has no byte range."""
+        raise self._missing(storage)
+
+    def read(self, storage: Storage, start: int, stop: int) -> bytes:  # noqa: ARG002 - a `TensorSource` has these
+        """Raise ArchiveError: the storage has no byte range."""
+        raise self._missing(storage)
+
+    def verify_checksums(self) -> Iterator[str]:
+        """Yield nothing: there are no checksums to compare with."""
+        return iter(())
+
+    def _missing(self, storage: Storage) -> ArchiveError:
+        return ArchiveError(f"{self.path}: the data of storage {storage.key!r} is missing; use another checkpoint")
 
 
 @dataclass(frozen=True)
 class Contents:
-    """What a container holds, as its loader hands it over.
+    """The structure of a checkpoint, as the loader of its format returns it.
 
     Attributes:
-        format: What it is, in words.
+        format: The format's name.
         tree: The plain values and nodes.
         source: Where tensor bytes come from.
-        globals: Every name the file refers to.
+        globals: Every class or function name in the file.
         problems: What is wrong or ambiguous, one line each.
-        files: Files beside the one that was opened, to be closed with it.
+        files: Open files other than the one that was passed in, to be closed with it.
     """
 
     format: str
@@ -61,16 +91,15 @@ class Contents:
 
 
 def read_storage(source: TensorSource, storage: Storage, start: int, stop: int) -> bytes:
-    """The bytes ``start`` to ``stop`` of a storage, wherever they are."""
-    place = storage.region
-    data = source.read(storage, start, stop) if place is None else place.read(start, stop)
+    """Read the bytes ``start`` to ``stop`` of a storage, from its byte range or from the source."""
+    data = storage.byte_range.read(start, stop) if storage.byte_range is not None else source.read(storage, start, stop)
     if storage.byteorder in (None, source.byteorder):
         return data
     return _byteswap(data, storage.dtype)
 
 
 def _byteswap(data: bytes, dtype: str) -> bytes:
-    """Numbers in the other byte order."""
+    """Convert numbers to the other byte order."""
     size = ITEMSIZE[dtype] // (2 if dtype.startswith("complex") else 1)
     swapped = bytearray(len(data))
     for position in range(size):
@@ -79,16 +108,17 @@ def _byteswap(data: bytes, dtype: str) -> bytes:
 
 
 def out_of_bounds_reason(tensor: Tensor, source: TensorSource) -> str | None:
-    """Why a tensor cannot be read from its storage, or None if it can."""
-    if tensor.meta:
+    """Return why a tensor cannot be read from its storage, or None if it can."""
+    if tensor.is_meta:
         return None  # it never had values
+    storage = tensor.storage
     try:
-        size = tensor.storage.region.size if tensor.storage.region is not None else source.size(tensor.storage)
+        size = storage.byte_range.size if storage.byte_range is not None else source.size(storage)
     except ArchiveError as error:
         return str(error)
-    if size != tensor.storage.nbytes:
-        return f"storage {tensor.storage.key!r} needs {tensor.storage.nbytes:,} bytes, its record has {size:,}"
+    if size != storage.nbytes:
+        return f"storage {storage.key!r} needs {storage.nbytes:,} bytes, its record has {size:,}"
     end = (tensor.offset + tensor.extent) * tensor.itemsize if tensor.elements else 0
     if end > size:
-        return f"a tensor reaches to byte {end:,} of storage {tensor.storage.key!r}, which has {size:,}"
+        return f"a tensor reaches to byte {end:,} of storage {storage.key!r}, which has {size:,}"
     return None

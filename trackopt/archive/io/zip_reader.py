@@ -1,29 +1,28 @@
-"""A zip file's directory and its records, read with short ``pread`` calls.
+"""A zip file's central directory and its records, read at given offsets.
 
-The standard library's ``zipfile`` is not used: it costs more start-up time than the whole of ``inspect``
-may take, it finds an archive behind other data, and of two records with one name it takes the last where
-torch takes the first.
+The standard library's ``zipfile`` is not used: its import takes longer than ``inspect`` may take, it finds an
+archive after other data, and of two records with one name it takes the last where torch takes the first.
 """
 
 from __future__ import annotations
 
-import os
 import struct
 import threading
 import zlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from trackopt.archive.io.sparse_file import pread
 from trackopt.errors import ArchiveError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+    from trackopt.archive.io.file import File
+
 MAGIC = b"PK\x03\x04"
-CHUNK = 1 << 20
-_MAX_DIRECTORY = 64 << 20
+CHUNK_BYTES = 1 << 20
+_MAX_DIRECTORY_BYTES = 64 << 20
 _MAX_RECORDS = 400_000
 _STORED, _DEFLATED = 0, 8
 _SATURATED = 0xFFFFFFFF
@@ -36,23 +35,23 @@ LOCAL = struct.Struct("<4s5H3L2H")
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One entry of the directory.
+    """One entry of the central directory.
 
     Attributes:
         name: Its path inside the file.
         flags: The general purpose bits.
         method: 0 stored, 8 deflated.
         crc: CRC-32 of the data; 0 where the writer left it out.
-        packed: Bytes in the file.
+        packed_size: Bytes in the file.
         size: Bytes of the data.
-        header: Where its local header stands.
+        header: Offset of its local header.
     """
 
     name: str
     flags: int
     method: int
     crc: int
-    packed: int
+    packed_size: int
     size: int
     header: int
 
@@ -62,105 +61,104 @@ class Zip:
 
     Args:
         path: The file, for messages.
-        file: An open descriptor; it is read at given offsets only.
-        start: Where the zip file begins in it.
+        file: Where to read.
+        start: The offset of the zip file in it.
         size: How many bytes it has; by default all up to the end.
 
     Attributes:
-        records: The directory, by name; of several with one name the first, as torch has it.
-        problems: What is wrong or ambiguous about the file although it can be read, one line each.
+        records: The entries by name; of several with one name the first, as in torch.
+        problems: What is wrong or ambiguous although the file can be read, one line each.
 
     Raises:
-        ArchiveError: There is no sound directory.
+        ArchiveError: The central directory is missing or invalid.
     """
 
-    def __init__(self, path: Path, file: int, start: int = 0, size: int | None = None) -> None:
+    def __init__(self, path: Path, file: File, start: int = 0, size: int | None = None) -> None:
         self.path = path
         self.file = file
         self.start = start
-        self.size = os.fstat(file).st_size - start if size is None else size
+        self.size = file.size - start if size is None else size
         self.records: dict[str, Record] = {}
         self.problems: list[str] = []
-        self._places: dict[str, int] = {}
-        self._unpacking = threading.local()  # a stream that is unpacked belongs to the thread that reads it
+        self._data_offsets: dict[str, int] = {}
+        self._inflating = threading.local()  # each thread has its own inflate stream
         directory, length, count = self._find_directory()
         self._end = directory
-        self._read_directory(self._pread(directory, length), count)
+        self._read_directory(self._read(directory, length), count)
         self._find_overlaps()
 
-    def chunks(self, record: Record, size: int = CHUNK) -> Iterator[bytes]:
-        """A record's data from the beginning, in pieces of at most ``size`` bytes.
+    def chunks(self, record: Record, size: int = CHUNK_BYTES) -> Iterator[bytes]:
+        """Yield a record's data in chunks of at most ``size`` bytes.
 
         Raises:
-            ArchiveError: Its header contradicts the directory, or its data is not what the directory says.
+            ArchiveError: Its header or its data contradicts the directory.
         """
-        start = self._place(record)
+        start = self._data_offset(record)
         if record.method == _STORED:
             for position in range(0, record.size, size):
-                yield self._pread(start + position, min(size, record.size - position))
+                yield self._read(start + position, min(size, record.size - position))
         else:
             yield from self._inflate(record, start, size)
 
     def read(self, record: Record, start: int = 0, stop: int | None = None) -> bytes:
-        """The bytes ``start`` to ``stop`` of a record's data; all of it by default."""
+        """Read the bytes ``start`` to ``stop`` of a record's data; all of it by default."""
         stop = record.size if stop is None else stop
         if not 0 <= start <= stop <= record.size:
-            raise self.broken(f"bytes {start} to {stop} of record {record.name!r} were asked for, it has {record.size}")
+            raise self.make_error(
+                f"bytes {start} to {stop} of record {record.name!r} were requested, it has {record.size}"
+            )
         if record.method == _STORED:
-            return self._pread(self._place(record) + start, stop - start)
+            return self._read(self._data_offset(record) + start, stop - start)
         return self._read_deflated(record, start, stop)
 
-    def within(self, record: Record) -> Zip | None:
-        """A record that is a zip file itself; None if it is none, or is packed, so that it is not read in place."""
+    def open_nested(self, record: Record) -> Zip | None:
+        """Open a record that is a zip file itself; return None if it is not, or if it is compressed."""
         if record.method != _STORED or self.read(record, 0, min(len(MAGIC), record.size)) != MAGIC:
             return None
-        return Zip(self.path, self.file, self.start + self._place(record), record.size)
+        return Zip(self.path, self.file, self.start + self._data_offset(record), record.size)
 
-    def broken(self, what: str) -> ArchiveError:
-        """An error about this file, with what to do."""
+    def make_error(self, what: str) -> ArchiveError:
+        """Build an error about this file, with advice."""
         return ArchiveError(f"{self.path}: {what}; the file is damaged, copy it again or use another checkpoint")
 
-    def _pread(self, offset: int, length: int) -> bytes:
-        data = pread(self.file, length, self.start + offset)
-        while len(data) < length:
-            more = pread(self.file, length - len(data), self.start + offset + len(data))
-            if not more:
-                raise self.broken(
-                    f"{length} bytes expected at offset {offset}, the file ends after {len(data)} of them"
-                )
-            data += more
+    def _read(self, offset: int, length: int) -> bytes:
+        data = self.file.read(self.start + offset, length)
+        if len(data) < length:
+            raise self.make_error(
+                f"{length} bytes expected at offset {offset}, the file ends after {len(data)} of them"
+            )
         return data
 
     def _find_directory(self) -> tuple[int, int, int]:
-        """Where the directory stands, its length in bytes and its number of entries."""
+        """Return the directory's offset, its length in bytes and its number of entries."""
         tail_start = max(0, self.size - _END.size - 0xFFFF)
-        tail = self._pread(tail_start, self.size - tail_start)
+        tail = self._read(tail_start, self.size - tail_start)
         at = tail.rfind(b"PK\x05\x06")
         if at < 0 or at + _END.size > len(tail):
             raise ArchiveError(
-                f"{self.path}: the zip file has no end ({self.size} bytes are there), it was cut short; "
+                f"{self.path}: the zip file has no end record ({self.size} bytes are left), it was cut short; "
                 "copy it again or use an earlier checkpoint"
             )
         _, disk, start_disk, _, count, length, start, comment = _END.unpack_from(tail, at)
         end = tail_start + at
         if end + _END.size + comment != self.size or disk or start_disk:
-            raise self.broken("the zip file's end record is not at its end")
+            raise self.make_error("the zip file's end record is not at its end")
         if at >= _LOCATOR.size and tail[at - _LOCATOR.size : at].startswith(b"PK\x06\x07"):
             _, _, end, _ = _LOCATOR.unpack_from(tail, at - _LOCATOR.size)
             count, length, start = self._end64(end, tail_start + at - _LOCATOR.size)
         if start + length != end or count * ENTRY.size > length:
-            raise self.broken("the zip file's directory is not where its end record says")
-        if length > _MAX_DIRECTORY or count > _MAX_RECORDS:
+            raise self.make_error("the zip file's directory is not where its end record says")
+        if length > _MAX_DIRECTORY_BYTES or count > _MAX_RECORDS:
             raise ArchiveError(f"{self.path}: {count} records are more than a checkpoint has ({_MAX_RECORDS} at most)")
         return start, length, count
 
     def _end64(self, offset: int, stop: int) -> tuple[int, int, int]:
-        """Entries, length and start of the directory; the record must end where its locator begins."""
+        """Return the directory's entries, length and offset; the record must end where its locator begins."""
         if offset + _END64.size > stop:
-            raise self.broken("the zip64 end record is not where its locator says")
-        magic, size, *_, count, length, start = _END64.unpack(self._pread(offset, _END64.size))
+            raise self.make_error("the zip64 end record is not where its locator says")
+        magic, size, *_, count, length, start = _END64.unpack(self._read(offset, _END64.size))
         if magic != b"PK\x06\x06" or offset + 12 + size != stop:
-            raise self.broken("the zip64 end record is not where its locator says")
+            raise self.make_error("the zip64 end record is not where its locator says")
         return count, length, start
 
     def _read_directory(self, data: bytes, count: int) -> None:
@@ -168,7 +166,7 @@ class Zip:
         lower: set[str] = set()
         for _ in range(count):
             if position + ENTRY.size > len(data) or not data.startswith(b"PK\x01\x02", position):
-                raise self.broken("the zip file's directory has fewer entries than it says")
+                raise self.make_error("the zip file's directory has fewer entries than it says")
             entry = ENTRY.unpack_from(data, position)
             position += ENTRY.size
             end = position + entry[10] + entry[11] + entry[12]
@@ -184,22 +182,23 @@ class Zip:
     def _record(self, entry: tuple[int, ...], rest: bytes) -> Record:
         name_length, extra_length = entry[10], entry[11]
         name = rest[:name_length].decode("utf-8", "surrogateescape")
-        size, packed, header = entry[9], entry[8], entry[16]
-        if _SATURATED in (size, packed, header):
-            size, packed, header = self._wide(rest[name_length : name_length + extra_length], size, packed, header)
-        if header + LOCAL.size + packed > self._end:
-            raise self.broken(f"record {name!r} is said to lie outside of the file")
-        return Record(name, entry[3], entry[4], entry[7], packed, size, header)
+        size, packed_size, header = entry[9], entry[8], entry[16]
+        if _SATURATED in (size, packed_size, header):
+            extra = rest[name_length : name_length + extra_length]
+            size, packed_size, header = self._zip64_values(extra, size, packed_size, header)
+        if header + LOCAL.size + packed_size > self._end:
+            raise self.make_error(f"record {name!r} lies outside of the file")
+        return Record(name, entry[3], entry[4], entry[7], packed_size, size, header)
 
-    def _wide(self, extra: bytes, *values: int) -> list[int]:
-        """Take the values that do not fit 32 bits from the zip64 extra field."""
+    def _zip64_values(self, extra: bytes, *values: int) -> list[int]:
+        """Replace the values that do not fit 32 bits by those of the zip64 extra field."""
         position = 0
         while position + 4 <= len(extra):
             kind, length = struct.unpack_from("<HH", extra, position)
             if kind == 1:
                 field = extra[position + 4 : position + 4 + length]
-                wide = iter(struct.unpack(f"<{len(field) // 8}Q", field[: len(field) // 8 * 8]))
-                return [next(wide, _SATURATED) if value == _SATURATED else value for value in values]
+                values64 = iter(struct.unpack(f"<{len(field) // 8}Q", field[: len(field) // 8 * 8]))
+                return [next(values64, _SATURATED) if value == _SATURATED else value for value in values]
             position += 4 + length
         return list(values)
 
@@ -208,26 +207,26 @@ class Zip:
         for record in sorted(self.records.values(), key=lambda record: record.header):
             if record.header < end:
                 self.problems.append(f"record {record.name!r} overlaps another one")
-            end = record.header + LOCAL.size + len(record.name) + record.packed
+            end = record.header + LOCAL.size + len(record.name) + record.packed_size
 
-    def _place(self, record: Record) -> int:
-        """Where a record's data begins, by its local header, which must agree with the directory."""
-        start = self._places.get(record.name)
+    def _data_offset(self, record: Record) -> int:
+        """Return the offset of a record's data, from its local header, which must agree with the directory."""
+        start = self._data_offsets.get(record.name)
         if start is not None:
             return start
-        magic, _, flags, method, *_, name_length, extra_length = LOCAL.unpack(self._pread(record.header, LOCAL.size))
+        magic, _, flags, method, *_, name_length, extra_length = LOCAL.unpack(self._read(record.header, LOCAL.size))
         start = int(record.header + LOCAL.size + name_length + extra_length)
-        name = self._pread(record.header + LOCAL.size, name_length)
+        name = self._read(record.header + LOCAL.size, name_length)
         if magic != MAGIC or name.decode("utf-8", "surrogateescape") != record.name or method != record.method:
-            raise self.broken(f"record {record.name!r} is another one in its own header than in the directory")
+            raise self.make_error(f"record {record.name!r} differs between its local header and the directory")
         if (flags | record.flags) & 1:
             raise ArchiveError(f"{self.path}: record {record.name!r} is encrypted; decrypt the file first")
         if method not in (_STORED, _DEFLATED):
             what = f"record {record.name!r} is compressed by zip method {method}"
             raise ArchiveError(f"{self.path}: {what}, which torch does not read either; pack it again")
-        if start + record.packed > self._end or (method == _STORED and record.size != record.packed):
-            raise self.broken(f"the data of record {record.name!r} does not fit the file")
-        self._places[record.name] = start
+        if start + record.packed_size > self._end or (method == _STORED and record.size != record.packed_size):
+            raise self.make_error(f"the data of record {record.name!r} does not fit the file")
+        self._data_offsets[record.name] = start
         return start
 
     def _inflate(self, record: Record, start: int, size: int) -> Iterator[bytes]:
@@ -236,38 +235,38 @@ class Zip:
         pending = b""
         try:
             while not unpacker.eof:
-                if not pending and position < record.packed:
-                    pending = self._pread(start + position, min(size, record.packed - position))
+                if not pending and position < record.packed_size:
+                    pending = self._read(start + position, min(size, record.packed_size - position))
                     position += len(pending)
                 data = unpacker.decompress(pending, size)
                 pending = unpacker.unconsumed_tail
                 written += len(data)
                 if written > record.size:
-                    raise self.broken(
+                    raise self.make_error(
                         f"record {record.name!r} unpacks to more than the {record.size} bytes it announces"
                     )
                 if data:
                     yield data
-                elif not pending and position == record.packed:
+                elif not pending and position == record.packed_size:
                     break
         except zlib.error as error:
-            raise self.broken(f"record {record.name!r} cannot be unpacked ({error})") from error
+            raise self.make_error(f"record {record.name!r} cannot be unpacked ({error})") from error
         if written != record.size:
-            raise self.broken(f"record {record.name!r} unpacks to {written} bytes, {record.size} are announced")
+            raise self.make_error(f"record {record.name!r} unpacks to {written} bytes, {record.size} are announced")
 
     def _read_deflated(self, record: Record, start: int, stop: int) -> bytes:
-        """A slice of a deflated record; reading on where the last slice ended costs no second unpacking."""
-        name, position, pieces, held = getattr(self._unpacking, "at", ("", 0, iter(()), b""))
+        """Read a slice of a deflated record; sequential slices inflate it once."""
+        name, position, chunks, rest = getattr(self._inflating, "state", ("", 0, iter(()), b""))
         if name != record.name or position > start:
-            position, pieces, held = 0, self.chunks(record), b""
+            position, chunks, rest = 0, self.chunks(record), b""
         parts = []
         while position < stop:
-            held = held or next(pieces, b"")
-            if not held:
+            rest = rest or next(chunks, b"")
+            if not rest:
                 break
-            used = held[: stop - position]
+            used = rest[: stop - position]
             parts.append(used[max(0, start - position) :])
-            held = held[len(used) :]
+            rest = rest[len(used) :]
             position += len(used)
-        self._unpacking.at = (record.name, position, pieces, held)
+        self._inflating.state = (record.name, position, chunks, rest)
         return b"".join(parts)

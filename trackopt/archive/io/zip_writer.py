@@ -1,7 +1,7 @@
-"""Where everything stands in a checkpoint's file: the zip that ``torch.save`` writes, to the byte.
+"""The zip that ``torch.save`` writes, byte for byte: the offset of every record, its headers, and the directory.
 
-Records are stored, their data begins on multiples of 64 bytes, and each is followed by its CRC-32, so that all places
-are known before any data is. Sizes and offsets that 32 bits do not hold are written as zip64 has it.
+Records are stored uncompressed, their data begins at multiples of 64 bytes, and a CRC-32 follows each, so all offsets
+are known before any data is. Sizes and offsets that do not fit 32 bits are written as zip64.
 """
 
 from __future__ import annotations
@@ -11,21 +11,22 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from trackopt.archive.io.checksums import crc32
 from trackopt.archive.io.zip_reader import ENTRY, LOCAL, MAGIC
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
+    from typing import BinaryIO
 
-ALIGNMENT = 64  # bytes, torch's own; a mapped file has its tensors there
-FRAME = (b"1", str(ALIGNMENT).encode(), sys.byteorder.encode(), b"3\n")
-_ROOT = "archive"  # what torch.save calls it where it is given a file object
-_FULL, _FULL_COUNT = 0xFFFFFFFF, 0xFFFF
-_UTF8, _DATA_DESCRIPTOR_FLAG = 0x0800, 0x0008
+ALIGNMENT_BYTES = 64  # torch's own; a memory-mapped file has its tensors at such offsets
+_ROOT = "archive"  # what torch.save calls it if it is given a file object
+_MAX_U32, _MAX_U16 = 0xFFFFFFFF, 0xFFFF
+_UTF8_FLAG, _DATA_DESCRIPTOR_FLAG = 0x0800, 0x0008
 
 
 @dataclass(frozen=True, slots=True)
 class ZipEntry:
-    """Where one record stands.
+    """The layout of one record.
 
     Attributes:
         name: Its path in the archive.
@@ -41,84 +42,125 @@ class ZipEntry:
 
     @property
     def stop(self) -> int:
-        """The offset behind its data."""
+        """The offset after its data."""
         return self.data + self.size
 
     @property
     def end(self) -> int:
-        """The offset behind its checksum; a record without data has none."""
-        return self.stop + (0 if not self.size else 24 if self._wide() else 16)
+        """The offset after its data descriptor; a record without data has none."""
+        return self.stop + (0 if not self.size else 24 if self._zip64() else 16)
 
-    def local(self) -> bytes:
-        """The header in front of the data, filled up to where that begins."""
-        extra = self._wide(packed=0)  # as torch has it: the descriptor tells
+    def local_header(self) -> bytes:
+        """Return the header before the data, padded up to it."""
+        extra = self._zip64(packed_size=0)  # as torch writes it: the size is in the data descriptor
         padding = self.data - self.header - LOCAL.size - len(self.name) - len(extra) - 4
         extra += b"FB" + struct.pack("<H", padding) + b"Z" * padding
-        about = (0, self._flags(), 0, 0, 0, 0, 0, 0, len(self.name), len(extra))
-        return LOCAL.pack(MAGIC, *about) + self.name + extra
+        fields = (0, self._flags(), 0, 0, 0, 0, 0, 0, len(self.name), len(extra))
+        return LOCAL.pack(MAGIC, *fields) + self.name + extra
 
-    def descriptor(self, crc: int) -> bytes:
-        """What follows the data."""
+    def data_descriptor(self, crc: int) -> bytes:
+        """Return the checksum and the sizes that follow the data."""
         if not self.size:
             return b""
-        return struct.pack("<4sL2Q" if self._wide() else "<4s3L", b"PK\7\x08", crc, self.size, self.size)
+        return struct.pack("<4sL2Q" if self._zip64() else "<4s3L", b"PK\7\x08", crc, self.size, self.size)
 
-    def entry(self, crc: int) -> bytes:
-        """The record's line in the directory."""
-        extra = self._wide()
-        size, header = min(self.size, _FULL), min(self.header, _FULL)
-        about = (0, 0, self._flags(), 0, 0, 0, crc, size, size, len(self.name), len(extra), 0, 0, 0, 0, header)
-        return ENTRY.pack(b"PK\1\2", *about) + self.name + extra
+    def directory_entry(self, crc: int) -> bytes:
+        """Return the record's entry in the central directory."""
+        extra = self._zip64()
+        size, header = min(self.size, _MAX_U32), min(self.header, _MAX_U32)
+        fields = (0, 0, self._flags(), 0, 0, 0, crc, size, size, len(self.name), len(extra), 0, 0, 0, 0, header)
+        return ENTRY.pack(b"PK\1\2", *fields) + self.name + extra
 
     def _flags(self) -> int:
-        return _UTF8 | _DATA_DESCRIPTOR_FLAG if self.size else _UTF8
+        return _UTF8_FLAG | _DATA_DESCRIPTOR_FLAG if self.size else _UTF8_FLAG
 
-    def _wide(self, packed: int | None = None) -> bytes:
-        sizes = [self.size, self.size if packed is None else packed] if self.size >= _FULL else []
-        values = sizes + ([self.header] if self.header >= _FULL else [])
+    def _zip64(self, packed_size: int | None = None) -> bytes:
+        sizes = [self.size, self.size if packed_size is None else packed_size] if self.size >= _MAX_U32 else []
+        values = sizes + ([self.header] if self.header >= _MAX_U32 else [])
         return struct.pack(f"<2H{len(values)}Q", 1, 8 * len(values), *values) if values else b""
 
 
-def plan_entries(pickled: int, storages: Iterable[int]) -> list[ZipEntry]:
-    """The records of a checkpoint, in the order of the file.
+def constant_records(byteorder: str = sys.byteorder) -> tuple[bytes, bytes, bytes, bytes]:
+    """Return ``.format_version``, ``.storage_alignment``, ``byteorder`` and ``version``."""
+    return b"1", str(ALIGNMENT_BYTES).encode(), byteorder.encode(), b"3\n"
+
+
+def plan_entries(pickle_size: int, storage_sizes: Iterable[int], byteorder: str = sys.byteorder) -> list[ZipEntry]:
+    """Lay out the records of a checkpoint, in the order of the file.
 
     Args:
-        pickled: Bytes of the pickle.
-        storages: Bytes of each storage, in the order of their keys.
+        pickle_size: Bytes of the pickle.
+        storage_sizes: Bytes of each storage, in the order of their keys.
+        byteorder: That of the storages.
 
     Returns:
-        ``data.pkl``, three small ones, the storages, ``version`` and ``.data/serialization_id``.
+        ``data.pkl``, three constant records, the storages, ``version`` and ``.data/serialization_id``.
     """
-    version, alignment, order, torch_format = map(len, FRAME)
-    sizes = [("data.pkl", pickled), (".format_version", version), (".storage_alignment", alignment)]
-    sizes += [("byteorder", order)] + [(f"data/{key}", size) for key, size in enumerate(storages)]
+    version, alignment, order, torch_format = map(len, constant_records(byteorder))
+    sizes = [("data.pkl", pickle_size), (".format_version", version), (".storage_alignment", alignment)]
+    sizes += [("byteorder", order)] + [(f"data/{key}", size) for key, size in enumerate(storage_sizes)]
     sizes += [("version", torch_format), (".data/serialization_id", 40)]
-    found: list[ZipEntry] = []
-    position = 0
+    entries: list[ZipEntry] = []
+    offset = 0
     for name, size in sizes:
-        found.append(_place(f"{_ROOT}/{name}".encode(), size, position))
-        position = found[-1].end
-    return found
+        entries.append(_place_entry(f"{_ROOT}/{name}".encode(), size, offset))
+        offset = entries[-1].end
+    return entries
 
 
-def central_directory(found: Sequence[ZipEntry], crcs: Sequence[int]) -> bytes:
-    """What follows the last record: the directory, and where it is."""
-    start = found[-1].end
-    entries = b"".join(place.entry(crc) for place, crc in zip(found, crcs, strict=True))
-    size, count, end = len(entries), len(found), start + len(entries)
-    wide = struct.pack("<4sQ2H2L4Q", b"PK\6\6", 44, 0x031E, 45, 0, 0, count, count, size, start)
+def _place_entry(name: bytes, size: int, header: int) -> ZipEntry:
+    zip64_size = len(ZipEntry(name, size, header, 0)._zip64())
+    begin = header + LOCAL.size + len(name) + zip64_size + 4
+    return ZipEntry(name, size, header, begin + -begin % ALIGNMENT_BYTES)
+
+
+def serialization_id(entries: Iterable[ZipEntry], crcs: Sequence[int]) -> bytes:
+    """Return the 40 digits that identify a file: hashes of its names and of the checksums of its other records."""
+    return f"{crc32(b''.join(entry.name for entry in entries)):020d}{crc32(repr(crcs).encode()):020d}".encode()
+
+
+def central_directory(entries: Sequence[ZipEntry], crcs: Sequence[int]) -> bytes:
+    """Return the bytes after the last record: the directory and its end records."""
+    start = entries[-1].end
+    directory = b"".join(entry.directory_entry(crc) for entry, crc in zip(entries, crcs, strict=True))
+    size, count, end = len(directory), len(entries), start + len(directory)
+    end64 = struct.pack("<4sQ2H2L4Q", b"PK\6\6", 44, 0x031E, 45, 0, 0, count, count, size, start)
     locator = struct.pack("<4sLQL", b"PK\6\7", 0, end, 1)
-    few = min(count, _FULL_COUNT)
-    narrow = struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, few, few, min(size, _FULL), min(start, _FULL), 0)
-    return entries + wide + locator + narrow
+    count16 = min(count, _MAX_U16)
+    end32 = struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, count16, count16, min(size, _MAX_U32), min(start, _MAX_U32), 0)
+    return directory + end64 + locator + end32
 
 
-def directory_size(found: Sequence[ZipEntry]) -> int:
-    """How many bytes ``central_directory`` has."""
-    return len(central_directory(found, [0] * len(found)))
+def directory_size(entries: Sequence[ZipEntry]) -> int:
+    """Return how many bytes `central_directory` has."""
+    return len(central_directory(entries, [0] * len(entries)))
 
 
-def _place(name: bytes, size: int, header: int) -> ZipEntry:
-    wide = len(ZipEntry(name, size, header, 0)._wide())
-    begin = header + LOCAL.size + len(name) + wide + 4
-    return ZipEntry(name, size, header, begin + -begin % ALIGNMENT)
+def write_zip(
+    file: BinaryIO, pickle: Sequence[bytes], storages: Sequence[tuple[int, Iterable[bytes]]], byteorder: str
+) -> None:
+    """Write a checkpoint front to back, without holding more than one chunk of a storage in memory.
+
+    Args:
+        file: Where to write, at its beginning.
+        pickle: The pickle, in chunks.
+        storages: The size of each storage and its bytes in chunks, in the order of their keys.
+        byteorder: That of the storages.
+    """
+    version, alignment, order, torch_format = constant_records(byteorder)
+    entries = plan_entries(sum(map(len, pickle)), [size for size, _ in storages], byteorder)
+    contents = (pickle, [version], [alignment], [order], *(chunks for _, chunks in storages), [torch_format])
+    crcs = [_write_record(file, entry, chunks) for entry, chunks in zip(entries[:-1], contents, strict=True)]
+    crcs.append(_write_record(file, entries[-1], [serialization_id(entries, crcs)]))
+    file.write(central_directory(entries, crcs))
+
+
+def _write_record(file: BinaryIO, entry: ZipEntry, chunks: Iterable[bytes]) -> int:
+    """Write a record with its header and descriptor; return its checksum."""
+    file.write(entry.local_header())
+    crc = 0
+    for chunk in chunks:
+        crc = crc32(chunk, crc)
+        file.write(chunk)
+    file.write(entry.data_descriptor(crc))
+    return crc

@@ -1,4 +1,4 @@
-"""The bytes of a pickle, all at hand or read from a file a window at a time."""
+"""Buffered reading of a pickle, from memory or from a file a window at a time."""
 
 from __future__ import annotations
 
@@ -12,36 +12,35 @@ if TYPE_CHECKING:
 
     from trackopt.archive.io.byte_ranges import ByteRange
 
-MAX_COPIED = 64 << 20
-_WINDOW = 1 << 20
-_SHORT = 1 << 14  # behind a long payload, which may be followed by another one
-_AHEAD = 1 << 10  # no operation but for its text or bytes is longer
-_LARGE = 1 << 16
+MAX_COPIED_BYTES = 64 << 20
+_WINDOW_BYTES = 1 << 20
+_SHORT_WINDOW_BYTES = 1 << 14  # after a long payload, which another one may follow
+_MAX_OPERATION_BYTES = 1 << 10  # without its text or payload
+_MIN_PAYLOAD_BYTES = 1 << 16  # of a payload that stays in the file
 
 
 class BufferedReader:
-    """What a pickle machine reads from.
+    """The input of a pickle machine.
 
     Args:
-        data: The bytes, or where to read them as they are needed.
-        position: Where the first one is.
+        data: The bytes, or the range to read them from.
 
     Attributes:
-        data: The bytes, or the window of them that is at hand.
-        position: Where the next byte is read in ``data``.
-        low_watermark: Behind which position the window is moved before an operation is read.
+        data: The bytes, or the current window of them.
+        position: The index of the next byte in ``data``.
+        low_watermark: The position after which the window is moved before an operation is read.
     """
 
-    def __init__(self, data: bytes | ByteRange, position: int = 0) -> None:
+    def __init__(self, data: bytes | ByteRange) -> None:
         self.data = data if isinstance(data, bytes) else b""
-        self.position = position
-        self._region = None if isinstance(data, bytes) else data
+        self.position = 0
+        self._byte_range = None if isinstance(data, bytes) else data
         self._base = 0
-        self.low_watermark = len(self.data) if self._region is None else -1
-        self._taken = 0
+        self.low_watermark = len(self.data) if self._byte_range is None else -1
+        self._copied_beyond = 0
 
     def take(self, length: int) -> bytes:
-        """The next bytes."""
+        """Read the next bytes."""
         end = self.position + length
         if length < 0 or end > len(self.data):
             return self._read_beyond_buffer(length)
@@ -50,22 +49,22 @@ class BufferedReader:
         return data
 
     def payload(self, length: int) -> Any:
-        """The next bytes; where there are many in a file, a node that reads them when they are asked for."""
+        """Read the next bytes; for many bytes in a file, return a node that reads them on demand."""
         start = self.offset
-        if self._region is None or length < _LARGE or start + length > self._region.size:
+        if self._byte_range is None or length < _MIN_PAYLOAD_BYTES or start + length > self._byte_range.size:
             return self.take(length)
-        self.refill(start + length, _SHORT)
-        part = self._region.slice(start, start + length)
+        self.refill(start + length, _SHORT_WINDOW_BYTES)
+        part = self._byte_range.slice(start, start + length)
         return Tensor(Storage(part.key, "uint8", "cpu", length, part), "uint8", (length,), (1,), kind=BYTES)
 
     def number(self, kind: struct.Struct) -> Any:
-        """The next number of a fixed size."""
+        """Read the next number of a fixed size."""
         (value,) = kind.unpack_from(self.data, self.position)
         self.position += kind.size
         return value
 
     def line(self) -> str:
-        """The next text up to a newline."""
+        """Read the text up to the next newline."""
         end = self.data.find(b"\n", self.position)
         while end < 0:
             end = self._find_newline()
@@ -75,39 +74,39 @@ class BufferedReader:
 
     @property
     def offset(self) -> int:
-        """Where the next byte stands in the file or the bytes; behind the pickle once it has run."""
+        """The offset of the next byte in the input; after a run, that of the pickle's end."""
         return self._base + self.position
 
-    def refill(self, offset: int | None = None, length: int = _WINDOW) -> None:
-        """Move the window, so that it begins at the next byte or at a given one."""
-        if self._region is None:
+    def refill(self, offset: int | None = None, length: int = _WINDOW_BYTES) -> None:
+        """Move the window to the next byte or to a given offset."""
+        if self._byte_range is None:
             return
         self._base = self.offset if offset is None else offset
-        if self._base > self._region.size:
-            raise MalformedPickle(f"it ends at byte {self._region.size}")
+        if self._base > self._byte_range.size:
+            raise MalformedPickle(f"it ends at byte {self._byte_range.size}")
         self.position = 0
-        self.data = self._region.read(self._base, min(self._base + length, self._region.size))
-        whole = self._base + len(self.data) == self._region.size
-        self.low_watermark = len(self.data) if whole else len(self.data) - _AHEAD
+        self.data = self._byte_range.read(self._base, min(self._base + length, self._byte_range.size))
+        is_last = self._base + len(self.data) == self._byte_range.size
+        self.low_watermark = len(self.data) if is_last else len(self.data) - _MAX_OPERATION_BYTES
 
     def _read_beyond_buffer(self, length: int) -> bytes:
-        """The next bytes, of which some are not in the window."""
+        """Read the next bytes, some of which are not in the window."""
         start = self.offset
-        if self._region is None or length < 0 or start + length > self._region.size:
-            raise MalformedPickle(f"{length} bytes are announced at byte {start}, there are fewer")
-        self._taken += length
-        if self._taken > MAX_COPIED:
-            raise MalformedPickle(f"more than {MAX_COPIED:,} bytes of text")
-        data = self._region.read(start, start + length)
+        if self._byte_range is None or length < 0 or start + length > self._byte_range.size:
+            raise MalformedPickle(f"{length} bytes are announced at byte {start}, fewer are left")
+        self._copied_beyond += length
+        if self._copied_beyond > MAX_COPIED_BYTES:
+            raise MalformedPickle(f"more than {MAX_COPIED_BYTES:,} bytes of text")
+        data = self._byte_range.read(start, start + length)
         self.refill(start + length)
         return data
 
     def _find_newline(self) -> int:
-        """Widen the window until a line ends in it."""
-        length = 2 * max(len(self.data) - self.position, _WINDOW)
-        if self._region is None or self.offset + len(self.data) - self.position >= self._region.size:
+        """Double the window until a line ends in it."""
+        length = 2 * max(len(self.data) - self.position, _WINDOW_BYTES)
+        if self._byte_range is None or self.offset + len(self.data) - self.position >= self._byte_range.size:
             raise MalformedPickle(f"a line does not end at byte {self.offset}")
-        if length > MAX_COPIED:
-            raise MalformedPickle(f"more than {MAX_COPIED:,} bytes of text")
+        if length > MAX_COPIED_BYTES:
+            raise MalformedPickle(f"more than {MAX_COPIED_BYTES:,} bytes of text")
         self.refill(length=length)
         return self.data.find(b"\n", self.position)

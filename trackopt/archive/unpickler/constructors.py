@@ -1,34 +1,44 @@
-"""What the calls in a checkpoint's pickle stand for.
+"""The calls in a checkpoint's pickle, turned into plain values and nodes.
 
-Each entry of the table turns a name and its arguments into a plain value or a node; those of tensors are in
-`trackopt.archive.unpickler.tensor_constructors`. Whatever is not in it is described as an `UnknownObject` node.
-Nothing here imports
-or calls what the file names.
+Each entry of the table handles one function; those of tensors are in
+`trackopt.archive.unpickler.tensor_constructors`. Any other call becomes an `UnknownObject`. Nothing here imports or
+calls what the file names.
 """
 
 from __future__ import annotations
 
 import struct
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from trackopt.archive.tree import Global, UnknownObject, contiguous
+from trackopt.archive.tree import Global, UnknownObject
 from trackopt.archive.unpickler import numpy_constructors
 from trackopt.archive.unpickler.limits import MalformedPickle, checked_key
-from trackopt.archive.unpickler.tensor_constructors import CALLS, STORAGES, is_size, storage, string
+from trackopt.archive.unpickler.tensor_constructors import CALLS, string
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["STORAGES", "construct", "contiguous", "is_size", "storage", "string"]
+    from trackopt.archive.io.byte_ranges import ByteRange
+
+    LoadNested = Callable[[ByteRange], Any]
+
+#: The function of a storage that was pickled by itself: its argument is a whole file of the legacy format.
+NESTED_STORAGE = "torch.storage._load_from_bytes"
 
 
-def construct(name: str, args: tuple[Any, ...]) -> Any:
-    """What stands for the result of calling ``name`` with ``args``.
+def construct(name: str, args: tuple[Any, ...], load_nested: LoadNested | None = None) -> Any:
+    """Return the value or node for the result of calling ``name`` with ``args``.
+
+    Args:
+        name: The function.
+        args: Its arguments.
+        load_nested: Reads a storage that was pickled as a whole file.
 
     Raises:
-        Broken: The arguments of a known name make no sense.
+        MalformedPickle: The arguments of a known function are invalid.
     """
-    builder = _BUILDERS.get(name)
+    builder = partial(_load_nested, load_nested) if name == NESTED_STORAGE else _BUILDERS.get(name)
     if builder is None:
         return UnknownObject(name, args)
     try:
@@ -37,12 +47,9 @@ def construct(name: str, args: tuple[Any, ...]) -> Any:
         raise MalformedPickle(f"{name} has arguments that make no sense") from error
 
 
-def _load_nested(data: Any) -> Any:
-    """A storage that was pickled by itself: its bytes are a whole file of the old format."""
-    from trackopt.archive.formats.legacy import embedded
-
-    place = numpy_constructors.region(data)
-    return UnknownObject("torch.storage._load_from_bytes", (data,)) if place is None else embedded(place)
+def _load_nested(load: LoadNested | None, data: Any) -> Any:
+    byte_range = numpy_constructors.as_byte_range(data)
+    return UnknownObject(NESTED_STORAGE, (data,)) if load is None or byte_range is None else load(byte_range)
 
 
 def _mapping(*args: Any) -> Any:
@@ -72,21 +79,21 @@ def _device(kind: Any, index: Any = None) -> Any:
 
 
 def _named(name: Any) -> Any:
-    """A layout or a memory format, which is saved by its name."""
+    """Return a layout or a memory format, which is saved by its name."""
     return Global(string(name))
 
 
 def _encode(text: str, encoding: str = "utf-8") -> bytes:
     if encoding not in ("latin1", "latin-1", "utf-8", "ascii"):
-        raise MalformedPickle("bytes are given in an encoding that no pickle uses")
+        raise MalformedPickle("bytes have an encoding that no pickle uses")
     return text.encode(encoding)
 
 
 def _bytes(data: Any = b"", encoding: str = "latin1") -> Any:
     if isinstance(data, str):
         return _encode(data, encoding)
-    if numpy_constructors.region(data) is None:
-        raise MalformedPickle("bytes are made of something else")
+    if numpy_constructors.as_byte_range(data) is None:
+        raise MalformedPickle("bytes are made of another type")
     return data
 
 
@@ -99,9 +106,8 @@ def _set(kind: str) -> Callable[..., Any]:
 
 
 def _object(kind: Global, base: Any = None, state: Any = None) -> Any:
-    """``copyreg._reconstructor``: an object of protocol 0 or 1, of a class on top of a built-in one."""
-    filled = () if state is None else (base, state)
-    return UnknownObject(kind.name, filled)
+    """Return an object of protocol 0 or 1, whose class extends a built-in one (``copyreg._reconstructor``)."""
+    return UnknownObject(kind.name, () if state is None else (base, state))
 
 
 def _path(*parts: str) -> str:
@@ -109,7 +115,7 @@ def _path(*parts: str) -> str:
 
 
 def _date(data: Any, *rest: Any) -> Any:
-    """``datetime.date``, whose four bytes are the year, the month and the day."""
+    """Decode a ``datetime.date``: four bytes with the year, the month and the day."""
     if not isinstance(data, bytes) or len(data) != 4:
         return UnknownObject("datetime.date", (data, *rest))
     year, month, day = struct.unpack(">HBB", data)
@@ -117,7 +123,7 @@ def _date(data: Any, *rest: Any) -> Any:
 
 
 def _datetime(data: Any, *zone: Any) -> Any:
-    """``datetime.datetime``, whose ten bytes go down to the microsecond; a time zone stands behind them."""
+    """Decode a ``datetime.datetime``: ten bytes down to the microsecond, then a time zone."""
     if not isinstance(data, bytes) or len(data) != 10:
         return UnknownObject("datetime.datetime", (data, *zone))
     year, month, day, hour, minute, second = struct.unpack(">HBBBBB", data[:7])
@@ -129,7 +135,6 @@ def _datetime(data: Any, *zone: Any) -> Any:
 _PATHS = ("Path", "PosixPath", "WindowsPath", "PurePath", "PurePosixPath", "PureWindowsPath")
 _BUILDERS: dict[str, Callable[..., Any]] = {
     **CALLS,
-    "torch.storage._load_from_bytes": _load_nested,
     "torch.Size": _tuple,
     "torch.device": _device,
     "torch.serialization._get_layout": _named,

@@ -1,4 +1,4 @@
-"""What a hostile pickle may not do to whoever walks its tree: loop, overrun the stack, grow without end."""
+"""Limits on a pickle's tree, so that no reader loops, overruns the stack or runs out of memory."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ if TYPE_CHECKING:
 
 MAX_DEPTH = 200
 MAX_NODES = 5_000_000
-MAX_SHARED = 500_000  # where most of the values are the same ones again: no training state is, and each costs a visit
-_REPEATS = 10
-_MAX_KEY = 100
+MAX_SHARED = 500_000  # nodes of a tree that mostly repeats the same ones: no training state does, and each is visited
+_MAX_REPEATS = 10
+_MAX_KEY_PARTS = 100
 _CONTAINERS = (dict, list, tuple, TensorSubclass, UnknownObject)
 
 
@@ -22,10 +22,9 @@ class MalformedPickle(Exception):
 
 
 def checked_key(key: Any) -> Any:
-    """The key, if a dictionary can have it and hashing it is cheap.
+    """Return the key if it is hashable and cheap to hash; raise MalformedPickle otherwise.
 
-    Hashing a tuple walks it in C: one that is nested deeply overruns the stack, one that holds itself
-    doubly often never ends.
+    Hashing a tuple walks it in C: deep nesting overruns the stack, and repeated doubling never ends.
     """
     if isinstance(key, list | dict):
         raise MalformedPickle(f"a {type(key).__name__} is used as a dictionary's key")
@@ -33,7 +32,7 @@ def checked_key(key: Any) -> Any:
     while pending:
         value = pending.pop()
         seen += 1
-        if seen > _MAX_KEY or isinstance(value, list | dict | bytearray):
+        if seen > _MAX_KEY_PARTS or isinstance(value, list | dict | bytearray):
             raise MalformedPickle("a dictionary's key is not hashable, or has too many parts")
         if isinstance(value, tuple):
             pending.extend(value)
@@ -41,14 +40,14 @@ def checked_key(key: Any) -> Any:
 
 
 def check_limits(root: Any) -> Any:
-    """Cut what contains itself, and refuse what is too deep or, written out, too large to walk."""
-    sizes: dict[int, tuple[int, int]] = {}  # a container's size written out and its depth
+    """Break cycles in a tree; refuse one that is too deep or, expanded, too large to walk."""
+    sizes: dict[int, tuple[int, int]] = {}  # expanded size and depth of each container
     path: dict[int, Any] = {id(root): root}
     frames = [_frame(root)]
     distinct = 0
     while frames:
-        node, below, total = frames[-1]
-        for key, child in below:
+        node, children, total = frames[-1]
+        for key, child in children:
             known = sizes.get(id(child))
             if known is not None:
                 total[0] += known[0]
@@ -69,9 +68,9 @@ def check_limits(root: Any) -> Any:
             if frames:
                 frames[-1][2][0] += total[0]
                 frames[-1][2][1] = max(frames[-1][2][1], total[1] + 1)
-    written_out = sizes[id(root)][0]
-    if written_out > max(MAX_SHARED, _REPEATS * distinct):
-        raise MalformedPickle(f"its {distinct:,} values hold each other so often that they stand for {written_out:,}")
+    expanded = sizes[id(root)][0]
+    if expanded > max(MAX_SHARED, _MAX_REPEATS * distinct):
+        raise MalformedPickle(f"its {distinct:,} values hold each other so often that they stand for {expanded:,}")
     return root
 
 
@@ -83,7 +82,7 @@ def _check_size(size: int, depth: int) -> None:
 
 
 def _frame(node: Any) -> tuple[Any, Iterator[tuple[Any, Any]], list[int]]:
-    """A container, those of its parts that hold others with where each can be replaced, and its size so far."""
+    """Return a container, the keys and values of its nested containers, and its size and depth so far."""
     slots: Iterable[tuple[Any, Any]] = ()
     if isinstance(node, dict):
         slots = node.items()
@@ -104,7 +103,7 @@ def _count(node: Any) -> int:
 
 
 def _break_cycle(node: Any, key: Any) -> None:
-    """Replace a part that contains the node itself."""
+    """Replace a part of a node that contains the node."""
     if isinstance(node, UnknownObject):
         setattr(node, key, None if key == "state" else type(getattr(node, key))())
     elif isinstance(node, tuple):

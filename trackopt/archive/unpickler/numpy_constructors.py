@@ -1,13 +1,16 @@
-"""NumPy arrays and scalars as they stand in a pickle, turned into tensors and numbers without NumPy."""
+"""NumPy arrays and scalars of a pickle, turned into tensors and numbers without NumPy."""
 
 from __future__ import annotations
 
 import math
 import struct
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from trackopt.archive.io.byte_ranges import BytesRegion
-from trackopt.archive.tree import BYTES, ITEMSIZE, Global, Storage, Tensor, UnknownObject, contiguous
+from trackopt.archive.io.byte_ranges import BytesRange
+from trackopt.archive.tree import BYTES, ITEMSIZE, Global, Storage, Tensor, UnknownObject, contiguous_strides
+
+if TYPE_CHECKING:
+    from trackopt.archive.io.byte_ranges import ByteRange
 
 KIND = "numpy.ndarray"
 _MAX_RANK = 64
@@ -23,10 +26,10 @@ _SCALARS = {
 }  # fmt: skip
 
 
-def built(node: UnknownObject) -> Any:
-    """What an object is now that its state is known: an array, or still the same.
+def apply_build(node: UnknownObject) -> Any:
+    """Return the array that an object's state describes, or the object itself.
 
-    Arrays of objects, text or records are left as they are.
+    Arrays of objects, text or records stay as they are.
     """
     state = node.state
     if not (isinstance(state, tuple) and len(state) == 5 and isinstance(state[2], UnknownObject)):
@@ -37,33 +40,33 @@ def built(node: UnknownObject) -> Any:
 
 
 def reconstruct(kind: Global, *_: Any) -> UnknownObject:
-    """An empty array, whose state is to come."""
+    """Return an empty array, whose state follows."""
     return UnknownObject(kind.name)
 
 
 def from_buffer(data: Any, dtype: Any, shape: Any, order: str = "C") -> Any:
-    """``numpy.core.numeric._frombuffer``, which protocol 5 uses."""
+    """Return the array of ``numpy.core.numeric._frombuffer``, which protocol 5 uses."""
     array = _array(dtype, shape, data, order == "F")
     return UnknownObject(KIND, (data, dtype, shape, order)) if array is None else array
 
 
 def scalar(dtype: Any, data: Any = b"") -> Any:
-    """A NumPy scalar as the Python number of the same value."""
+    """Return a NumPy scalar as the Python number of the same value."""
     kind, big = _kind(dtype)
     if kind not in _SCALARS or not isinstance(data, bytes) or len(data) != struct.calcsize("=" + _SCALARS[kind]):
         return UnknownObject("numpy.scalar", (dtype, data))
     return struct.unpack((">" if big else "<") + _SCALARS[kind], data)[0]
 
 
-def region(data: Any) -> Any:
-    """The bytes that a value stands for, to be read from; None if it is something else."""
+def as_byte_range(data: Any) -> ByteRange | None:
+    """Return the range of a value's bytes; None if it is not made of bytes."""
     if isinstance(data, bytes):
-        return BytesRegion(data)
-    return data.storage.region if isinstance(data, Tensor) and data.kind == BYTES else None
+        return BytesRange(data)
+    return data.storage.byte_range if isinstance(data, Tensor) and data.kind == BYTES else None
 
 
 def _kind(dtype: Any) -> tuple[str, bool]:
-    """The kind and width of a plain dtype, and whether it is big-endian."""
+    """Return the kind and width of a plain dtype, and whether it is big-endian."""
     if not (isinstance(dtype, UnknownObject) and dtype.name == "numpy.dtype" and dtype.args):
         return "", False
     text = str(dtype.args[0])
@@ -73,13 +76,13 @@ def _kind(dtype: Any) -> tuple[str, bool]:
 
 def _array(dtype: Any, shape: Any, data: Any, fortran: bool) -> Tensor | None:
     kind, big = _kind(dtype)
-    name, place = _DTYPES.get(kind), region(data)
-    if name is None or place is None or not isinstance(shape, tuple) or len(shape) > _MAX_RANK:
+    name, byte_range = _DTYPES.get(kind), as_byte_range(data)
+    if name is None or byte_range is None or not isinstance(shape, tuple) or len(shape) > _MAX_RANK:
         return None
     if not all(type(size) is int and 0 <= size < 1 << 62 for size in shape):
         return None
-    if math.prod(shape) * ITEMSIZE[name] != place.size:
+    if math.prod(shape) * ITEMSIZE[name] != byte_range.size:
         return None
-    stride = tuple(reversed(contiguous(shape[::-1]))) if fortran else contiguous(shape)
-    storage = Storage(place.key, name, "cpu", place.size, place, "big" if big else "little")
+    stride = tuple(reversed(contiguous_strides(shape[::-1]))) if fortran else contiguous_strides(shape)
+    storage = Storage(byte_range.key, name, "cpu", byte_range.size, byte_range, "big" if big else "little")
     return Tensor(storage, name, shape, stride, kind=KIND)

@@ -1,4 +1,4 @@
-"""What each opcode of a pickle does: all of protocols 0 to 5; those that reach outside of it are refused."""
+"""The opcodes of pickle protocols 0 to 5; those that refer to something outside of the pickle are refused."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from trackopt.archive.unpickler.machine import PickleMachine
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-_MAX_INTEGER = 1024  # bytes; Python refuses to print what has more than 4,300 digits
+_MAX_INTEGER_BYTES = 1024  # Python refuses to print what has more than 4,300 digits
 
 
-def void(_: object) -> None:
-    """Drop a value."""
+def _discard(_: object) -> None:
+    """Do nothing with a value."""
 
 
 def _integer(data: bytes) -> Any:
-    if len(data) > _MAX_INTEGER:
+    if len(data) > _MAX_INTEGER_BYTES:
         return UnknownObject(f"integer of {len(data)} bytes")
     return int.from_bytes(data, "little", signed=True)
 
@@ -39,7 +39,7 @@ def _text(machine: PickleMachine, length: int) -> str:
 
 
 def _old_string(data: bytes) -> str:
-    """A Python 2 string: what torch reads as text."""
+    """Decode a Python 2 string, which torch reads as text."""
     return data.decode("utf-8", "surrogateescape")
 
 
@@ -56,18 +56,18 @@ def _raw_unicode(machine: PickleMachine) -> str:
 
 def _object(machine: PickleMachine) -> None:
     function, *args = machine.since_mark()
-    machine.push(machine.called(function, tuple(args)))
+    machine.push(machine.call(function, tuple(args)))
 
 
 def _instance(machine: PickleMachine) -> None:
     machine.name(machine.line(), machine.line())
     function = machine.pop()
-    machine.push(machine.called(function, tuple(machine.since_mark())))
+    machine.push(machine.call(function, tuple(machine.since_mark())))
 
 
 def _new_object_with_keywords(machine: PickleMachine) -> None:
     keywords, args, function = machine.pop(), machine.pop(), machine.pop()
-    result = machine.called(function, args)
+    result = machine.call(function, args)
     if keywords:
         result = UnknownObject(repr(function), tuple(args) if isinstance(args, tuple) else (args,), state=keywords)
     machine.push(result)
@@ -114,10 +114,10 @@ OPERATIONS: dict[int, Callable[[PickleMachine], None]] = {
         # structure
         "(": PickleMachine.mark,
         "0": PickleMachine.pop_or_unmark,
-        "1": lambda m: void(m.since_mark()),
+        "1": lambda m: _discard(m.since_mark()),
         "2": lambda m: m.push(m.top()),
-        "\x80": lambda m: void(m.take(1)),
-        "\x95": lambda m: void(m.take(8)),  # a frame: its size only says how to read ahead
+        "\x80": lambda m: _discard(m.take(1)),
+        "\x95": lambda m: _discard(m.take(8)),  # a frame: its size only says how to read ahead
         # references
         "p": lambda m: m.put(int(m.line())),
         "q": lambda m: m.put(m.number(_U1)),

@@ -1,6 +1,6 @@
-"""What the calls that rebuild tensors stand for: plain ones, quantized, sparse, nested, of other classes.
+"""The calls that rebuild tensors: plain, quantized, sparse, nested, and of subclasses.
 
-Their arguments are checked, since what they say is all that is known of a tensor until its values are read.
+Their arguments are checked, since nothing else is known of a tensor until its values are read.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from trackopt.archive.tree import (
     Tensor,
     TensorSubclass,
     UnknownObject,
-    contiguous,
+    contiguous_strides,
 )
 from trackopt.archive.unpickler import numpy_constructors
 from trackopt.archive.unpickler.limits import MalformedPickle
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 _MAX_RANK = 64
-_MAX_PARTS = 16
+_MAX_COMPONENTS = 16
 STORAGES = {
     "Double": "float64", "Float": "float32", "Half": "float16", "BFloat16": "bfloat16",
     "Long": "int64", "Int": "int32", "Short": "int16", "Char": "int8", "Byte": "uint8", "Bool": "bool",
@@ -34,7 +34,7 @@ STORAGES = {
     "QInt32": "qint32", "QInt8": "qint8", "QUInt8": "quint8", "QUInt4x2": "quint4x2", "QUInt2x4": "quint2x4",
     "Untyped": "uint8",
 }  # fmt: skip
-#: Elements in a byte of the dtypes that torch packs along the last dimension.
+#: Elements per byte of the dtypes that torch packs along the last dimension.
 _PACKED = {"quint4x2": 2, "quint2x4": 4}
 _SPARSE = {
     "torch.sparse_coo": ("indices", "values"),
@@ -43,11 +43,11 @@ _SPARSE = {
     "torch.sparse_csc": ("ccol_indices", "row_indices", "values"),
     "torch.sparse_bsc": ("ccol_indices", "row_indices", "values"),
 }
-_serial = count()  # tensors without memory are told apart by it
+_serial = count()  # distinguishes tensors without memory
 
 
 def storage(key: Any) -> Any:
-    """The storage that a persistent id names, or what is known of it."""
+    """Return the storage that a persistent id names; for another id, what is known of it."""
     if not (isinstance(key, tuple) and len(key) >= 5 and string(key[0]) == "storage" and isinstance(key[1], Global)):
         return UnknownObject("persistent id", (key,))
     kind, _, suffix = key[1].name.rpartition(".")[2].partition("Storage")
@@ -60,17 +60,17 @@ def storage(key: Any) -> Any:
 
 
 def string(value: Any) -> str:
-    """A key as text, which old files have as bytes or as a number."""
+    """Return a key as text; old files have bytes or numbers."""
     return value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else str(value)
 
 
 def is_size(value: Any) -> bool:
-    """Whether a value can be a size, a stride or an offset."""
+    """Return whether a value can be a size, a stride or an offset."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 62
 
 
 def _tensor(base: Any, offset: int, shape: Any, stride: Any, *rest: Any) -> Any:
-    """``_rebuild_tensor`` and ``_v2``: ``rest`` is requires_grad, hooks, and the conj and neg bits."""
+    """Return a tensor (``_rebuild_tensor``, ``_v2``); ``rest`` is requires_grad, hooks, and the conj and neg bits."""
     if not isinstance(base, Storage):
         return UnknownObject("torch.Tensor", (base, offset, shape, stride, *rest))
     bits = rest[2] if len(rest) > 2 and isinstance(rest[2], dict) else {}
@@ -78,7 +78,7 @@ def _tensor(base: Any, offset: int, shape: Any, stride: Any, *rest: Any) -> Any:
 
 
 def _tensor_v3(base: Any, offset: int, shape: Any, stride: Any, *rest: Any) -> Any:
-    """``_rebuild_tensor_v3``: the dtype stands behind the hooks, since the storage is untyped."""
+    """Return a tensor (``_rebuild_tensor_v3``); its dtype follows the hooks, since the storage is untyped."""
     if not isinstance(base, Storage):
         return UnknownObject("torch.Tensor", (base, offset, shape, stride, *rest))
     bits = rest[3] if len(rest) > 3 and isinstance(rest[3], dict) else {}
@@ -113,7 +113,7 @@ def _quantized(base: Any, offset: int, shape: Any, stride: Any, params: Any, req
     if packed is None:
         return replace(_checked(base, base.dtype, (offset, shape, stride), bool(requires_grad)), quantizer=quantizer)
     rows = (*shape[:-1], -(-shape[-1] // packed))
-    parts = {"packed": _checked(base, base.dtype, (offset, rows, contiguous(rows)))}
+    parts = {"packed": _checked(base, base.dtype, (offset, rows, contiguous_strides(rows)))}
     tensors = {"scale": quantizer.scale, "zero_point": quantizer.zero_point}
     parts |= {name: value for name, value in tensors.items() if isinstance(value, Tensor)}
     return TensorSubclass("torch." + base.dtype, base.dtype, shape, dict(parts))
@@ -126,12 +126,12 @@ def _quantizer(shape: tuple[int, ...], scheme: Global, scale: Any, zero_point: A
         return Quantizer(name, scale, zero_point)
     tensors = isinstance(scale, Tensor) and isinstance(zero_point, Tensor)
     if not tensors or not is_size(axis) or axis >= len(shape) or {scale.shape, zero_point.shape} != {(shape[axis],)}:
-        raise MalformedPickle("a quantized tensor has scales that do not fit it")
+        raise MalformedPickle("a quantized tensor has scales of another shape")
     return Quantizer(name, scale, zero_point, axis)
 
 
 def _sparse(layout: Any, data: Any) -> Any:
-    """``_rebuild_sparse_tensor``: the layout, then indices, values, the size, and whether it is coalesced."""
+    """Return a sparse tensor; ``data`` is the indices, the values, the size, and whether it is coalesced."""
     name = layout.name if isinstance(layout, Global) else str(layout)
     names = _SPARSE[name]
     tensors = dict(zip(names, data, strict=False))
@@ -145,38 +145,38 @@ def _sparse(layout: Any, data: Any) -> Any:
 
 def _nested(buffer: Any, sizes: Any, strides: Any, offsets: Any) -> Any:
     tensors = {"buffer": buffer, "sizes": sizes, "strides": strides, "offsets": offsets}
-    return _compound("torch.nested", tensors) or UnknownObject("torch.nested", (buffer, sizes, strides, offsets))
+    return _subclass("torch.nested", tensors) or UnknownObject("torch.nested", (buffer, sizes, strides, offsets))
 
 
-def _compound(kind: str, parts: Any, shape: tuple[int, ...] = ()) -> TensorSubclass | None:
-    """A tensor made of those of some values that are tensors; None if there are none, or it is too deep."""
-    found = {
+def _subclass(kind: str, parts: Any, shape: tuple[int, ...] = ()) -> TensorSubclass | None:
+    """Return a tensor whose components are the tensors among some values; None if there are none or too many."""
+    components = {
         string(name): part
         for name, part in (parts.items() if isinstance(parts, dict) else ())
         if isinstance(part, Tensor) or (isinstance(part, TensorSubclass) and not part.is_nested)
     }
-    if not found or len(found) > _MAX_PARTS:
+    if not components or len(components) > _MAX_COMPONENTS:
         return None
-    return TensorSubclass(kind, next(iter(found.values())).dtype, shape, found)
+    return TensorSubclass(kind, next(iter(components.values())).dtype, shape, components)
 
 
 def _meta(dtype: Global, shape: Any, stride: Any, requires_grad: Any = False) -> Tensor:
-    return _checked(_nothing(_dtype(dtype)), _dtype(dtype), (0, shape, stride), bool(requires_grad))
+    return _checked(_meta_storage(_dtype(dtype)), _dtype(dtype), (0, shape, stride), bool(requires_grad))
 
 
-def _nothing(dtype: str) -> Storage:
+def _meta_storage(dtype: str) -> Storage:
     return Storage(f"meta {next(_serial)}", dtype, "meta", 0)
 
 
 def _wrapper(kind: Global, dtype: Global, shape: Any, stride: Any, offset: Any, *rest: Any) -> Tensor:
-    """``_rebuild_wrapper_subclass``: a tensor of another class, whose memory that class has elsewhere."""
+    """Return a tensor of a subclass that keeps its memory elsewhere (``_rebuild_wrapper_subclass``)."""
     requires_grad = len(rest) > 2 and bool(rest[2])
-    bare = _checked(_nothing(_dtype(dtype)), _dtype(dtype), (offset, shape, stride), requires_grad)
+    bare = _checked(_meta_storage(_dtype(dtype)), _dtype(dtype), (offset, shape, stride), requires_grad)
     return replace(bare, kind=kind.name)
 
 
 def _device_tensor(data: Any, dtype: Any = None, device: Any = "cpu", requires_grad: Any = False) -> Any:
-    """A tensor of a device without storages of its own, which was saved as one on the CPU or as an array."""
+    """Return a tensor of a device without storages, which was saved as a CPU tensor or an array."""
     if not isinstance(data, Tensor):
         return UnknownObject("torch.Tensor", (data, dtype, device, requires_grad))
     base = replace(data.storage, device=string(device))
@@ -185,42 +185,46 @@ def _device_tensor(data: Any, dtype: Any = None, device: Any = "cpu", requires_g
 
 def _parameter(data: Any, requires_grad: Any = True, *_: Any) -> Any:
     if isinstance(data, Tensor):
-        return replace(data, parameter=True, requires_grad=bool(requires_grad))
+        return replace(data, is_parameter=True, requires_grad=bool(requires_grad))
     return data
 
 
 def _from_type(function: Global, kind: Global, args: tuple[Any, ...], state: Any = None) -> Any:
-    """A subclass of Tensor: what it holds is what it was made from, or the tensors among its attributes."""
-    known = TENSORS.get(function.name)
-    inner = known(*args) if known is not None else UnknownObject(kind.name, args, state)
-    if isinstance(inner, Tensor) and not inner.meta:
-        return replace(inner, kind=kind.name)
-    if isinstance(inner, TensorSubclass):
-        return inner
-    shape = inner.shape if isinstance(inner, Tensor) else ()
-    inside = args[0] if args and isinstance(args[0], dict) else {}
+    """Return a tensor subclass: what it was built from, or the tensors among its attributes."""
+    builder = TENSORS.get(function.name)
+    base = builder(*args) if builder is not None else UnknownObject(kind.name, args, state)
+    if isinstance(base, Tensor) and not base.is_meta:
+        return replace(base, kind=kind.name)
+    if isinstance(base, TensorSubclass):
+        return base
+    shape = base.shape if isinstance(base, Tensor) else ()
+    components = args[0] if args and isinstance(args[0], dict) else {}
     attributes = state[-1] if isinstance(state, tuple) and state else state  # of a class with __slots__
-    found = _compound(kind.name, attributes, shape) or _compound(kind.name, inside, shape)
-    if found is None:
-        return inner
-    local = found.components.get("_local_tensor")
-    if isinstance(local, Tensor) and isinstance(inner, Tensor) and local.shape == shape:
-        return replace(local, kind=kind.name, requires_grad=inner.requires_grad)  # a DTensor that is whole in here
-    return replace(found, placements=_placements(attributes.get("_spec"))) if isinstance(attributes, dict) else found
+    subclass = _subclass(kind.name, attributes, shape) or _subclass(kind.name, components, shape)
+    if subclass is None:
+        return base
+    local = subclass.components.get("_local_tensor")
+    if isinstance(local, Tensor) and isinstance(base, Tensor) and local.shape == shape:
+        return replace(local, kind=kind.name, requires_grad=base.requires_grad)  # an unsharded DTensor
+    if not isinstance(attributes, dict):
+        return subclass
+    return replace(subclass, placements=_placements(attributes.get("_spec")))
 
 
 def _placements(spec: Any) -> tuple[str, ...]:
-    """How a DTensor lies on its device mesh."""
+    """Return the placements of a DTensor on its device mesh."""
     state = spec.state if isinstance(spec, UnknownObject) else None
     placements = state.get("placements") if isinstance(state, dict) else None
-    found = [node for node in placements if isinstance(node, UnknownObject)] if isinstance(placements, tuple) else []
-    return tuple(_placement(node) for node in found[:_MAX_PARTS])
+    if not isinstance(placements, tuple):
+        return ()
+    nodes = [node for node in placements if isinstance(node, UnknownObject)]
+    return tuple(_placement(node) for node in nodes[:_MAX_COMPONENTS])
 
 
 def _placement(node: UnknownObject) -> str:
     state = node.state if isinstance(node.state, dict) else {}
-    inside = [f"{key}={value}" for key, value in state.items() if isinstance(value, int | str)]
-    return f"{node.name.rpartition('.')[2]}({', '.join(inside[:_MAX_PARTS])})"
+    arguments = [f"{key}={value}" for key, value in state.items() if isinstance(value, int | str)]
+    return f"{node.name.rpartition('.')[2]}({', '.join(arguments[:_MAX_COMPONENTS])})"
 
 
 _REBUILD: dict[str, Callable[..., Any]] = {

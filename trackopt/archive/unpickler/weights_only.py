@@ -1,9 +1,9 @@
-"""Which names ``torch.load(weights_only=True)`` takes; it refuses a file with any other."""
+"""The names that ``torch.load(weights_only=True)`` accepts; it refuses a file with any other."""
 
 from __future__ import annotations
 
 from trackopt.archive.tree import ITEMSIZE
-from trackopt.archive.unpickler.constructors import STORAGES
+from trackopt.archive.unpickler.tensor_constructors import STORAGES
 
 _NAMES = frozenset((
     "_codecs.encode", "builtins.bytearray", "builtins.complex", "builtins.set",
@@ -24,7 +24,7 @@ _SCHEMES = frozenset((
 
 
 def is_allowed(name: str) -> bool:
-    """Whether a name in a file is one that torch takes.
+    """Return whether torch accepts a name in a file.
 
     Example:
         >>> is_allowed("torch.FloatStorage"), is_allowed("os.system")

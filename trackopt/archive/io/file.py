@@ -1,0 +1,52 @@
+"""Open files that are read at given offsets."""
+
+from __future__ import annotations
+
+import os
+import stat
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+class File:
+    """A descriptor that is read at given offsets, so that threads can share it.
+
+    Args:
+        descriptor: An open descriptor; `close` closes it.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+
+    @classmethod
+    def open(cls, path: Path) -> File:
+        """Open a file, or a directory. Raises OSError."""
+        return cls(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK))  # a named pipe must not block
+
+    @property
+    def size(self) -> int:
+        """Its size in bytes."""
+        return os.fstat(self.descriptor).st_size
+
+    @property
+    def is_regular(self) -> bool:
+        """True if it is a regular file: no directory, pipe or device."""
+        return stat.S_ISREG(os.fstat(self.descriptor).st_mode)
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Read ``length`` bytes; fewer only if the file ends before them."""
+        data = os.pread(self.descriptor, length, offset)
+        while len(data) < length:
+            more = os.pread(self.descriptor, length - len(data), offset + len(data))
+            if not more:
+                break
+            data += more
+        return data
+
+    def close(self) -> None:
+        """Close the descriptor; a second call does nothing."""
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+            self.descriptor = -1

@@ -1,0 +1,52 @@
+"""Running one pickle: the entry point of the unpickler."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from trackopt.archive.unpickler.machine import MAX_OPERATIONS, PickleMachine
+from trackopt.archive.unpickler.opcodes import OPERATIONS
+from trackopt.archive.unpickler.tensor_constructors import storage
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from trackopt.archive.io.byte_ranges import ByteRange
+
+
+@dataclass(frozen=True)
+class Unpickled:
+    """The result of running a pickle.
+
+    Attributes:
+        tree: Plain values and nodes.
+        globals: Every name that the pickle refers to, in order.
+        end: The offset after the pickle.
+    """
+
+    tree: Any
+    globals: tuple[str, ...]
+    end: int
+
+
+def unpickle(
+    data: bytes | ByteRange,
+    load_nested: Callable[[ByteRange], Any],
+    persistent: Callable[[Any], Any] = storage,
+    limit: int = MAX_OPERATIONS,
+) -> Unpickled:
+    """Run a pickle without importing or calling anything that it names.
+
+    Args:
+        data: The bytes, or the range to read them from; the pickle may end before they do.
+        load_nested: Returns the node for a storage that was pickled as a whole file.
+        persistent: Returns the node for a persistent id.
+        limit: The most operations that it may have.
+
+    Raises:
+        MalformedPickle: It is malformed, or it exceeds a limit.
+    """
+    machine = PickleMachine(data, persistent, load_nested)
+    tree = machine.run(OPERATIONS, limit)
+    return Unpickled(tree, tuple(machine.globals), machine.offset)
