@@ -1,14 +1,14 @@
-"""The journal: one JSON line for each step, in ``metrics.jsonl``, appended and never changed.
+"""The journal: one JSON line per step in the append-only file ``metrics.jsonl``.
 
-It is the only thing that telemetry writes in the training process; everything else (TensorBoard, MLflow, plots) is
-made from it. A line is one ``write(2)``, so what was written survives the death of the process. There are two kinds:
+It is the only file that telemetry writes in the training process; everything else (TensorBoard, MLflow, plots) is
+derived from it. A line is one ``write(2)``, so it survives the death of the process. There are two kinds of lines:
 
 * records, ``{"step": 1, "time": 1763717000.1, "metrics": {"loss": 0.69, "lr/group0": 0.1}}``
 * markers, ``{"event": "start" | "resume" | "checkpoint" | "stop" | "close", "step": 100, "time": …, …}``
 
-A ``resume`` marker at step k says that training went back to step k: what an earlier attempt recorded after it is
-superseded. The *effective* series are what is left. Non-finite numbers are the strings ``"NaN"``, ``"Infinity"`` and
-``"-Infinity"``, since JSON has no others.
+A ``resume`` marker at step k means that training went back to step k: later records of earlier attempts are superseded.
+The *effective* series are the others. Non-finite numbers are the strings ``"NaN"``, ``"Infinity"`` and ``"-Infinity"``,
+since JSON has no such numbers.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ logger = logging.getLogger("trackopt")
 
 @dataclass(frozen=True)
 class Histogram:
-    """How often which values occur.
+    """The distribution of some values.
 
     Attributes:
         limits: The upper limit of each bucket, ascending.
-        counts: How many values are in it.
+        counts: The number of values in each bucket.
         min: The smallest value.
         max: The largest.
         sum: The sum of all values.
         sum_squares: The sum of their squares.
-        num: How many there are.
+        num: The number of values.
     """
 
     limits: list[float]
@@ -62,14 +62,14 @@ class Line:
     """One line of a journal: a record (it has metrics or histograms) or a marker (it has an event).
 
     Attributes:
-        step: The optimizer step that it belongs to.
+        step: Its optimizer step.
         time: Unix seconds.
         metrics: The numbers of a record; empty in a marker.
-        event: A marker's kind; ``None`` in a record.
-        details: What else a marker says.
+        event: The event of a marker; ``None`` in a record.
+        details: The other fields of a marker.
         start_offset: The line's offset in the file, in bytes.
-        end_offset: The offset behind its newline.
-        histograms: What a record of histograms holds, by names like ``exp_avg/group0``; it has no metrics.
+        end_offset: The offset after its newline.
+        histograms: The histograms of a record without metrics, by names like ``exp_avg/group0``.
     """
 
     step: int
@@ -85,10 +85,10 @@ class Line:
 class Journal:
     """The writing end, held by the training process.
 
-    What cannot be written (a full disk) is kept in memory, told once, and written as soon as that works again.
+    Lines that cannot be written (a full disk) are kept in memory with one warning, and written as soon as possible.
 
     Args:
-        path: The journal's file; it is created if need be.
+        path: The journal's file; it is created if missing.
 
     Raises:
         RunError: The file cannot be opened for appending.
@@ -101,25 +101,25 @@ class Journal:
         try:
             self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
             self._size = os.fstat(self._file).st_size
-            torn = self._size and os.pread(self._file, 1, self._size - 1) != b"\n"
+            is_torn = self._size and os.pread(self._file, 1, self._size - 1) != b"\n"
         except OSError as error:
             raise RunError(
                 f"{path}: cannot open the journal ({error.strerror}); check the directory's permissions"
             ) from error
-        if torn:
-            self._write(b"\n")  # ends the line that a killed process left torn, so that it spoils no other
+        if is_torn:
+            self._write(b"\n")  # ends the incomplete line of a killed process
 
     @property
     def offset(self) -> int:
-        """Where the next line begins, in bytes, once those that wait are written."""
+        """The offset of the next line in bytes, once all lines are written."""
         return self._size + len(self._unwritten)
 
     def record(self, step: int, metrics: Mapping[str, float], at: float | None = None) -> None:
-        """Append what was measured at ``step``, ``at`` this time in Unix seconds; default: now."""
+        """Append the metrics of a step, measured ``at`` a time in Unix seconds (default: now)."""
         self._append({"step": step, "time": at or time.time(), "metrics": _encode_nonfinite(metrics)})
 
-    def histograms(self, step: int, histograms: Mapping[str, Any]) -> None:
-        """Append how tensors were spread at ``step``: each as a `Histogram`, or a dict of its fields."""
+    def histograms(self, step: int, histograms: Mapping[str, Histogram]) -> None:
+        """Append the histograms of a step."""
         self._append({"step": step, "time": time.time(), "histograms": histograms})
 
     def mark(self, event: str, step: int, **details: Any) -> None:
@@ -127,19 +127,19 @@ class Journal:
         self._append({"event": event, "step": step, "time": time.time(), **details})
 
     def sync(self) -> None:
-        """Force what was appended to the disk."""
+        """Flush all written lines to the disk."""
         with contextlib.suppress(OSError):
             os.fsync(self._file)
 
     def close(self) -> None:
-        """Close the file; lines that a full disk still keeps out are lost, and told."""
+        """Close the file; warns about lines that could not be written, and are lost."""
         self._write(b"")
         if self._unwritten:
             lines = self._unwritten.count(b"\n")
             logger.warning("trackopt: %d lines of %s could not be written and are lost", lines, self.path)
         try:
             os.close(self._file)
-        except OSError as error:  # a file system over the network may write only now
+        except OSError as error:  # a network file system may write only now
             logger.warning("trackopt: the last lines of %s may be lost (%s)", self.path, error.strerror)
 
     def _append(self, line: dict[str, Any]) -> None:
@@ -155,7 +155,7 @@ class Journal:
         except OSError as error:
             if not self._warned:
                 logger.warning(
-                    "trackopt: cannot write %s (%s); training goes on, the lines are kept until it works",
+                    "trackopt: cannot write %s (%s); training continues, the lines are kept until it works",
                     self.path,
                     error.strerror,
                 )
@@ -165,24 +165,24 @@ class Journal:
         self._unwritten = data
 
 
-_SPELLINGS = {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}
+_NONFINITE_SPELLINGS = {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}
 
 
 def _encode_nonfinite(metrics: Mapping[str, float]) -> Mapping[str, float | str]:
     if all(map(math.isfinite, metrics.values())):
         return metrics
-    return {key: value if math.isfinite(value) else _SPELLINGS[str(value)] for key, value in metrics.items()}
+    return {key: value if math.isfinite(value) else _NONFINITE_SPELLINGS[str(value)] for key, value in metrics.items()}
 
 
 def read(path: Path, offset: int = 0) -> Iterator[Line]:
-    """The complete lines of a journal from ``offset`` on, in order.
+    """Yield the complete lines of a journal from ``offset`` on, in order.
 
-    A torn line is skipped, and so is one that says nothing that this version knows. The last line counts only once
-    its newline is there, so a journal that is being written can be read at any moment.
+    Torn lines and lines that this version does not know are skipped. The last line counts only once its newline is
+    written, so the journal of a running training can be read at any time.
 
     Args:
         path: The journal's file; a missing one has no lines.
-        offset: Where to begin, in bytes: 0, or the ``end_offset`` of a line read before.
+        offset: The offset of the first line in bytes: 0, or the ``end_offset`` of an earlier line.
     """
     try:
         file = path.open("rb")
@@ -200,10 +200,10 @@ def read(path: Path, offset: int = 0) -> Iterator[Line]:
 
 
 def effective(lines: Iterable[Line]) -> list[Line]:
-    """The records that count, in the order of their steps: those of abandoned futures are left out.
+    """Return the records that are not superseded, in the order of their steps.
 
-    They are the history of the checkpoint that the latest attempt went on from, then its own. A step has one record;
-    one that follows an epoch (a validation loss) is a second line of the same step.
+    They are the history of the checkpoint that the latest attempt resumed from, followed by its own. A step has one
+    record; metrics that are logged after it (a validation loss) are a second line of the same step.
 
     Example:
         >>> effective([Line(1, 0.0, {"loss": 2.0}), Line(2, 0.0, {"loss": 1.5}),
@@ -212,14 +212,14 @@ def effective(lines: Iterable[Line]) -> list[Line]:
     """
     seen: list[Line] = []
     kept: list[Line] = []
-    resumed = 0  # where the latest attempt begins
+    attempt_start = 0  # the offset at which the latest attempt begins
     for line in lines:
         if line.event == "resume":
             offset = line.details.get("offset", math.inf)
-            if offset < resumed:  # the checkpoint is of an attempt that was given up: what was recorded there is back
-                kept = effective(each for each in seen if each.start_offset < offset)
+            if offset < attempt_start:  # the checkpoint of an abandoned attempt: the records before it count again
+                kept = effective(earlier for earlier in seen if earlier.start_offset < offset)
             kept = [record for record in kept if not superseded(record, line)]
-            resumed = line.start_offset
+            attempt_start = line.start_offset
         elif line.event is None:
             kept.append(line)
         if line.event in {"resume", None}:
@@ -228,16 +228,16 @@ def effective(lines: Iterable[Line]) -> list[Line]:
 
 
 def superseded(record: Line, resume: Line) -> bool:
-    """Whether a record from before a ``resume`` marker belongs to the future that it abandoned.
+    """Return whether a record from before a ``resume`` marker is superseded by it.
 
-    The marker's ``offset`` is where the journal stood when the checkpoint was taken: it tells what was logged at the
-    checkpoint's own step, but after it.
+    The marker's ``offset`` is the length of the journal when the checkpoint was taken: records of the checkpoint's own
+    step that were logged after the checkpoint are superseded as well.
     """
     return record.step > resume.step or record.start_offset >= resume.details.get("offset", math.inf)
 
 
 def series(path: Path | str) -> dict[str, list[tuple[int, float]]]:
-    """The effective series of a run: for each key its points ``(step, value)``.
+    """Return the effective series of a run: for each key its points ``(step, value)``.
 
     Args:
         path: A run's directory, or its ``metrics.jsonl``.
@@ -253,11 +253,11 @@ def series(path: Path | str) -> dict[str, list[tuple[int, float]]]:
         {'loss': [(1, 0.5)]}
     """
     path = Path(path)
-    points: dict[str, list[tuple[int, float]]] = {}
+    result: dict[str, list[tuple[int, float]]] = {}
     for line in effective(read(path / NAME if path.is_dir() else path)):
         for key, value in line.metrics.items():
-            points.setdefault(key, []).append((line.step, value))
-    return points
+            result.setdefault(key, []).append((line.step, value))
+    return result
 
 
 def _parse(raw: bytes, start: int) -> Line | None:

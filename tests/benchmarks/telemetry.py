@@ -147,7 +147,7 @@ def synchronous_mlflow(optimizer: Optimizer, scheduler: LRScheduler, folder: str
 @contextmanager
 def ours(optimizer: Optimizer, scheduler: LRScheduler, folder: str) -> Iterator[tuple[Log, Without]]:
     with trackopt.wrap(optimizer, scheduler, dir=f"{folder}/run") as run:
-        recorder = run._recorder._process
+        recorder = run._loop.attempt._recorder._process
 
         def log(step: int, loss: Tensor) -> None:
             run.step(loss=loss)

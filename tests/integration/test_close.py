@@ -22,7 +22,7 @@ run = trackopt.wrap(optimizer, scheduler, dir=sys.argv[1])
 for _ in range(100):
     run.step(loss=train_step(model, optimizer, scheduler))
 for step in range(101, 1501):
-    run._journal.record(step, {f"a/{i}": step + i for i in range(20)})
+    run._loop.attempt.journal.record(step, {f"a/{i}": step + i for i in range(20)})
 print("closing", flush=True)
 run.close(wait="nowait" not in sys.argv)
 print("closed", flush=True)
@@ -66,7 +66,7 @@ def test_ctrl_c_ends_the_waiting_and_not_the_delivery(long, tmp_path):
     output, seen, code = run_in_pty(long, directory, react=interrupt())
     assert code == 0, seen
     assert output == "closing\nclosed\n"
-    assert seen.count("the recorder goes on delivering in the background") == 1
+    assert seen.count("the recorder continues in the background") == 1
     assert "Traceback" not in seen
     wait_until_idle(directory)
     assert mlflow_points(directory) == journal.series(directory)

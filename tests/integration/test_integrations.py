@@ -168,10 +168,10 @@ def test_an_exception_that_the_framework_keeps_to_itself_is_told(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
         "import torch\n"
-        "from trackopt.checkpoint.snapshot import Training\n"
-        "from trackopt.integrations.recording import Options, record\n"
+        "from trackopt.training.objects import Training\n"
+        "from trackopt.integrations.recording import Options, open_session\n"
         "training = Training(None, torch.optim.SGD([torch.ones(1, requires_grad=True)], 0.1))\n"
-        "record(training, Options(dir='run', sinks=()), leads=True).begin()\n"
+        "open_session(training, Options(dir='run', sinks=()), leads=True).begin()\n"
         "raise ValueError('a mistake')\n"
     )
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False, timeout=60)

@@ -18,7 +18,7 @@ import trackopt
 from tests.helpers.training import make_training, train_step
 from trackopt.run import progress as display
 
-display._FIRST, display._EVERY = 0.1, 0.3
+display._FIRST_LINE_AFTER_S, display._LINE_INTERVAL_S = 0.1, 0.3
 options = {"progress_bar": False} if "silent" in sys.argv else {}
 model, optimizer, scheduler = make_training()
 run = trackopt.wrap(optimizer, scheduler, model=model, dir="a run", save_every=5, sinks=(), **options)

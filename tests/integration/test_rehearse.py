@@ -86,8 +86,8 @@ main()
 FRAMEWORK = """
 import torch
 from trackopt.training.objects import Training
-from trackopt.integrations.recording import Options, record
-recording = record(Training(None, torch.optim.SGD([torch.ones(1)])), Options(dir="x"), leads=True)
+from trackopt.integrations.recording import Options, open_session
+recording = open_session(Training(None, torch.optim.SGD([torch.ones(1)])), Options(dir="x"), leads=True)
 recording.begin()
 recording.close()
 """
@@ -192,7 +192,7 @@ def test_a_fault_that_only_a_resume_shows_is_named(fault, kind, seen, advice, sc
             "NumPy's Generator `noise` is not seeded",
             "seed it: np.random.default_rng(0); and hand",
         ),
-        ("sampler", "data", "the batch was not the same: the order is drawn from something", "seed what the sampler"),
+        ("sampler", "data", "the batch was not the same: the order depends on something", "seed the generator"),
     ],
 )
 def test_a_training_that_does_not_repeat_itself_is_told_first(fault, kind, seen, advice, script):
@@ -250,7 +250,7 @@ def test_the_screen_says_what_differs(script):
     [
         ("import sys; sys.exit('no data here')", [], "failed with exit code 1"),
         ("print('hello')", [], "made no run; does the script call trackopt.wrap()?"),
-        (FRAMEWORK, [], "its run is saved and resumed by a framework, which rehearse cannot follow; rehearse a loop"),
+        (FRAMEWORK, [], "a framework saves and resumes its run, which rehearse cannot follow; rehearse a loop"),
         ("import os; os.kill(os.getpid(), 11)", [], "was ended by SIGSEGV"),
         (SEVERAL, ["--at", "7"], "--at 7: the training ends at step 6"),
         (
@@ -331,7 +331,7 @@ def collating(hidden):
     return collate
 
 
-def test_strays_are_found_by_the_names_that_the_script_has_for_them():
+def test_untracked_objects_are_found_by_the_names_that_the_script_has_for_them():
     """In variables, containers, objects and closures; what the run knows, and the global generators, are none."""
     model, optimizer, scheduler = make_training()
     warmup = torch.optim.lr_scheduler.LinearLR(optimizer)
@@ -361,17 +361,17 @@ def test_strays_are_found_by_the_names_that_the_script_has_for_them():
 
 def moment(**changes):
     """One step of a made-up trace."""
-    before = {"rng": {"torch": 1}, "strays": {}, "numbers": {}} | changes.pop("before", {})
+    before = {"rng": {"torch": 1}, "untracked": {}, "numbers": {}} | changes.pop("before", {})
     return Step(
         **{"weights": "0" * 8, "optimizer": "", "lr": [0.1], "rng": {"torch": 2}, "batch": 1, **changes}, before=before
     )
 
 
-def trace(losses, steps, *lives, **options):
+def trace(losses, steps, *starts, **options):
     points = list(enumerate(losses, 1))
-    lives = tuple(AttemptStart(step, "0" * 8) for step in lives or (0,))
+    starts = tuple(AttemptStart(step, "0" * 8) for step in starts or (0,))
     names = {"weights": ["w"], "optimizer": []}
-    return Trace("run", 0.0, {"loss": points}, dict(enumerate(steps, 1)), lives, (), names, **options)
+    return Trace("run", 0.0, {"loss": points}, dict(enumerate(steps, 1)), starts, (), names, **options)
 
 
 def test_rounding_points_to_kernels():
@@ -386,7 +386,7 @@ def test_rounding_points_to_kernels():
 def test_the_global_generator_that_stood_elsewhere_is_named():
     a = trace([1.0, 0.5], [moment(), moment(before={"rng": {"torch": 5}}, rng={"torch": 6})])
     b = trace([1.0, 0.7], [moment(), moment(before={"rng": {"torch": 8}}, rng={"torch": 9})], 0, 1)
-    assert "the global generator of torch did not stand where" in diagnose(a, b, a).cause.observation
+    assert "the global generator of torch was in another state" in diagnose(a, b, a).cause.observation
     assert "torch.manual_seed(0)" in diagnose(a, b).cause.advice
 
 
@@ -398,7 +398,7 @@ def test_a_training_of_another_length_is_told():
 
 
 def test_a_number_that_is_different_each_time_is_no_evidence():
-    """A start time differs between any two trainings; a running mean that begins anew does not."""
+    """A start time differs between any two trainings; a running mean that starts again does not."""
     numbers = [{"start": "1.0", "mean": "3"}, {"start": "2.0", "mean": "0"}, {"start": "3.0", "mean": "3"}]
     steps = [[moment(), moment(before={"numbers": each})] for each in numbers]
     a, b, again = (trace([1.0, loss], each, 0, 1) for loss, each in zip((0.5, 0.7, 0.5), steps, strict=True))
@@ -407,28 +407,36 @@ def test_a_number_that_is_different_each_time_is_no_evidence():
 
 def test_an_object_that_was_not_handed_over_is_named():
     """What stood elsewhere when the step began is the cause; what follows from the step is not."""
-    strays = {
+    untracked = {
         "ema": {"kind": "module", "label": "AveragedModel"},
         "critic.opt": {"kind": "optimizer", "label": "Adam"},
         "it": {"kind": "iterator", "label": "zip"},
     }
-    a = trace([1.0, 0.5], [moment(), moment(before={"strays": {"ema": 1, "critic.opt": 3, "it": None}})])
+    a = trace([1.0, 0.5], [moment(), moment(before={"untracked": {"ema": 1, "critic.opt": 3, "it": None}})])
     b = trace(
-        [1.0, 0.7], [moment(), moment(before={"strays": {"ema": 2, "critic.opt": 3, "it": None}})], 0, 1, strays=strays
+        [1.0, 0.7],
+        [moment(), moment(before={"untracked": {"ema": 2, "critic.opt": 3, "it": None}})],
+        0,
+        1,
+        untracked=untracked,
     )
     cause = diagnose(a, b, a).cause
     assert "AveragedModel `ema` is not known" in cause.observation
     assert cause.advice == "hand it over: trackopt.wrap(…, ema=ema)"
-    b = trace([1.0, 0.7], [*a.steps.values()], 0, 1, strays=strays)
-    assert "zip `it` is in the middle of its data, and begins anew" in diagnose(a, b, a).cause.observation
+    b = trace([1.0, 0.7], [*a.steps.values()], 0, 1, untracked=untracked)
+    assert "zip `it` is in the middle of its data, and starts again" in diagnose(a, b, a).cause.observation
 
 
 def test_a_batch_that_was_not_restored_is_told():
     """The generator that drew it is named, or that there is one which trackopt does not know."""
-    strays = {"shuffle.rng": {"kind": "generator", "label": "random.Random"}}
+    untracked = {"shuffle.rng": {"kind": "generator", "label": "random.Random"}}
     a, b = (
         trace(
-            [1.0, loss], [moment(), moment(batch=batch, before={"strays": {"shuffle.rng": batch}})], 0, 1, strays=strays
+            [1.0, loss],
+            [moment(), moment(batch=batch, before={"untracked": {"shuffle.rng": batch}})],
+            0,
+            1,
+            untracked=untracked,
         )
         for batch, loss in ((1, 0.5), (2, 0.7))
     )

@@ -129,12 +129,13 @@ def die(run):
 
     No thread can be killed: a checkpoint that is on its way gets to the disk.
     """
-    run._saving.close()
-    run._telemetry.close()
-    run._signals.close()
-    run._journal.close()
-    run._directory.release()
-    atexit.unregister(run._at_exit)
+    loop, attempt = run._loop, run._loop.attempt
+    loop.checkpoints.saver.close()
+    attempt.telemetry.close()
+    loop.stop.close()
+    attempt.journal.close()
+    attempt.directory.release()
+    atexit.unregister(attempt._at_exit)
 
 
 @pytest.mark.filterwarnings("ignore:Detected call of")  # torch warns of its own nested SequentialLR

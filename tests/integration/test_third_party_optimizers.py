@@ -12,6 +12,7 @@ from torch.distributed.fsdp import fully_shard
 import trackopt
 from trackopt import journal
 from trackopt.telemetry.hooks import OptimizerObserver
+from trackopt.telemetry.options import StatsOptions
 
 
 class Lookahead(torch.optim.Optimizer):
@@ -112,7 +113,7 @@ def test_optimizers_of_several_processes(kind):
         from torch.distributed.optim import ZeroRedundancyOptimizer  # its import warns of what torch deprecates
 
         optimizer = ZeroRedundancyOptimizer(model.parameters(), optimizer_class=torch.optim.AdamW, lr=0.1)
-    observer = OptimizerObserver(optimizer, names=list)
+    observer = OptimizerObserver(optimizer, StatsOptions(), names=list)
     model(torch.ones(2, 4)).sum().backward()
     optimizer.step()
     metrics = observer.pop_metrics().metrics()

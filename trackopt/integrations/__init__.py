@@ -1,1 +1,1 @@
-"""Telemetry for loops that belong to a framework, which keeps its own checkpoints; one file for each framework."""
+"""Telemetry for the loops of frameworks, which keep their own checkpoints; one file for each framework."""

@@ -1,6 +1,6 @@
-"""Accelerate: a tracker for ``log_with`` that records what the prepared optimizers do.
+"""Accelerate: a tracker for ``log_with`` that records the steps of the prepared optimizers.
 
-``trackopt.wrap`` takes prepared objects, too, and then trackopt saves and resumes. This tracker is for loops that do so
+``trackopt.wrap`` also takes prepared objects, and then trackopt saves and resumes. This tracker is for loops that do so
 with ``accelerator.save_state`` and ``load_state``.
 """
 
@@ -29,18 +29,18 @@ if TYPE_CHECKING:
 
 
 class TrackoptTracker(GeneralTracker):
-    """Records each optimizer step, and whatever ``accelerator.log`` is given.
+    """Records each optimizer step, and the values given to ``accelerator.log``.
 
-    A step's record is complete when the model is called for the next one. ``accelerator.log`` counts for the step that
-    was taken last; its ``step`` does not matter. What ``accelerator.save_state`` writes carries what this tracker must
-    know, so that a run that goes on after ``accelerator.load_state`` in the same ``dir`` has one history.
+    A step's record is complete when the model is called for the next step. ``accelerator.log`` logs at the latest step;
+    its ``step`` is ignored. The checkpoints of ``accelerator.save_state`` carry the state of this tracker, so that a
+    run that resumes with ``accelerator.load_state`` in the same ``dir`` has one history.
 
     Args:
         **options: ``dir``, ``stats``, ``stats_every``, ``histograms_every``, ``sinks``, ``experiment`` and ``name``, as
             ``trackopt.wrap`` takes them.
 
     Raises:
-        UsageError: An option makes no sense.
+        UsageError: An option is invalid.
 
     Example:
         >>> from accelerate import Accelerator
@@ -53,15 +53,15 @@ class TrackoptTracker(GeneralTracker):
     def __init__(self, **options: Any) -> None:
         super().__init__()
         self._options = Options(**options)
-        self._recording: TelemetrySession | None = None
-        self._watching = self._begun = False
+        self._session: TelemetrySession | None = None
+        self._is_watching = self._has_begun = False
         self._config: dict[str, Any] = {}
-        self._stepped: set[str] = set()  # the optimizers that have, in this iteration
-        self._folder = ""  # where the accelerator is about to save
+        self._stepped: set[str] = set()  # optimizers that have stepped in this iteration
+        self._checkpoint_folder = ""  # where the accelerator is about to save
 
     @property
     def tracker(self) -> TrackoptTracker:
-        """What ``accelerator.get_tracker("trackopt", unwrap=True)`` returns."""
+        """This tracker, for ``accelerator.get_tracker("trackopt", unwrap=True)``."""
         return self
 
     def watch(
@@ -72,91 +72,91 @@ class TrackoptTracker(GeneralTracker):
         *,
         model: nn.Module | Mapping[str, nn.Module] | None = None,
     ) -> None:
-        """Watch what was prepared. It stands before ``accelerator.load_state``.
+        """Observe the prepared objects. Call it before ``accelerator.load_state``.
 
         Args:
-            accelerator: Whose ``save_state`` and ``load_state`` are to carry the history.
+            accelerator: Its ``save_state`` and ``load_state`` will carry the state of this tracker.
             optimizer: The prepared optimizer, or a dict by name.
             scheduler: The prepared scheduler, or a dict by name.
-            model: The prepared module, or a dict by name; an iteration begins when it is called. Without it one ends
-                when an optimizer takes its next step.
+            model: The prepared module, or a dict by name; an iteration begins when it is called. Without it, an
+                iteration ends when an optimizer takes its next step.
 
         Raises:
-            RunError: The directory is taken, foreign, or cannot be written.
+            RunError: The directory is in use, belongs to something else, or cannot be written.
         """
-        self._watching = True
+        self._is_watching = True
         accelerator.register_for_checkpointing(self)
         scaler = {} if accelerator.scaler is None else {"scaler": accelerator.scaler}
         training = Training(model, optimizer, scheduler, scaler)
-        self._recording = open_session(training, self._options, leads=accelerator.is_main_process)
-        if self._recording is None:
+        self._session = open_session(training, self._options, leads=accelerator.is_main_process)
+        if self._session is None:
             return
         self._names = set(training.optimizers)
         self._handles = [
             accelerator.register_save_state_pre_hook(self._before_save),
             *(module.register_forward_pre_hook(self._before_forward) for module in training.models.values()),
         ]
-        for name, one in training.optimizers.items():
-            self._handles.append(one.register_step_pre_hook(partial(self._before_step, name)))
-            self._handles.append(one.register_step_post_hook(partial(self._after_step, name)))
+        for name, prepared in training.optimizers.items():
+            self._handles.append(prepared.register_step_pre_hook(partial(self._before_step, name)))
+            self._handles.append(prepared.register_step_post_hook(partial(self._after_step, name)))
 
     def store_init_configuration(self, values: dict[str, Any]) -> None:
-        """Take what ``accelerator.init_trackers`` is given; it becomes the run's parameters."""
+        """Take the configuration given to ``accelerator.init_trackers`` as the run's parameters."""
         self._config = values
 
     def log(self, values: dict[str, Any], step: int | None = None, **_: Any) -> None:
-        """Take what ``accelerator.log`` is given; numbers count.
+        """Log the numbers given to ``accelerator.log``.
 
         Raises:
-            UsageError: Nothing is watched yet.
+            UsageError: ``watch`` was not called yet.
         """
-        if not self._watching:
+        if not self._is_watching:
             raise UsageError("accelerator.log() before tracker.watch(accelerator, optimizer); watch what was prepared")
-        if self._recording is not None:
-            self._recording.log(numbers(values))
+        if self._session is not None:
+            self._session.log(numbers(values))
 
     def finish(self) -> None:
         """Close the run."""
-        if self._recording is not None:
+        if self._session is not None:
             self._begin()
-            self._recording.close()
-            self._recording = None
+            self._session.close()
+            self._session = None
             for handle in self._handles:
                 handle.remove()
 
     def state_dict(self) -> dict[str, Any]:
-        """What ``accelerator.save_state`` keeps for ``load_state_dict``."""
-        if self._recording is None:
+        """Return the state that ``accelerator.save_state`` saves."""
+        if self._session is None:
             return {}
         self._begin()
         self._stepped.clear()
-        state = self._recording.state_dict()
-        self._recording.checkpoint_started(self._folder)
+        state = self._session.state_dict()
+        self._session.checkpoint_started(self._checkpoint_folder)
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there."""
-        if self._recording is not None:
-            self._begun = True
+        """Resume from the state that ``accelerator.load_state`` loaded."""
+        if self._session is not None:
+            self._has_begun = True
             self._stepped.clear()
-            self._recording.begin(state)
+            self._session.begin(state)
 
     def _begin(self) -> None:
-        if self._recording is not None and not self._begun:
-            self._begun = True
-            self._recording.begin(params=self._config)
+        if self._session is not None and not self._has_begun:
+            self._has_begun = True
+            self._session.begin(params=self._config)
 
     def _next_iteration(self) -> None:
-        """One iteration ends, the next one begins."""
-        if self._recording is not None:
+        """End one iteration and begin the next."""
+        if self._session is not None:
             self._begin()
-            self._recording.end_iteration()
-            self._recording.begin_iteration()
+            self._session.end_iteration()
+            self._session.begin_iteration()
             self._stepped.clear()
 
     def _is_over(self, names: set[str]) -> bool:
-        """Whether an iteration is over once these optimizers have stepped, or none has begun."""
-        return names <= self._stepped or (self._recording is not None and not self._recording.in_iteration)
+        """Return True if these optimizers have stepped in this iteration, or if none has begun."""
+        return names <= self._stepped or (self._session is not None and not self._session.in_iteration)
 
     def _before_forward(self, module: nn.Module, _: Any) -> None:
         if module.training and self._is_over(self._names):
@@ -170,4 +170,4 @@ class TrackoptTracker(GeneralTracker):
         self._stepped.add(name)
 
     def _before_save(self, _models: Any, _weights: Any, folder: str) -> None:
-        self._folder = folder
+        self._checkpoint_folder = folder

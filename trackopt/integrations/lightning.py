@@ -1,4 +1,4 @@
-"""Lightning: a callback that records what the optimizers of ``trainer.fit`` do."""
+"""Lightning: a callback that records the optimizer steps of ``trainer.fit``."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ if TYPE_CHECKING:
 
 
 class TrackoptCallback(Callback):
-    """Records each optimizer step of ``trainer.fit``, its loss, and whatever the module logs.
+    """Records each optimizer step of ``trainer.fit``, its loss, and the metrics that the module logs.
 
-    Lightning saves and resumes as ever. Its checkpoints carry what this callback must know, so that a run that goes on
-    from ``ckpt_path`` in the same ``dir`` has one history. With several optimizers they are called ``optimizer0``,
-    ``optimizer1``, …, as in ``lr/optimizer0.group0``.
+    Lightning saves and resumes as before. Its checkpoints carry the state of this callback, so that a run that resumes
+    from ``ckpt_path`` in the same ``dir`` has one history. Several optimizers are named ``optimizer0``, ``optimizer1``,
+    …, as in ``lr/optimizer0.group0``.
 
     Args:
         **options: ``dir``, ``stats``, ``stats_every``, ``histograms_every``, ``sinks``, ``experiment`` and ``name``, as
             ``trackopt.wrap`` takes them.
 
     Raises:
-        UsageError: An option makes no sense.
-        RunError: In ``trainer.fit``: the directory is taken, foreign, or cannot be written.
+        UsageError: An option is invalid.
+        RunError: In ``trainer.fit``: the directory is in use, belongs to something else, or cannot be written.
 
     Example:
         >>> import lightning
@@ -44,12 +44,12 @@ class TrackoptCallback(Callback):
 
     def __init__(self, **options: Any) -> None:
         self._options = Options(**options)
-        self._recording: TelemetrySession | None = None
+        self._session: TelemetrySession | None = None
         self._saved: dict[str, Any] | None = None
-        self._seen: dict[str, Tensor] = {}
+        self._logged: dict[str, Tensor] = {}  # what Lightning showed at the last call
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin, or go on from where the checkpoint was taken."""
+        """Begin, or resume from the checkpoint."""
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         training = Training(
             pl_module,
@@ -58,33 +58,33 @@ class TrackoptCallback(Callback):
             {} if scaler is None else {"scaler": scaler},
         )
         self._trainer = trainer
-        self._recording = open_session(training, self._options, leads=trainer.is_global_zero)
-        if self._recording is not None:
-            self._recording.begin(self._saved if trainer.global_step else None, trainer.global_step)
-            trainer.strategy.checkpoint_io = _NotifyingCheckpointIO(trainer.strategy.checkpoint_io, self._recording)
+        self._session = open_session(training, self._options, leads=trainer.is_global_zero)
+        if self._session is not None:
+            self._session.begin(self._saved if trainer.global_step else None, trainer.global_step)
+            trainer.strategy.checkpoint_io = _NotifyingCheckpointIO(trainer.strategy.checkpoint_io, self._session)
 
     def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
-        """End the last iteration, whose metrics are complete only now."""
-        if self._recording is not None:
+        """End the previous iteration, whose metrics are complete only now, and begin the next."""
+        if self._session is not None:
             self._end_iteration()
-            self._recording.begin_iteration()
+            self._session.begin_iteration()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
-        """Take the loss, unless the module logs one by that name."""
+        """Log the loss, unless the module logs a metric of that name."""
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
-        if self._recording is not None and "loss" not in trainer.logged_metrics:
+        if self._session is not None and "loss" not in trainer.logged_metrics:
             parts = trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1
-            self._recording.log({key: value * parts for key, value in numbers({"loss": loss}).items()})
+            self._session.log({key: value * parts for key, value in numbers({"loss": loss}).items()})
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint of Lightning's holds for ``load_state_dict``."""
-        if self._recording is None:
+        """Return the state that Lightning's checkpoints hold."""
+        if self._session is None:
             return self._saved or {}
         self._end_iteration()
-        return self._recording.state_dict()
+        return self._session.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep it until training starts."""
+        """Keep the state until training starts."""
         self._saved = state_dict
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -96,38 +96,38 @@ class TrackoptCallback(Callback):
         self._close()
 
     def _close(self, error: BaseException | None = None) -> None:
-        if self._recording is not None:
-            self._saved = self.state_dict()  # for another `check_compatibility` that goes on from here
-            told = self._trainer.strategy.checkpoint_io
-            if isinstance(told, _NotifyingCheckpointIO):
-                self._trainer.strategy.checkpoint_io = told.inner
-            self._recording.close(error)
-            self._recording = None
-            self._seen = {}
+        if self._session is not None:
+            self._saved = self.state_dict()  # another `fit` may resume from here
+            checkpoint_io = self._trainer.strategy.checkpoint_io
+            if isinstance(checkpoint_io, _NotifyingCheckpointIO):
+                self._trainer.strategy.checkpoint_io = checkpoint_io.inner
+            self._session.close(error)
+            self._session = None
+            self._logged = {}
 
     def _end_iteration(self) -> None:
-        if self._recording is not None:
-            self._recording.log(dict(self._fresh(self._trainer.logged_metrics)))
-            self._recording.end_iteration()
+        if self._session is not None:
+            self._session.log(dict(self._new_metrics(self._trainer.logged_metrics)))
+            self._session.end_iteration()
 
-    def _fresh(self, metrics: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """What was logged since the last call: Lightning goes on showing the rest, in the very same memory."""
+    def _new_metrics(self, metrics: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Yield what was logged since the last call; Lightning keeps showing the rest, in the same memory."""
         for key, value in metrics.items():
-            if key not in self._seen or self._seen[key].data_ptr() != value.data_ptr():
+            if key not in self._logged or self._logged[key].data_ptr() != value.data_ptr():
                 yield key, value
-        self._seen = dict(metrics)
+        self._logged = dict(metrics)
 
 
 class _NotifyingCheckpointIO(CheckpointIO):
-    """Lightning's own way to its checkpoints, which tells the journal where they are."""
+    """Passes everything to Lightning's own ``CheckpointIO``, and marks each checkpoint in the journal."""
 
-    def __init__(self, inner: CheckpointIO, recording: TelemetrySession) -> None:
+    def __init__(self, inner: CheckpointIO, session: TelemetrySession) -> None:
         self.inner = inner
-        self._recording = recording
+        self._session = session
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         self.inner.save_checkpoint(checkpoint, path, storage_options)
-        self._recording.mark_checkpoint(path)
+        self._session.mark_checkpoint(path)
 
     def load_checkpoint(self, *args: Any, **options: Any) -> Any:
         return self.inner.load_checkpoint(*args, **options)

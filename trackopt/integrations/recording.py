@@ -1,15 +1,12 @@
-"""A run in a loop that belongs to a framework: telemetry, journal and recorder, without checkpoints of our own.
+"""A run in a framework's loop: journal, telemetry and recorder, without checkpoints of our own.
 
-The framework saves and resumes. Its checkpoints carry what telemetry must know to go on as if it had never stopped, and
-the journal says where they are.
+The framework saves and resumes. Its checkpoints carry the state of the telemetry, and the journal names their paths.
 """
 
 from __future__ import annotations
 
-import atexit
 import logging
 import os
-import sys
 from dataclasses import dataclass
 from numbers import Number
 from pathlib import Path
@@ -19,18 +16,16 @@ from torch import Tensor
 
 from trackopt import journal
 from trackopt.checkpoint.retention import Retention
+from trackopt.checkpoint.saver import SaveOptions
 from trackopt.errors import UsageError
-from trackopt.journal import Journal
-from trackopt.recorder.child_process import RecorderProcess
+from trackopt.run.attempt import Attempt
 from trackopt.run.options import SINKS, validate_options
 from trackopt.rundir import environment
-from trackopt.rundir.directory import RunDirectory
-from trackopt.telemetry.collector import MetricsCollector
-from trackopt.telemetry.hyperparameters import params as hyperparameters
-from trackopt.training.objects import versions
+from trackopt.rundir.directory import ReadOnlyRunDirectory, RunDirectory
+from trackopt.rundir.identity import RunIdentity
+from trackopt.telemetry.options import StatsOptions
 from trackopt.training.sharding import has_sharded_parameters
-from trackopt.utils.log import log_warnings
-from trackopt.utils.mlflow_uri import default_tracking
+from trackopt.utils.mlflow_uri import MLflowTarget, default_tracking
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -39,13 +34,15 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("trackopt")
 
+_NO_IDENTITY = RunIdentity("", "", 0.0, "", "", MLflowTarget("", ""))  # of a rank that writes nothing
+
 
 @dataclass(frozen=True)
 class Options:
-    """Where a run is recorded and what; each as ``trackopt.wrap`` takes it.
+    """What is recorded, and where; each option as ``trackopt.wrap`` takes it.
 
     Raises:
-        UsageError: One of them makes no sense.
+        UsageError: An option is invalid.
     """
 
     dir: str | os.PathLike[str] | None = None
@@ -57,162 +54,155 @@ class Options:
     name: str | None = None
 
     def __post_init__(self) -> None:
-        validate_options(
-            save_every=None, save_overlap="wait", retention=Retention(1), sinks=self.sinks, **self.measuring
-        )
+        validate_options(SaveOptions(), self.stats_options, Retention(1), self.sinks)
 
     @property
-    def measuring(self) -> dict[str, Any]:
+    def stats_options(self) -> StatsOptions:
         """What is measured, and how often."""
-        return {"stats": self.stats, "stats_every": self.stats_every, "histograms_every": self.histograms_every}
+        return StatsOptions(self.stats, self.stats_every, self.histograms_every)
 
 
 class TelemetrySession:
-    """One attempt of such a run, from ``begin`` to ``close``.
+    """The telemetry of one attempt in a framework's loop, from ``begin`` to ``close``.
 
     Args:
         training: The objects that the framework trains.
-        options: Where and what.
-        leads: Whether this rank writes; one that does not only measures.
+        options: What is recorded, and where.
+        leads: True on the rank that writes; the others only measure.
 
     Raises:
-        RunError: The directory is taken, foreign, or cannot be written.
+        RunError: The directory is in use, belongs to something else, or cannot be written.
 
     Attributes:
-        in_iteration: Whether an iteration has begun that has not ended.
+        in_iteration: True between ``begin_iteration`` and ``end_iteration``.
     """
 
     def __init__(self, training: Training, options: Options, *, leads: bool = True) -> None:
-        self._training = training
-        self._sinks = options.sinks if leads and environment.from_environment() is None else ()
-        self._directory = RunDirectory(options.dir) if leads else None
-        self._identity: dict[str, Any] = {"id": None, "attempt": 1}
+        sinks = options.sinks if leads and environment.from_environment() is None else ()
+        directory = RunDirectory(options.dir) if leads else ReadOnlyRunDirectory(Path(os.devnull), _NO_IDENTITY)
         try:
-            if self._directory is not None:
-                if not self._directory.identity:
-                    self._directory.initialize(options.name, default_tracking(options.experiment))
-                self._directory.begin_attempt(self._sinks)
-                self._identity = self._directory.identity
-            self._journal = Journal(Path(os.devnull) if self._directory is None else self._directory.journal)
-            self._telemetry = MetricsCollector(training, self._journal, **options.measuring)
+            if directory.saved_identity is None:
+                directory.initialize(options.name, default_tracking(options.experiment))
+            self._attempt = Attempt(directory, training, options.stats_options, sinks)
         except BaseException:
-            self._release()
+            directory.release()
             raise
-        self._recorder: RecorderProcess | None = None
-        self._already_logged: set[str] = set()  # what the step that a resumed run begins with has already
-        self._expected: tuple[str | os.PathLike[str], int] | None = None  # a checkpoint that may not be complete yet
+        self._training = training
+        self._leads = leads
+        self._run_id = self._attempt.id if leads else None
+        self._telemetry = self._attempt.telemetry
+        self._already_logged: set[str] = set()  # keys that the journal has at the step that a resumed run begins with
+        self._unconfirmed: tuple[str | os.PathLike[str], int] | None = None  # a checkpoint that may be incomplete
+        self._is_open = True
         self.in_iteration = False
-        self._begun = self._identity["attempt"] > 1  # whether there may be records that a return to step 0 supersedes
-        self._pid = os.getpid()
-        self._open = True
-        atexit.register(self._at_exit)
+        self._attempt.close_at_exit(self._close_at_exit)
 
     @property
     def step(self) -> int:
         """Completed optimizer steps."""
-        return self._telemetry.step
+        return self._attempt.step
 
     def begin(
         self, state: Mapping[str, Any] | None = None, step: int = 0, params: Mapping[str, Any] | None = None
     ) -> None:
-        """Begin at the first step, or go on from a checkpoint of the framework's; that may happen again at any time.
+        """Begin at the first step, or resume from a checkpoint of the framework; may be called again at any time.
 
         Args:
-            state: What ``state_dict`` returned when it was taken; ``None`` where it knows nothing of trackopt.
-            step: Where it knows nothing, the optimizer steps that it counts.
-            params: What the run was started with, beside what its objects say.
+            state: What ``state_dict`` returned when the checkpoint was taken; ``None`` if it holds no such state.
+            step: The framework's count of optimizer steps, used without ``state``.
+            params: Hyperparameters besides those of the objects.
 
         Raises:
-            UsageError: It is of other optimizers.
+            UsageError: The checkpoint was taken with other optimizers.
         """
         self._telemetry.flush()
-        self._mark_expected()
-        details: dict[str, Any] = {"attempt": self._identity["attempt"], "pid": os.getpid(), "versions": versions()}
+        self._mark_unconfirmed()
+        details: dict[str, Any] = {}
         if state is not None:
             step = self._load(state)
-            if state["run_id"] == self._identity["id"]:
-                details["offset"], later = _history_end(self._journal.path, state["journal_offset"], step)
+            if state["run_id"] == self._run_id:
+                offset, later = _history_end(self._attempt.journal.path, state["journal_offset"], step)
                 self._already_logged = {*state["pending"]["recorded"], *later}
+                details["offset"] = offset
         elif step:
             self._telemetry.set_step(step)
         if step:
-            self._journal.mark("resume", step, **details)
-            if self._directory is not None:
-                logger.warning("trackopt: resumed %s at step %d", self._identity["name"], step)
-        elif self._begun:
-            self._journal.mark("resume", 0, **{"offset": 0, **details})
+            self._attempt.mark_resume(step, **details)
+            if self._leads:
+                logger.warning("trackopt: resumed %s at step %d", self._attempt.name, step)
         else:
-            described = hyperparameters(self._training.optimizers, self._training.schedulers, params)
-            self._journal.mark("start", 0, params=described, **details)
-        self._begun = True
+            self._attempt.mark_start(params, **details)
         self.in_iteration = False
-        if self._sinks and self._recorder is None:
-            self._recorder = RecorderProcess(self._journal.path.parent)
+        self._attempt.start_recorder()
 
     def begin_iteration(self) -> None:
-        """The loop turns to a batch."""
+        """Begin an iteration of the loop."""
         self.in_iteration = True
         self._already_logged = set()
         self._telemetry.begin_iteration()
 
     def log(self, metrics: Mapping[str, Any]) -> None:
-        """Take numbers that belong to this iteration, or behind it to its step."""
-        self._mark_expected()
+        """Log numbers of this iteration; after its end, they belong to its step."""
+        self._mark_unconfirmed()
         self._telemetry.log({key: value for key, value in metrics.items() if key not in self._already_logged})
 
     def end_iteration(self) -> None:
-        """Record the iteration's step; where it is recorded already, what has been logged since."""
-        self._mark_expected()
+        """Record the iteration's step; if it is recorded already, record what has been logged since."""
+        self._mark_unconfirmed()
         if self.in_iteration:
             self.in_iteration = False
             self._telemetry.end_iteration()
         else:
             self._telemetry.record_trailing()
-        if self._recorder is not None:
-            log_warnings(self._recorder.messages())
+        self._attempt.log_recorder_messages()
 
     def mark_checkpoint(self, path: str | os.PathLike[str], step: int | None = None) -> None:
-        """The framework has saved to ``path``; its state is that after ``step``, or the latest."""
-        if self._open:
-            self._journal.mark("checkpoint", self.step if step is None else step, path=str(Path(path).absolute()))
+        """Mark in the journal that the framework saved to ``path`` after ``step``; default: the latest step."""
+        if self._is_open:
+            step = self.step if step is None else step
+            self._attempt.journal.mark("checkpoint", step, path=str(Path(path).absolute()))
 
     def checkpoint_started(self, path: str | os.PathLike[str]) -> None:
-        """The framework is saving to ``path``, and will not tell when it is done: it is when it calls the next time."""
-        self._expected = path, self.step
+        """Note that the framework is saving to ``path``; its next call to the session means that it is done."""
+        self._unconfirmed = path, self.step
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint of the framework must hold; of plain values."""
-        if self._open:
+        """Return what a checkpoint of the framework must hold for ``begin``, as plain values."""
+        if self._is_open:
             self.end_iteration()
             self._telemetry.flush()
-            self._journal.sync()
+            self._attempt.journal.sync()
         return {
-            "run_id": self._identity["id"],
+            "run_id": self._run_id,
             "step": self.step,
-            "journal_offset": self._journal.offset,
+            "journal_offset": self._attempt.journal.offset,
             **self._telemetry.state_dict(),
         }
 
     def abort(self) -> None:
-        """Close it where the framework did not come to the end of the training, and did not say why."""
+        """Close it as failed, where the framework neither finished the training nor reported an error."""
         self.close(RuntimeError("the training was left before its end"))
 
     def close(self, error: BaseException | None = None) -> None:
-        """Deliver everything, and let go of the optimizers and the directory."""
-        if error is None:
-            self._close("FINISHED")
-        else:
-            stopped = isinstance(error, (KeyboardInterrupt, SystemExit))
-            if not stopped:  # perhaps while it was saving
-                self._expected = None
-            self._close("KILLED" if stopped else "FAILED", error=f"{type(error).__name__}: {error}")
+        """Deliver everything, and release the optimizers and the directory."""
+        if not self._is_open:
+            return
+        is_killed = isinstance(error, (KeyboardInterrupt, SystemExit))
+        if error is not None and not is_killed:  # perhaps while it was saving
+            self._unconfirmed = None
+        self.end_iteration()
+        self._telemetry.flush()
+        self._is_open = False
+        self._attempt.mark_close("FINISHED" if error is None else "KILLED" if is_killed else "FAILED", error)
+        self._attempt.close(wait=not is_killed)
 
-    def _mark_expected(self) -> None:
-        expected, self._expected = self._expected, None
-        if expected is not None:
-            self.mark_checkpoint(*expected)
+    def _mark_unconfirmed(self) -> None:
+        unconfirmed, self._unconfirmed = self._unconfirmed, None
+        if unconfirmed is not None:
+            self.mark_checkpoint(*unconfirmed)
 
     def _load(self, state: Mapping[str, Any]) -> int:
+        """Restore the telemetry; return its step."""
         saved, live = set(state["observers"]), set(self._training.optimizers)
         if saved != live:
             raise UsageError(
@@ -222,40 +212,18 @@ class TelemetrySession:
         self._telemetry.load_state_dict(state)
         return int(state["step"])
 
-    def _close(self, status: str, **why: str) -> None:
-        if not self._open:
-            return
-        self.end_iteration()
-        self._telemetry.flush()
-        self._open = False
-        self._journal.mark("close", self.step, status=status, ledger=self._telemetry.ledger.as_dict(), **why)
-        self._telemetry.close()
-        if self._recorder is not None:
-            log_warnings(self._recorder.finish(wait=status != "KILLED"))
-        self._journal.close()
-        self._release()
-        atexit.unregister(self._at_exit)
-
-    def _release(self) -> None:
-        if self._directory is not None:
-            self._directory.release()
-
-    def _at_exit(self) -> None:
-        """The script ended within the training; the framework did not tell why."""
-        if os.getpid() == self._pid:
-            error = getattr(sys, "last_exc", None) or getattr(sys, "last_value", None)
-            self.close(error or SystemExit("the script ended within the training"))
+    def _close_at_exit(self, error: BaseException | None) -> None:
+        self.close(error or SystemExit("the script ended within the training"))
 
 
 def open_session(training: Training, options: Options, *, leads: bool) -> TelemetrySession | None:
-    """Open the recording of a training on this rank.
+    """Open the telemetry of a training on this rank; ``None`` where the rank has nothing to do.
 
-    Rank 0 writes. The others have a part in it only where parameters are spread over the ranks (DTensors): to measure
-    those takes them all.
+    Rank 0 writes. The other ranks take part only if parameters are sharded (DTensors), measured by all ranks together.
 
     Raises:
         UsageError: There is no optimizer.
-        RunError: The directory is taken, foreign, or cannot be written.
+        RunError: The directory is in use, belongs to something else, or cannot be written.
     """
     if not training.optimizers:
         raise UsageError("the training has no optimizer, so there is nothing to record")
@@ -263,13 +231,13 @@ def open_session(training: Training, options: Options, *, leads: bool) -> Teleme
     return TelemetrySession(training, options, leads=leads) if leads or has_sharded_parameters(training) else None
 
 
-def by_name(role: str, things: Sequence[Any]) -> Any:
-    """Objects that a framework keeps in a list, as ``Training`` takes them."""
-    return things[0] if len(things) == 1 else {f"{role}{index}": thing for index, thing in enumerate(things)}
+def by_name(role: str, objects: Sequence[Any]) -> Any:
+    """Return the objects of a framework's list as ``Training`` takes them."""
+    return objects[0] if len(objects) == 1 else {f"{role}{index}": each for index, each in enumerate(objects)}
 
 
 def numbers(values: Mapping[Any, Any]) -> dict[str, Any]:
-    """What among the things that a framework hands over can be logged.
+    """Select the values that can be logged.
 
     Example:
         >>> import torch
@@ -284,14 +252,14 @@ def _is_number(value: object) -> bool:
 
 
 def _history_end(path: Path, offset: int, step: int) -> tuple[int, set[str]]:
-    """Where the history of a checkpoint ends, and what of its last step was logged after it was taken.
+    """Find where the history of a checkpoint ends, and the keys of its last step that were logged after it was taken.
 
-    Frameworks save in the middle of what they do at a step, and do not repeat the rest when they resume.
+    Frameworks save in the middle of their work at a step, and do not repeat the rest of that work when they resume.
     """
-    known: set[str] = set()
+    logged: set[str] = set()
     for line in journal.read(path, offset):
         if line.event in {"start", "resume", "close"} or (line.event is None and line.step > step):
             break
-        known |= line.metrics.keys()
+        logged |= line.metrics.keys()
         offset = line.end_offset
-    return offset, known
+    return offset, logged

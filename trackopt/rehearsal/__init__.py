@@ -1,8 +1,9 @@
-"""The rehearsal: a user's own command, uninterrupted and then under SIGKILL, compared bit for bit.
+"""The rehearsal: a user's own command, run uninterrupted and under SIGKILL, and compared bit for bit.
 
-Two sides that meet in an environment variable (``plan``) and a file beside each journal (``trace``):
+Two processes communicate by an environment variable (``rundir.environment``) and a file next to each journal
+(``trace``):
 
-* in the training process ``probe`` writes down what each step came from (``fingerprint``), with what the script keeps
-  to itself (``find_untracked``), and kills the process where the plan says; torch
-* in the command's process ``rehearse`` runs and compares, and ``verdict`` tells the cause; no torch
+* In the training process, ``probe`` records the inputs of each step (``fingerprint``) with the script's untracked
+  state (``untracked_state``), and kills the process after the planned step. Needs torch.
+* In the command's process, ``rehearse`` runs the command and compares; ``diagnosis`` finds the cause. No torch.
 """

@@ -1,4 +1,4 @@
-"""The likely cause of a difference between two trainings, told from what each step came from."""
+"""The likely cause of a difference between two trainings, derived from the inputs of each step."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from trackopt.rehearsal.divergence import Divergence
     from trackopt.rehearsal.trace import Step, Trace
 
-_ROUNDING = 1e-6  # kernels that add up in another order differ by less, relative to the value
-_SHOWN = 3
+_ROUNDING = 1e-6  # kernels that sum in another order differ by less, relative to the value
+_MAX_NAMES = 3
 _LIBRARIES = {"python": "random", "numpy": "NumPy", "torch": "torch", "cuda": "torch (CUDA)"}
 _SEEDS = {
     "python": "random.seed(0)",
@@ -31,13 +31,13 @@ _SEEDED = {
 
 @dataclass(frozen=True)
 class Cause:
-    """Why two trainings part.
+    """Why two trainings diverge.
 
     Attributes:
         kind: ``data``, ``lr``, ``rng``, ``weights``, ``object``, ``number``, ``length``, ``kernels``, ``state``,
             ``directory`` or ``unknown``.
-        observation: What was observed.
-        advice: What to do.
+        observation: The observed difference.
+        advice: How to fix it.
     """
 
     kind: str
@@ -45,7 +45,7 @@ class Cause:
     advice: str
 
     def as_dict(self) -> dict[str, str]:
-        """Return the facts under the keys of ``rehearse --json``."""
+        """Return the attributes under the keys of ``rehearse --json``."""
         return {"kind": self.kind, "seen": self.observation, "advice": self.advice}
 
 
@@ -54,9 +54,9 @@ class Diagnosis:
     """Why a rehearsal was not exact.
 
     Attributes:
-        reproducible: Whether two uninterrupted trainings were the same. If not, ``first`` is where those two part.
-        first: The first difference; ``None`` where there is nothing to compare.
-        cause: The likely one.
+        reproducible: True if two uninterrupted trainings were identical. If not, ``first`` is where these two diverge.
+        first: The first difference; ``None`` if there is nothing to compare.
+        cause: The likely cause.
     """
 
     reproducible: bool
@@ -65,21 +65,21 @@ class Diagnosis:
 
 
 def diagnose(a: Trace, b: Trace, control: Trace | None = None) -> Diagnosis | None:
-    """What two trainings of one run differ in, and why; ``None`` where every step was the same.
+    """Find the first difference of two trainings of one run, and its cause; ``None`` if every step was identical.
 
     Args:
         a: An uninterrupted training.
-        b: One that was killed and resumed; without ``control`` a second uninterrupted one.
-        control: A second uninterrupted one that is the same as ``a``.
+        b: A training that was killed and resumed; without ``control``, a second uninterrupted training.
+        control: A second uninterrupted training that is identical to ``a``.
     """
-    found = divergence.first_divergence(a, b)
-    if found is None:
+    first = divergence.first_divergence(a, b)
+    if first is None:
         return None
-    return Diagnosis(control is not None, found, _Comparison(a, b, found, control).cause())
+    return Diagnosis(control is not None, first, _Comparison(a, b, first, control).cause())
 
 
 class _Comparison:
-    """Two trainings and the step at which they part; the questions are asked in the order of cause and effect."""
+    """Two trainings and the step at which they diverge; candidates are checked in the order of cause and effect."""
 
     def __init__(self, a: Trace, b: Trace, first: Divergence, control: Trace | None) -> None:
         self._traces = (a, b)
@@ -87,7 +87,7 @@ class _Comparison:
         self._step = first.step or 0
         self._resumed = control is not None
         self._previous = max((step for step in a.steps if step < self._step), default=0)
-        self._restored = next((life for life in reversed(b.attempts) if life.step == self._previous), None)
+        self._restored = next((start for start in reversed(b.attempts) if start.step == self._previous), None)
         common = a.steps.keys() & b.steps.keys()
         self._parts = divergence.differing_parts(a, b, self._step) if self._step in common else set()
         at = self._step if self._step in common else max(common, default=0)
@@ -95,22 +95,22 @@ class _Comparison:
         self._control = control.steps.get(at) if control else None
 
     def cause(self) -> Cause:
-        """The likely one."""
-        questions = (self._length, self._weights, self._data, self._learning_rate, self._rng, self._untracked_state)
-        return next(filter(None, (ask() for ask in questions)), None) or self._unknown()
+        """Return the likely cause."""
+        checks = (self._length, self._weights, self._data, self._learning_rate, self._rng, self._untracked_state)
+        return next(filter(None, (check() for check in checks)), None) or self._unknown()
 
     def _length(self) -> Cause | None:
         a, b = (max(trace.steps, default=0) for trace in self._traces)
         if self._parts or a == b or self._step <= min(a, b):
             return None
-        seen = f"the one training ended at step {a:,}, the other at step {b:,}"
+        seen = f"one training ended at step {a:,}, the other at step {b:,}"
         if not self._resumed:
-            return Cause("length", seen, "let its length depend on steps or epochs, not on the time")
-        seen += "".join(f"; {told}" for told in self._numbers())
+            return Cause("length", seen, "make its length depend on steps or epochs, not on time")
+        seen += "".join(f"; {number}" for number in self._numbers())
         return Cause(
             "length",
             seen,
-            "take epochs and batches from run.epochs(n) and run.batches(loader), or begin the loop at run.global_step",
+            "take epochs and batches from run.epochs(n) and run.batches(loader), or start the loop at run.global_step",
         )
 
     def _weights(self) -> Cause | None:
@@ -124,15 +124,15 @@ class _Comparison:
                 "the weights differ before the first step",
                 f"seed before the model is made: {_SEEDS['torch']}",
             )
-        models = self._strays("module")
-        seen = f"the weights that training went on with were not those of step {self._previous:,}"
+        models = self._changed("module")
+        seen = f"training resumed with other weights than those of step {self._previous:,}"
         if models:
             return Cause(
                 "weights",
-                f"{seen}: {_describe_objects(models, self._traces[1])} not handed to wrap()",
+                f"{seen}: {self._describe(models)} not handed to wrap()",
                 _hand_over(models),
             )
-        return Cause("weights", seen, "hand the model to wrap(…, model=model), and leave it alone afterwards")
+        return Cause("weights", seen, "hand the model to wrap(…, model=model), and do not change it afterwards")
 
     def _data(self) -> Cause | None:
         if "batch" not in self._parts:
@@ -144,19 +144,19 @@ class _Comparison:
             seen += ": the data are not restored"
             if found := self._object("generator", "stateful"):
                 return Cause("data", f"{seen}; {found.observation}", found.advice)
-            seen += "".join(f"; {told}" for told in self._numbers())
+            seen += "".join(f"; {number}" for number in self._numbers())
             return Cause(
                 "data",
                 f"{seen}, so the loader draws from something that trackopt does not know",
-                "let it draw from a generator that is made once, and hand that over: trackopt.wrap(…, rng=rng)",
+                "let it draw from a generator that is created once, and hand that over: trackopt.wrap(…, rng=rng)",
             )
         if found := self._unseeded():
             return Cause("data", f"{seen}: {found.observation}", found.advice)
         return Cause(
             "data",
-            f"{seen}: the order is drawn from something that is different each time, as the time, the system's "
+            f"{seen}: the order depends on something that is different each time, such as the time, the system's "
             "entropy or the order of a set",
-            "seed what the sampler draws from",
+            "seed the generator of the sampler",
         )
 
     def _learning_rate(self) -> Cause | None:
@@ -168,18 +168,18 @@ class _Comparison:
             return Cause(
                 "lr", f"{seen}: it depends on something that is different each time", "compute it from the step"
             )
-        if schedulers := self._strays("scheduler"):
+        if schedulers := self._changed("scheduler"):
             name = schedulers[0]
-            begins = "they begin anew" if len(schedulers) > 1 else "it begins anew"
+            restart = "they start again" if len(schedulers) > 1 else "it starts again"
             return Cause(
                 "lr",
-                f"{seen}: {_describe_objects(schedulers, self._traces[1])} not handed to wrap(), so {begins} after a resume",
+                f"{seen}: {self._describe(schedulers)} not handed to wrap(), so {restart} after a resume",
                 f"hand it over: trackopt.wrap(optimizer, {name}, …)",
             )
-        seen += "".join(f"; {told}" for told in self._numbers())
+        seen += "".join(f"; {number}" for number in self._numbers())
         return Cause(
             "lr",
-            f"{seen}: the script sets it by itself",
+            f"{seen}: the script sets it without a scheduler",
             "compute it from run.global_step or run.epoch, or use a scheduler and hand it to wrap()",
         )
 
@@ -190,12 +190,12 @@ class _Comparison:
             return found
         names = divergence.changed_generators(*self._traces, *(step.before["rng"] for step in self._steps))
         if not names:
-            return None  # the step drew more, or less, for a reason that lies elsewhere
+            return None  # the step drew more or fewer numbers for another reason
         libraries = " and ".join(_LIBRARIES[name] for name in names)
         return Cause(
             "rng",
-            f"the global generator of {libraries} did not stand where it stood when step {self._step:,} began",
-            "train inside `for epoch in run.epochs(n)`, which puts it back, and neither seed nor draw by the time",
+            f"the global generator of {libraries} was in another state when step {self._step:,} began",
+            "train inside `for epoch in run.epochs(n)`, which restores it; do not seed or draw by the time",
         )
 
     def _untracked_state(self) -> Cause | None:
@@ -207,20 +207,20 @@ class _Comparison:
         found, numbers = self._object("scheduler", "optimizer", "stateful", "module"), self._numbers()
         if found or numbers:
             known = "keep it in an object with state_dict() and load_state_dict(), and hand that to wrap()"
-            told = [part for part in (found and found.observation, *numbers) if part]
+            observations = [part for part in (found and found.observation, *numbers) if part]
             advice = [part for part in (found and found.advice, numbers and known) if part]
-            return Cause("object" if found else "number", f"{seen}; {'; '.join(told)}", "; ".join(advice))
+            return Cause("object" if found else "number", f"{seen}; {'; '.join(observations)}", "; ".join(advice))
         if self._restored is not None and self._steps is not None and self._steps[0].batch is None:
             return Cause(
                 "data",
-                "the loop takes its data from elsewhere than run.batches(), so their order is not restored",
+                "the loop does not take its data from run.batches(), so their order is not restored",
                 "take the batches from run.batches(loader)",
             )
         if self._restored is not None and (names := self._all("iterator")):
             return Cause(
                 "object",
-                f"{seen}; {_describe_objects(names, self._traces[1])} in the middle of its data; a resume starts it again",
-                "make the iterator anew in each epoch, or take its batches from run.batches(loader)",
+                f"{seen}; {self._describe(names)} in the middle of its data, and starts again after a resume",
+                "create the iterator in each epoch, or take its batches from run.batches(loader)",
             )
         return None
 
@@ -231,24 +231,24 @@ class _Comparison:
         ):
             return Cause(
                 "kernels",
-                "all that the step came from was identical, and the results differ by no more than rounding: some "
-                "kernel adds up in another order each time",
+                "all inputs of the step were identical, and the results differ by no more than rounding: some "
+                "kernel sums in another order each time",
                 "torch.use_deterministic_algorithms(True)",
             )
         return Cause(
             "unknown",
-            "all that trackopt sees of the step was identical: it depends on something outside, as a file, the time "
-            "or an object without a state_dict()",
-            "look for what the step reads beside its batch",
+            "all inputs of the step that trackopt sees were identical: it depends on something else, such as a file, "
+            "the time or an object without a state_dict()",
+            "look for what the step reads besides its batch",
         )
 
     def _unseeded(self) -> Cause | None:
-        """Which generator was not seeded, between two uninterrupted trainings."""
-        strays = self._traces[1].strays
-        if names := self._strays("generator", "loader"):
-            own = [name for name in names if strays[name]["kind"] == "generator"]
-            advice = f"seed it: {_SEEDED[strays[names[0]]['label']]}" + (f"; and {_hand_over(own)}" if own else "")
-            return Cause("object", f"{_describe_objects(names, self._traces[1])} not seeded", advice)
+        """Find the generator that was not seeded, between two uninterrupted trainings."""
+        untracked = self._traces[1].untracked
+        if names := self._changed("generator", "loader"):
+            own = [name for name in names if untracked[name]["kind"] == "generator"]
+            advice = f"seed it: {_SEEDED[untracked[names[0]]['label']]}" + (f"; and {_hand_over(own)}" if own else "")
+            return Cause("object", f"{self._describe(names)} not seeded", advice)
         if self._steps is None:
             return None
         names = divergence.changed_generators(*self._traces, *(step.before["rng"] for step in self._steps))
@@ -260,45 +260,46 @@ class _Comparison:
         )
 
     def _object(self, *kinds: str) -> Cause | None:
-        names = self._strays(*kinds)
+        names = self._changed(*kinds)
         if not names:
             return None
-        return Cause("object", f"{_describe_objects(names, self._traces[1])} not known to trackopt", _hand_over(names))
+        return Cause("object", f"{self._describe(names)} not known to trackopt", _hand_over(names))
 
-    def _strays(self, *kinds: str) -> list[str]:
-        """What the script keeps to itself that was in another state when the step began."""
-        return [name for name in self._all(*kinds) if name in self._changed_inputs("strays")]
+    def _changed(self, *kinds: str) -> list[str]:
+        """Return the untracked objects of these kinds whose state differed when the step began."""
+        return [name for name in self._all(*kinds) if name in self._changed_inputs("untracked")]
 
     def _all(self, *kinds: str) -> list[str]:
-        return [name for name, about in self._traces[1].strays.items() if about["kind"] in kinds]
+        return [name for name, about in self._traces[1].untracked.items() if about["kind"] in kinds]
 
     def _numbers(self) -> list[str]:
-        """The user's own numbers that were others when the step began, told."""
-        found = list(self._changed_inputs("numbers").items())[:_SHOWN]
-        return [f"`{name}` was {a} in the one and {b} in the other" for name, (a, b) in found]
+        """Describe the user's own numbers that differed when the step began."""
+        changed = list(self._changed_inputs("numbers").items())[:_MAX_NAMES]
+        return [f"`{name}` was {a} in the one and {b} in the other" for name, (a, b) in changed]
 
     def _changed_inputs(self, what: str) -> dict[str, tuple[Any, Any]]:
-        """What differed when the step began, apart from what is different in every training."""
+        """Return the inputs of the step that differed, except those that differ in every training."""
         if self._steps is None:
             return {}
         a, b = (step.before[what] for step in self._steps)
-        usual = a if self._control is None else self._control.before[what]
+        expected = a if self._control is None else self._control.before[what]
         return {
-            name: (a[name], b[name]) for name in a if name in b and a[name] != b[name] and a[name] == usual.get(name)
+            name: (a[name], b[name]) for name in a if name in b and a[name] != b[name] and a[name] == expected.get(name)
         }
 
-
-def _describe_objects(names: list[str], trace: Trace) -> str:
-    """``NumPy's Generator `noise` is``, or ``the Adam `a` and the SGD `b` are``."""
-    parts = [f"{trace.strays[name]['label']} `{name}`" for name in names[:_SHOWN]]
-    return f"{' and '.join(parts)} {'are' if len(names) > 1 else 'is'}"
+    def _describe(self, names: list[str]) -> str:
+        """Join names and verb: ``NumPy's Generator `noise` is``, ``Adam `a` and SGD `b` are``."""
+        parts = [f"{self._traces[1].untracked[name]['label']} `{name}`" for name in names[:_MAX_NAMES]]
+        return f"{' and '.join(parts)} {'are' if len(names) > 1 else 'is'}"
 
 
 def _hand_over(names: list[str]) -> str:
-    given = [f"{re.findall(r'[A-Za-z_]+[A-Za-z_0-9]*', name)[-1]}={_expression(name)}" for name in names[:_SHOWN]]
-    return f"hand {'them' if len(names) > 1 else 'it'} over: trackopt.wrap(…, {', '.join(given)})"
+    arguments = [
+        f"{re.findall(r'[A-Za-z_]+[A-Za-z_0-9]*', name)[-1]}={_expression(name)}" for name in names[:_MAX_NAMES]
+    ]
+    return f"hand {'them' if len(names) > 1 else 'it'} over: trackopt.wrap(…, {', '.join(arguments)})"
 
 
 def _expression(name: str) -> str:
-    closed = re.search(r"\(…(\w+)…\)$", name)
-    return closed.group(1) if closed else name
+    closure = re.search(r"\(…(\w+)…\)$", name)
+    return closure.group(1) if closure else name

@@ -1,4 +1,4 @@
-"""Where two trainings that should be the same part: the first step, and what differs there."""
+"""Where two trainings that should be identical diverge: the first step, and what differs there."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class Divergence:
 
     Attributes:
         run: The run's name.
-        step: The optimizer step; ``None`` where every step was the same and only the final checkpoint differs.
-        series: The series that differs at that step, if one does.
-        a: Its value in the first training; ``None`` if there is none.
+        step: The optimizer step; ``None`` if every step was identical and only the final checkpoint differs.
+        series: The series that differs at that step, if any.
+        a: Its value in the first training; ``None`` if it has none.
         b: Its value in the second.
-        tensor: The first tensor of the weights or the optimizer's state that differs after that step; or the entry
+        tensor: The first tensor of the weights or the optimizer's state that differs after that step, or the entry
             that differs in the final checkpoint.
     """
 
@@ -36,67 +36,66 @@ class Divergence:
 
 
 def first_divergence(a: Trace, b: Trace) -> Divergence | None:
-    """The earliest step at which a series, the weights, the optimizer's state or what made them differs.
+    """Find the first step at which a series, the weights, the optimizer's state or their inputs differ.
 
-    A learning rate that was changed behind a step differs in the series of the next one, which used it.
+    A learning rate that was changed after a step differs in the series of the next step, which used it.
     """
     points = list(_points(a, b))
-    other = {step: differing_parts(a, b, step) for step in a.steps.keys() & b.steps.keys()}
+    differing = {step: differing_parts(a, b, step) for step in a.steps.keys() & b.steps.keys()}
     steps = {step for step, *_ in points} | a.steps.keys() ^ b.steps.keys()
-    steps |= {step for step, found in other.items() if found - {"lr"}}
-    steps = steps or {step for step, found in other.items() if found}
+    steps |= {step for step, parts in differing.items() if parts - {"lr"}}
+    steps = steps or {step for step, parts in differing.items() if parts}
     if not steps:
         return None
     step = min(steps)
-    both = step in other
-    tensor = _tensor(a, a.steps[step], b.steps[step]) if both else None
-    here = sorted((point for point in points if point[0] == step), key=lambda point: _rank(point[1]))
-    _, series, x, y = here[0] if here else (step, None, None, None)
+    tensor = _find_tensor(a, a.steps[step], b.steps[step]) if step in differing else None
+    candidates = sorted((point for point in points if point[0] == step), key=lambda point: _rank(point[1]))
+    _, series, x, y = candidates[0] if candidates else (step, None, None, None)
     return Divergence(a.name, step, series, x, y, tensor)
 
 
 def same_series(a: Trace, b: Trace) -> bool:
-    """Whether the effective series agree in every bit; NaN agrees with NaN."""
+    """Return True if the effective series are identical in every bit; NaN equals NaN."""
     return next(_points(a, b), None) is None
 
 
 def differing_parts(a: Trace, b: Trace, step: int) -> set[str]:
-    """What differs at a step, of what decides how training goes on: names of `Step`'s attributes."""
-    one, other = a.steps[step], b.steps[step]
-    found = {name for name in ("batch", "weights", "optimizer", "lr") if getattr(one, name) != getattr(other, name)}
-    return found | ({"rng"} if changed_generators(a, b, one.rng, other.rng) else set())
+    """Return the attributes of `Step` that differ at a step, among those that determine the next one."""
+    x, y = a.steps[step], b.steps[step]
+    parts = {name for name in ("batch", "weights", "optimizer", "lr") if getattr(x, name) != getattr(y, name)}
+    return parts | ({"rng"} if changed_generators(a, b, x.rng, y.rng) else set())
 
 
-def changed_generators(a: Trace, b: Trace, one: Mapping[str, int], other: Mapping[str, int]) -> list[str]:
-    """The global generators that stand elsewhere, of those that something draws from."""
-    still = unchanged_steps(a) & unchanged_steps(b)
-    return [name for name in one if name not in still and one[name] != other.get(name)]
+def changed_generators(a: Trace, b: Trace, x: Mapping[str, int], y: Mapping[str, int]) -> list[str]:
+    """Return the global generators whose states differ, ignoring generators that neither training drew from."""
+    unused = unused_generators(a) & unused_generators(b)
+    return [name for name in x if name not in unused and x[name] != y.get(name)]
 
 
-def unchanged_steps(trace: Trace) -> set[str]:
-    """The global generators that nothing drew from in the whole training."""
+def unused_generators(trace: Trace) -> set[str]:
+    """Return the global generators that nothing drew from in the whole training."""
     states = [state for step in trace.steps.values() for state in (step.before["rng"], step.rng)]
     return {name for name in (states[0] if states else ()) if len({state.get(name) for state in states}) == 1}
 
 
 def _points(a: Trace, b: Trace) -> Iterator[tuple[int, str, float | None, float | None]]:
-    """Every point of the series that differs: step, key, and both values."""
+    """Yield every differing point of the series: step, key, and both values."""
     for key in dict.fromkeys((*a.series, *b.series)):
-        one, other = dict(a.series.get(key, ())), dict(b.series.get(key, ()))
-        for step in one.keys() | other.keys():
-            x, y = one.get(step), other.get(step)
-            if repr(x) != repr(y):  # tells -0.0 from 0.0, and not NaN from NaN
+        xs, ys = dict(a.series.get(key, ())), dict(b.series.get(key, ()))
+        for step in xs.keys() | ys.keys():
+            x, y = xs.get(step), ys.get(step)
+            if repr(x) != repr(y):  # -0.0 differs from 0.0, NaN does not differ from NaN
                 yield step, key, x, y
 
 
 def _rank(key: str) -> tuple[bool, bool]:
-    """A learning rate comes before what it leads to, and what the user logged before statistics."""
+    """Sort learning rates before their effects, and the user's metrics before statistics."""
     return not key.startswith("lr/"), "/" in key
 
 
-def _tensor(trace: Trace, one: Step, other: Step) -> str | None:
+def _find_tensor(trace: Trace, a: Step, b: Step) -> str | None:
     for what in ("weights", "optimizer"):
-        x, y = getattr(one, what), getattr(other, what)
+        x, y = getattr(a, what), getattr(b, what)
         for index, name in enumerate(trace.names[what]):
             at = slice(index * _DIGITS, (index + 1) * _DIGITS)
             if x[at] != y[at]:

@@ -1,4 +1,4 @@
-"""CRC-32 of whatever a training step is made of: weights, optimizer state, batches, random states."""
+"""CRC-32 fingerprints of the inputs and results of a step: weights, optimizer state, batches, random states."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ if TYPE_CHECKING:
 
     from trackopt.training.objects import Training
 
-_MAX_DEPTH = 8  # levels of containers and objects; what refers to itself must come to an end
+_MAX_DEPTH = 8  # levels of containers and objects; a cycle must end
 
 
 def fingerprint(value: Any, start: int = 0, depth: int = _MAX_DEPTH) -> int:
-    """The CRC-32 of a value's content: tensors, arrays, plain values, containers, and objects by their attributes.
+    """Compute the CRC-32 of a value's content: tensors, arrays, plain values, containers, attributes of objects.
 
     Args:
-        value: Anything; of what has no content that can be read, the class counts.
-        start: The fingerprint of what came before.
-        depth: How many levels to go down.
+        value: Any value; if its content cannot be read, its class counts.
+        start: The fingerprint of the preceding values.
+        depth: The number of levels to descend.
 
     Example:
         >>> fingerprint({"x": torch.ones(2)}) == fingerprint({"x": torch.ones(2)})
@@ -48,32 +48,33 @@ def fingerprint(value: Any, start: int = 0, depth: int = _MAX_DEPTH) -> int:
 
 
 def weights(training: Training) -> dict[str, int]:
-    """The fingerprint of every tensor of the models, and of every other parameter that an optimizer moves."""
+    """Fingerprint every tensor of the models, and every other parameter that an optimizer updates."""
     models = training.models
-    found: dict[str, int] = {}
+    fingerprints: dict[str, int] = {}
     seen: set[int] = set()
     for model, module in models.items():
         seen |= {id(parameter) for parameter in module.parameters()}
         for name, tensor in module.state_dict().items():
-            found[name if len(models) == 1 else f"{model}.{name}"] = fingerprint(tensor)
+            fingerprints[name if len(models) == 1 else f"{model}.{name}"] = fingerprint(tensor)
     for name, _, parameter in _parameters(training):
         if id(parameter) not in seen:
-            found[name] = fingerprint(parameter)
-    return found
+            fingerprints[name] = fingerprint(parameter)
+    return fingerprints
 
 
 def optimizer_state(training: Training) -> dict[str, int]:
-    """The fingerprint of what the optimizers keep about each parameter, by its name."""
+    """Fingerprint the optimizers' state of each parameter, by its name."""
     return {name: fingerprint(dict(state)) for name, state, _ in _parameters(training)}
 
 
 def learning_rates(training: Training) -> list[float]:
-    """The learning rate of every parameter group, as it stands."""
-    return [float(group["lr"]) for one in training.optimizers.values() for group in one.param_groups if "lr" in group]
+    """Return the current learning rate of every parameter group."""
+    groups = [group for optimizer in training.optimizers.values() for group in optimizer.param_groups]
+    return [float(group["lr"]) for group in groups if "lr" in group]
 
 
 def global_rng() -> dict[str, int]:
-    """The fingerprint of each global generator's state."""
+    """Fingerprint the state of each global generator."""
     return {name: fingerprint(state) for name, state in rng.capture().items()}
 
 

@@ -1,4 +1,4 @@
-"""What is known of one rehearsed run: its effective series, and what each of its steps came from."""
+"""Trace of one run: effective series and the inputs of every step."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ NAME = "rehearsal.jsonl"
 
 @dataclass(frozen=True)
 class Step:
-    """One step; every number in it is a fingerprint, but the learning rates.
+    """One step; every number is a fingerprint, except the learning rates.
 
     Attributes:
         weights: After the step: eight hexadecimal digits for each tensor, in the order of the trace's ``names``.
-        optimizer: The optimizers' state after the step, the same for each parameter.
-        lr: Of every group after the step (and after the scheduler's, if that came first).
+        optimizer: The optimizers' state after the step, eight digits for each parameter.
+        lr: The learning rate of each group after the step (and after the scheduler's, if that came first).
         rng: The global generators after the step.
-        batch: The batches that it was made from; ``None`` where the loop takes them from elsewhere than the run.
-        before: What it began with: ``rng``, the state of each untracked object, and the user's
-            ``numbers`` as text.
+        batch: The batches of the step; ``None`` if the loop does not take them from the run.
+        before: The inputs of the step: ``rng``, the state of each ``untracked`` object, and the user's ``numbers`` as
+            text.
     """
 
     weights: str
@@ -40,7 +40,7 @@ class Step:
 
 @dataclass(frozen=True)
 class AttemptStart:
-    """What an attempt had before its first step: the state after ``step`` steps, as it was restored."""
+    """The state of an attempt before its first step: restored as it was after ``step`` steps."""
 
     step: int
     weights: str
@@ -48,18 +48,18 @@ class AttemptStart:
 
 @dataclass(frozen=True)
 class Trace:
-    """One run.
+    """The trace of one run.
 
     Attributes:
-        name: Of its directory.
+        name: The name of its directory.
         started_at: Unix seconds.
-        series: The effective ones, by key.
+        series: The effective series, by key.
         steps: The effective steps.
         attempts: The attempts, in order.
-        names: Of the ``weights`` and of the ``optimizer``'s parameters.
-        kills: The steps at which it was killed, each with the step that the next attempt went on from.
-        strays: Kind and label of what the script keeps to itself, by name.
-        first_checkpoint: The step of the first one that was taken; ``None`` if none was.
+        names: The names of the tensors in ``weights`` and of the parameters in ``optimizer``.
+        kills: The steps at which it was killed, each with the step from which the next attempt resumed.
+        untracked: Kind and label of each untracked object, by name.
+        first_checkpoint: The step of the first checkpoint; ``None`` if there was none.
     """
 
     name: str
@@ -69,27 +69,27 @@ class Trace:
     attempts: tuple[AttemptStart, ...]
     kills: tuple[tuple[int, int], ...]
     names: Mapping[str, list[str]]
-    strays: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    untracked: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     first_checkpoint: int | None = None
 
 
 def read(directory: Path) -> Trace:
-    """Read what a run's journal and its probe wrote."""
+    """Read the journal of a run and the file of its probe."""
     steps: dict[int, Step] = {}
-    lives: list[AttemptStart] = []
+    attempts: list[AttemptStart] = []
     killed: list[int] = []
     resumed: list[int] = []
-    strays: dict[str, dict[str, str]] = {}
+    untracked: dict[str, dict[str, str]] = {}
     names: dict[str, list[str]] = {}
     for line in map(orjson.loads, (directory / NAME).read_bytes().splitlines()):
-        if "life" in line:
-            lives.append(AttemptStart(line["life"], line["weights"]))
-            resumed += [line["life"]] * (len(killed) - len(resumed))
-            steps = {number: step for number, step in steps.items() if number <= line["life"]}
+        if "attempt" in line:
+            attempts.append(AttemptStart(line["attempt"], line["weights"]))
+            resumed += [line["attempt"]] * (len(killed) - len(resumed))
+            steps = {number: step for number, step in steps.items() if number <= line["attempt"]}
         elif "killed" in line:
             killed.append(line["killed"])
-        elif "strays" in line:
-            strays |= line["strays"]
+        elif "untracked" in line:
+            untracked |= line["untracked"]
         elif "names" in line:
             names = line["names"]
         else:
@@ -102,9 +102,9 @@ def read(directory: Path) -> Trace:
         lines[0].time,
         journal.series(directory),
         steps,
-        tuple(lives),
+        tuple(attempts),
         tuple(zip(killed, resumed, strict=False)),
         names,
-        strays,
+        untracked,
         min(saved, default=None),
     )

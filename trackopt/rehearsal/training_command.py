@@ -1,4 +1,4 @@
-"""One training from its first start to its end, in processes of its own, however often it is killed on the way."""
+"""One training from its first start to its end, in its own processes, through any number of kills."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ if TYPE_CHECKING:
 
     from trackopt.rehearsal.trace import Trace
 
-_EVERY = 0.1  # seconds between two looks at how far it is
-_LAST_LINES = 12
+_POLL_INTERVAL_S = 0.1
+_TAIL_LINES = 12
 OBSERVER = "trackopt.rehearsal.probe:Probe"
 
 
 class CommandError(TrackoptError):
-    """A command that cannot be rehearsed, or failed.
+    """A command failed or cannot be rehearsed.
 
     Attributes:
-        output_tail: The last lines that it wrote.
+        output_tail: The last lines of its output.
     """
 
-    def __init__(self, message: str, said: Sequence[str] = ()) -> None:
+    def __init__(self, message: str, output_tail: Sequence[str] = ()) -> None:
         super().__init__(message)
-        self.output_tail = tuple(said)
+        self.output_tail = tuple(output_tail)
 
 
 class TrainingCommand:
@@ -43,30 +43,30 @@ class TrainingCommand:
 
     Args:
         command: Program and arguments; it runs in the current directory.
-        work_dir: Where its runs go, and what it prints; it must not exist yet.
-        tell: Told the steps that are done.
+        work_dir: The directory of its runs and its output; it must not exist yet.
+        on_progress: Called with the number of completed steps.
 
     Attributes:
-        root: The runs are below it.
+        root: The directory that holds the runs.
         traces: Each run by its name, in the order in which they began; empty before ``read``.
-        seconds: That the command has run.
+        seconds: How long the command has run.
     """
 
-    def __init__(self, command: Sequence[str], work_dir: Path, tell: Callable[[int], None]) -> None:
+    def __init__(self, command: Sequence[str], work_dir: Path, on_progress: Callable[[int], None]) -> None:
         self._command = list(command)
-        self._home = work_dir
-        self._tell = tell
-        self._killed: Mapping[str, int] = {}
+        self._work_dir = work_dir
+        self._on_progress = on_progress
+        self._latest_kill: Mapping[str, int] = {}
         self.root = work_dir / "runs"
         self.root.mkdir(parents=True)
         self.traces: dict[str, Trace] = {}
         self.seconds = 0.0
 
     def start(self, kill: Mapping[str, int] | None = None) -> bool:
-        """Start the command, and wait until it ends or is killed; whether it was killed as planned.
+        """Run the command until it ends or is killed; return True if it was killed as planned.
 
         Args:
-            kill: The step after which to kill it, by the run's name; by default it is left alone.
+            kill: The step after which to kill it, by the run's name. Default: not at all.
 
         Raises:
             CommandError: It failed.
@@ -74,34 +74,34 @@ class TrainingCommand:
         plan = ResumeCheckPlan(self.root, kill or {}, OBSERVER)
         mark = self.root / KILLED
         mark.unlink(missing_ok=True)
-        began = time.monotonic()
+        started_at = time.monotonic()
         code = self._run({**os.environ, **plan.environment()})
-        self.seconds += time.monotonic() - began
+        self.seconds += time.monotonic() - started_at
         if mark.exists():
-            self._killed = plan.kill
+            self._latest_kill = plan.kill
             return True
         if code:
-            after = "".join(f", started again after the kill at step {step:,}," for step in self._killed.values())
-            raise CommandError(f"{shlex.join(self._command)}{after} {_ending(code)}", self._said())
+            after = "".join(f", started again after the kill at step {step:,}," for step in self._latest_kill.values())
+            raise CommandError(f"{shlex.join(self._command)}{after} {_describe_exit(code)}", self._read_output_tail())
         return False
 
     def read(self) -> None:
-        """Read what the runs wrote."""
-        found = [trace.read(file.parent) for file in self.root.glob(f"*/{trace.NAME}")]
-        self.traces = {one.name: one for one in sorted(found, key=lambda one: one.started_at)}
+        """Read the traces of the runs."""
+        traces = [trace.read(file.parent) for file in self.root.glob(f"*/{trace.NAME}")]
+        self.traces = {each.name: each for each in sorted(traces, key=lambda each: each.started_at)}
 
     def runs_in_order(self) -> list[tuple[str, int]]:
-        """Run and step of every record, in the order in which they were made."""
+        """List run and step of every record, in chronological order."""
         lines = [
             (line.time, run, line.step)
-            for run, one in self.traces.items()
+            for run, run_trace in self.traces.items()
             for line in journal.read(self.root / run / journal.NAME)
-            if line.step in one.steps and line.event is None
+            if line.step in run_trace.steps and line.event is None
         ]
         return list(dict.fromkeys((run, step) for _, run, step in sorted(lines)))
 
     def _run(self, environment: dict[str, str]) -> int:
-        with (self._home / "stdout.txt").open("ab") as out, (self._home / "stderr.txt").open("ab") as err:
+        with (self._work_dir / "stdout.txt").open("ab") as out, (self._work_dir / "stderr.txt").open("ab") as err:
             try:
                 process = subprocess.Popen(
                     self._command,
@@ -117,25 +117,25 @@ class TrainingCommand:
                 return self._wait(process)
             finally:
                 with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)  # what it left behind; after Ctrl-C all of it
+                    os.killpg(process.pid, signal.SIGKILL)  # processes that it left running; after Ctrl-C all of them
                 process.wait()
 
     def _wait(self, process: subprocess.Popen[bytes]) -> int:
-        seen: dict[Path, tuple[int, int]] = {}  # of each journal: how far it is read, and its latest step
+        seen: dict[Path, tuple[int, int]] = {}  # by journal: the offset already read, and the latest step
         while True:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                return process.wait(_EVERY)
+                return process.wait(_POLL_INTERVAL_S)
             for file in self.root.glob(f"*/{journal.NAME}"):
                 for line in journal.read(file, seen.get(file, (0, 0))[0]):
                     seen[file] = (line.end_offset, line.step)
-            self._tell(sum(step for _, step in seen.values()))
+            self._on_progress(sum(step for _, step in seen.values()))
 
-    def _said(self) -> list[str]:
+    def _read_output_tail(self) -> list[str]:
         for name in ("stderr.txt", "stdout.txt"):
-            if lines := (self._home / name).read_text(errors="replace").strip().splitlines():
-                return lines[-_LAST_LINES:]
+            if lines := (self._work_dir / name).read_text(errors="replace").strip().splitlines():
+                return lines[-_TAIL_LINES:]
         return []
 
 
-def _ending(code: int) -> str:
+def _describe_exit(code: int) -> str:
     return f"failed with exit code {code}" if code > 0 else f"was ended by {signal.Signals(-code).name}"

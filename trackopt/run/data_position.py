@@ -1,10 +1,10 @@
-"""Where a training loop stands in its data, and how it gets back there.
+"""The position of a training loop in its data, and how a resumed loop returns to it.
 
 A position is an epoch, a pass over a loader within it (most epochs have one) and a number of batches within the pass.
-To return to it, the script runs the epoch's first lines again, with the random number generators as they stood then;
-the loader is started with them as they stood when the pass began, and the batches that were trained on are passed
-over. Then everything is put where it stood at the checkpoint. What the loader yields next is what it would have
-yielded.
+To return to it, the script runs the epoch's first lines again, with the states that the random number generators had
+then. The loader is started with their states from the beginning of the pass, and the batches that were trained on are
+skipped. Finally everything is restored as it was at the checkpoint. The loader then yields what it would have yielded
+without the interruption.
 """
 
 from __future__ import annotations
@@ -28,14 +28,15 @@ class DataPosition:
     """The position of one run.
 
     Args:
-        stateful: The objects that the run saves beside model, optimizer and scheduler. Generators among them are put
-            back like the global ones; a loader among them (torchdata's ``StatefulDataLoader``) finds its way itself.
+        stateful: The objects that the run saves besides model, optimizer and scheduler. Generators among them are
+            restored like the global ones; a loader among them (torchdata's ``StatefulDataLoader``) returns to its
+            position by itself.
 
     Attributes:
         epoch: Finished epochs.
-        in_epoch: Whether the loop is inside an epoch.
-        in_pass: Whether it is inside a pass over a loader.
-        in_batch: Whether it is working on a batch right now.
+        in_epoch: True while the loop is inside an epoch.
+        in_pass: True while it is inside a pass over a loader.
+        in_batch: True while it works on a batch.
         batch: Batches taken in the current pass.
     """
 
@@ -43,36 +44,36 @@ class DataPosition:
         self.epoch = 0
         self.in_epoch = self.in_pass = self.in_batch = False
         self._left_by_break = False
-        self._generators = {name: thing for name, thing in stateful.items() if rng.is_generator(thing)}
-        self._stateful_loaders = [thing for thing in stateful.values() if not rng.is_generator(thing)]
-        self._pass = 0  # passes finished in this epoch
+        self._generators = {name: value for name, value in stateful.items() if rng.is_generator(value)}
+        self._stateful_loaders = [value for value in stateful.values() if not rng.is_generator(value)]
+        self._pass = 0  # finished passes of this epoch
         self.batch = 0
         self._epoch_start: dict[str, Any] | None = None  # the generators when the epoch began
         self._pass_start: dict[str, Any] | None = None  # the generators, and the loader's, when the pass began
-        self._length: int | None = None  # batches that the pass has
+        self._length: int | None = None  # batches of the pass
         self._loaders: dict[int, object] = {}
         self._saved: dict[str, Any] | None = None  # a restored position that the loop has not reached yet
         self._loader_states: dict[int, Any] = {}  # restored states of loaders that are not known yet
         self._on_restored: Callable[[], None] = lambda: None
-        self._world_size_changed = False  # whether the data was divided otherwise when it was saved
-        # the first epoch of each shuffling sampler, and its own
+        self._world_size_changed = False  # the ranks shared the data differently when it was saved
+        # by shuffling sampler: the epoch of the run and that of the sampler when it was first seen
         self._sampler_epochs: WeakKeyDictionary[object, tuple[int, int]] = WeakKeyDictionary()
 
     @property
     def is_between_epochs(self) -> bool:
-        """Whether the loop over epochs has not begun or is done, so that nothing of an epoch would run twice."""
+        """True before and after the loop over epochs, when a resume repeats nothing of an epoch."""
         return not self.in_epoch and not self._left_by_break and not self.is_fast_forwarding
 
     @property
     def is_fast_forwarding(self) -> bool:
-        """Whether the loop is still to reach the place within an epoch where the checkpoint was taken."""
+        """True until the loop reaches the position within an epoch at which the checkpoint was taken."""
         return self._saved is not None and self._saved["epoch_start"] is not None
 
     def epochs(self, total: int) -> Iterator[int]:
-        """The epochs that are still to come, of ``total``."""
+        """Yield the remaining epochs, of ``total``."""
         if self.in_epoch:
             raise UsageError("run.epochs() is running already; give each run one loop over its epochs")
-        if self._saved is not None:  # whatever the script drew while it was set up
+        if self._saved is not None:  # undo what the script's set-up drew
             self._restore_rng(self._saved["epoch_start"] or self._saved["here"])
         try:
             while self.epoch < total:
@@ -88,15 +89,15 @@ class DataPosition:
             self.in_epoch = False
 
     def sampler_epoch_is_stale(self, loader: object) -> bool:
-        """Whether the loader's sampler shuffles as it did in an earlier epoch: nobody told it that this is another."""
+        """Return True if the loader's sampler repeats the order of an earlier epoch, as no one called ``set_epoch``."""
         sampler = getattr(loader, "sampler", None)
         if not isinstance(sampler, DistributedSampler) or not sampler.shuffle:
             return False
-        first, order = self._sampler_epochs.setdefault(sampler, (self.epoch, sampler.epoch))
-        return self.epoch > first and sampler.epoch == order
+        first, sampler_epoch = self._sampler_epochs.setdefault(sampler, (self.epoch, sampler.epoch))
+        return self.epoch > first and sampler.epoch == sampler_epoch
 
     def batches(self, loader: Iterable[T]) -> Iterator[T]:
-        """The batches of one pass over ``loader``; after a restore, those that are still to come."""
+        """Yield the batches of one pass over ``loader``; after a restore, the remaining ones."""
         if not self.in_epoch:
             raise UsageError("run.batches() needs `for epoch in run.epochs(n):` around it; without epochs, n is 1")
         if self.in_pass:
@@ -115,7 +116,7 @@ class DataPosition:
             self._pass, self.batch, self._pass_start = self._pass + 1, 0, None
 
     def state_dict(self, *, epoch_done: bool) -> dict[str, Any]:
-        """The position as plain values; ``epoch_done`` when the epoch's last line has run."""
+        """Return the position as plain values; ``epoch_done`` means that the epoch's last line has run."""
         own = {number: _loader_state(loader) for number, loader in self._loaders.items()}
         if epoch_done or self.is_between_epochs:  # the next epoch's first lines have not run
             epoch = self.epoch + 1 if epoch_done else self.epoch
@@ -123,20 +124,22 @@ class DataPosition:
         starts = {"epoch_start": self._epoch_start, "pass_start": self._pass_start, "length": self._length}
         return {"epoch": self.epoch, "pass": self._pass, "batch": self.batch, **starts, "own": own}
 
-    def load_state_dict(self, state: dict[str, Any], arrive: Callable[[], None], *, divided: bool = False) -> None:
-        """Aim at a saved position, which ``epochs`` and ``batches`` lead to.
+    def load_state_dict(
+        self, state: dict[str, Any], on_restored: Callable[[], None], *, world_size_changed: bool = False
+    ) -> None:
+        """Set a saved position as the one that ``epochs`` and ``batches`` return to.
 
         Args:
-            state: What ``state_dict`` returned. The generators stand now as they stood there.
-            arrive: Called when the loop is in the middle of the epoch again, before the first batch is asked for: it
-                undoes what the epoch's first lines did a second time.
-            divided: Whether another number of processes shares the data now. Then the same part of the loader's
-                batches is passed over, rather than the same number.
+            state: The result of ``state_dict``. The generators have been restored to that checkpoint already.
+            on_restored: Called in the middle of the epoch, before the first batch is drawn. It undoes what the
+                epoch's first lines did a second time.
+            world_size_changed: Another number of processes shares the data now. Then the same fraction of the
+                loader's batches is skipped, rather than the same number.
         """
-        self.epoch, self._world_size_changed = state["epoch"], divided
+        self.epoch, self._world_size_changed = state["epoch"], world_size_changed
         self._saved = {**state, "here": self._capture()}
         self._loader_states = dict(state["own"])
-        self._on_restored = arrive
+        self._on_restored = on_restored
 
     def _begin(self, loader: Iterable[T]) -> Iterator[T]:
         saved, own = self._saved, self._loader_states.pop(self._pass, {"generators": [], "warm": False})
@@ -156,7 +159,7 @@ class DataPosition:
         self._restore_rng(self._pass_start)
         _restore_loader(loader, self._pass_start["own"])
         iterator = iter(loader)
-        if not any(loader is guided for guided in self._stateful_loaders):
+        if not any(loader is stateful for stateful in self._stateful_loaders):
             _fast_forward(iterator, loader, self.batch)
         self._restore_rng(saved["here"])
         rng.restore_all(rng.find_generators(loader), own["generators"])
@@ -168,39 +171,39 @@ class DataPosition:
         return int(saved["batch"])
 
     def _capture(self) -> dict[str, Any]:
-        handed = {name: rng.state_of(generator) for name, generator in self._generators.items()}
-        return {"rng": rng.capture(), "handed": handed}
+        generators = {name: rng.state_of(generator) for name, generator in self._generators.items()}
+        return {"rng": rng.capture(), "handed": generators}
 
     def _restore_rng(self, state: Mapping[str, Any]) -> None:
         rng.restore(state["rng"])
-        for name, each in state["handed"].items():
-            rng.set_state(self._generators[name], each)
+        for name, generator_state in state["handed"].items():
+            rng.set_state(self._generators[name], generator_state)
 
 
 def length(loader: object) -> int | None:
-    """How many batches a loader has; ``None`` where it does not know."""
+    """Return the number of batches of a loader; ``None`` if it has no length."""
     try:
-        return len(loader)  # type: ignore[arg-type]  # this is how one asks
+        return len(loader)  # type: ignore[arg-type]  # any object may be a loader
     except (TypeError, NotImplementedError):
         return None
 
 
 def _loader_state(loader: object) -> dict[str, Any]:
-    """Of a loader: its own generators, whether its persistent workers are running, how many passes it has counted."""
+    """Return a loader's own generators, whether its persistent workers run, and its count of passes."""
     generators = [rng.state_of(generator) for generator in rng.find_generators(loader)]
-    counted = getattr(loader, "iteration", None) if hasattr(loader, "set_epoch") else None
-    return {"generators": generators, "warm": getattr(loader, "_iterator", None) is not None, "counted": counted}
+    iteration = getattr(loader, "iteration", None) if hasattr(loader, "set_epoch") else None
+    return {"generators": generators, "warm": getattr(loader, "_iterator", None) is not None, "counted": iteration}
 
 
 def _restore_loader(loader: Any, own: Mapping[str, Any]) -> None:
-    """Put a loader where it stood when a pass began; Accelerate's shuffle by the number of the pass."""
+    """Restore a loader's state from the beginning of a pass; Accelerate's loaders shuffle by the number of the pass."""
     rng.restore_all(rng.find_generators(loader), own["generators"])
-    if (counted := own.get("counted")) is not None:
-        loader.set_epoch(counted)
+    if (iteration := own.get("counted")) is not None:
+        loader.set_epoch(iteration)
 
 
 def _start_workers(loader: Any) -> None:
-    """Start persistent workers as an earlier pass did: starting them draws a seed, which a later pass does not."""
+    """Start persistent workers without changing any generator: only the first pass of a loader draws their seed."""
     if getattr(loader, "persistent_workers", False) and loader._iterator is None:
         before = rng.capture(), [rng.state_of(generator) for generator in rng.find_generators(loader)]
         iter(loader)
@@ -209,11 +212,11 @@ def _start_workers(loader: Any) -> None:
 
 
 def _fast_forward(iterator: Iterator[object], loader: object, count: int) -> None:
-    """Pass over ``count`` batches.
+    """Skip ``count`` batches.
 
-    A loader without workers loads its samples with generators that are set afterwards, so it is enough to draw the
-    indices. With workers, whose generators cannot be reached, and for any other iterable the batches themselves must
-    be drawn.
+    A loader without workers loads its samples with generators that are restored afterwards, so drawing the indices is
+    enough. With workers, whose generators are out of reach, and for any other iterable, the batches themselves must be
+    drawn.
     """
     if (
         isinstance(loader, DataLoader)

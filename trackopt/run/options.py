@@ -1,4 +1,4 @@
-"""The options of ``wrap``; invalid ones are refused before anything is touched."""
+"""Validation of the options of ``wrap``, before anything is changed."""
 
 from __future__ import annotations
 
@@ -8,40 +8,39 @@ from trackopt.errors import UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from datetime import timedelta
 
     from trackopt.checkpoint.retention import Retention
+    from trackopt.checkpoint.saver import SaveOptions
+    from trackopt.telemetry.options import StatsOptions
 
 SINKS = ("tensorboard", "mlflow")
 
 
 def validate_options(
-    *,
-    save_every: int | timedelta | None,
-    save_overlap: str,
+    save_options: SaveOptions,
+    stats_options: StatsOptions,
     retention: Retention,
-    stats: str | None,
-    stats_every: int,
-    histograms_every: int,
     sinks: Sequence[str],
+    *,
     upload_checkpoints: bool = False,
 ) -> None:
-    """Refuse options that mean nothing.
+    """Check the options.
 
     Raises:
-        UsageError: The first thing that is wrong.
+        UsageError: For the first invalid option.
     """
     if unknown := set(sinks) - set(SINKS):
         raise UsageError(f"unknown sink {min(unknown)!r}; choose from {', '.join(SINKS)}")
     if upload_checkpoints and "mlflow" not in sinks:
         raise UsageError("upload_checkpoints=True uploads to the MLflow run; add 'mlflow' to sinks")
-    if stats not in {"group", "param", None}:
-        raise UsageError(f"stats={stats!r}: choose 'group', 'param' or None")
-    if save_overlap not in {"wait", "skip"}:
-        raise UsageError(f"save_overlap={save_overlap!r}: choose 'wait' or 'skip'")
-    if histograms_every < 0:
+    if stats_options.stats not in {"group", "param", None}:
+        raise UsageError(f"stats={stats_options.stats!r}: choose 'group', 'param' or None")
+    if save_options.save_overlap not in {"wait", "skip"}:
+        raise UsageError(f"save_overlap={save_options.save_overlap!r}: choose 'wait' or 'skip'")
+    if stats_options.histograms_every < 0:
         raise UsageError("histograms_every must be 1 or more, or 0 for none")
-    if retention.newest < 1 or stats_every < 1 or (save_every is not None and not save_every):
+    never_saves = save_options.save_every is not None and not save_options.save_every
+    if retention.newest < 1 or stats_options.stats_every < 1 or never_saves:
         raise UsageError("keep, stats_every and save_every must be 1 or more")
     if retention.best < 0 or (retention.every is not None and retention.every < 1):
         raise UsageError("keep_best must be 0 or more, keep_every 1 or more")

@@ -1,4 +1,4 @@
-"""``wrap``: from the user's live objects to a run, by way of its directory and the checkpoint that it goes on from."""
+"""``wrap``: make a run of the user's live objects, in its directory, resumed from its checkpoint."""
 
 from __future__ import annotations
 
@@ -11,16 +11,21 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from torch.nn.parallel import DistributedDataParallel
 
 from trackopt import remote
+from trackopt.checkpoint.meta import KEY, CheckpointMeta
+from trackopt.checkpoint.reader import load_unverified
 from trackopt.checkpoint.resume import PendingRestore, find_resume_checkpoint, select_rank_state
 from trackopt.checkpoint.retention import Retention
-from trackopt.checkpoint.store import CheckpointStore, load_unverified
+from trackopt.checkpoint.saver import SaveOptions
+from trackopt.checkpoint.store import CheckpointStore
 from trackopt.distributed.collectives import Collectives, current_collectives
 from trackopt.distributed.consistency import check_consistency
 from trackopt.errors import RunError, UsageError
+from trackopt.run.loop import TrackedLoop
 from trackopt.run.options import SINKS, validate_options
 from trackopt.run.run import Run
 from trackopt.rundir import environment
 from trackopt.rundir.directory import ReadOnlyRunDirectory, RunDirectory
+from trackopt.telemetry.options import StatsOptions
 from trackopt.training.objects import Training
 from trackopt.training.scheduler_config import scheduler_config
 from trackopt.training.sharding import is_sharded
@@ -64,51 +69,51 @@ def wrap(
     strict: bool = True,
     **stateful: Stateful | Generator,
 ) -> Run:
-    """Track a training, and make it one that can be stopped and started anywhere.
+    """Track a training, so that it can be stopped and resumed anywhere.
 
-    The objects stay what they are; nothing is replaced or patched. If ``dir`` holds an earlier attempt of the same
-    run, the state of its newest checkpoint is put into them here, before the loop begins.
+    The objects are neither replaced nor patched. If ``dir`` holds an earlier attempt of the same run, its newest
+    checkpoint is restored into them here, before the loop begins.
 
     Args:
         optimizer: Any torch optimizer, or a dict of them by name; also as Accelerate prepared them.
         scheduler: Its LR scheduler, or a dict by name.
-        model: The module, or a dict by name; without it checkpoints hold no weights.
-        dir: The run's directory. Default: a fresh ``runs/<date-time>``, which can be resumed only by naming it.
-            ``TRACKOPT_DIR`` in the environment goes before it.
-        resume: ``"auto"`` (the newest sound checkpoint in ``dir``, else from the start), ``"must"``, ``"never"``
-            (refuses a directory that holds a run), or the path of a checkpoint, or its address among the artifacts of
-            an MLflow run.
+        model: The module, or a dict by name. Without it, checkpoints hold no weights.
+        dir: The run's directory. Default: a new ``runs/<date-time>``, which can be resumed only by naming it.
+            ``TRACKOPT_DIR`` in the environment overrides it.
+        resume: ``"auto"`` (the newest valid checkpoint in ``dir``, else start at step 0), ``"must"``, ``"never"``
+            (refuses a directory that holds a run), the path of a checkpoint, or the ``runs:/…`` URI of a checkpoint
+            among the artifacts of an MLflow run.
         save_every: Optimizer steps, or a ``timedelta``, between two checkpoints. Default: only at ``run.save()``
             and ``run.close()``.
-        save_overlap: What becomes of a checkpoint that ``save_every`` makes due while the one before it is still on its
-            way to the disk: it can ``"wait"`` for that, and the loop with it, or ``"skip"`` its turn.
-        keep: How many of the newest checkpoints to keep.
-        keep_best: How many to keep of those with the lowest ``run.save(metric=…)``. Default: none.
-        keep_every: Keep for good the first checkpoint in each stretch of so many optimizer steps. Default: none.
+        save_overlap: What to do when ``save_every`` makes a checkpoint due while the last one is still being written:
+            ``"wait"`` for it, which blocks the loop, or ``"skip"`` the new one.
+        keep: Number of newest checkpoints to keep.
+        keep_best: Number of checkpoints with the lowest ``run.save(metric=…)`` to keep. Default: none.
+        keep_every: Keep forever the first checkpoint of every ``keep_every`` optimizer steps. Default: none.
         stats: ``"group"`` for statistics of the parameters, gradients and buffers of each parameter group,
             ``"param"`` for those of each parameter, ``None`` for none.
-        stats_every: Take them at every n-th step; what the step really changed, at every tenth of these.
-        histograms_every: Take histograms of gradients and buffers at every n-th step; 0 for none.
-        sinks: Where the journal goes: ``"tensorboard"``, ``"mlflow"``, both or none.
-        upload_checkpoints: Upload each checkpoint to the artifacts of the MLflow run, where all of them stay. Its
-            address is then ``runs:/<run id>/checkpoints/step-…``.
-        experiment: MLflow's experiment. Default: ``MLFLOW_EXPERIMENT_NAME``, else MLflow's own default.
+        stats_every: Compute statistics at every n-th step, and the true update at every tenth of these.
+        histograms_every: Compute histograms of gradients and buffers at every n-th step; 0 for none.
+        sinks: Where the journal is delivered: ``"tensorboard"``, ``"mlflow"``, both or none.
+        upload_checkpoints: Upload each checkpoint to the artifacts of the MLflow run, where none is deleted. Its URI
+            is then ``runs:/<run id>/checkpoints/step-…``.
+        experiment: MLflow experiment. Default: ``MLFLOW_EXPERIMENT_NAME``, else MLflow's own default.
         name: The run's name. Default: the directory's.
-        progress_bar: Show the progress of ``epochs`` and ``batches``: on a terminal in two lines that stay, elsewhere
-            in a line a minute.
-        strict: Whether a checkpoint must fit the objects in every name, shape, dtype, class and setting. With
-            ``False`` what fits is loaded, and the rest is listed in a warning.
-        **stateful: Whatever else has ``state_dict`` and ``load_state_dict`` (a ``GradScaler``, an EMA model), and
-            random generators of torch, NumPy or python; saved and restored under its keyword.
+        progress_bar: Show the progress of ``epochs`` and ``batches``: two lines on a terminal, one line a minute
+            elsewhere.
+        strict: Require a checkpoint to match the objects in every name, shape, dtype, class and setting. With
+            ``False`` the matching part is loaded, and a warning lists the rest.
+        **stateful: Other objects with ``state_dict`` and ``load_state_dict`` (a ``GradScaler``, an EMA model), and
+            random generators of torch, NumPy or Python. Each is saved and restored under its keyword.
 
     Returns:
         The run; close it when the loop is done, or use it as a context manager.
 
     Raises:
-        UsageError: An argument makes no sense.
-        RunError: The directory is taken, foreign, or cannot be written.
-        CheckpointError: There is no sound checkpoint where one must be, or (``MismatchError``) it does not fit.
-            Nothing was changed then, on disk or in the objects.
+        UsageError: An argument is invalid.
+        RunError: The directory is in use, belongs to something else, or cannot be written.
+        CheckpointError: ``resume`` requires a checkpoint and there is no valid one, or (``MismatchError``) it does not
+            match the objects. Nothing was changed, on disk or in the objects.
 
     Example:
         >>> import tempfile, torch, trackopt
@@ -128,79 +133,68 @@ def wrap(
     """
     collectives = current_collectives()
     if not collectives.is_rank_zero:
-        logger.setLevel(logging.ERROR)  # rank 0 tells whatever there is to tell
+        logger.setLevel(logging.ERROR)  # rank 0 logs the warnings
     training = Training(_unwrap_ddp(model), optimizer, scheduler, stateful)
     retention = Retention(keep, keep_best, keep_every)
-    measuring: dict[str, Any] = {"stats": stats, "stats_every": stats_every, "histograms_every": histograms_every}
-    saving: dict[str, Any] = {"save_every": save_every, "save_overlap": save_overlap}
-    collectives.run_on_all(
-        lambda: _check(
-            training, **saving, retention=retention, sinks=sinks, upload_checkpoints=upload_checkpoints, **measuring
-        )
-    )
-    destinations = (*sinks, "artifacts") if upload_checkpoints else sinks
-    built = {name: scheduler_config(each) for name, each in training.schedulers.items()}
-    check_consistency(collectives, training, built, {**saving, **measuring})
+    stats_options = StatsOptions(stats, stats_every, histograms_every)
+    save_options = SaveOptions(save_every, save_overlap)
+
+    def validate() -> None:
+        if not training.optimizers:
+            raise UsageError("wrap() was given no optimizer; pass one, or a dict of them by name")
+        training.validate()
+        validate_options(save_options, stats_options, retention, sinks, upload_checkpoints=upload_checkpoints)
+
+    collectives.run_on_all(validate)
+    scheduler_configs = {name: scheduler_config(each) for name, each in training.schedulers.items()}
+    check_consistency(collectives, training, scheduler_configs, [save_options, stats_options])
     directory = _open_directory(collectives, dir)
-    try:
-        store = CheckpointStore(
-            directory.checkpoints, retention, current_collectives() if is_sharded(training) else None
-        )
-        found, resumption, left_out = _find_checkpoint(collectives, directory, store, resume), None, []
-        if found is not None:
-            tree = select_rank_state(found[1], training, collectives)
-            resumption = PendingRestore(training, found[0], tree["trackopt"], collectives=collectives, strict=strict)
-            left_out = _run_on_all(collectives, partial(resumption.apply, tree))
-        if not directory.identity:
-            _run_on_all(
-                collectives,
-                lambda: directory.initialize(name, default_tracking(experiment)) if collectives.is_rank_zero else None,
-            )
-            directory.identity = collectives.broadcast(directory.identity)
-        run = _run_on_all(
+
+    def make_loop(store: CheckpointStore) -> TrackedLoop:
+        destinations = (*sinks, "artifacts") if upload_checkpoints else sinks
+        return TrackedLoop(
+            training,
+            directory,
+            store,
             collectives,
-            lambda: Run(
-                training,
-                directory,
-                store,
-                collectives,
-                scheduler_configs=built,
-                save_options=saving,
-                stats_options=measuring,
-                progress_bar=progress_bar,
-                sinks=destinations if environment.from_environment() is None else (),
-            ),
+            scheduler_configs=scheduler_configs,
+            save_options=save_options,
+            stats_options=stats_options,
+            progress_bar=progress_bar,
+            sinks=destinations if environment.from_environment() is None else (),
         )
+
+    try:
+        group = current_collectives() if is_sharded(training) else None
+        store = CheckpointStore(directory.checkpoints, retention, group)
+        checkpoint = _find_checkpoint(collectives, directory, store, resume)
+        pending, skipped = _restore(collectives, training, checkpoint, strict=strict)
+        _initialize_directory(collectives, directory, name, experiment)
+        loop = _run_on_all(collectives, lambda: make_loop(store))
     except BaseException:
         directory.release()
         raise
-    log_warnings(f"left as it is here: {problem}" for problem in left_out)
+    log_warnings(f"not restored: {problem}" for problem in skipped)
     try:
-        _run_on_all(collectives, lambda: run._start(resumption))
+        _run_on_all(collectives, lambda: loop.start(pending))
     except BaseException as error:
-        run._close("FAILED", error)
+        loop.close("FAILED", error)
         raise
-    return run
-
-
-def _check(training: Training, **options: Any) -> None:
-    if not training.optimizers:
-        raise UsageError("wrap() was given no optimizer; pass one, or a dict of them by name")
-    training.validate()
-    validate_options(**options)
+    return Run(loop, None if pending is None else pending.meta.progress.step)
 
 
 def _open_directory(collectives: Collectives, chosen: str | os.PathLike[str] | None) -> RunDirectory:
-    """The run's directory, held by rank 0; the others learn from it which one that is."""
+    """Open and lock the run's directory on rank 0; the other ranks get its path and identity."""
     directory = _run_on_all(collectives, lambda: RunDirectory(chosen) if collectives.is_rank_zero else None)
-    path, identity = collectives.broadcast(("", {}) if directory is None else (str(directory.path), directory.identity))
-    return directory or ReadOnlyRunDirectory(Path(path), identity)
+    own = (Path(), None) if directory is None else (directory.path, directory.saved_identity)
+    path, identity = collectives.broadcast(own)
+    return directory or ReadOnlyRunDirectory(path, identity)
 
 
 def _find_checkpoint(
     collectives: Collectives, directory: RunDirectory, store: CheckpointStore, resume: str | os.PathLike[str]
 ) -> tuple[Path, dict[str, Any]] | None:
-    """The checkpoint that rank 0 found, read by each rank; ``None`` where the run begins anew."""
+    """Find the checkpoint to resume from on rank 0, and read it on each rank; ``None`` to start at step 0."""
     found = _run_on_all(
         collectives, lambda: find_resume_checkpoint(directory, store, resume) if collectives.is_rank_zero else None
     )
@@ -210,25 +204,51 @@ def _find_checkpoint(
     return _run_on_all(collectives, lambda: found or (Path(path), load_unverified(Path(path))))
 
 
+def _restore(
+    collectives: Collectives, training: Training, checkpoint: tuple[Path, dict[str, Any]] | None, *, strict: bool
+) -> tuple[PendingRestore | None, list[str]]:
+    """Put a checkpoint into the objects; also return what was skipped because it does not fit."""
+    if checkpoint is None:
+        return None, []
+    path, contents = checkpoint
+    tree = select_rank_state(contents, training, collectives)
+    meta = CheckpointMeta.from_dict(tree[KEY])
+    pending = PendingRestore(training, path, meta, collectives=collectives, strict=strict)
+    return pending, _run_on_all(collectives, partial(pending.apply, tree))
+
+
+def _initialize_directory(
+    collectives: Collectives, directory: RunDirectory, name: str | None, experiment: str | None
+) -> None:
+    """Write ``run.json`` in the directory of a new run."""
+    if directory.saved_identity is not None:
+        return
+    _run_on_all(
+        collectives,
+        lambda: directory.initialize(name, default_tracking(experiment)) if collectives.is_rank_zero else None,
+    )
+    directory.saved_identity = collectives.broadcast(directory.saved_identity)
+
+
 def _make_absolute(path: Path) -> Path:
     return path if remote.is_remote(path) else path.absolute()
 
 
 def _run_on_all(collectives: Collectives, action: Callable[[], T]) -> T:
-    """Do it on every rank; what a disk refuses is told as any other trouble with the run's directory."""
+    """Run ``action`` on every rank; an error of the file system becomes a `RunError`."""
 
-    def told() -> T:
+    def convert_errors() -> T:
         try:
             return action()
         except OSError as error:
-            place = error.filename or "the run's directory"
-            raise RunError(f"{place}: cannot be used ({error.strerror}); check the disk and the permissions") from error
+            path = error.filename or "the run's directory"
+            raise RunError(f"{path}: cannot be used ({error.strerror}); check the disk and the permissions") from error
 
-    return collectives.run_on_all(told)
+    return collectives.run_on_all(convert_errors)
 
 
 def _unwrap_ddp(model: Any) -> Any:
-    """Modules as one process would have them: DDP puts ``module.`` in front of every name."""
+    """Return the modules inside DDP, which puts ``module.`` in front of every parameter name."""
     if isinstance(model, Mapping):
         return {name: _unwrap_ddp(each) for name, each in model.items()}
     return model.module if isinstance(model, DistributedDataParallel) else model

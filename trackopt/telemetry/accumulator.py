@@ -17,90 +17,90 @@ if TYPE_CHECKING:
 
 
 def single_rank_gather(value: Any) -> list[Any]:
-    """What every rank gives, where there is one."""
+    """Gather from a single rank."""
     return [value]
 
 
 class MetricAccumulator:
     """Sums of what was logged, by key; a key that was logged several times counts as its mean.
 
-    What is on a device is summed there, so that nobody waits for it.
+    Values on a device are summed there, without synchronization.
 
     Args:
-        gather: Returns what every rank gives it.
+        gather: Returns the values of all ranks.
 
     Attributes:
-        recorded: The keys that the latest step's record has already: each key has one value at a step.
+        recorded: The keys of the latest step's record: each key has one value at a step.
     """
 
     def __init__(self, gather: Gather = single_rank_gather) -> None:
         self._sums: dict[str, tuple[float | Tensor, int]] = {}
-        self._shared: set[str] = set()
+        self._reduced: set[str] = set()
         self._gather = gather
         self.recorded: set[str] = set()
 
     def add(self, metrics: Mapping[str, Any], *, reduced: bool = False) -> None:
-        """Take what the user logs.
+        """Add the metrics of one call of ``log``.
 
         Args:
             metrics: The numbers.
-            reduced: Whether their mean over all ranks counts.
+            reduced: Record their mean over all ranks.
 
         Raises:
-            UsageError: A value is not a number; nothing of the call is taken.
+            UsageError: A value is not a number; no value of the call is added.
         """
-        for key, value in {key: _number(key, value) for key, value in metrics.items()}.items():
+        for key, value in {key: _to_number(key, value) for key, value in metrics.items()}.items():
             total, count = self._sums.get(key, (0.0, 0))
             self._sums[key] = (total + value, count + 1)
         if reduced:
-            self._shared |= metrics.keys()
+            self._reduced |= metrics.keys()
 
     def pop_all(self) -> dict[str, float | Tensor]:
-        """Everything that waits, for the record of a new step."""
-        self._reduce_mean(self._shared)
-        taken = {key: total / count for key, (total, count) in self._sums.items()}
+        """Remove and return all means, for the record of a new step."""
+        self._reduce_mean(self._reduced)
+        means = {key: total / count for key, (total, count) in self._sums.items()}
         self._sums.clear()
-        self._shared.clear()
-        return taken
+        self._reduced.clear()
+        return means
 
-    def pop_unrecorded(self, *, together: bool = True) -> dict[str, float | Tensor]:
-        """What waits and is not recorded at the latest step yet; the rest goes on waiting for the next.
+    def pop_unrecorded(self, *, all_ranks: bool = True) -> dict[str, float | Tensor]:
+        """Remove and return the means that the latest step's record lacks; the others wait for the next step.
 
         Args:
-            together: Whether every rank is here; if not, what is a mean over all waits as well.
+            all_ranks: All ranks make this call; if not, metrics that are reduced over ranks wait as well.
         """
         keys = self._sums.keys() - self.recorded
-        if not together:
-            keys -= self._shared
-        self._reduce_mean(self._shared & keys)
-        taken = {key: total / count for key, (total, count) in self._sums.items() if key in keys}
+        if not all_ranks:
+            keys -= self._reduced
+        self._reduce_mean(self._reduced & keys)
+        means = {key: total / count for key, (total, count) in self._sums.items() if key in keys}
         for key in keys:
             del self._sums[key]
-        self._shared -= keys
+        self._reduced -= keys
         self.recorded |= keys
-        return taken
+        return means
 
     def _reduce_mean(self, keys: set[str]) -> None:
-        """Count what the other ranks logged under these keys as if it had been logged here."""
+        """Add up the sums and counts of all ranks."""
         own = {key: (float(total), count) for key, (total, count) in self._sums.items() if key in keys}
         if own:
             ranks = self._gather(own)
             for key in own:
-                found = [each[key] for each in ranks if key in each]
-                self._sums[key] = (math.fsum(total for total, _ in found), sum(count for _, count in found))
+                entries = [sums[key] for sums in ranks if key in sums]
+                self._sums[key] = (math.fsum(total for total, _ in entries), sum(count for _, count in entries))
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run must know to go on with the same means."""
+        """Return the state from which a resumed run continues with the same means."""
         sums = {key: (float(total), count) for key, (total, count) in self._sums.items()}
-        return {"sums": sums, "recorded": sorted(self.recorded), "shared": sorted(self._shared)}
+        return {"sums": sums, "recorded": sorted(self.recorded), "shared": sorted(self._reduced)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what ``state_dict`` returned."""
+        """Restore what ``state_dict`` returned."""
         self._sums, self.recorded = dict(state["sums"]), set(state["recorded"])
-        self._shared = set(state.get("shared", ()))
+        self._reduced = set(state.get("shared", ()))
 
 
-def _number(key: str, value: Any) -> float | Tensor:
+def _to_number(key: str, value: Any) -> float | Tensor:
     try:
         if isinstance(value, (str, bytes)):
             raise TypeError

@@ -1,4 +1,4 @@
-"""Numbers that are read once they are there: a device's results are copied to the host, and nobody waits for them."""
+"""Scalars that are copied from a device in the background and read once the copy is complete."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ if TYPE_CHECKING:
 
 
 class AsyncMetrics:
-    """Metrics of one step, of which some may still be on their way from a device.
+    """Metrics of one step, some of which may still be in transfer from a device.
 
     Args:
         metrics: By name; a tensor of one element stands for its number.
-        scalars: More tensors of one element, which ``finish`` makes metrics of.
-        finish: Takes the numbers of ``scalars`` and returns metrics by name. It is called once: at once, where nothing
-            is on its way, else by ``metrics``, so that the readings of several steps keep their order.
+        scalars: More tensors of one element, from which ``finish`` computes metrics.
+        finish: Takes the numbers of ``scalars`` and returns metrics by name. It is called once: immediately if no
+            transfer is pending, else by ``metrics``, so that several steps are finished in their order.
 
     Example:
         >>> reading = AsyncMetrics({"lr": 0.1}, [torch.tensor(9.0)], lambda numbers: {"norm": numbers[0] ** 0.5})
@@ -33,20 +33,20 @@ class AsyncMetrics:
         finish: Callable[[list[float]], dict[str, float]] = lambda _: {},
     ) -> None:
         self._metrics = dict(metrics)
-        late = {key: value for key, value in metrics.items() if isinstance(value, Tensor)}
-        self._pending_keys = list(late)
-        self._transfer = DeviceToHostCopy([*late.values(), *scalars])
+        pending = {key: value for key, value in metrics.items() if isinstance(value, Tensor)}
+        self._pending_keys = list(pending)
+        self._transfer = DeviceToHostCopy([*pending.values(), *scalars])
         self._finish: Callable[[list[float]], dict[str, float]] | None = finish
         if not self._transfer.is_async:
             self.metrics()
 
     @property
     def is_ready(self) -> bool:
-        """Whether ``metrics`` would not wait."""
+        """Whether ``metrics`` returns without waiting."""
         return self._finish is None or self._transfer.is_ready
 
     def metrics(self) -> dict[str, float]:
-        """All metrics by name; waits for those that are on their way."""
+        """Return all metrics by name, after the transfer is complete."""
         if self._finish is not None:
             numbers = self._transfer.numbers()
             self._metrics.update(zip(self._pending_keys, numbers, strict=False))
@@ -56,42 +56,42 @@ class AsyncMetrics:
 
 
 class DeviceToHostCopy:
-    """The numbers in some tensors of one element, wherever these are.
+    """Numbers of tensors of one element on any devices.
 
-    From CUDA one copy for each device is started on the current stream. What is elsewhere is read at once.
+    One copy per CUDA device is started on the current stream. Other tensors are read immediately.
     """
 
     def __init__(self, scalars: Sequence[Tensor]) -> None:
-        places: dict[torch.device, list[int]] = {}
-        for place, scalar in enumerate(scalars):
-            places.setdefault(scalar.device, []).append(place)
-        self._indices = list(places.values())
-        self._copies = [_copy_to_host([scalars[place] for place in each]) for each in self._indices]
+        by_device: dict[torch.device, list[int]] = {}
+        for index, scalar in enumerate(scalars):
+            by_device.setdefault(scalar.device, []).append(index)
+        self._indices = list(by_device.values())
+        self._copies = [_copy_to_host([scalars[index] for index in indices]) for indices in self._indices]
 
     @property
     def is_async(self) -> bool:
-        """Whether any were on a device that nobody waits for."""
+        """Whether any copy runs in the background."""
         return any(event is not None for _, event in self._copies)
 
     @property
     def is_ready(self) -> bool:
-        """Whether ``numbers`` would not wait."""
+        """Whether ``numbers`` returns without waiting."""
         # torch leaves its events untyped
         return all(event is None or event.query() for _, event in self._copies)  # type: ignore[no-untyped-call]
 
     def numbers(self) -> list[float]:
-        """In the order of the tensors."""
-        found = [0.0] * sum(map(len, self._indices))
-        for places, (copy, event) in zip(self._indices, self._copies, strict=True):
+        """Return the numbers in the order of the tensors."""
+        result = [0.0] * sum(map(len, self._indices))
+        for indices, (copy, event) in zip(self._indices, self._copies, strict=True):
             if event is not None:
                 event.synchronize()
-            for place, number in zip(places, copy.tolist(), strict=True):
-                found[place] = number
-        return found
+            for index, number in zip(indices, copy.tolist(), strict=True):
+                result[index] = number
+        return result
 
 
 def _copy_to_host(scalars: list[Tensor]) -> tuple[Tensor, torch.cuda.Event | None]:
-    """The numbers in memory of the host, and what tells that they are there, where that is not at once."""
+    """Start the copy of one device's scalars; return the host's tensor and an event that marks completion, if async."""
     if len({scalar.dtype for scalar in scalars}) > 1 or not scalars[0].is_floating_point():
         wide = torch.float32 if scalars[0].is_mps else torch.float64
         scalars = [scalar.to(wide) for scalar in scalars]

@@ -1,50 +1,40 @@
-"""Histograms of many tensors taken as one, in the form that TensorBoard keeps them in."""
+"""Histograms of many tensors taken as one, in the form that TensorBoard uses."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
-from trackopt.telemetry.statistics import vector
+from trackopt.journal import Histogram
+from trackopt.telemetry.vectors import vector
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
 
-_BINS = 64
+_MAX_BINS = 64
 
 
-def histogram(tensors: Sequence[Tensor]) -> dict[str, Any] | None:
-    """How the finite elements of some tensors are spread; ``None`` if there are none.
-
-    Returns:
-        ``limits`` (the right edge of each of at most 64 bins of equal width), ``counts``, ``min``, ``max``, ``sum``,
-        ``sum_squares`` and ``num``.
+def histogram(tensors: Sequence[Tensor]) -> Histogram | None:
+    """Return the histogram of all finite elements in at most 64 bins of equal width; ``None`` without any.
 
     Example:
-        >>> found = histogram([torch.tensor([0.0, 1.0, 1.0, float("nan")])])
-        >>> found["counts"][0], found["counts"][-1], found["limits"][-1], found["num"]
+        >>> result = histogram([torch.tensor([0.0, 1.0, 1.0, float("nan")])])
+        >>> result.counts[0], result.counts[-1], result.limits[-1], result.num
         (1, 2, 1.0, 3)
     """
     vectors = [v[torch.isfinite(v)].cpu() for v in map(vector, tensors)]
     values = torch.cat(vectors) if vectors else torch.empty(0, device="cpu")
     if not values.numel():
         return None
-    low, high = (each.item() for each in torch.aminmax(values))
-    if low == high:
-        limits, counts = [high], [values.numel()]
-    else:
-        limits = torch.linspace(low, high, _BINS + 1, dtype=torch.float64, device="cpu")[1:].tolist()
-        counts = torch.histc(values.double(), _BINS, low, high).long().tolist()
+    low, high = (bound.item() for bound in torch.aminmax(values))
     wide = values.double()
-    return {
-        "limits": limits,
-        "counts": counts,
-        "min": low,
-        "max": high,
-        "sum": wide.sum().item(),
-        "sum_squares": torch.dot(wide, wide).item(),
-        "num": values.numel(),
-    }
+    limits: list[float] = [high]
+    counts: list[float] = [values.numel()]
+    if low < high:
+        limits = torch.linspace(low, high, _MAX_BINS + 1, dtype=torch.float64, device="cpu")[1:].tolist()
+        counts = torch.histc(wide, _MAX_BINS, low, high).long().tolist()
+    total, squares = wide.sum().item(), torch.dot(wide, wide).item()
+    return Histogram(limits, counts, min=low, max=high, sum=total, sum_squares=squares, num=values.numel())

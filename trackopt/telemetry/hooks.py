@@ -1,4 +1,4 @@
-"""The observer: two step hooks on a live optimizer that write down what each step used and left behind."""
+"""Two step hooks on a live optimizer that read the hyperparameters and the metrics of each step."""
 
 from __future__ import annotations
 
@@ -18,55 +18,52 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from trackopt.journal import Histogram
     from trackopt.telemetry.metrics import NonFinite
+    from trackopt.telemetry.options import StatsOptions
 
 T = TypeVar("T")
-# Every `step` of every optimizer runs inside this one function: it is how a nested call is recognised.
+# Every `step` of every optimizer runs inside this function: it identifies nested calls.
 _STEP = Optimizer.profile_hook_step(lambda *_: None).__code__
 _UPDATE_EVERY = 10  # steps with statistics: the update costs a copy of the parameters
 
 
 class OptimizerObserver:
-    """Watches one optimizer. What the latest step did waits in it until ``take`` asks for it.
+    """Observes one optimizer, and keeps the metrics of its latest step until they are popped.
 
     Args:
         optimizer: Any ``torch.optim.Optimizer``; it is neither replaced nor patched.
+        options: What is measured, and how often.
         prefix: Put before the names of the groups (``"gen."`` where there are several optimizers).
-        stats: ``"group"`` for statistics of the parameters, gradients and buffers of each parameter group,
-            ``"param"`` for those of each parameter, ``None`` for none.
-        stats_every: Take them at steps 1, 1 + n, 1 + 2n, …; the true update at every tenth of these.
-        histograms_every: Take histograms at steps 1, 1 + n, 1 + 2n, …; 0 for none.
         names: Returns the names of the parameters of each group, in order.
-        before_first: Called when the optimizer is about to take its very first step.
+        before_first: Called before the very first step of the optimizer.
 
     Attributes:
-        steps: Completed steps. One that a ``GradScaler`` skipped is none.
-        evaluations: Calls of the closures that ``step`` was given.
+        steps: Completed steps, without those that a ``GradScaler`` skipped.
+        closure_calls: Calls of the closures that ``step`` was given.
     """
 
     def __init__(
         self,
         optimizer: Optimizer,
+        options: StatsOptions,
         *,
         prefix: str = "",
-        stats: str | None = "group",
-        stats_every: int = 1,
-        histograms_every: int = 0,
         names: Callable[[], Sequence[Sequence[str]]],
         before_first: Callable[[], None] = lambda: None,
     ):
         self.optimizer = optimizer
-        self.steps = self.evaluations = 0
+        self.steps = self.closure_calls = 0
         self._before_first = before_first
         self._overflowed = False
-        self._every = stats_every if stats else 0
-        self._histograms_every = histograms_every
+        self._every = options.stats_every if options.stats else 0
+        self._histograms_every = options.histograms_every
         self._hyperparameters = Hyperparameters(optimizer, prefix)
-        self._meter = OptimizerMetrics(optimizer, prefix, names, per_parameter=stats == "param")
+        self._optimizer_metrics = OptimizerMetrics(optimizer, prefix, names, per_parameter=options.stats == "param")
         self._depth = 0
         self._hyperparameters_used: dict[str, float | Tensor] = {}
         self._metrics = AsyncMetrics({})
-        self._histograms: dict[str, Any] = {}
+        self._histograms: dict[str, Histogram] = {}
         untraced: Callable[[T], T] = torch.compiler.disable
         # Dynamo must not trace the hooks of a compiled step: they read Python state that changes at every step.
         self._handles = [
@@ -75,21 +72,21 @@ class OptimizerObserver:
         ]
 
     def pop_metrics(self) -> AsyncMetrics:
-        """The metrics of the latest step since the last call; none when there was none."""
-        latest, self._metrics = self._metrics, AsyncMetrics({})
-        return latest
+        """Remove and return the metrics of the latest step since the last call; empty without a step."""
+        metrics, self._metrics = self._metrics, AsyncMetrics({})
+        return metrics
 
-    def pop_histograms(self) -> dict[str, Any]:
-        """The histograms of the latest step since the last call, by ``exp_avg/group0``; mostly empty."""
+    def pop_histograms(self) -> dict[str, Histogram]:
+        """Remove and return the histograms of the latest step since the last call, by ``exp_avg/group0``."""
         histograms, self._histograms = self._histograms, {}
         return histograms
 
     def pop_nonfinite(self) -> list[NonFinite]:
-        """What was not finite in the readings that arrived since the last call, and had been before."""
-        return self._meter.pop_nonfinite()
+        """Remove and return the tensors that have become NaN or infinite in the metrics since the last call."""
+        return self._optimizer_metrics.pop_nonfinite()
 
     def pop_overflow(self) -> bool:
-        """Whether a step was skipped because of an overflow since the last call."""
+        """Return whether a step was skipped because of an overflow since the last call."""
         overflowed, self._overflowed = self._overflowed, False
         return overflowed
 
@@ -99,19 +96,19 @@ class OptimizerObserver:
             handle.remove()
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run must know to go on observing as if it had never stopped."""
+        """Return the state from which a resumed run continues to observe as if it had never stopped."""
         seen = self._hyperparameters.seen
-        return {"steps": self.steps, "evaluations": self.evaluations, "hyperparameters": seen}
+        return {"steps": self.steps, "evaluations": self.closure_calls, "hyperparameters": seen}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what ``state_dict`` returned."""
-        self.steps, self.evaluations = state["steps"], state["evaluations"]
+        """Restore what ``state_dict`` returned."""
+        self.steps, self.closure_calls = state["steps"], state["evaluations"]
         self._hyperparameters.seen = state["hyperparameters"]
 
     def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
-        """Read the hyperparameters while they are the ones that the step will use: schedulers move them later."""
+        """Read the hyperparameters that the step will use: schedulers change them later."""
         self._depth += 1
-        if self._depth > 1:  # a step within a step, or the last one raised
+        if self._depth > 1:  # a step within a step, or the last step raised
             if _is_nested(optimizer):
                 return None
             self._depth = 1
@@ -119,19 +116,19 @@ class OptimizerObserver:
             self._before_first()
         self._hyperparameters_used = self._hyperparameters.read()
         if self._every and self.steps % (self._every * _UPDATE_EVERY) == 0:
-            self._meter.before()
+            self._optimizer_metrics.snapshot_parameters()
         return self._count_closure_calls(args, kwargs)
 
     def _count_closure_calls(self, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
-        """The step's arguments with a closure that counts its calls; ``None`` if there is none to count."""
+        """Return the step's arguments with a closure that counts its calls; ``None`` without a closure."""
         own, *rest = args
         closure = rest[0] if rest else kwargs.get("closure")
-        if not callable(closure):  # a step of the user's own may take something else there
+        if not callable(closure):  # a step of the user's own may take another argument
             return None
 
         @functools.wraps(closure)
         def counted(*args: Any, **kwargs: Any) -> Any:
-            self.evaluations += 1
+            self.closure_calls += 1
             return closure(*args, **kwargs)
 
         return ((own, counted, *rest[1:]), kwargs) if rest else (args, {**kwargs, "closure": counted})
@@ -143,19 +140,19 @@ class OptimizerObserver:
         self._depth = 0
         if _was_skipped(optimizer):
             self._overflowed = True
-            self._meter.forget()
+            self._optimizer_metrics.discard_snapshot()
             return
         self.steps += 1
-        measured = self._every and (self.steps - 1) % self._every == 0
-        self._metrics = (
-            self._meter.compute(self._hyperparameters_used) if measured else AsyncMetrics(self._hyperparameters_used)
-        )
+        if self._every and (self.steps - 1) % self._every == 0:
+            self._metrics = self._optimizer_metrics.compute(self._hyperparameters_used)
+        else:
+            self._metrics = AsyncMetrics(self._hyperparameters_used)
         if self._histograms_every and (self.steps - 1) % self._histograms_every == 0:
-            self._histograms = self._meter.histograms()
+            self._histograms = self._optimizer_metrics.histograms()
 
 
 def _is_nested(optimizer: Optimizer) -> bool:
-    """Whether the same optimizer's step called this one: ``super().step()`` in a subclass fires the hooks too."""
+    """Return whether this step runs within a step of the same optimizer: ``super().step()`` fires the hooks too."""
     depth, frame = 0, inspect.currentframe()
     while frame is not None:
         if frame.f_code is _STEP and frame.f_locals.get("self") is optimizer:
@@ -165,6 +162,6 @@ def _is_nested(optimizer: Optimizer) -> bool:
 
 
 def _was_skipped(optimizer: Optimizer) -> bool:
-    """A fused optimizer under a GradScaler runs its hooks even when it found an overflow and changed nothing."""
-    found = getattr(optimizer, "found_inf", None)
-    return found is not None and bool(found.item())
+    """Return whether the step changed nothing: under a GradScaler, fused optimizers run hooks after an overflow too."""
+    found_inf = getattr(optimizer, "found_inf", None)
+    return found_inf is not None and bool(found_inf.item())

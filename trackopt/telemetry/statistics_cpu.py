@@ -1,127 +1,189 @@
-"""Totals of tensors in the host's memory, read piece by piece: one stays in the cache between the passes over it."""
+"""Statistics of tensors in the host's memory.
+
+Lists of few elements are gathered into one vector and read by NumPy, whose calls cost least. Others are read in pieces
+that stay in the cache between the passes over them.
+"""
 
 from __future__ import annotations
 
 import math
-from itertools import islice
-from typing import TYPE_CHECKING
+from itertools import accumulate, islice
+from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from trackopt.telemetry.statistics_small import Totals, gather, is_dtensor, is_plain
+from trackopt.telemetry.vectors import batches, flatten, gather, is_plain, widen
+from trackopt.utils.moments import Moments
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 # In elements.
-_SMALL = 1 << 15  # smaller tensors are copied together,
-_GATHERED = 1 << 17  # up to this size
-_PIECE = 1 << 18  # of what is read several times; 1 MB of float32
-_LONG = 1 << 20  # of what is read once
+_MAX_SMALL_LIST = 1 << 14  # a list that NumPy reads
+_SMALL, _MAX_GATHERED = 1 << 15, 1 << 17  # smaller tensors are gathered, up to this size
+_PIECE = 1 << 18  # 1 MB of float32
 _ROW = 256  # whose squares are added in the order of memory
 
+_CANCELLATION_RATIO = 0.9  # of the sum of squares: if the mean makes up more, float32 has lost the deviations
+_UNDERFLOW = 1e-30  # sums of squares below this may have lost elements
 
-def totals(
+
+class Totals(NamedTuple):
+    """Sums over all elements of a list of tensors, in float64."""
+
+    size: int
+    sum: float
+    squares: float
+    low: float
+    high: float
+
+
+def read_small(lists: Sequence[Sequence[Tensor]]) -> list[Totals | None]:
+    """Return the totals of each list; ``None`` if it is empty, large, or holds other than plain tensors of the CPU."""
+    sizes = [small_size(tensors) for tensors in lists]
+    ends = list(accumulate(filter(None, sizes), initial=0))
+    if not ends.pop():
+        return [None] * len(lists)
+    starts = np.array(ends)
+    flat = gather([tensor for size, tensors in zip(sizes, lists, strict=True) if size for tensor in tensors])
+    values = flat.to(torch.float64).numpy()
+    with np.errstate(all="ignore"):  # what is not finite shows in the result
+        rows = zip(
+            filter(None, sizes),
+            np.add.reduceat(values, starts).tolist(),
+            np.add.reduceat(values * values, starts).tolist(),
+            np.minimum.reduceat(values, starts).tolist(),
+            np.maximum.reduceat(values, starts).tolist(),
+            strict=True,
+        )
+    return [Totals._make(next(rows)) if size else None for size in sizes]
+
+
+def small_size(tensors: Sequence[Tensor]) -> int:
+    """Return the number of elements of a list that `read_small` reads; 0 for any other list."""
+    total = 0
+    for tensor in tensors:
+        if not (tensor.is_cpu and is_plain(tensor)):
+            return 0
+        total += tensor.numel()
+        if total > _MAX_SMALL_LIST:
+            return 0
+    return total
+
+
+def read(
+    buffers: Mapping[str, Sequence[Tensor]], vectors: Mapping[str, Sequence[Tensor]]
+) -> tuple[dict[str, list[Moments]], dict[str, list[float]]]:
+    """Return the moments of the parts of each list of buffers, and the norms of the parts of each list of vectors."""
+    totals, squares = _piecewise_totals(buffers.values(), vectors.values())
+    moments = {
+        name: [] if total is None else _moments(tensors, total)
+        for (name, tensors), total in zip(buffers.items(), totals, strict=True)
+    }
+    norms = {
+        name: [] if square is None else [_norm(tensors, square)]
+        for (name, tensors), square in zip(vectors.items(), squares, strict=True)
+    }
+    return moments, norms
+
+
+def _piecewise_totals(
     buffers: Iterable[Sequence[Tensor]], vectors: Iterable[Sequence[Tensor]]
 ) -> tuple[list[Totals | None], list[float | None]]:
-    """The totals of each list of buffers, and the sum of squares of each list of vectors; none of an empty list.
+    """Return the totals of each list of buffers, and the sum of squares of each list of vectors.
 
-    What float32 cannot hold of a piece's sum or a row's squares is lost: see `statistics`.
+    Values that float32 cannot hold in the sum of a piece or the squares of a row are lost.
     """
     scalars: list[Tensor] = []
     sizes: list[tuple[int, int]] = []  # elements and pieces of each list of buffers
     for tensors in buffers:
         rows: list[Tensor] = []
         size, begin = 0, len(scalars)
-        for piece in pieces(tensors):
+        for piece in _pieces(tensors):
             size += piece.numel()
-            rows += _rows(piece)
+            rows += _row_norms(piece)
             scalars += [piece.sum(), *torch.aminmax(piece)]
         sizes.append((size, (len(scalars) - begin) // 3))
-        scalars.append(_squares(rows))
-    lengths = [[row for piece in pieces(tensors, _LONG) for row in _rows(piece)] for tensors in vectors]
-    scalars += map(_squares, lengths)
+        scalars.append(_sum_of_squares(rows))
+    norms = [[row for piece in _pieces(tensors) for row in _row_norms(piece)] for tensors in vectors]
+    scalars += map(_sum_of_squares, norms)
     numbers = iter(torch.stack(scalars).tolist() if scalars else ())
-    found = [_totals(size, [*islice(numbers, 3 * count + 1)]) for size, count in sizes]
-    return found, [number if rows else None for rows, number in zip(lengths, numbers, strict=True)]
+    totals = [_add_up(size, [*islice(numbers, 3 * count + 1)]) for size, count in sizes]
+    return totals, [number if rows else None for rows, number in zip(norms, numbers, strict=True)]
 
 
-def _totals(size: int, numbers: Sequence[float]) -> Totals | None:
+def _add_up(size: int, numbers: Sequence[float]) -> Totals | None:
     *parts, squares = numbers
     lows, highs = parts[1::3], [-high for high in parts[2::3]]
-    return Totals(size, sum(parts[::3]), squares, _lowest(lows), -_lowest(highs)) if size else None
+    return Totals(size, sum(parts[::3]), squares, _min(lows), -_min(highs)) if size else None
 
 
-def flat(tensor: Tensor) -> Tensor:
-    """All stored elements as one real vector, without a copy where that is possible.
-
-    Of a tensor that is spread over processes (DTensor) the part that is here.
-    """
-    tensor = tensor.detach()
-    if not is_plain(tensor):
-        if is_dtensor(tensor):
-            tensor = tensor.to_local()
-        if tensor.layout is torch.sparse_coo:
-            tensor = tensor.coalesce().values()
-        if tensor.is_complex():
-            tensor = torch.view_as_real(tensor.resolve_conj())
-    return tensor.flatten()
+def _pieces(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Yield all elements in vectors of float32 or float64."""
+    for batch in batches((t if is_plain(t) else flatten(t) for t in tensors), _SMALL, _MAX_GATHERED):
+        if len(batch) > 1:
+            yield widen(gather([t if is_plain(t) else widen(t) for t in batch]))  # float8 is not gathered with others
+        else:
+            flat = _flatten_in_memory_order(batch[0])
+            if (size := flat.numel()) <= _PIECE:  # a slice costs as much as a small kernel
+                yield widen(flat)
+            else:
+                yield from (widen(flat[start : start + _PIECE]) for start in range(0, size, _PIECE))
 
 
-def real(vector: Tensor) -> Tensor:
-    """The same in float32 or better."""
-    return vector if vector.dtype in {torch.float32, torch.float64} else vector.float()
-
-
-def pieces(tensors: Iterable[Tensor], longest: int = _PIECE) -> Iterator[Tensor]:
-    """All elements, in vectors of float32 or better that are read one after the other.
-
-    Small tensors are copied together only while they are read, so that the copies take turns in the same memory.
-    """
-    waiting: list[Tensor] = []
-    size = 0
-    for tensor in tensors:
-        vector = tensor if is_plain(tensor) else flat(tensor)
-        elements = vector.numel()
-        if elements > longest:
-            vector = _line(vector)
-            yield from (real(vector[start : start + longest]) for start in range(0, elements, longest))
-        elif elements >= _SMALL:
-            yield real(_line(vector))
-        elif elements:
-            if waiting and size + elements > _GATHERED:
-                yield real(gather(waiting))
-                waiting, size = [], 0
-            waiting.append(vector if is_plain(vector) else real(vector))  # float8 is not gathered with others
-            size += elements
-    if waiting:
-        yield real(gather(waiting))
-
-
-def _line(tensor: Tensor) -> Tensor:
-    """All elements in the order of memory, so that channels-last and transposed tensors need no copy either."""
+def _flatten_in_memory_order(tensor: Tensor) -> Tensor:
+    """Return all elements in the order of memory, so that channels-last and transposed tensors need no copy either."""
     tensor = tensor.detach()
     if not tensor.is_contiguous():
         tensor = tensor.permute(sorted(range(tensor.ndim), key=tensor.stride, reverse=True))
     return tensor.flatten()
 
 
-def _rows(piece: Tensor) -> list[Tensor]:
-    """Numbers whose squares add up to those of a piece: the norm of each row of it, and what makes no whole row.
+def _row_norms(piece: Tensor) -> list[Tensor]:
+    """Return the norms of the rows of a piece, and the elements after the last complete row.
 
-    The norm of a long vector would lose digits of like numbers.
+    The norm of a long vector would lose digits of similar numbers.
     """
-    whole = piece.numel() // _ROW * _ROW
-    norms = torch.linalg.vector_norm(piece[:whole].view(-1, _ROW), dim=1)
-    return [norms, piece[whole:]] if whole < piece.numel() else [norms]
+    size = piece.numel()
+    if size % _ROW == 0:
+        return [torch.linalg.vector_norm(piece.view(-1, _ROW), dim=1)]
+    end = size - size % _ROW
+    return [torch.linalg.vector_norm(piece[:end].view(-1, _ROW), dim=1), piece[end:]]
 
 
-def _squares(rows: list[Tensor]) -> Tensor:
+def _sum_of_squares(rows: list[Tensor]) -> Tensor:
     wide = torch.cat(rows or [torch.zeros(1, device="cpu")]).double()
     return torch.dot(wide, wide)
 
 
-def _lowest(values: Sequence[float]) -> float:
-    """Python's min overlooks NaN; torch's does not."""
+def _min(values: Sequence[float]) -> float:
+    """Return the minimum, or NaN if any value is NaN, which Python's ``min`` overlooks."""
     return math.nan if any(map(math.isnan, values)) else min(values)
+
+
+def _moments(tensors: Sequence[Tensor], totals: Totals) -> list[Moments]:
+    """Return moments from totals, or by a second pass if the totals have lost the deviations."""
+    size, first, second, low, high = totals
+    if not (math.isfinite(low) and math.isfinite(high)):
+        return [Moments(size, first / size, second, low, high)]
+    if low == high:
+        return [Moments(size, low, 0.0, low, high)]
+    if _UNDERFLOW < second < math.inf and first * first / size < _CANCELLATION_RATIO * second:
+        return [Moments(size, first / size, second - first * first / size, low, high)]
+    return [_exact_moments(piece.double(), low, high) for piece in _pieces(tensors)]
+
+
+def _exact_moments(piece: Tensor, low: float, high: float) -> Moments:
+    mean = piece.mean()
+    deviations = piece - mean
+    return Moments(piece.numel(), mean.item(), torch.dot(deviations, deviations).item(), low, high)
+
+
+def _norm(tensors: Sequence[Tensor], squares: float) -> float:
+    """Return the norm from the sum of squares, or by a second pass if float32 could not hold it."""
+    if _UNDERFLOW < squares < math.inf:
+        return math.sqrt(squares)
+    wide = map(Tensor.double, _pieces(tensors))
+    return math.sqrt(sum(torch.dot(piece, piece).item() for piece in wide))

@@ -1,22 +1,24 @@
-"""Statistics of tensors that are spread over processes (DTensors): each describes its part in a few numbers.
+"""Statistics of DTensors: each process describes its part in a few numbers.
 
-These are gathered once at a step, for all names together, and combined in float64 by the formula that pieces of one
-tensor are combined by. Of elements that several processes hold, the first of them speaks.
+These are gathered once per step, for all names together, and combined in float64 by the formula of
+`trackopt.utils.moments`. Replicated elements are counted once, by the first rank that holds them.
 """
 
 from __future__ import annotations
 
 import math
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from trackopt.telemetry.statistics import Piece, RawStatistics, combine, launch_device, measure, nonfinite
-from trackopt.telemetry.statistics_small import is_dtensor
+from trackopt.telemetry import statistics_device
+from trackopt.telemetry.statistics import RawStatistics, combine, count_nonfinite, measure
 from trackopt.telemetry.update import cosine_terms
+from trackopt.training.sharding import is_dtensor, to_local
+from trackopt.utils.moments import Moments
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -25,17 +27,19 @@ if TYPE_CHECKING:
 
     Lists = Mapping[str, Sequence[Tensor]]
     Pairs = Mapping[str, Sequence[tuple[Tensor, Tensor]]]
+    NamedRows = Sequence[tuple[str, Sequence[Sequence[float]]]]
 
-_WIDTH = len(Piece._fields) + 1  # a piece, and how many of its elements are not finite
-_NOTHING = (0.0, 0.0, 0.0, math.inf, -math.inf, 0.0)
+# The columns of a table: count, mean, m2, min and max of a part, and the number of its elements that are not finite.
+_EMPTY_ROW = (0.0, 0.0, 0.0, math.inf, -math.inf, 0.0)
+_COLUMNS = len(_EMPTY_ROW)
 
 
-def begin(
+def launch(
     buffers: Lists, vectors: Lists, pairs: Pairs
 ) -> tuple[list[Tensor], Callable[[Sequence[float]], RawStatistics]]:
-    """Read what is here, and gather what all processes say: every one of them calls this at the same place.
+    """Read the local parts and gather the numbers of all processes, without waiting for a device.
 
-    A device is not waited for.
+    Collective: every process makes this call at the same place.
 
     Args:
         buffers: For each name the tensors to describe together.
@@ -43,93 +47,94 @@ def begin(
         pairs: For each name tensors to compare.
 
     Returns:
-        Numbers that are still on devices, and what makes the results of them.
+        Scalars that may be on devices, and a function that takes their numbers and returns the results.
     """
     lists = [*buffers.values(), *vectors.values()]
-    meshes = dict.fromkeys(tensor.device_mesh for each in lists for tensor in each if is_dtensor(tensor))
-    voices = [_MeshReducer(mesh, lists, first=not index) for index, mesh in enumerate(meshes)]
-    tables = [voice.gathered(_local_table(voice, buffers, vectors, pairs)) for voice in voices]
+    meshes = dict.fromkeys(tensor.device_mesh for tensors in lists for tensor in tensors if is_dtensor(tensor))
+    reducers = [_MeshReducer(mesh, lists, is_first=not index) for index, mesh in enumerate(meshes)]
+    tables = [reducer.all_gather(_local_table(reducer, buffers, vectors, pairs)) for reducer in reducers]
     names = [*buffers, *vectors, *(name for name in pairs for _ in range(3))]
     ends = len(buffers), len(lists)  # `finish` must not keep the tensors until their numbers arrive
 
     def finish(numbers: Sequence[float]) -> RawStatistics:
-        rows = [numbers[start : start + _WIDTH] for start in range(0, len(numbers), _WIDTH)]
-        each = [(name, rows[index :: len(names)]) for index, name in enumerate(names)]
-        return _measured(each[: ends[0]], each[ends[0] : ends[1]], each[ends[1] :])
+        rows = [numbers[start : start + _COLUMNS] for start in range(0, len(numbers), _COLUMNS)]
+        named = [(name, rows[index :: len(names)]) for index, name in enumerate(names)]
+        return _to_statistics(named[: ends[0]], named[ends[0] : ends[1]], named[ends[1] :])
 
     return [number for table in tables for number in table.flatten().unbind()], finish
 
 
-def _measured(buffers: Any, vectors: Any, pairs: Any) -> RawStatistics:
-    found = RawStatistics({}, {}, {}, {})
+def _to_statistics(buffers: NamedRows, vectors: NamedRows, pairs: NamedRows) -> RawStatistics:
+    raw = RawStatistics({}, {}, {}, {})
     for name, rows in (*buffers, *vectors):
-        found.nonfinite_counts[name] = sum(row[-1] for row in rows), sum(row[0] for row in rows)
+        raw.nonfinite_counts[name] = sum(row[-1] for row in rows), sum(row[0] for row in rows)
     for name, rows in buffers:
-        if found.nonfinite_counts[name][1]:
-            found.statistics[name] = combine([Piece(*row[:-1]) for row in rows if row[0]])
+        if raw.nonfinite_counts[name][1]:
+            raw.statistics[name] = combine(Moments(int(row[0]), *row[1:-1]) for row in rows)
     for name, rows in vectors:
-        if found.nonfinite_counts[name][1]:
-            found.norms[name] = math.sqrt(sum(row[2] for row in rows))
+        if raw.nonfinite_counts[name][1]:
+            raw.norms[name] = math.sqrt(sum(row[2] for row in rows))
     for name, rows in pairs:
-        found.dot_products.setdefault(name, []).append(sum(row[2] for row in rows))
-    return found
+        raw.dot_products.setdefault(name, []).append(sum(row[2] for row in rows))
+    return raw
 
 
 class _MeshReducer:
-    """For which tensors this process speaks on a device mesh.
+    """Selects the tensors that this process describes on a device mesh, and gathers tables over the mesh.
 
     Args:
         mesh: The processes.
-        lists: All tensors in question.
-        first: Whether tensors that are not spread are told of here.
+        lists: All tensors to describe.
+        is_first: Describe the tensors that are not DTensors as well.
     """
 
-    def __init__(self, mesh: DeviceMesh, lists: Iterable[Sequence[Tensor]], *, first: bool) -> None:
+    def __init__(self, mesh: DeviceMesh, lists: Iterable[Sequence[Tensor]], *, is_first: bool) -> None:
         self.device = mesh.device_type
         self._mesh = mesh
-        self._first = first
-        spread = [tensor for each in lists for tensor in each if self._is_mine(tensor) and is_dtensor(tensor)]
-        self._cut = [d for d in range(mesh.ndim) if any(tensor.placements[d].is_shard() for tensor in spread)]
-        place = mesh.get_coordinate() or [0] * mesh.ndim
-        self._later = [d for d in self._cut if place[d]]
+        self._is_first = is_first
+        dtensors = [t for tensors in lists for t in tensors if self._is_on_mesh(t) and is_dtensor(t)]
+        self._sharded_dims = [d for d in range(mesh.ndim) if any(t.placements[d].is_shard() for t in dtensors)]
+        coordinate = mesh.get_coordinate() or [0] * mesh.ndim
+        self._nonzero_dims = [d for d in self._sharded_dims if coordinate[d]]
 
-    def parts(self, tensors: Iterable[Tensor]) -> list[Tensor]:
-        """What is here of those among some tensors that this process speaks for."""
-        mine = [tensor for tensor in tensors if self.is_owner(tensor)]
-        return [tensor.to_local().detach() if is_dtensor(tensor) else tensor.detach() for tensor in mine]
+    def local_parts(self, tensors: Iterable[Tensor]) -> list[Tensor]:
+        """Return the local parts of the tensors that this process describes."""
+        return [to_local(tensor).detach() for tensor in tensors if self.is_owner(tensor)]
 
     def is_owner(self, tensor: Tensor) -> bool:
-        """Whether it is of this mesh, and no process before this one holds the same elements."""
-        if not self._is_mine(tensor):
+        """Return whether the tensor is on this mesh, and no rank before this one holds the same elements."""
+        if not self._is_on_mesh(tensor):
             return False
-        return all(is_dtensor(tensor) and tensor.placements[d].is_shard() for d in self._later)
+        return all(is_dtensor(tensor) and tensor.placements[d].is_shard() for d in self._nonzero_dims)
 
-    def gathered(self, table: Tensor) -> Tensor:
-        """The table of all processes together."""
-        for dimension in self._cut:
-            tables = [torch.empty_like(table) for _ in range(self._mesh.size(dimension))]
-            dist.all_gather(tables, table, group=self._mesh.get_group(dimension))
+    def all_gather(self, table: Tensor) -> Tensor:
+        """Return the combined table of all ranks."""
+        for dim in self._sharded_dims:
+            tables = [torch.empty_like(table) for _ in range(self._mesh.size(dim))]
+            dist.all_gather(tables, table, group=self._mesh.get_group(dim))
             table = _combine_tables(torch.stack(tables))
         return table
 
-    def _is_mine(self, tensor: Tensor) -> bool:
-        return tensor.device_mesh == self._mesh if is_dtensor(tensor) else self._first
+    def _is_on_mesh(self, tensor: Tensor) -> bool:
+        return tensor.device_mesh == self._mesh if is_dtensor(tensor) else self._is_first
 
 
-def _local_table(voice: _MeshReducer, buffers: Lists, vectors: Lists, pairs: Pairs) -> Tensor:
-    """What this process says: a row for each name, three for each name of pairs."""
-    here = [{name: voice.parts(tensors) for name, tensors in lists.items()} for lists in (buffers, vectors)]
-    both = {
-        name: list(zip(voice.parts(one for one, _ in each), voice.parts(two for _, two in each), strict=True))
-        for name, each in pairs.items()
-    }
+def _local_table(reducer: _MeshReducer, buffers: Lists, vectors: Lists, pairs: Pairs) -> Tensor:
+    """Return this rank's table: a row per name, three per name of pairs."""
+    local = [{name: reducer.local_parts(ts) for name, ts in lists.items()} for lists in (buffers, vectors)]
+    local_pairs = [
+        list(zip(reducer.local_parts(a for a, _ in tensors), reducer.local_parts(b for _, b in tensors), strict=True))
+        for tensors in pairs.values()
+    ]
     tables: list[Tensor] = []
-    for near, read in ((False, _device_rows), (True, _cpu_rows)):
-        some, long = ({name: [t for t in each if t.is_cpu == near] for name, each in lists.items()} for lists in here)
-        couples = [[pair for pair in each if pair[0].is_cpu == near] for each in both.values()]
-        if any((*some.values(), *long.values())) or (near and not tables):
-            table = read(some, long, [cosine_terms(each) for each in couples])
-            tables.append(table if table.device.type == voice.device else table.to(voice.device))
+    for is_cpu, read in ((False, _device_rows), (True, _cpu_rows)):
+        some_buffers, some_vectors = (
+            {name: [t for t in tensors if t.is_cpu == is_cpu] for name, tensors in lists.items()} for lists in local
+        )
+        some_pairs = [[pair for pair in tensors if pair[0].is_cpu == is_cpu] for tensors in local_pairs]
+        if any((*some_buffers.values(), *some_vectors.values())) or (is_cpu and not tables):
+            table = read(some_buffers, some_vectors, [cosine_terms(tensors) for tensors in some_pairs])
+            tables.append(table if table.device.type == reducer.device else table.to(reducer.device))
     return _combine_tables(torch.stack(tables))
 
 
@@ -137,47 +142,51 @@ def _cpu_rows(buffers: Lists, vectors: Lists, terms: Sequence[Sequence[Tensor]])
     statistics, norms = measure(buffers, vectors)
     rows: list[tuple[float, ...]] = []
     for name, tensors in buffers.items():
-        if (found := statistics.get(name)) is None:
-            rows.append(_NOTHING)
+        if (result := statistics.get(name)) is None:
+            rows.append(_EMPTY_ROW)
             continue
-        size, missing = _size(tensors), 0 if math.isfinite(found.norm) else nonfinite(tensors)
-        rows.append((size, found.mean, found.std * found.std * size, found.min, found.max, missing))
+        size, missing = _size(tensors), 0 if math.isfinite(result.norm) else count_nonfinite(tensors)
+        rows.append((size, result.mean, result.std * result.std * size, result.min, result.max, missing))
     for name, tensors in vectors.items():
         norm = norms.get(name, 0.0)
-        rows.append((_size(tensors), 0.0, norm * norm, 0.0, 0.0, 0 if math.isfinite(norm) else nonfinite(tensors)))
-    rows += [(0.0, 0.0, sum(each.item() for each in column[start::3]), 0.0, 0.0, 0.0)
+        rows.append(
+            (_size(tensors), 0.0, norm * norm, 0.0, 0.0, 0 if math.isfinite(norm) else count_nonfinite(tensors))
+        )
+    rows += [(0.0, 0.0, sum(term.item() for term in column[start::3]), 0.0, 0.0, 0.0)
              for column in terms for start in range(3)]  # fmt: skip
     return torch.tensor(rows, dtype=torch.float64, device="cpu")
 
 
 def _device_rows(buffers: Lists, vectors: Lists, terms: Sequence[Sequence[Tensor]]) -> Tensor:
-    """The same without waiting for the device; elements that are not finite are not counted there."""
-    sizes, scalars, roots = launch_device(buffers, vectors)
-    device = next(tensor for each in (*buffers.values(), *vectors.values()) for tensor in each).device
-    following = iter(scalars)
+    """Return the rows without waiting for the device; elements that are not finite are not counted there."""
+    sizes, scalars, norm_counts = statistics_device.launch(buffers, vectors)
+    device = next(tensor for tensors in (*buffers.values(), *vectors.values()) for tensor in tensors).device
+    rest = iter(scalars)
     rows = []
-    for each in sizes.values():
-        pieces = [_constant(_NOTHING, device)]
-        for size in each:
-            mean, variance, low, high = (next(following).double() for _ in range(4))
+    for part_sizes in sizes.values():
+        parts = [_constant(_EMPTY_ROW, device)]
+        for size in part_sizes:
+            mean, variance, low, high = (next(rest).double() for _ in range(4))
             count, none = _constant((float(size), 0.0), device)
-            pieces.append(torch.stack([count, mean, variance * count, low, high, none]))
-        rows.append(_combine_tables(torch.stack(pieces)))
-    for name, count in roots.items():
-        rows.append(_sum([next(following).double().square() for _ in range(count)], _size(vectors[name]), device))
-    rows += [_sum([term.double() for term in each[start::3]], 0, device) for each in terms for start in range(3)]
+            parts.append(torch.stack([count, mean, variance * count, low, high, none]))
+        rows.append(_combine_tables(torch.stack(parts)))
+    for name, count in norm_counts.items():
+        rows.append(_sum_row([next(rest).double().square() for _ in range(count)], _size(vectors[name]), device))
+    rows += [
+        _sum_row([term.double() for term in column[start::3]], 0, device) for column in terms for start in range(3)
+    ]
     return torch.stack(rows)
 
 
-def _sum(numbers: Sequence[Tensor], size: int, device: torch.device) -> Tensor:
-    """A row that says nothing but a sum."""
+def _sum_row(numbers: Sequence[Tensor], size: int, device: torch.device) -> Tensor:
+    """Return a row that holds a sum in place of m2."""
     none = _constant((0.0,), device)[0]
     return torch.stack([_constant((float(size),), device)[0], none, sum(numbers, none), none, none, none])
 
 
 @lru_cache(maxsize=4096)
 def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """Numbers on a device, which are sent there once: sending them takes a wait."""
+    """Return numbers on a device; cached, because sending them waits for the device."""
     return torch.tensor(values, dtype=torch.float64, device=device)
 
 
@@ -186,9 +195,9 @@ def _size(tensors: Sequence[Tensor]) -> int:
 
 
 def _combine_tables(tables: Tensor) -> Tensor:
-    """Tables one upon another, row by row."""
-    sizes, means, deviations, low, high, missing = tables.unbind(-1)
-    size = sizes.sum(0)
-    mean = (sizes * means).sum(0) / size.clamp(min=1)
-    together = (deviations + sizes * (means - mean).square()).sum(0)
-    return torch.stack([size, mean, together, low.amin(0), high.amax(0), missing.sum(0)], -1)
+    """Combine stacked tables row by row, as `merge_moments` does, on their device."""
+    counts, means, m2s, lows, highs, missing = tables.unbind(-1)
+    count = counts.sum(0)
+    mean = (counts * means).sum(0) / count.clamp(min=1)
+    m2 = (m2s + counts * (means - mean).square()).sum(0)
+    return torch.stack([count, mean, m2, lows.amin(0), highs.amax(0), missing.sum(0)], -1)

@@ -1,4 +1,4 @@
-"""The live objects of one training, and the names that every flow gives them."""
+"""The live objects of one training, and their names."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ RESERVED = frozenset({"model", "optimizer", "scheduler", "rng", "trackopt"})
 
 
 class Stateful(Protocol):
-    """Anything whose state can be taken and put back."""
+    """Any object whose state can be saved and restored."""
 
     def state_dict(self) -> Any:
-        """The state, of plain values and tensors."""
+        """Return the state, of plain values and tensors."""
 
     def load_state_dict(self, state: Any, /) -> Any:
-        """Take over a state."""
+        """Restore a state."""
 
 
 @dataclass(frozen=True)
 class Training:
-    """The live objects of one training: what a checkpoint is taken of and restored into.
+    """The live objects of one training, which checkpoints save and restore.
 
     Attributes:
         model: One module, a dict of them by name, or ``None``.
@@ -54,18 +54,20 @@ class Training:
 
     @property
     def models(self) -> dict[str, nn.Module]:
-        """By name; the only one is called ``model``."""
+        """By name; a single model is called ``model``."""
         return _as_dict("model", self.model)
 
     @property
     def optimizers(self) -> dict[str, Optimizer]:
-        """By name; the only one is called ``optimizer``. Of one that a framework has wrapped, the real one."""
-        return {name: _unwrap_optimizer(one) for name, one in _as_dict("optimizer", self.optimizer).items()}
+        """By name, without the wrappers of frameworks; a single optimizer is called ``optimizer``."""
+        optimizers = _as_dict("optimizer", self.optimizer)
+        return {name: _unwrap_optimizer(optimizer) for name, optimizer in optimizers.items()}
 
     @property
     def schedulers(self) -> dict[str, Any]:
-        """By name; the only one is called ``scheduler``. Of one that a framework has wrapped, the real one."""
-        return {name: _unwrap_scheduler(one) for name, one in _as_dict("scheduler", self.scheduler).items()}
+        """By name, without the wrappers of frameworks; a single scheduler is called ``scheduler``."""
+        schedulers = _as_dict("scheduler", self.scheduler)
+        return {name: _unwrap_scheduler(scheduler) for name, scheduler in schedulers.items()}
 
     def validate(self) -> None:
         """Check that every object can be tracked and saved.
@@ -78,15 +80,15 @@ class Training:
                 raise UsageError(f"{name} is a {type(optimizer).__name__}; pass a torch.optim.Optimizer")
         if taken := RESERVED & self.stateful.keys():
             raise UsageError(f"wrap(..., {min(taken)}=…): this name is reserved in checkpoints; choose another keyword")
-        for name, thing in {**self.models, **self.schedulers, **self.stateful}.items():
-            if not rng.is_generator(thing) and not (hasattr(thing, "state_dict") and hasattr(thing, "load_state_dict")):
-                kind = type(thing).__name__
+        for name, value in {**self.models, **self.schedulers, **self.stateful}.items():
+            if not rng.is_generator(value) and not (hasattr(value, "state_dict") and hasattr(value, "load_state_dict")):
+                kind = type(value).__name__
                 raise UsageError(
                     f"{name} is a {kind} without state_dict() and load_state_dict(); wrap() cannot save it"
                 )
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
-        """The parameters of all models; where there are several, with the model's name in front."""
+        """Return the parameters of all models by name; with several models, the model's name comes first."""
         models = self.models
         return {
             name if len(models) == 1 else f"{model}.{name}": parameter
@@ -95,9 +97,9 @@ class Training:
         }
 
     def parameter_names(self) -> dict[str, list[list[str]]]:
-        """For each optimizer and parameter group the names of its parameters, in order.
+        """Return the names of the parameters of each optimizer and parameter group, in order.
 
-        The model's names where the model is known, else those that the optimizer was given, else positions.
+        These are the model's names if the model is known, else the optimizer's own ``param_names``, else positions.
         """
         names = {id(parameter): name for name, parameter in self.named_parameters().items()}
         return {
@@ -107,22 +109,22 @@ class Training:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """``float32``."""
+    """Return a name like ``float32``."""
     return str(dtype).removeprefix("torch.")
 
 
-def class_name(thing: object) -> str:
-    """``torch.optim.adamw.AdamW``."""
-    return f"{type(thing).__module__}.{type(thing).__qualname__}"
+def class_name(value: object) -> str:
+    """Return a name like ``torch.optim.adamw.AdamW``."""
+    return f"{type(value).__module__}.{type(value).__qualname__}"
 
 
 def positional_names(group: int, count: int) -> list[str]:
-    """What the parameters of a group are called where they have no names."""
+    """Return the names of a group's parameters that have none of their own."""
     return [f"group{group}.{i}" for i in range(count)]
 
 
 def versions() -> dict[str, str]:
-    """Of what can change a result."""
+    """Return the versions of the software that can change a result."""
     return {
         "trackopt": __version__,
         "torch": str(torch.__version__),
@@ -137,7 +139,7 @@ def _as_dict(role: str, value: Any) -> dict[str, Any]:
 
 
 def _unwrap_optimizer(optimizer: Any) -> Any:
-    """Accelerate's and Lightning's wrappers have no step hooks; the optimizer in them has."""
+    """Return the optimizer in a wrapper of Accelerate or Lightning: wrappers have no step hooks."""
     inner = getattr(optimizer, "optimizer", None)
     wrapped = isinstance(inner, Optimizer) and not hasattr(optimizer, "_optimizer_step_pre_hooks")
     return inner if wrapped else optimizer

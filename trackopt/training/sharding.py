@@ -1,6 +1,6 @@
-"""State that no single process has as a whole: DTensors, and optimizers that each keep a part.
+"""State that is sharded over processes: DTensors, and optimizers that each keep a part.
 
-FSDP2 and tensor parallelism make DTensors of parameters, and an optimizer's buffers follow them. A
+FSDP2 and tensor parallelism turn parameters into DTensors, and an optimizer's buffers follow them. A
 ``ZeroRedundancyOptimizer`` keeps the state of some parameters in each process.
 """
 
@@ -21,39 +21,39 @@ _ZERO = "ZeroRedundancyOptimizer"
 
 
 def is_sharded(training: Training) -> bool:
-    """Whether no single process has all of a training's state."""
+    """Return whether no single process holds all of a training's state."""
     return has_sharded_parameters(training) or any(map(is_zero, training.optimizers.values()))
 
 
 def has_sharded_parameters(training: Training) -> bool:
-    """Whether it takes all processes to measure a training's tensors."""
+    """Return whether measuring a training's tensors takes all processes."""
     groups = chain.from_iterable(optimizer.param_groups for optimizer in training.optimizers.values())
     parameters = [*training.named_parameters().values(), *chain.from_iterable(group["params"] for group in groups)]
     return any(map(is_dtensor, parameters))
 
 
-def is_dtensor(tensor: object) -> TypeGuard[DTensor]:
-    """Whether a tensor is a DTensor; torch's module for these is not imported for it."""
-    return isinstance(tensor, Tensor) and hasattr(tensor, "to_local")
+def is_dtensor(value: object) -> TypeGuard[DTensor]:
+    """Return whether a value is a DTensor, without importing torch's module for DTensors."""
+    return isinstance(value, Tensor) and hasattr(value, "to_local")
 
 
 def contains_dtensor(state: Any) -> bool:
-    """Whether a state has a DTensor in it."""
-    inside = state.values() if isinstance(state, dict) else state if isinstance(state, (list, tuple)) else ()
-    return is_dtensor(state) or any(map(contains_dtensor, inside))
+    """Return whether a state contains a DTensor."""
+    items = state.values() if isinstance(state, dict) else state if isinstance(state, (list, tuple)) else ()
+    return is_dtensor(state) or any(map(contains_dtensor, items))
 
 
 def to_local(tensor: Tensor) -> Tensor:
-    """The part of a tensor that this process holds."""
+    """Return the part of a tensor that this process holds."""
     return tensor.to_local() if is_dtensor(tensor) else tensor
 
 
 def inner_optimizer(optimizer: Optimizer) -> Optimizer:
-    """The optimizer that keeps the state: in a ``ZeroRedundancyOptimizer`` the one inside, for some parameters."""
+    """Return the optimizer that keeps the state: that of some parameters inside a ``ZeroRedundancyOptimizer``."""
     inner: Optimizer = optimizer.optim if is_zero(optimizer) else optimizer  # type: ignore[attr-defined]
     return inner
 
 
 def is_zero(optimizer: object) -> bool:
-    """Return whether it is a ``ZeroRedundancyOptimizer``, whose module is not imported for that."""
+    """Return whether it is a ``ZeroRedundancyOptimizer``, without importing its module."""
     return any(base.__name__ == _ZERO for base in type(optimizer).__mro__)

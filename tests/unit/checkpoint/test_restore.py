@@ -10,6 +10,7 @@ from torch.optim import lr_scheduler
 import trackopt
 from tests.helpers.training import make_training, train_step
 from trackopt import ArchiveError, MismatchError, UsageError
+from trackopt.checkpoint.meta import RunProgress
 from trackopt.checkpoint.snapshot import capture
 from trackopt.training.objects import Training
 
@@ -47,7 +48,7 @@ def fresh(**options):
 
 
 def state_of(*objects):
-    return copy.deepcopy(capture(Training(objects[0], objects[1], objects[2]), {"time": 0}))
+    return copy.deepcopy(capture(Training(objects[0], objects[1], objects[2]), RunProgress(time=0)))
 
 
 def same(one, two):
@@ -144,8 +145,8 @@ def test_not_strict_loads_what_fits_and_lists_the_rest(caplog):
     assert torch.equal(net[2].weight, head)
     assert net[2].weight not in mine.state
     assert (scheduler.step_size, scheduler.last_epoch) == (5, 6)
-    assert "left as it is here: 2.weight was saved as 2×8 float32, here it is 5×8 float32" in caplog.text
-    assert "left as it is here: scheduler.step_size was 3" in caplog.text
+    assert "not restored: 2.weight was saved as 2×8 float32, here it is 5×8 float32" in caplog.text
+    assert "not restored: scheduler.step_size was 3" in caplog.text
     run.close()
 
 

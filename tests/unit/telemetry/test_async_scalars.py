@@ -18,7 +18,7 @@ from torch import nn
 import trackopt
 from tests.helpers.training import make_training, train_step
 from trackopt import journal
-from trackopt.telemetry import statistics
+from trackopt.telemetry import statistics, statistics_cpu, statistics_device
 from trackopt.telemetry.async_scalars import AsyncMetrics, DeviceToHostCopy
 
 
@@ -30,10 +30,10 @@ def device(monkeypatch):
     def device():
         looks = itertools.count(1)
         with monkeypatch.context() as patch:
-            patch.setattr(statistics, "_is_near", lambda tensor: False)
-            patch.setattr(statistics, "totals", lambda lists: [None] * len(lists))
-            patch.setattr(DeviceToHostCopy, "distant", True)
-            patch.setattr(DeviceToHostCopy, "arrived", property(lambda self: next(looks) % 10 == 0))
+            patch.setattr(statistics, "_is_cpu", lambda tensor: False)
+            patch.setattr(statistics_cpu, "read_small", lambda lists: [None] * len(lists))
+            patch.setattr(DeviceToHostCopy, "is_async", True)
+            patch.setattr(DeviceToHostCopy, "is_ready", property(lambda self: next(looks) % 10 == 0))
             yield
 
     return device
@@ -54,10 +54,10 @@ def test_a_devices_statistics_equal_a_float64_reference(seed, sizes, dtype, mean
     if bad is not None:
         tensors.append(torch.tensor([1.0, bad], dtype=dtype))
     reference = torch.cat([t.double() for t in tensors])
-    sizes, scalars, roots = statistics.launch_device({"b": tensors}, {"v": tensors})
+    sizes, scalars, roots = statistics_device.launch({"b": tensors}, {"v": tensors})
     numbers = DeviceToHostCopy(scalars).numbers()
     found = statistics.combine(
-        [statistics._device_moments(size, *numbers[4 * i : 4 * i + 4]) for i, size in enumerate(sizes["b"])]
+        [statistics_device.moments(size, *numbers[4 * i : 4 * i + 4]) for i, size in enumerate(sizes["b"])]
     )
     norms = numbers[4 * len(sizes["b"]) :]
     assert len(norms) == roots["v"] == len(tensors)

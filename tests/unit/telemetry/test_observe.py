@@ -13,11 +13,14 @@ from torch import nn
 import trackopt
 from tests.helpers.training import make_training, train_step
 from trackopt import journal
-from trackopt.telemetry import statistics_cpu, statistics_dtensor
+from trackopt.telemetry import statistics_device, statistics_dtensor
+from trackopt.telemetry import vectors as vectors_module
 from trackopt.telemetry.hooks import OptimizerObserver
-from trackopt.telemetry.hyperparameters import numeric, params
-from trackopt.telemetry.statistics import launch_device, measure
+from trackopt.telemetry.hyperparameters import params
+from trackopt.telemetry.options import StatsOptions
+from trackopt.telemetry.statistics import measure
 from trackopt.telemetry.update import cosine_terms
+from trackopt.training.param_groups import numeric
 
 OPTIMIZERS = sorted(
     name
@@ -239,7 +242,7 @@ def test_a_step_within_a_step_counts_once():
             return super().step(closure)
 
     model, optimizer, _ = make_training(Mine)
-    observer = OptimizerObserver(optimizer, names=list)
+    observer = OptimizerObserver(optimizer, StatsOptions(), names=list)
     train_step(model, optimizer)
     assert observer.steps == 1
     optimizer.fail = True
@@ -309,7 +312,7 @@ def test_the_optimizer_is_left_as_it_was():
 def test_a_compiled_step_is_observed():
     """torch.compile neither traces the hooks nor loses them."""
     model, optimizer, _ = make_training()
-    observer = OptimizerObserver(optimizer, names=list)
+    observer = OptimizerObserver(optimizer, StatsOptions(), names=list)
     step = torch.compile(optimizer.step, backend="eager")
     for _ in range(3):
         model(torch.randn(5, 4)).sum().backward()
@@ -400,7 +403,7 @@ def test_a_step_is_given_what_it_was_called_with():
 def test_an_lr_that_requires_grad_is_read_without_a_warning():
     rate = torch.tensor(0.5, requires_grad=True)
     optimizer = torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=rate)
-    observer = OptimizerObserver(optimizer, names=lambda: [["a"]])
+    observer = OptimizerObserver(optimizer, StatsOptions(), names=lambda: [["a"]])
     optimizer.step()
     assert observer.pop_metrics().metrics()["lr/group0"] == 0.5
 
@@ -410,9 +413,9 @@ def test_norms_of_half_precision_are_taken_from_a_device_without_a_copy(monkeypa
     halves = [torch.full((300,), 3.0, dtype=dtype) for dtype in (torch.bfloat16, torch.float16)]
     mixed = [*halves, torch.full((2,), 2.0), torch.full((1,), 1 + 1j), torch.empty(0)]
     monkeypatch.setattr(
-        statistics_cpu, "real", lambda vector: vector if vector.dtype is torch.float32 else pytest.fail("copied")
+        vectors_module, "widen", lambda vector: vector if vector.dtype is torch.float32 else pytest.fail("copied")
     )
-    _, scalars, counts = launch_device({}, {"grad": mixed, "none": []})
+    _, scalars, counts = statistics_device.launch({}, {"grad": mixed, "none": []})
     assert counts == {"grad": 4, "none": 0}
     assert math.hypot(*(scalar.item() for scalar in scalars)) == pytest.approx(math.sqrt(5400 + 8 + 2))
 

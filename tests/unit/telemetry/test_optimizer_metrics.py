@@ -11,6 +11,7 @@ from tests.helpers.training import make_training, train_step
 from trackopt import journal
 from trackopt.telemetry.histogram import histogram
 from trackopt.telemetry.hooks import OptimizerObserver
+from trackopt.telemetry.options import StatsOptions
 from trackopt.telemetry.statistics import measure
 from trackopt.telemetry.update import cosine
 
@@ -18,7 +19,9 @@ from trackopt.telemetry.update import cosine
 def observed(optimizer, **options):
     """An observer that calls parameters by letters."""
     counts = [len(group["params"]) for group in optimizer.param_groups]
-    return OptimizerObserver(optimizer, names=lambda: [list("abcdefgh"[:count]) for count in counts], **options)
+    return OptimizerObserver(
+        optimizer, StatsOptions(**options), names=lambda: [list("abcdefgh"[:count]) for count in counts]
+    )
 
 
 def flat(tensors):
@@ -141,7 +144,7 @@ def test_a_state_that_changes_is_found_again():
     """A group that is added, a buffer that appears, a state that is loaded: the next step measures what is there."""
     model, more = nn.Linear(2, 2), nn.Linear(2, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    observer = OptimizerObserver(optimizer, names=list)
+    observer = OptimizerObserver(optimizer, StatsOptions(), names=list)
 
     def step():
         (model(torch.ones(1, 2)) + more(torch.ones(1, 2))).sum().backward()
@@ -179,20 +182,20 @@ def test_histograms(dtype):
     values[1] = -math.inf
     finite = values[values.isfinite()].double()
     found = histogram([values[:500], values[500:]])
-    edges = [found["min"], *found["limits"]]
+    edges = [found.min, *found.limits]
     assert edges == sorted(edges)
-    assert (found["num"], sum(found["counts"])) == (len(finite), len(finite))
-    assert (found["min"], found["limits"][-1]) == (finite.min().item(), finite.max().item())
-    assert found["sum"] == pytest.approx(finite.sum().item())
-    assert found["sum_squares"] == pytest.approx(finite.square().sum().item())
-    below = int((finite <= found["limits"][31]).sum())
-    assert abs(sum(found["counts"][:32]) - below) <= 1
+    assert (found.num, sum(found.counts)) == (len(finite), len(finite))
+    assert (found.min, found.limits[-1]) == (finite.min().item(), finite.max().item())
+    assert found.sum == pytest.approx(finite.sum().item())
+    assert found.sum_squares == pytest.approx(finite.square().sum().item())
+    below = int((finite <= found.limits[31]).sum())
+    assert abs(sum(found.counts[:32]) - below) <= 1
 
 
 def test_histograms_of_nothing_and_of_one_value():
     assert histogram([]) is None
     assert histogram([torch.full((3,), math.nan), torch.empty(0)]) is None
-    assert histogram([torch.full((3,), 2.0)])["counts"] == [3]
+    assert histogram([torch.full((3,), 2.0)]).counts == [3]
 
 
 def test_histograms_are_lines_of_the_journal_and_no_records():
@@ -241,7 +244,7 @@ def test_whatever_an_optimizer_keeps_stops_no_training(default):
     assert "grad/group0.cosine" not in first
     assert second["grad/group0.norm"] == second["momentum_buffer/group0.norm"] == pytest.approx(math.sqrt(15))
     assert complexes.grad.is_conj()
-    assert observers[0].pop_histograms()["grad/group0"]["num"] == 12
+    assert observers[0].pop_histograms()["grad/group0"].num == 12
 
 
 def test_numbers_beyond_all_bounds_stop_no_training():
@@ -261,4 +264,4 @@ def test_a_step_that_was_none_leaves_no_copy_of_the_parameters():
     optimizer.grad_scale, optimizer.found_inf = torch.ones(()), torch.ones(())
     optimizer.step()
     assert observer.pop_overflow()
-    assert not observer._meter._update._before
+    assert not observer._optimizer_metrics._update._before

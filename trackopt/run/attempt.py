@@ -1,0 +1,147 @@
+"""One attempt of a run: its journal, its telemetry and its recorder process, from start to close.
+
+`trackopt.wrap` and the integrations share it. An attempt is one training process; a resumed run has several.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import sys
+from typing import TYPE_CHECKING, Any
+
+from trackopt.journal import Journal
+from trackopt.recorder.child_process import RecorderProcess
+from trackopt.telemetry.accumulator import single_rank_gather
+from trackopt.telemetry.collector import MetricsCollector
+from trackopt.telemetry.hyperparameters import params as hyperparameters
+from trackopt.training.objects import versions
+from trackopt.utils.log import log_warnings
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from trackopt.rundir.directory import RunDirectory
+    from trackopt.telemetry.accumulator import Gather
+    from trackopt.telemetry.options import StatsOptions
+    from trackopt.training.objects import Training
+
+
+class Attempt:
+    """One attempt of a run.
+
+    Args:
+        directory: The run's directory; the attempt releases it in ``close``.
+        training: The objects to observe.
+        stats_options: What is measured, and how often.
+        sinks: Where the recorder delivers; without any there is no recorder.
+        gather: As `MetricsCollector` takes it.
+
+    Raises:
+        RunError: The directory cannot be written.
+
+    Attributes:
+        number: The number of the attempt, from 1.
+        journal: The journal that it appends to.
+        telemetry: The collector that writes the records.
+    """
+
+    def __init__(
+        self,
+        directory: RunDirectory,
+        training: Training,
+        stats_options: StatsOptions,
+        sinks: Sequence[str],
+        gather: Gather = single_rank_gather,
+    ) -> None:
+        self.directory = directory
+        self.journal = Journal(directory.journal)
+        self.number = directory.begin_attempt(sinks)
+        self.telemetry = MetricsCollector(training, self.journal, stats_options, gather)
+        self._training = training
+        self._sinks = sinks
+        self._has_history = self.number > 1
+        self._recorder: RecorderProcess | None = None
+        self._on_exit: Callable[[BaseException | None], None] = lambda _: None
+        self._pid = os.getpid()
+
+    @property
+    def id(self) -> str:
+        """The id of the run."""
+        return self.directory.identity.id
+
+    @property
+    def name(self) -> str:
+        """The name of the run."""
+        return self.directory.identity.name
+
+    @property
+    def step(self) -> int:
+        """Completed optimizer steps; with several optimizers, those of the one that took most."""
+        return self.telemetry.step
+
+    @property
+    def is_in_forked_child(self) -> bool:
+        """True in a child that inherited the attempt by a fork; it leaves the attempt to its parent."""
+        return os.getpid() != self._pid
+
+    def hyperparameters(self, extra: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Return what the run was started with, for the sinks: from its objects, and ``extra``."""
+        return hyperparameters(self._training.optimizers, self._training.schedulers, extra)
+
+    def mark_start(self, params: Mapping[str, Any] | None = None, **details: Any) -> None:
+        """Mark in the journal that training starts at step 0; earlier records are superseded.
+
+        Args:
+            params: Hyperparameters besides those of the objects.
+            **details: What else the marker says.
+        """
+        if self._has_history:
+            self.mark_resume(0, **{"offset": 0, **details})
+        else:
+            self._mark("start", 0, params=self.hyperparameters(params), **details)
+
+    def mark_resume(self, step: int, **details: Any) -> None:
+        """Mark in the journal that training resumes at ``step``."""
+        self._mark("resume", step, **details)
+
+    def _mark(self, event: str, step: int, **details: Any) -> None:
+        self._has_history = True
+        self.journal.mark(event, step, attempt=self.number, pid=os.getpid(), versions=versions(), **details)
+
+    def start_recorder(self) -> None:
+        """Start the recorder process, if there is a sink and it is not running yet."""
+        if self._sinks and self._recorder is None:
+            self._recorder = RecorderProcess(self.directory.path)
+
+    def log_recorder_messages(self) -> None:
+        """Log what the recorder reported since the last call."""
+        if self._recorder is not None:
+            log_warnings(self._recorder.messages())
+
+    def close_at_exit(self, close: Callable[[BaseException | None], None]) -> None:
+        """Call ``close`` with the uncaught exception, if any, where the script ends before the attempt is closed."""
+        self._on_exit = close
+        atexit.register(self._at_exit)
+
+    def mark_close(self, status: str, error: BaseException | None = None) -> None:
+        """Mark the end of the attempt in the journal."""
+        details = {} if error is None else {"error": f"{type(error).__name__}: {error}"}
+        self.journal.mark("close", self.step, status=status, ledger=self.telemetry.step_counts.as_dict(), **details)
+
+    def close(self, *, wait: bool) -> None:
+        """Remove the hooks, let the recorder deliver the rest, and release the directory.
+
+        Args:
+            wait: Wait until the sinks have everything.
+        """
+        self.telemetry.close()
+        if self._recorder is not None:
+            log_warnings(self._recorder.finish(wait=wait))
+        self.journal.close()
+        self.directory.release()
+        atexit.unregister(self._at_exit)
+
+    def _at_exit(self) -> None:
+        if not self.is_in_forked_child:
+            self._on_exit(getattr(sys, "last_exc", None) or getattr(sys, "last_value", None))

@@ -1,0 +1,156 @@
+"""The checkpoints of a run: what they hold, besides the objects, of the loop and its telemetry."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+from trackopt.checkpoint.meta import RunProgress
+from trackopt.checkpoint.resume import gather_rank_states
+from trackopt.checkpoint.saver import CheckpointSaver
+from trackopt.run.data_position import DataPosition
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from trackopt.checkpoint.resume import PendingRestore
+    from trackopt.checkpoint.saver import SaveOptions
+    from trackopt.checkpoint.store import CheckpointStore
+    from trackopt.distributed.collectives import Collectives
+    from trackopt.run.attempt import Attempt
+    from trackopt.training.objects import Training
+
+logger = logging.getLogger("trackopt")
+
+
+class RunCheckpoints:
+    """Saves and resumes the loop's position and the telemetry together with the objects.
+
+    Args:
+        training: The objects.
+        store: Where checkpoints go.
+        collectives: The ranks of the training.
+        attempt: The attempt whose telemetry is saved.
+        scheduler_configs: The configuration of each scheduler when the run began.
+        options: When checkpoints become due by themselves.
+        background: Write them in a background thread.
+
+    Attributes:
+        position: Where the loop stands in its data.
+        saver: What takes them.
+    """
+
+    def __init__(
+        self,
+        training: Training,
+        store: CheckpointStore,
+        collectives: Collectives,
+        attempt: Attempt,
+        scheduler_configs: Mapping[str, Any],
+        options: SaveOptions,
+        *,
+        background: bool,
+    ) -> None:
+        self.position = DataPosition(training.stateful)
+        self.saver = CheckpointSaver(training, store, attempt.journal, collectives, options, background=background)
+        self._training = training
+        self._store = store
+        self._collectives = collectives
+        self._attempt = attempt
+        self._scheduler_configs = scheduler_configs
+        self._group_counts: dict[str, int] = {}  # parameter groups when the epoch began
+        self._pending: PendingRestore | None = None
+
+    def resume(self, pending: PendingRestore, **details: Any) -> None:
+        """Restore telemetry and position from a checkpoint that is in the objects already, and mark it in the journal.
+
+        Args:
+            pending: The checkpoint.
+            **details: What else the marker says.
+        """
+        progress, attempt = pending.meta.progress, self._attempt
+        self._pending = pending
+        attempt.telemetry.load_state_dict(progress.telemetry)
+        self.position.load_state_dict(
+            progress.position, self._on_position_restored, world_size_changed=pending.world_size_changed
+        )
+        self.saver.latest = progress
+        if progress.run_id == attempt.id:
+            if self._collectives.is_rank_zero:
+                self._store.folder.discard_after(progress.step)
+            details["offset"] = progress.journal_offset
+        else:  # the first attempt of this run
+            details["params"] = attempt.hyperparameters()
+        attempt.mark_resume(progress.step, checkpoint=str(pending.path), **details)
+        at = (progress.step, progress.epoch, progress.batch)
+        logger.warning("trackopt: resumed %s at step %d (epoch %d, batch %d)", attempt.name, *at)
+        if pending.world_size_changed:
+            logger.warning(
+                "trackopt: saved with world size %d, resumed with %d: weights, optimizers and schedulers are the same, "
+                "batches and random numbers are others from here on",
+                progress.world_size,
+                self._collectives.world_size,
+            )
+
+    def begin_loop(self) -> None:
+        """Keep the hyperparameters that the script has set since it resumed."""
+        if self._pending is not None:
+            self._pending.snapshot_hyperparameters()
+
+    def begin_epoch(self) -> None:
+        """Note the parameter groups: a resume within the epoch runs its first lines again."""
+        optimizers = self._training.optimizers
+        self._group_counts = {name: len(optimizer.param_groups) for name, optimizer in optimizers.items()}
+
+    def save(self, *, epoch_done: bool = False) -> None:
+        """Take a checkpoint now, on all ranks."""
+        progress = self._progress(epoch_done=epoch_done)
+        self._collectives.run_on_all(lambda: self.saver.save(progress))
+
+    def save_final(self) -> None:
+        """Take the last checkpoint and wait for it, on all ranks, if rank 0 has anything that is not saved."""
+        if self._collectives.broadcast(self._has_unsaved_progress()):
+            progress = self._progress()
+            self._collectives.run_on_all(lambda: self.saver.save_final(progress))
+
+    def close(self) -> None:
+        """Leave the process group, if the ranks are still together."""
+        if not self._collectives.is_detached:
+            self._store.close_group()
+            self._collectives.close()
+
+    def _on_position_restored(self) -> None:
+        """Undo what the epoch's first lines did, and logged, a second time."""
+        assert self._pending is not None  # noqa: S101 - for mypy: there was a checkpoint
+        self._pending.reapply()
+        self._attempt.telemetry.load_pending(self._pending.meta.progress.telemetry)
+
+    def _has_unsaved_progress(self) -> bool:
+        if self.position.is_fast_forwarding:
+            return False
+        saved = self.saver.latest
+        if self.saver.due or self._attempt.step != saved.step:
+            return True
+        position = self.position.state_dict(epoch_done=False)
+        return saved.step > 0 and any(position[key] != saved.position[key] for key in ("epoch", "pass", "batch"))
+
+    def _progress(self, *, epoch_done: bool = False) -> RunProgress:
+        """Return where the run stands, for a checkpoint; all ranks call it together."""
+        position = self.position.state_dict(epoch_done=epoch_done)
+        self._attempt.telemetry.flush()
+        telemetry = self._attempt.telemetry.state_dict()
+        several = self._collectives.world_size > 1
+        return RunProgress(
+            run_id=self._attempt.id,
+            name=self._attempt.name,
+            step=self._attempt.step,
+            epoch=position["epoch"],
+            batch=position["batch"],
+            attempt=self._attempt.number,
+            journal_offset=self._attempt.journal.offset,
+            position=position,
+            groups=self._group_counts,
+            scheduler_configs=self._scheduler_configs,
+            telemetry=telemetry,
+            ranks=gather_rank_states(self._collectives, self._training, position, telemetry) if several else (),
+        )

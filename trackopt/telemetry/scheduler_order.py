@@ -1,0 +1,102 @@
+"""The order of optimizer and scheduler steps: warnings about schedulers that are stepped without the optimizer."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
+
+
+class SchedulerOrderCheck:
+    """Counts iterations, and warns once per scheduler that was stepped when no optimizer step was taken.
+
+    Args:
+        schedulers: By name; a scheduler without ``last_epoch`` is not checked.
+        stateful: The run's other objects; a ``GradScaler`` among them shows which steps were skipped.
+
+    Attributes:
+        iterations: Completed iterations.
+        skipped: Iterations in which an overflow made an optimizer skip its step.
+    """
+
+    def __init__(self, schedulers: Mapping[str, Any], stateful: Iterable[Any]) -> None:
+        self.iterations = self.skipped = 0
+        self._schedulers = dict(schedulers)
+        self._scalers = [item for item in stateful if isinstance(item, torch.amp.GradScaler)]
+        self._moved_without_step: set[str] = set()  # moved in the last iteration, which took no step
+        self._warned: set[str] = set()
+        self._messages: list[str] = []
+        self.begin_iteration()
+
+    def begin_iteration(self) -> None:
+        """Remember the positions of schedulers and scalers."""
+        self._positions = {name: _position(scheduler) for name, scheduler in self._schedulers.items()}
+        self._scaler_update_markers = [_scaler_update_marker(scaler) for scaler in self._scalers]
+
+    def before_first_step(self) -> None:
+        """Check the schedulers before the very first step of an optimizer."""
+        for name in self._advanced():
+            self._warn(name, "before the optimizer's first step, so it skips its first value")
+
+    def end_iteration(self, *, stepped: bool, overflowed: bool) -> None:
+        """Check a completed iteration.
+
+        Args:
+            stepped: An optimizer took a step in it.
+            overflowed: An optimizer reported that it skipped its step.
+        """
+        skipped = overflowed or (not stepped and self._is_scaler_updated())
+        self.iterations += 1
+        self.skipped += skipped
+        moved = set() if stepped else set(self._advanced())
+        for name in moved:
+            if skipped:
+                self._warn(name, "though an overflow had made the GradScaler skip the optimizer's step")
+            elif name in self._moved_without_step:  # once may be the end of an epoch between two micro-batches
+                self._warn(name, "in iterations without an optimizer step, so it runs ahead")
+        self._moved_without_step = moved
+        self.begin_iteration()
+
+    def pop_messages(self) -> list[str]:
+        """Remove and return the warnings since the last call."""
+        messages, self._messages = self._messages, []
+        return messages
+
+    def state_dict(self) -> dict[str, int]:
+        """Return the counts."""
+        return {"iterations": self.iterations, "skipped": self.skipped}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Restore what ``state_dict`` returned, after the schedulers are restored."""
+        self.iterations, self.skipped = state["iterations"], state["skipped"]
+        self.begin_iteration()
+
+    def _is_scaler_updated(self) -> bool:
+        return any(
+            before is not _scaler_update_marker(scaler)
+            for scaler, before in zip(self._scalers, self._scaler_update_markers, strict=True)
+        )
+
+    def _advanced(self) -> Iterator[str]:
+        for name, scheduler in self._schedulers.items():
+            before, now = self._positions[name], _position(scheduler)
+            if before is not None and now is not None and now > before:
+                yield name
+
+    def _warn(self, name: str, problem: str) -> None:
+        if name not in self._warned:
+            self._warned.add(name)
+            self._messages.append(f"{name} was stepped {problem}; step it right after each optimizer.step()")
+
+
+def _position(scheduler: Any) -> int | None:
+    position = getattr(scheduler, "last_epoch", None)
+    return position if isinstance(position, int) else None
+
+
+def _scaler_update_marker(scaler: torch.amp.GradScaler) -> object:
+    """Return an object that ``scaler.update()`` replaces; reading the scale itself would wait for the device."""
+    return getattr(scaler, "_per_optimizer_states", None)
