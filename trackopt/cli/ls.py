@@ -13,6 +13,7 @@ from trackopt import locations, state
 from trackopt.archive import verify
 from trackopt.cli import console
 from trackopt.errors import ArchiveError, RunError
+from trackopt.rundir.checkpoints import list_checkpoints
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
