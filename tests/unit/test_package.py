@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "locations": {"archive", "journal", "remote", "rundir", "utils"},
     "recorder": {"journal", "rundir", "utils"},
     "telemetry": {"journal", "training", "utils"},
-    "analysis": {"archive", "journal", "locations", "remote", "rundir", "state"},
+    "analysis": {"archive", "journal", "locations", "remote", "rundir", "state", "utils"},
     "checkpoint": {"archive", "distributed", "journal", "locations", "remote", "rundir", "state", "training", "utils"},
     "schedule": {"training", "utils"},
     "rehearsal": {"analysis", "archive", "checkpoint", "journal", "locations", "rundir", "state", "training"},
