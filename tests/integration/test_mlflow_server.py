@@ -20,6 +20,7 @@ import sys
 import tempfile
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +37,7 @@ from trackopt import journal, locations, remote
 from trackopt.archive.io import sparse_file
 from trackopt.checkpoint.partial_load import load_keys
 from trackopt.recorder.recorder import Recorder
-from trackopt.rundir.directory import read_identity, write_identity
+from trackopt.rundir.identity import read_identity, write_identity
 
 pytestmark = pytest.mark.timeout(900)  # servers start often, and a busy machine takes its time
 HOME = Path(__file__).parents[2]
@@ -455,7 +456,7 @@ def test_each_outage_of_the_artifacts_is_told_and_its_end(tmp_path):
     with trackopt.wrap(optimizer, model=model, dir="run", sinks=(), save_every=1) as run:
         run.step(loss=train_step(model, optimizer))
     directory = run.dir
-    write_identity(directory, {**read_identity(directory), "sinks": ["mlflow", "artifacts"]})
+    write_identity(directory, replace(read_identity(directory), sinks=("mlflow", "artifacts")))
     assert drain(directory) == []
     _, mlflow = mlflow_run(directory)
     stored = Path(mlflow.info.artifact_uri) / "checkpoints"

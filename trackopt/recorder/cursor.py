@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import orjson
 
 from trackopt.errors import RunError
-from trackopt.rundir.directory import atomic_write
+from trackopt.utils.files import atomic_write
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

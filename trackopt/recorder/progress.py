@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from trackopt import journal
 from trackopt.errors import RunError
 from trackopt.recorder.cursor import CursorFile, UploadCursor
-from trackopt.rundir.directory import read_identity
+from trackopt.rundir.identity import read_identity
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -23,7 +23,7 @@ _DISPLAY_NAMES = {"tensorboard": "TensorBoard", "mlflow": "MLflow", "artifacts":
 def delivered_fraction(directory: Path) -> float:
     """Return the fraction of a run's journal that its sinks have received, from 0 to 1."""
     try:
-        sinks = read_identity(directory)["sinks"]
+        sinks = read_identity(directory).sinks or ()
         cursors = CursorFile(directory)
         size = (directory / journal.NAME).stat().st_size
         return sum(min(1.0, cursors.load(name, UploadCursor).offset / size) for name in sinks) / len(sinks)
@@ -42,7 +42,7 @@ def progress_bar(directory: Path) -> Iterator[Callable[[], None]]:
 
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     progress = Progress(*columns, console=Console(stderr=True), transient=True)
-    names = " and ".join(_DISPLAY_NAMES.get(name, name) for name in read_identity(directory).get("sinks", ()))
+    names = " and ".join(_DISPLAY_NAMES.get(name, name) for name in read_identity(directory).sinks or ())
     task = progress.add_task(f"delivering to {names}", total=1.0)
     begin = time.monotonic()
 

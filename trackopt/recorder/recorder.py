@@ -17,7 +17,7 @@ from trackopt.errors import TrackoptError
 from trackopt.recorder.child_process import LOG_NAME
 from trackopt.recorder.cursor import Cursor, CursorFile, UploadCursor
 from trackopt.recorder.delivery import Delivery
-from trackopt.rundir.directory import read_identity
+from trackopt.rundir.identity import read_identity
 from trackopt.utils.mlflow_uri import redact_credentials
 
 if TYPE_CHECKING:
@@ -54,13 +54,13 @@ class Recorder:
         identity = read_identity(directory)
         # Relative paths (of an SQLite file, of artifacts) are relative to the training's working directory.
         try:
-            os.chdir(identity["working_directory"])
+            os.chdir(identity.working_directory)
         except OSError:  # the run was copied from another machine
             self._notify(
-                f"working directory {identity['working_directory']} does not exist; "
+                f"working directory {identity.working_directory} does not exist; "
                 f"relative paths are resolved in {Path.cwd()}"
             )
-        self._names: list[str] = identity.get("sinks", [])  # absent if killed before the first attempt began
+        self._names: list[str] = list(identity.sinks or ())  # absent if killed before the first attempt began
         self._journal = directory / journal.NAME
         self._deliveries: dict[str, Delivery | ArtifactUploader] = {}
         self._backoffs: dict[str, _Backoff] = {}

@@ -73,7 +73,7 @@ def test_tensors_are_listed_by_a_glob(run_directory: Path) -> None:
     assert "bias" not in done.stdout
     facts = json.loads(trackopt("inspect", run_directory, "--tensors", "optimizer.*.exp_avg", "--json").stdout)
     assert [one["name"] for one in facts["tensors"]] == [f"optimizer.state.{index}.exp_avg" for index in range(6)]
-    assert "no tensor of such a name" in trackopt("inspect", run_directory, "--tensors", "nothing.*").stdout
+    assert "no tensor matches" in trackopt("inspect", run_directory, "--tensors", "nothing.*").stdout
 
 
 def test_the_tree_is_an_outline_with_plain_lists_on_one_line(run_directory: Path) -> None:
@@ -177,6 +177,7 @@ def test_trouble_is_one_line_and_2(tmp_path: Path, run_directory: Path) -> None:
     fails("inspect", "evil\x1b[31m\nname")
 
 
+@pytest.mark.integration
 def test_what_the_system_refuses_is_one_line_and_2(run_directory: Path) -> None:
     """A name that no file can have, and a disk that is full."""
     for command in ("plot", "compare", "ls", "sync", "ui", "inspect"):
@@ -284,6 +285,7 @@ def test_nothing_in_a_file_reaches_the_terminal_raw(tmp_path: Path) -> None:
         assert printed.isprintable(), arguments
 
 
+@pytest.mark.integration
 def test_colour_is_for_terminals_and_no_color_is_honoured(run_directory: Path) -> None:
     pty = pytest.importorskip("pty")
 
@@ -301,6 +303,7 @@ def test_colour_is_for_terminals_and_no_color_is_honoured(run_directory: Path) -
     assert f"{ESCAPE}[32m" not in run_cli(NO_COLOR="1")
 
 
+@pytest.mark.integration
 def test_a_reader_that_leaves_is_no_error(run_directory: Path) -> None:
     program = f"{sys.executable} -m trackopt inspect {run_directory} --json --tensors | true; echo ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", program], capture_output=True, text=True, check=False)
@@ -310,6 +313,7 @@ def test_a_reader_that_leaves_is_no_error(run_directory: Path) -> None:
 @pytest.mark.parametrize(
     "command", [["inspect", "PATH"], ["ls", "PATH"], ["--help"], ["--version"], ["inspect", "--help"]]
 )
+@pytest.mark.integration
 def test_looking_imports_no_torch_no_numpy_and_no_backend(command: list[str], run_directory: Path) -> None:
     arguments = [str(run_directory) if part == "PATH" else part for part in command]
     done = subprocess.run(
@@ -323,6 +327,7 @@ def test_looking_imports_no_torch_no_numpy_and_no_backend(command: list[str], ru
     assert not imported & {"torch", "numpy", "mlflow", "tensorboard", "orjson", "zipfile"}
 
 
+@pytest.mark.integration
 def test_diff_imports_no_torch(run_directory: Path) -> None:
     program = (
         "import sys, trackopt; trackopt.diff(sys.argv[1], sys.argv[1]); "
@@ -341,6 +346,8 @@ def test_each_command_has_help_with_an_example(name: str) -> None:
     assert (
         f"\b\n    Example:\n      trackopt {name}" in command.help or f"\b\nExample:\n  trackopt {name}" in command.help
     )
+    assert command.help.split()[0] == cli._COMMANDS[name].split()[0]  # the same verb
+    assert all(parameter.help for parameter in command.params if parameter.param_type_name == "option")
     examples = [line.strip() for line in command.help.splitlines() if line.strip().startswith("trackopt ")]
     assert max(map(len, examples)) <= 76  # they are not wrapped, and stand 4 to the right
 
@@ -354,7 +361,7 @@ def test_the_version_is_printed() -> None:
     [(0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (1 << 30, "1.0 GiB"), (5 << 40, "5.0 TiB")],
 )
 def test_sizes_have_units(count: int, text: str) -> None:
-    assert console.size(count) == text
+    assert console.format_size(count) == text
 
 
 @pytest.mark.parametrize(

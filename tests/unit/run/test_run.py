@@ -15,7 +15,6 @@ import trackopt
 from tests.helpers.training import make_training, train_step
 from trackopt import CheckpointError, RunError, UsageError, journal
 from trackopt.checkpoint import resume
-from trackopt.checkpoint import store as stores
 from trackopt.checkpoint.sharded import CpuStateDict
 from trackopt.training import rng
 
@@ -62,11 +61,11 @@ def test_a_metric_that_requires_grad_does_not_keep_its_graph():
     [
         ({"sinks": ("wandb",)}, "choose from tensorboard, mlflow"),
         ({"stats": "everything"}, "choose 'group', 'param' or None"),
-        ({"save_every": 0}, "count from 1"),
-        ({"keep": 0}, "count from 1"),
-        ({"rng": torch.Generator()}, "taken in checkpoints"),
+        ({"save_every": 0}, "must be 1 or more"),
+        ({"keep": 0}, "must be 1 or more"),
+        ({"rng": torch.Generator()}, "reserved in checkpoints"),
         ({"ema": 3}, "without state_dict"),
-        ({"trackopt": torch.nn.Linear(1, 1)}, "taken in checkpoints"),
+        ({"trackopt": torch.nn.Linear(1, 1)}, "reserved in checkpoints"),
     ],
 )
 def test_arguments_that_make_no_sense_are_refused(options, said, tmp_path):
@@ -83,6 +82,7 @@ def test_what_is_no_optimizer_is_refused():
         trackopt.wrap({})
 
 
+@pytest.mark.integration
 def test_a_directory_is_held_by_one_run_at_a_time():
     """A second run in it is refused, in this process as in another, until the first is closed."""
     run, _ = wrapped()
@@ -152,10 +152,11 @@ def test_resume_must_and_never():
         wrapped(resume="nowhere.pt")
 
 
+@pytest.mark.integration
 def test_a_run_that_died_before_its_first_checkpoint_starts_again():
     """Its records are superseded, so that no step is there twice."""
     code = (
-        "import os, trackopt\nfrom tests.conftest import make_training, train_step\n"
+        "import os, trackopt\nfrom tests.helpers.training import make_training, train_step\n"
         "m, o, s = make_training()\nrun = trackopt.wrap(o, s, model=m, dir='run', sinks=())\n"
         "for _ in range(3): run.step(loss=train_step(m, o, s))\nos._exit(1)"
     )
@@ -169,7 +170,7 @@ def test_a_run_that_died_before_its_first_checkpoint_starts_again():
     assert [s for s, _ in journal.series("run")["loss"]] == [1]
 
 
-@pytest.mark.parametrize("place", ["os.open", "rundir.list_checkpoints", "verify.find_problems"])
+@pytest.mark.parametrize("place", ["os.open", "folder.list_checkpoints", "reader.verify.find_problems"])
 def test_a_disk_that_cannot_read_now_costs_no_checkpoint(place, monkeypatch):
     """A run that cannot be opened for that says so in one line, and the next attempt goes on from the newest."""
     run, step = wrapped(save_every=1)
@@ -180,13 +181,12 @@ def test_a_disk_that_cannot_read_now_costs_no_checkpoint(place, monkeypatch):
     def fail(*_):
         raise OSError(5, "Input/output error")
 
-    room, name = place.split(".")
     with monkeypatch.context() as broken:
         if place == "os.open":
             broken.setattr(os, "open", refusing(os.open, ".pt"))
             broken.setattr(Path, "open", refusing(Path.open, ".pt"))
         else:
-            broken.setattr(getattr(stores, room, stores), name, fail)
+            broken.setattr(f"trackopt.checkpoint.{place}", fail)
         with pytest.raises(CheckpointError, match="Input/output error"):
             wrapped()
     run, _ = wrapped()
@@ -450,7 +450,7 @@ def test_a_forked_child_leaves_the_run_to_its_parent():
             try:
                 run.__exit__(None, None, None)
             finally:
-                os._exit(0 if run._is_open else 1)
+                os._exit(0 if run._loop.is_open else 1)
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
         run.step(loss=train_step(model, optimizer))
     events = [line.event for line in journal.read(run.dir / "metrics.jsonl") if line.event]
@@ -460,6 +460,6 @@ def test_a_forked_child_leaves_the_run_to_its_parent():
 def test_what_cannot_be_begun_is_told_as_it_is(monkeypatch):
     """The error that ends the beginning is not covered by another one."""
     model, optimizer, _ = make_training()
-    monkeypatch.setattr("trackopt.run.run.params", lambda *_: {}["missing"])
+    monkeypatch.setattr("trackopt.run.attempt.hyperparameters", lambda *_: {}["missing"])
     with pytest.raises(KeyError, match="missing"):
         trackopt.wrap(optimizer, model=model, dir="run", sinks=())

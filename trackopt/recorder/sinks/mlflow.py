@@ -7,6 +7,7 @@ import fcntl
 import getpass
 import posixpath
 import re
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -16,12 +17,14 @@ from mlflow.entities import Metric, Param, Run, RunTag
 
 from trackopt.recorder.sinks.base import Sink
 from trackopt.recorder.sinks.mlflow_description import run_description
-from trackopt.rundir.directory import CHECKPOINTS, read_identity, update_identity
+from trackopt.rundir.directory import CHECKPOINTS
+from trackopt.rundir.identity import read_identity, update_identity
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
     from trackopt.journal import Line
+    from trackopt.rundir.identity import RunIdentity
 
 T = TypeVar("T")
 _MAX_METRICS_PER_REQUEST = 1000  # this and the following are MLflow's limits
@@ -41,13 +44,13 @@ class MLflowSink(Sink):
 
     def __init__(self, directory: Path) -> None:
         identity = read_identity(directory)
-        target = identity["mlflow"]
-        self._trackopt_id: str = identity["id"]
-        with _lock_store(target["tracking_uri"]):
-            self._client = MlflowClient(tracking_uri=target["tracking_uri"])
-            self._run_id = target.get("run_id") or self._find_or_create_run(directory, identity)
-        if "run_id" not in target:
-            update_identity(directory, lambda now: {**now, "mlflow": {**now["mlflow"], "run_id": self._run_id}})
+        target = identity.mlflow
+        self._trackopt_id: str = identity.id
+        with _lock_store(target.tracking_uri):
+            self._client = MlflowClient(tracking_uri=target.tracking_uri)
+            self._run_id = target.run_id or self._find_or_create_run(directory, identity)
+        if target.run_id is None:
+            update_identity(directory, lambda now: replace(now, mlflow=replace(now.mlflow, run_id=self._run_id)))
         self._client.update_run(self._run_id, status="RUNNING")
 
     def begin(self, marker: Line) -> None:
@@ -78,22 +81,22 @@ class MLflowSink(Sink):
         """Tag the run, since MLflow cannot replace a value."""
         self._client.log_batch(self._run_id, tags=[RunTag("trackopt.diverged_at_step", str(step))])
 
-    def _find_or_create_run(self, directory: Path, identity: dict[str, Any]) -> str:
-        name = identity["mlflow"]["experiment"]
+    def _find_or_create_run(self, directory: Path, identity: RunIdentity) -> str:
+        name = identity.mlflow.experiment
         experiment = self._client.get_experiment_by_name(name)
         experiment_id = experiment.experiment_id if experiment else self._client.create_experiment(name)
         if runs := self._search_runs(experiment_id):
             return str(runs[0].info.run_id)
         tags = {
-            "mlflow.source.name": identity["command"],
+            "mlflow.source.name": identity.command,
             "mlflow.source.type": "LOCAL",
             "mlflow.user": getpass.getuser(),
             "mlflow.note.content": run_description(directory, identity),
-            "trackopt.run_id": identity["id"],
+            "trackopt.run_id": identity.id,
             "trackopt.dir": str(directory),
             "trackopt.checkpoints": str(directory / CHECKPOINTS),
         }
-        return str(self._client.create_run(experiment_id, tags=tags, run_name=identity["name"]).info.run_id)
+        return str(self._client.create_run(experiment_id, tags=tags, run_name=identity.name).info.run_id)
 
     def _search_runs(self, experiment_id: str) -> list[Run]:
         return list(self._client.search_runs([experiment_id], f"tags.`trackopt.run_id` = '{self._trackopt_id}'"))

@@ -15,7 +15,7 @@ from mlflow.utils.rest_utils import http_request
 
 from trackopt import journal
 from trackopt.errors import RunError
-from trackopt.rundir.directory import read_identity
+from trackopt.rundir.identity import read_identity
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -132,11 +132,11 @@ class ArtifactUploader:
         return {path: offset for path, (_, offset) in pending.items()}, end_offset
 
     def _open_repository(self) -> ArtifactRepository:
-        target = read_identity(self._directory)["mlflow"]
-        if "run_id" not in target:
+        target = read_identity(self._directory).mlflow
+        if target.run_id is None:
             raise RunError("the MLflow run does not exist yet")
-        artifact_uri = MlflowClient(tracking_uri=target["tracking_uri"]).get_run(target["run_id"]).info.artifact_uri
-        return get_artifact_repository(artifact_uri, tracking_uri=target["tracking_uri"])
+        artifact_uri = MlflowClient(tracking_uri=target.tracking_uri).get_run(target.run_id).info.artifact_uri
+        return get_artifact_repository(artifact_uri, tracking_uri=target.tracking_uri)
 
     def _upload(self, path: str) -> bool:
         """Upload a checkpoint; return whether it still exists. A directory's files keep the order of their writing."""

@@ -11,7 +11,7 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from trackopt.errors import RunError
-from trackopt.rundir.directory import read_identity
+from trackopt.rundir.identity import read_identity
 from trackopt.utils.mlflow_uri import redact_credentials
 
 if TYPE_CHECKING:
@@ -31,12 +31,12 @@ def log_figure(directory: Path, file: Path) -> None:
         RunError: The directory holds no run, the run is not in MLflow, or MLflow does not answer.
     """
     identity = read_identity(directory)
-    target = identity["mlflow"]
-    if "run_id" not in target:
+    target = identity.mlflow
+    if target.run_id is None:
         raise RunError(f"{directory}: the run is not in MLflow; was it trained with the mlflow sink?")
     try:
-        with _working_directory(identity["working_directory"]):
-            MlflowClient(tracking_uri=target["tracking_uri"]).log_artifact(target["run_id"], str(file), FOLDER)
+        with _working_directory(identity.working_directory):
+            MlflowClient(tracking_uri=target.tracking_uri).log_artifact(target.run_id, str(file), FOLDER)
     except (MlflowException, OSError) as error:
         reason = redact_credentials(" ".join(str(error).split()))
         raise RunError(f"{directory}: MLflow rejected the figure ({reason}); is its server running?") from error

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, BinaryIO
 from trackopt import journal
 from trackopt.recorder.sinks import tensorboard_events, tensorboard_layout
 from trackopt.recorder.sinks.base import Sink
-from trackopt.rundir.directory import read_identity
+from trackopt.rundir.identity import read_identity
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -51,7 +51,7 @@ class TensorBoardSink(Sink):
             self._open().flush()
         if params := marker.details.get("params"):
             identity = read_identity(self._directory)
-            group = f"{identity['name']} {identity['id'][:8]}"
+            group = f"{identity.name} {identity.id[:8]}"
             file = self._file or self._open()
             file.write(tensorboard_layout.encode_hparams_start(marker.time, group, params))
 
@@ -70,7 +70,7 @@ class TensorBoardSink(Sink):
 
         Only a finished run gets a status: readers keep the first one, and a killed or failed run may be resumed.
         """
-        resumed = read_identity(self._directory)["attempt"] > 1
+        resumed = read_identity(self._directory).attempt > 1
         results = tensorboard_layout.summarize_losses(self._journal, resumed=resumed)
         if self._file is None:
             self._step = results.step + 1  # earlier files hold all other steps
