@@ -49,7 +49,7 @@ class RecorderProcess:
         # A forked data worker would keep the socket open after its parent was killed.
         os.register_at_fork(after_in_child=self._close_socket)
 
-    def messages(self) -> list[str]:
+    def poll_messages(self) -> list[str]:
         """Return the recorder's new messages, at most once a second, and restart it if it has exited."""
         now = time.monotonic()
         if now < self._next_poll:

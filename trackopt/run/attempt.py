@@ -117,7 +117,7 @@ class Attempt:
     def log_recorder_messages(self) -> None:
         """Log what the recorder reported since the last call."""
         if self._recorder is not None:
-            log_warnings(self._recorder.messages())
+            log_warnings(self._recorder.poll_messages())
 
     def close_at_exit(self, close: Callable[[BaseException | None], None]) -> None:
         """Call ``close`` with the uncaught exception, if any, where the script ends before the attempt is closed."""

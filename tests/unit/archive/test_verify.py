@@ -162,7 +162,7 @@ def test_of_a_journal_torn_and_foreign_lines_are_told(tmp_path: Path) -> None:
 def test_of_a_truncated_file_it_says_what_is_left(tmp_path: Path) -> None:
     path = saved({"a": torch.ones(10_000), "b": torch.ones(10_000), "c": torch.ones(10_000)}, tmp_path / "t.pt")
     whole = path.read_bytes()
-    for share, words in ((0.05, "none of its 3 tensors"), (0.5, "1 of 3 tensors are whole"), (0.9, "2 of 3")):
+    for share, words in ((0.05, "none of its 3 tensors"), (0.5, "1 of 3 tensors are intact"), (0.9, "2 of 3")):
         path.write_bytes(whole[: int(len(whole) * share)])
         (checked,) = verify(path)
         assert checked.status == "damaged"
@@ -177,4 +177,4 @@ def test_a_damaged_tensor_is_not_among_those_that_are_left(tmp_path: Path) -> No
     raw = bytearray(path.read_bytes())
     raw[20_000] ^= 1
     path.write_bytes(raw[: int(len(raw) * 0.9)])
-    assert "1 of 3 tensors are whole" in next(verify(path)).salvageable
+    assert "1 of 3 tensors are intact" in next(verify(path)).salvageable

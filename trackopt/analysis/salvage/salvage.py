@@ -63,7 +63,7 @@ def salvage(source: str | Path, target: str | Path) -> SalvageResult:
         pickle = pickler.dump(damaged.tree)
         if not pickler.storages and damaged.tensors:
             raise ArchiveError(
-                f"{source}: none of its {len(damaged.tensors):,} tensors is whole; use another checkpoint"
+                f"{source}: none of its {len(damaged.tensors):,} tensors is intact; use another checkpoint"
             )
         if sum(map(len, pickle)) > MAX_PICKLE_BYTES:
             raise ArchiveError(f"{source}: its values other than tensors have more than {MAX_PICKLE_BYTES:,} bytes")
