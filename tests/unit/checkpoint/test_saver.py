@@ -223,7 +223,7 @@ def test_an_old_one_that_cannot_be_removed_is_told(monkeypatch, caplog):
 
 @pytest.mark.parametrize("options", [{"keep_best": -1}, {"keep_every": 0}])
 def test_retention_that_makes_no_sense_is_refused(options):
-    with pytest.raises(UsageError, match="keep_best counts from 0, keep_every from 1"):
+    with pytest.raises(UsageError, match="keep_best must be 0 or more, keep_every 1 or more"):
         started(**options)
 
 
