@@ -20,10 +20,12 @@ from torch import nn
 
 import trackopt
 from tests.benchmarks.measure import Cost, Row, pairwise, table
+from trackopt.checkpoint.meta import RunProgress
+from trackopt.checkpoint.reader import load
 from trackopt.checkpoint.retention import Retention, RetentionMarks
 from trackopt.checkpoint.saver import lower_thread_priority
 from trackopt.checkpoint.snapshot import capture
-from trackopt.checkpoint.store import CheckpointStore, load
+from trackopt.checkpoint.store import CheckpointStore
 from trackopt.training.objects import Training
 
 if TYPE_CHECKING:
@@ -90,7 +92,7 @@ def _saves(folder: Path) -> list[Row]:
 def _beside(folder: Path) -> list[Row]:
     """Training at full speed while one checkpoint after the other is written, and while none is."""
     store = CheckpointStore(folder / "beside", Retention(1))
-    staged = store.stage(capture(Training(*build()), {"step": 1}), RetentionMarks())
+    staged = store.stage(capture(Training(*build()), RunProgress(step=1)), RetentionMarks())
     written = 0
 
     @contextlib.contextmanager

@@ -333,12 +333,12 @@ def test_ranks_that_differ_are_told_so(tmp_path):
     same = "start the same script with the same arguments on every rank"
     kinds = ("RunError", "RunError", "CheckpointError", "UsageError", "RunError", "RunError")
     messages = [
-        f"rank 1 differs from rank 0 in its optimizer (SGD, and not AdamW); {same}",
-        f"rank 1 differs from rank 0 in its save_every (3, and not 2); {same}",
+        f"rank 1 differs from rank 0 in its optimizer (SGD instead of AdamW); {same}",
+        f"rank 1 differs from rank 0 in its save_every (3 instead of 2); {same}",
         f"rank 0: {tmp_path}/runs/3: no checkpoint to resume from; start with resume='auto'",
         "stats='each': choose 'group', 'param' or None",
         f"rank 0: {tmp_path}/runs/taken: open in another process; stop that one, or choose another dir",
-        f"rank 1 differs from rank 0 in its save_every (3, and not 2); {same}",
+        f"rank 1 differs from rank 0 in its save_every (3 instead of 2); {same}",
     ]
     assert lines(told) == [f"trackopt: {message}" for message in messages]
     for _, each in told:
@@ -384,4 +384,7 @@ def test_a_rank_that_never_comes_is_named(tmp_path):
         second.kill()
         second.communicate()
     assert first.returncode == 2, told
-    assert "trackopt: rank 1 of 2 did not come to wrap(): it ended, or must make the same calls to trackopt\n" in told
+    assert (
+        "trackopt: rank 1 of 2 did not call wrap() in time: it ended, or all must make the same calls to trackopt\n"
+        in told
+    )

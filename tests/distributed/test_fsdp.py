@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,10 +16,13 @@ from tests.integration.test_resume import assert_same
 from tests.scripts import train_sharded
 from trackopt import CheckpointError, journal
 from trackopt.analysis.verify import verify
+from trackopt.checkpoint.folder import CheckpointFolder
+from trackopt.checkpoint.meta import CheckpointMeta
+from trackopt.checkpoint.reader import load
 from trackopt.checkpoint.retention import Retention, RetentionMarks
 from trackopt.checkpoint.sharded import commit_directory
 from trackopt.checkpoint.snapshot import capture
-from trackopt.checkpoint.store import CheckpointStore, load
+from trackopt.checkpoint.store import CheckpointStore
 from trackopt.training import rng
 from trackopt.training.objects import Training
 
@@ -116,12 +120,10 @@ def test_a_file_and_a_directory_of_the_same_state_are_equal(saved, tmp_path):
     """`diff` says so of the state of two processes and the same in one; `open` reads the directory like a file."""
     folder, _ = saved
     directory = folder / "two" / "checkpoints" / "step-00000006"
-    tree, (model, optimizer, scheduler) = load(directory), train_sharded.build("plain")
+    tree, (model, optimizer, scheduler) = load(directory), train_sharded.make_training("plain")
     assert trackopt.restore(directory, model=model, optimizer=optimizer, scheduler=scheduler).step == 6
     rng.restore(tree["rng"])
-    progress = {
-        key: tree["trackopt"][key] for key in tree["trackopt"] if key not in {"world", "ranks", "keep", "metric"}
-    }
+    progress = replace(CheckpointMeta.from_dict(tree["trackopt"]).progress, ranks=())
     store = CheckpointStore(tmp_path, Retention())
     file = store.commit(
         store.stage(capture(Training(model, optimizer, scheduler), progress), RetentionMarks()), 6, lambda: None
@@ -181,9 +183,9 @@ def test_what_is_bad_is_told_in_a_line_and_all_end_with_2(saved, tmp_path):
     )
     assert codes == [[0, 0], [2, 2], [2, 2]], told
     assert checkpoints(tmp_path / "one") == ["step-00000003", "step-00000006", "step-00000006.damaged"]
-    assert "it was set aside as step-00000006.damaged" in told[0]
+    assert "it was renamed to step-00000006.damaged" in told[0]
     assert told[1] == "trackopt: resumed two at step 3 (epoch 0, batch 3)"
-    assert told[2].startswith("trackopt: rank 0: no sound checkpoint is left: ")
+    assert told[2].startswith("trackopt: rank 0: no valid checkpoint is left: ")
     assert "step-00000003: not written (rank 1: File too large)" in told[3]
     assert checkpoints(tmp_path / "full") == []
 
@@ -204,7 +206,7 @@ def test_a_directory_that_had_stepped_aside_comes_back(saved, tmp_path):
     folder = tmp_path / "checkpoints"
     folder.mkdir()
     old = shutil.copytree(saved[0] / "two" / "checkpoints" / "step-00000003", folder / ".step-00000003.before")
-    store = CheckpointStore(folder, Retention())
+    store = CheckpointFolder(folder)
     assert store.load_latest()[0] == folder / "step-00000003"
     shutil.copytree(folder / "step-00000003", old)  # it is there under both names: the new one counts
     assert store.load_latest()[0] == folder / "step-00000003"

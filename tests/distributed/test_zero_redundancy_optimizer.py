@@ -36,7 +36,9 @@ def test_killed_and_resumed_equals_uninterrupted(trained):
     assert trackopt.diff(trained / "whole", trained / "run").equal
     assert journal.series(trained / "whole") == journal.series(trained / "run")
     with trackopt.open(trained / "run") as archive:
-        assert set(archive.tree["optimizer"]["state"]) == set(dict(train_sharded.build("plain")[0].named_parameters()))
+        assert set(archive.tree["optimizer"]["state"]) == set(
+            dict(train_sharded.make_training("plain")[0].named_parameters())
+        )
         assert archive.tree["trackopt"]["optimizer_class"] == {"optimizer": "torch.optim.adamw.AdamW"}
 
 
@@ -45,7 +47,7 @@ def test_other_numbers_of_processes_and_none_of_it(trained):
     assert checkpoints(trained / "three")[-1] == "step-00000018"
     assert checkpoints(trained / "plain")[-1] == "step-00000024.pt"
     assert checkpoints(trained / "back")[-1] == "step-00000030"
-    model, optimizer, scheduler = train_sharded.build("plain")
+    model, optimizer, scheduler = train_sharded.make_training("plain")
     assert trackopt.restore(trained / "back", model=model, optimizer=optimizer, scheduler=scheduler).step == 30
     assert {state["step"].item() for state in optimizer.state.values()} == {30}
     assert scheduler.last_epoch == 30
@@ -54,7 +56,7 @@ def test_other_numbers_of_processes_and_none_of_it(trained):
 def test_what_is_taken_over_is_the_same(trained):
     """The state of two processes in plain AdamW, bit for bit."""
     path = trained / "run" / "checkpoints" / "step-00000012"
-    model, optimizer, scheduler = train_sharded.build("plain")
+    model, optimizer, scheduler = train_sharded.make_training("plain")
     trackopt.restore(path, model=model, optimizer=optimizer, scheduler=scheduler)
     tree = load(path)
     assert_same(reshard(tree["model"], {}), dict(model.state_dict()))

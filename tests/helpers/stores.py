@@ -48,11 +48,11 @@ def mlflow_run(directory: Path):
     """The MLflow run of a run's directory, and its client."""
     from mlflow import MlflowClient
 
-    from trackopt.rundir.directory import read_identity
+    from trackopt.rundir.identity import read_identity
 
-    target = read_identity(directory)["mlflow"]
-    client = MlflowClient(target["tracking_uri"])
-    return client, client.get_run(target["run_id"])
+    target = read_identity(directory).mlflow
+    client = MlflowClient(target.tracking_uri)
+    return client, client.get_run(target.run_id)
 
 
 @without_warnings()

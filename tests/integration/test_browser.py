@@ -13,7 +13,7 @@ from playwright.sync_api import expect, sync_playwright
 
 from tests.helpers.processes import run_script
 from trackopt import journal
-from trackopt.rundir.directory import read_identity
+from trackopt.rundir.identity import read_identity
 
 SCRIPT = """
 import torch, trackopt
@@ -70,7 +70,7 @@ def tensorboard(served):
 @pytest.fixture
 def mlflow(served):
     """The address of the run's own pages."""
-    return f"{served[1]['mlflow']}/#/experiments/0/runs/{read_identity(served[0])['mlflow']['run_id']}"
+    return f"{served[1]['mlflow']}/#/experiments/0/runs/{read_identity(served[0]).mlflow.run_id}"
 
 
 @pytest.fixture(scope="module")

@@ -66,7 +66,7 @@ def test_ctrl_c_ends_the_waiting_and_not_the_delivery(long, tmp_path):
     output, seen, code = run_in_pty(long, directory, react=interrupt())
     assert code == 0, seen
     assert output == "closing\nclosed\n"
-    assert seen.count("the recorder goes on delivering in the background") == 1
+    assert seen.count("the recorder continues in the background") == 1
     assert "Traceback" not in seen
     wait_until_idle(directory)
     assert mlflow_points(directory) == journal.series(directory)

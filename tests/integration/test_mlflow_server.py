@@ -20,6 +20,7 @@ import sys
 import tempfile
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +37,7 @@ from trackopt import journal, locations, remote
 from trackopt.archive.io import sparse_file
 from trackopt.checkpoint.partial_load import load_keys
 from trackopt.recorder.recorder import Recorder
-from trackopt.rundir.directory import read_identity, write_identity
+from trackopt.rundir.identity import read_identity, write_identity
 
 pytestmark = pytest.mark.timeout(900)  # servers start often, and a busy machine takes its time
 HOME = Path(__file__).parents[2]
@@ -428,7 +429,7 @@ def test_uploads_that_come_late(tmp_path):
     identity = orjson.loads((directory / "run.json").read_bytes())
     (directory / "run.json").write_bytes(orjson.dumps({**identity, "sinks": ["mlflow", "artifacts"]}))
     told = drain(directory)
-    assert [line.partition(" had been let go")[0] for line in told] == ["checkpoints/step-00000002.pt and 1 more"]
+    assert [line.partition(": deleted by `keep`")[0] for line in told] == ["checkpoints/step-00000002.pt and 1 more"]
     _, mlflow = mlflow_run(directory)
     stored = Path(mlflow.info.artifact_uri) / "checkpoints"
     assert sorted(str(one.relative_to(stored)) for one in stored.rglob("*")) == [
@@ -455,7 +456,7 @@ def test_each_outage_of_the_artifacts_is_told_and_its_end(tmp_path):
     with trackopt.wrap(optimizer, model=model, dir="run", sinks=(), save_every=1) as run:
         run.step(loss=train_step(model, optimizer))
     directory = run.dir
-    write_identity(directory, {**read_identity(directory), "sinks": ["mlflow", "artifacts"]})
+    write_identity(directory, replace(read_identity(directory), sinks=("mlflow", "artifacts")))
     assert drain(directory) == []
     _, mlflow = mlflow_run(directory)
     stored = Path(mlflow.info.artifact_uri) / "checkpoints"

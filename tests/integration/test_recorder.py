@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,10 +20,11 @@ from tests.helpers.stores import drain, mlflow_points, mlflow_run, tensorboard_p
 from tests.helpers.training import make_training, train_step
 from trackopt import journal
 from trackopt.journal import Histogram, Journal
+from trackopt.recorder.cursor import Cursor
 from trackopt.recorder.delivery import Delivery
 from trackopt.recorder.recorder import Recorder
 from trackopt.recorder.sinks.base import Sink
-from trackopt.rundir.directory import read_identity
+from trackopt.rundir.identity import read_identity, write_identity
 
 pytestmark = pytest.mark.usefixtures("mlflow_store")
 STEPS = 12
@@ -82,7 +84,7 @@ def test_killed_and_resumed_shows_each_step_once_in_both(script, tmp_path):
     client, run = mlflow_run(directory)
     assert run.info.status == "KILLED"
     assert max(step for step, _ in mlflow_points(directory)["loss"]) == 9
-    assert f"TRACKOPT_DIR={directory} {read_identity(directory)['command']}" in run.data.tags["mlflow.note.content"]
+    assert f"TRACKOPT_DIR={directory} {read_identity(directory).command}" in run.data.tags["mlflow.note.content"]
     client.set_tag(run.info.run_id, "mlflow.note.content", "what a person wrote")
     done = run_script(script, directory)
     assert done.returncode == 0, done.stderr
@@ -146,8 +148,8 @@ def test_a_recorder_that_was_killed_is_started_anew(script, tmp_path):
     directory = tmp_path / "run"
     done = run_script(script, directory, KILL_RECORDER=1)
     assert done.returncode == 0
-    assert "the recorder ended with code -9" in done.stderr
-    assert "it is started anew" in done.stderr
+    assert "the recorder exited with code -9" in done.stderr
+    assert "it is restarted" in done.stderr
     assert mlflow_points(directory) == journal.series(directory)
     assert_once(tensorboard_points(directory))
 
@@ -161,9 +163,7 @@ def test_a_delivery_that_broke_off_is_completed_by_sync(script, tmp_path):
     other.mkdir()
     shutil.copy(directory / "run.json", other)
     identity = read_identity(other)
-    identity["mlflow"].pop("run_id")
-    identity["id"] = "other"
-    (other / "run.json").write_bytes(trackopt.journal.orjson.dumps(identity))
+    write_identity(other, replace(identity, id="other", mlflow=replace(identity.mlflow, run_id=None)))
     lines = records.read_bytes().splitlines(keepends=True)
     (other / journal.NAME).write_bytes(b"".join(lines[:8]))
     with without_warnings(), Recorder(other, notify=print) as recorder:
@@ -192,10 +192,10 @@ def test_a_resumed_run_that_differs_is_tagged(tmp_path):
     writer.mark("close", 3, status="FINISHED")
     writer.close()
     identity = read_identity(directory)
-    (directory / "run.json").write_bytes(journal.orjson.dumps({**identity, "sinks": ["mlflow", "tensorboard"]}))
+    write_identity(directory, replace(identity, sinks=("mlflow", "tensorboard")))
     told = drain(directory)
     assert mlflow_run(directory)[1].data.tags["trackopt.diverged_at_step"] == "3"
-    assert told == ["the resumed run differs from the one before it, first at step 3"]
+    assert told == ["the resumed run differs from the previous attempt, first at step 3"]
     assert [value for _, value in mlflow_points(directory)["loss"]][1:] == [0.1, 0.5]
     assert [value for _, value in tensorboard_points(directory)["loss"]][1:] == pytest.approx([0.1, 0.75])
 
@@ -215,7 +215,7 @@ def test_histograms_go_to_tensorboard_and_leave_mlflow_alone(tmp_path):
     writer.mark("close", 3, status="FINISHED")
     writer.close()
     identity = read_identity(directory)
-    (directory / "run.json").write_bytes(journal.orjson.dumps({**identity, "sinks": ["mlflow", "tensorboard"]}))
+    write_identity(directory, replace(identity, sinks=("mlflow", "tensorboard")))
     for _ in range(2):
         assert drain(directory) == []
         (directory / "recorder.json").unlink()
@@ -230,7 +230,7 @@ import sys, warnings
 warnings.simplefilter("ignore")
 import trackopt
 from tests.helpers.training import make_training
-from trackopt.rundir.directory import read_identity
+from trackopt.rundir.identity import read_identity
 
 if "code" in sys.argv:
     import mlflow
@@ -238,7 +238,7 @@ if "code" in sys.argv:
 model, optimizer, _ = make_training()
 run = trackopt.wrap(optimizer, dir="run", sinks=())
 run.close()
-print(read_identity(run.dir)["mlflow"])
+print(read_identity(run.dir).mlflow.as_dict())
 """
 
 
@@ -306,7 +306,7 @@ def test_a_server_that_is_down_harms_nobody_and_sync_delivers_later(script, tmp_
     sync = [sys.executable, "-m", "trackopt", "sync", str(directory)]
     refused = subprocess.run(sync, capture_output=True, text=True, check=False)
     assert refused.returncode == 2
-    assert "not everything arrived in mlflow" in refused.stderr
+    assert "delivery to mlflow is incomplete" in refused.stderr
     assert "Traceback" not in refused.stderr
     log = (directory / "recorder.log").read_text()
     assert f"//127.0.0.1:{port}" in log
@@ -381,7 +381,7 @@ def test_a_sink_that_fails_gets_everything_later(rewinds, tmp_path):
     writer.mark("start", 0)
     writer.record(1, {"loss": 1.0})
     sink = Remembering(rewinds)
-    delivery = Delivery(path, lambda step: sink, None, print)
+    delivery = Delivery(path, lambda step: sink, Cursor(), print)
     delivery.deliver(writer.offset)
     sink.fail = True
     writer.record(2, {"loss": 2.0})

@@ -350,7 +350,7 @@ from pathlib import Path
 warnings.simplefilter("ignore")
 from trackopt.recorder import delivery, recorder
 
-delivery._RECORDS = 40
+delivery._MAX_BATCH_RECORDS = 40
 directory, kills, seed = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 
 
@@ -360,7 +360,7 @@ def cursors():
 
 
 for name in ("tensorboard", "mlflow"):  # the backends are imported once, and each delivery is a fork
-    recorder._connector(name, directory)
+    recorder._load_sink(name, directory)
 chance = random.Random(seed)
 reached = set()
 for kill in range(kills + 1):
@@ -425,7 +425,7 @@ def test_a_recorder_that_is_killed_is_started_anew_while_the_training_goes_on(tm
             now = training.part()
             time.sleep(0.1)
         told = training.end()
-        assert told.count("the recorder ended with code -9") == 1, told
+        assert told.count("the recorder exited with code -9") == 1, told
         assert_everything_once(training.directory)
 
 
@@ -434,13 +434,13 @@ def test_a_recorder_that_keeps_dying_is_left_until_the_end(tmp_path):
     process, told = RecorderProcess(tmp_path), []  # no run is there
     while len(told) < 2:
         process._process.wait()
-        told += process._maybe_restart(min(process._due, time.monotonic() + 50))
-    assert "it is started anew" in told[0]
-    assert "none is started until the end" in told[1]
-    process._maybe_restart(process._due)
-    assert process._ended()
+        told += process._maybe_restart(min(process._restart_at, time.monotonic() + 50))
+    assert "it is restarted" in told[0]
+    assert "it is not restarted until the run closes" in told[1]
+    process._maybe_restart(process._restart_at)
+    assert process._has_exited()
     *_, last = process.finish(wait=True)
-    assert f"`trackopt sync {tmp_path}` delivers what is missing" in last
+    assert f"to deliver the missing records, run `trackopt sync {tmp_path}`" in last
     assert (tmp_path / "recorder.log").read_text().count("trackopt.errors.RunError:") == 7
 
 
@@ -453,7 +453,7 @@ def test_a_server_that_hangs_holds_up_the_end_for_a_while_and_tells(tmp_path):
             training.part()
             told = training.end()
     assert told.count("the mlflow sink fails") == 1, told
-    assert told.count("Ctrl-C leaves the rest to the background") == 1, told
+    assert told.count("press Ctrl-C to let it continue in the background") == 1, told
     assert tensorboard_points(training.directory)["loss"] == [
         (step, pytest.approx(value, rel=1e-6)) for step, value in journal.series(training.directory)["loss"]
     ]

@@ -11,6 +11,7 @@ from tests.helpers.stores import tensorboard_points, tensorboard_reader, without
 from tests.helpers.training import make_training, train_step
 from trackopt import journal
 from trackopt.journal import Journal, Line
+from trackopt.recorder.cursor import Cursor
 from trackopt.recorder.delivery import Delivery
 from trackopt.recorder.sinks import tensorboard_layout
 from trackopt.recorder.sinks.tensorboard import TensorBoardSink
@@ -105,7 +106,7 @@ def test_results_that_did_not_reach_the_disk_are_written_once_more_and_once(tmp_
     """The disk fails at the very end: the results come again in a file of their own, and displace the others."""
     run = train(tmp_path / "run")
     before = tensorboard_points(run.dir, derived=True)
-    delivery = Delivery(run.dir / journal.NAME, lambda step: TensorBoardSink(run.dir, step), None, print)
+    delivery = Delivery(run.dir / journal.NAME, lambda step: TensorBoardSink(run.dir, step), Cursor(), print)
     while delivery.deliver((run.dir / journal.NAME).stat().st_size):
         pass
     with monkeypatch.context() as patch:
@@ -153,7 +154,7 @@ def test_hyperparameters_that_have_no_number_in_json(tmp_path):
     assert "scheduler.mode_worse" not in told
     assert tensorboard_points(run.dir)["lr/group0"]
     journal_of_before = {"scheduler.mode_worse": None, "betas": [0.9, 0.99], "lr": 0.1}
-    assert b"lr" in tensorboard_layout.session_start(1.0, "run", journal_of_before)
+    assert b"lr" in tensorboard_layout.encode_hparams_start(1.0, "run", journal_of_before)
 
 
 def test_a_run_that_goes_on_from_another_has_a_row_of_its_own(tmp_path):

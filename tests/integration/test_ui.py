@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 
 import orjson
@@ -18,7 +19,7 @@ import pytest
 import trackopt
 from tests.helpers.training import make_training, train_step
 from trackopt.cli import servers
-from trackopt.rundir.directory import read_identity, write_identity
+from trackopt.rundir.identity import read_identity, write_identity
 
 
 @pytest.fixture
@@ -100,9 +101,9 @@ def test_ui_finds_runs_at_any_depth_and_tells_when_a_server_dies():
         Path("runs/broken/run.json").write_text("{}")
         with served("runs", under=["nohup"]) as process:
             head, tensorboard, mlflow, _ = (process.stdout.readline() for _ in range(4))
-            assert head == "2 runs below runs, 1 still going: one\n"
+            assert head == "2 runs below runs, 1 running: one\n"
             assert tensorboard.startswith("TensorBoard  http://127.0.0.1:")
-            assert mlflow == "MLflow       none of them is there\n"
+            assert mlflow == "MLflow       no run uses it\n"
             (leader,) = sessions_of(process)
             process.send_signal(signal.SIGHUP)
             os.kill(leader, signal.SIGKILL)
@@ -110,7 +111,7 @@ def test_ui_finds_runs_at_any_depth_and_tells_when_a_server_dies():
             wait_until_empty({leader})
             broken, died = process.stderr.read().splitlines()
     assert "broken/run.json: not a run's description" in broken
-    assert died.startswith("trackopt: TensorBoard has ended by itself: ")
+    assert died.startswith("trackopt: TensorBoard exited unexpectedly: ")
 
 
 def test_ui_tells_why_a_server_does_not_start():
@@ -118,10 +119,10 @@ def test_ui_tells_why_a_server_does_not_start():
     with trackopt.wrap(make_training()[1], dir="runs/small", sinks=["tensorboard"]) as run:
         pass
     identity = read_identity(run.dir)
-    identity["mlflow"]["tracking_uri"] = "nowhere://"
-    write_identity(run.dir, {**identity, "sinks": ["mlflow"]})
+    mlflow = replace(identity.mlflow, tracking_uri="nowhere://")
+    write_identity(run.dir, replace(identity, mlflow=mlflow, sinks=("mlflow",)))
     done = trackopt_command("ui", "runs")
-    assert (done.returncode, done.stdout) == (2, "1 run below runs, none still going\n")
+    assert (done.returncode, done.stdout) == (2, "1 run below runs, none running\n")
     assert done.stderr.startswith("trackopt: the MLflow UI did not start: ")
     assert len(done.stderr.splitlines()) == 1
 
@@ -130,8 +131,8 @@ def test_ui_tells_the_address_of_a_server_without_its_password():
     with trackopt.wrap(make_training()[1], dir="runs/small", sinks=["tensorboard"]) as run:
         pass
     identity = read_identity(run.dir)
-    identity["mlflow"]["tracking_uri"] = "http://someone:se@cret@127.0.0.1:1"
-    write_identity(run.dir, {**identity, "sinks": ["mlflow"]})
+    mlflow = replace(identity.mlflow, tracking_uri="http://someone:se@cret@127.0.0.1:1")
+    write_identity(run.dir, replace(identity, mlflow=mlflow, sinks=("mlflow",)))
     with served("runs", "--json") as process:
         assert orjson.loads(process.stdout.readline())["mlflow"] == "http://127.0.0.1:1"
         process.send_signal(signal.SIGINT)
@@ -176,18 +177,17 @@ def test_sync_has_nothing_to_do_behind_a_finished_run(run):
     assert orjson.loads(done.stdout) == {"path": str(run.dir), "delivered": True, "failed": []}
 
 
-@pytest.mark.parametrize("change", [{"working_directory": "/nowhere"}, {"sinks": ()}])
+@pytest.mark.parametrize("change", [{"working_directory": "/nowhere"}, {"sinks": None}])
 def test_sync_delivers_a_run_from_elsewhere_and_one_killed_at_its_start(change):
     """The directory that it was trained in is not there; or it had no sinks yet, as behind `found`."""
     model, optimizer, _ = make_training()
     with trackopt.wrap(optimizer, model=model, dir="runs/moved", sinks=()) as run:
         train_step(model, optimizer)
         run.step(loss=1.0)
-    identity = read_identity(run.dir) | {"sinks": ["tensorboard"]} | change
-    write_identity(run.dir, {key: value for key, value in identity.items() if value != ()})
+    write_identity(run.dir, replace(read_identity(run.dir), **{"sinks": ("tensorboard",), **change}))
     done = trackopt_command("sync", "runs/moved")
     assert (done.returncode, done.stdout) == (0, "moved: everything is delivered\n"), done.stderr
-    assert ("/nowhere is gone" in done.stderr) == ("working_directory" in change)
+    assert ("working directory /nowhere does not exist" in done.stderr) == ("working_directory" in change)
     assert bool(list(run.dir.glob("events.out.*"))) == ("sinks" not in change)
 
 
@@ -195,8 +195,8 @@ def test_sync_delivers_a_run_from_elsewhere_and_one_killed_at_its_start(change):
     ("words", "said"),
     [
         (["sync", "nowhere"], "not a run's directory"),
-        (["ui", "nowhere"], "there is no such directory"),
-        (["ui", "."], "holds no run"),
+        (["ui", "nowhere"], "no such directory"),
+        (["ui", "."], "contains no run"),
     ],
 )
 def test_a_directory_that_is_no_run_is_told(words, said):

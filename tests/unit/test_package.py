@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "telemetry": {"journal", "training", "utils"},
     "analysis": {"archive", "journal", "locations", "remote", "rundir", "state"},
     "checkpoint": {"archive", "distributed", "journal", "locations", "remote", "rundir", "state", "training", "utils"},
-    "schedule": {"telemetry", "utils"},
+    "schedule": {"training", "utils"},
     "rehearsal": {"analysis", "archive", "checkpoint", "journal", "locations", "rundir", "state", "training"},
     "run": {
         *("checkpoint", "distributed", "journal", "recorder", "remote", "rundir", "telemetry", "training", "utils"),
@@ -48,6 +48,8 @@ BACKENDS = {
     "recorder/sinks/mlflow.py": {"mlflow"},
     "recorder/sinks/mlflow_figures.py": {"mlflow"},
     "recorder/sinks/mlflow_artifacts.py": {"mlflow"},
+    "recorder/sinks/tensorboard_events.py": {"tensorboard"},
+    "recorder/sinks/tensorboard_layout.py": {"tensorboard"},
     "remote/artifacts.py": {"mlflow"},
     "rehearsal/fingerprint.py": {"torch"},  # these two are the training process's side
     "rehearsal/untracked_state.py": {"torch"},

@@ -1,7 +1,7 @@
-"""A checkpoint goes back into the live objects: all of it, or nothing.
+"""Apply a checkpoint to live objects: all of it, or nothing.
 
-Everything is compared before anything is changed, and what still fails is undone. Optimizer state finds its parameter
-by name, so a script that lists its parameters in another order gets every moment where it belongs.
+Everything is compared before anything is changed, and a failure afterwards is rolled back. Optimizer state is matched
+by parameter name, so a script may list its parameters in another order.
 """
 
 from __future__ import annotations
@@ -32,125 +32,123 @@ if TYPE_CHECKING:
     from trackopt.checkpoint.saved_state import SavedState
     from trackopt.training.objects import Training
 
-_ADVICE = "build what it was saved from, or pass strict=False to load what fits"
-_FEW = 3
+_ADVICE = "build the objects that were saved, or pass strict=False to load what fits"
+_MAX_SHOWN = 3
 
 
-def restore(
+def apply(
     training: Training, saved: SavedState, path: Path, *, strict: bool = True, require_all: bool = True
 ) -> list[str]:
-    """Put a checkpoint into live objects: the user's own first, then optimizer, scheduler and model.
+    """Apply a checkpoint to live objects: the user's own first, then optimizers, schedulers and models.
 
-    The optimizer is loaded before its scheduler: the other order leaves most schedulers with a wrong LR. The model
-    comes last, since it is the only one that is changed in place.
+    An optimizer is loaded before its scheduler: the other order leaves most schedulers with a wrong LR. Models come
+    last, since only they are changed in place.
 
     Args:
         training: Objects built as they were for the run that wrote the checkpoint.
         saved: The checkpoint's contents.
-        path: Where it came from, for messages.
-        strict: Whether anything that does not fit is refused. Otherwise what fits is loaded.
-        require_all: Whether the objects must be all that the checkpoint holds.
+        path: The checkpoint's path, for messages.
+        strict: Whether to refuse anything that does not fit. Otherwise what fits is loaded.
+        require_all: Whether the checkpoint may hold no further objects.
 
     Returns:
-        What did not fit, one line each; with ``strict`` nothing.
+        One line for each problem; none if ``strict``.
 
     Raises:
-        MismatchError: It does not fit; nothing was changed.
+        MismatchError: The checkpoint does not fit; nothing was changed.
     """
-    found = check_compatibility(training, saved)
-    problems = found.problems + (unexpected(training, saved) if require_all else [])
+    compatibility = check_compatibility(training, saved)
+    problems = compatibility.problems + (unexpected(training, saved) if require_all else [])
     if problems and strict:
         raise MismatchError(f"{path} does not fit: {_format_problems(problems)}; {_ADVICE}")
-    _reshard(training, found, path)
-    with ExitStack() as undo:
-        _load(training, found, path, undo)
+    _reshard(training, compatibility, path)
+    with ExitStack() as rollback:
+        _load(training, compatibility, path, rollback)
         if strict:
-            _require_saved_lr(training, found, path)
-        undo.pop_all()
+            _require_saved_lr(training, compatibility, path)
+        rollback.pop_all()
     for name, module in training.models.items():
-        if name in found.models:
-            module.load_state_dict(found.models[name], strict=False)
+        if name in compatibility.models:
+            module.load_state_dict(compatibility.models[name], strict=False)
     return problems
 
 
 def _format_problems(problems: list[str]) -> str:
-    more = f" (and {len(problems) - _FEW} more)" if len(problems) > _FEW else ""
-    return "; ".join(problems[:_FEW]) + more
+    more = f" (and {len(problems) - _MAX_SHOWN} more)" if len(problems) > _MAX_SHOWN else ""
+    return "; ".join(problems[:_MAX_SHOWN]) + more
 
 
-def _reshard(training: Training, found: Compatibility, path: Path) -> None:
-    """Read what is not read yet; of what is spread over processes here, each takes its part."""
+def _reshard(training: Training, compatibility: Compatibility, path: Path) -> None:
+    """Read the lazy tensors, and take this process's part of a sharded state."""
     try:
-        for name, state in found.models.items():
-            found.models[name] = reshard(state, training.models[name].state_dict())
-        for name, one in found.optimizers.items():
-            groups = [*training.optimizers[name].param_groups, *one.added]
-            ids = chain.from_iterable(group["params"] for group in one.state["param_groups"])
+        for name, state in compatibility.models.items():
+            compatibility.models[name] = reshard(state, training.models[name].state_dict())
+        for name, fit in compatibility.optimizers.items():
+            groups = [*training.optimizers[name].param_groups, *fit.added]
+            ids = chain.from_iterable(group["params"] for group in fit.state["param_groups"])
             parameters = dict(zip(ids, chain.from_iterable(map(parameters_of, groups)), strict=True))
-            state = reshard_optimizer_state(one.state["state"], parameters, training.optimizers[name])
-            found.optimizers[name] = replace(one, state={**one.state, "state": state})
-        for name, state in found.stateful.items():
-            found.stateful[name] = reshard(state, state_of(training.stateful[name]))
+            state = reshard_optimizer_state(fit.state["state"], parameters, training.optimizers[name])
+            compatibility.optimizers[name] = replace(fit, state={**fit.state, "state": state})
+        for name, state in compatibility.stateful.items():
+            compatibility.stateful[name] = reshard(state, state_of(training.stateful[name]))
     except ArchiveError as error:
         raise CheckpointError(f"{path}: cannot be read ({error})") from error
 
 
-def _load(training: Training, found: Compatibility, path: Path, rollback: ExitStack) -> None:
-    for name, state in found.stateful.items():
+def _load(training: Training, compatibility: Compatibility, path: Path, rollback: ExitStack) -> None:
+    for name, state in compatibility.stateful.items():
         rollback.callback(_load_state, training.stateful[name], copy.deepcopy(state_of(training.stateful[name])))
-        _attempt(name, path, _load_state, training.stateful[name], state)
-    for name, one in found.optimizers.items():
+        _call_user_code(name, path, _load_state, training.stateful[name], state)
+    for name, fit in compatibility.optimizers.items():
         optimizer = training.optimizers[name]
-        for each in {optimizer, inner_optimizer(optimizer)}:
-            before = {"param_groups": list(each.param_groups), "state": copy.copy(each.state)}
-            rollback.callback(
-                vars(each).update, before
-            )  # torch puts new objects there, and leaves the old as they were
-        _attempt(name, path, _load_optimizer, optimizer, one)
-    for name, state in found.schedulers.items():
+        for changed in {optimizer, inner_optimizer(optimizer)}:
+            # torch replaces these objects and leaves the old ones unchanged
+            before = {"param_groups": list(changed.param_groups), "state": copy.copy(changed.state)}
+            rollback.callback(vars(changed).update, before)
+        _call_user_code(name, path, _load_optimizer, optimizer, fit)
+    for name, state in compatibility.schedulers.items():
         scheduler = training.schedulers[name]
         rollback.callback(scheduler.load_state_dict, copy.deepcopy(scheduler.state_dict()))
-        _attempt(name, path, scheduler.load_state_dict, state)
+        _call_user_code(name, path, scheduler.load_state_dict, state)
 
 
-def _attempt(name: str, path: Path, load: Callable[..., Any], *given: Any) -> None:
-    """Any code of the user's may run in a ``load_state_dict``, and raise anything."""
+def _call_user_code(name: str, path: Path, load: Callable[..., Any], *arguments: Any) -> None:
+    """Call a ``load_state_dict``, in which any code of the user's may run and raise anything."""
     try:
-        load(*given)
+        load(*arguments)
     except Exception as error:
         raise MismatchError(
             f"{path} does not fit: {name} refuses its state ({error}); hand over the object that was saved"
         ) from error
 
 
-def _load_state(thing: Any, state: Any) -> None:
-    if rng.is_generator(thing):
-        rng.set_state(thing, state)
+def _load_state(stateful: Any, state: Any) -> None:
+    if rng.is_generator(stateful):
+        rng.set_state(stateful, state)
     else:
-        thing.load_state_dict(state)
+        stateful.load_state_dict(state)
 
 
-def _load_optimizer(optimizer: Optimizer, one: OptimizerCompatibility) -> None:
-    for group in one.added:
+def _load_optimizer(optimizer: Optimizer, fit: OptimizerCompatibility) -> None:
+    for group in fit.added:
         optimizer.add_param_group(dict(group))
-    optimizer.load_state_dict(one.state)
-    kept = inner_optimizer(optimizer).state
-    if kept is not optimizer.state:
+    optimizer.load_state_dict(fit.state)
+    loaded = inner_optimizer(optimizer).state
+    if loaded is not optimizer.state:
         optimizer.state.clear()  # a second copy, which nobody uses
-    for group, saved in zip(optimizer.param_groups, one.state["param_groups"], strict=True):
+    for group, saved in zip(optimizer.param_groups, fit.state["param_groups"], strict=True):
         for parameter, key in zip(group["params"], saved["params"], strict=True):
-            for name, value in one.state["state"].get(key, {}).items():
-                now = kept[parameter][name]
+            for name, value in fit.state["state"].get(key, {}).items():
+                now = loaded[parameter][name]
                 if isinstance(value, torch.Tensor) and now.dtype != value.dtype:
-                    # torch casts moments to the parameter's dtype; an exact resume keeps the one they had
-                    kept[parameter][name] = value.to(now.device)
+                    # torch casts moments to the parameter's dtype; an exact resume keeps the saved one
+                    loaded[parameter][name] = value.to(now.device)
 
 
-def _require_saved_lr(training: Training, found: Compatibility, path: Path) -> None:
-    for name, one in found.optimizers.items():
-        for index, (own, saved) in enumerate(
-            zip(training.optimizers[name].param_groups, one.state["param_groups"], strict=True)
-        ):
+def _require_saved_lr(training: Training, compatibility: Compatibility, path: Path) -> None:
+    for name, fit in compatibility.optimizers.items():
+        groups = zip(training.optimizers[name].param_groups, fit.state["param_groups"], strict=True)
+        for index, (own, saved) in enumerate(groups):
             if "lr" in own and float(own["lr"]) != float(saved["lr"]):
                 raise MismatchError(
                     f"{path}: loading the scheduler moved the LR of group {index} of {name} from {float(saved['lr'])} "

@@ -1,4 +1,4 @@
-"""What of a checkpoint fits the live objects, and what does not, in words: nothing is changed here."""
+"""Which parts of a checkpoint fit the live objects, and a line for each that does not. Nothing is changed here."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ if TYPE_CHECKING:
 
 @dataclass
 class Compatibility:
-    """What goes where, and what does not fit.
+    """The states that fit, by the name of their live object, and what does not.
 
     Attributes:
         models: State dicts under the live names.
-        optimizers: By name, where the class is right.
-        schedulers: The same.
+        optimizers: The optimizers of the right class.
+        schedulers: The schedulers of the right class.
         stateful: States of the user's objects.
-        problems: What does not fit, one line each, the most telling first.
+        problems: One line for each mismatch.
     """
 
     models: dict[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -46,25 +46,26 @@ class Compatibility:
 def check_compatibility(training: Training, saved: SavedState) -> Compatibility:
     """Compare a checkpoint with live objects, by name.
 
-    Parts that only the checkpoint has are no problem here: `surplus` names them.
+    Objects that only the checkpoint has are no problem here: `unexpected` names them.
     """
-    found = Compatibility()
-    for name, module in _shared("model", training.models, saved.models, found.problems):
-        found.models[name] = _model(name, saved.models[name], module, found.problems)
-    for name, optimizer in _shared("optimizer", training.optimizers, saved.optimizers, found.problems):
-        one = saved.optimizers[name]
-        if _same_class(name, one.class_name, inner_optimizer(optimizer), found.problems):
-            found.optimizers[name] = fit_optimizer(name, one, optimizer, training, found.problems)
-    for name, scheduler in _shared("scheduler", training.schedulers, saved.schedulers, found.problems):
-        if _same_class(name, saved.schedulers[name].class_name, scheduler, found.problems):
-            found.schedulers[name] = _scheduler(name, saved.schedulers[name], scheduler, found.problems)
-    for name, _ in _shared("object", training.stateful, saved.stateful, found.problems):
-        found.stateful[name] = saved.stateful[name]
-    return found
+    result = Compatibility()
+    problems = result.problems
+    for name, module in _shared("model", training.models, saved.models, problems):
+        result.models[name] = _fit_model(name, saved.models[name], module, problems)
+    for name, optimizer in _shared("optimizer", training.optimizers, saved.optimizers, problems):
+        state = saved.optimizers[name]
+        if _same_class(name, state.class_name, inner_optimizer(optimizer), problems):
+            result.optimizers[name] = fit_optimizer(name, state, optimizer, training, problems)
+    for name, scheduler in _shared("scheduler", training.schedulers, saved.schedulers, problems):
+        if _same_class(name, saved.schedulers[name].class_name, scheduler, problems):
+            result.schedulers[name] = _fit_scheduler(name, saved.schedulers[name], scheduler, problems)
+    for name, _ in _shared("object", training.stateful, saved.stateful, problems):
+        result.stateful[name] = saved.stateful[name]
+    return result
 
 
 def unexpected(training: Training, saved: SavedState) -> list[str]:
-    """What a checkpoint holds, and the live objects have no place for."""
+    """Return a line for each kind of objects that only the checkpoint has."""
     pairs = (
         ("model", saved.models, training.models),
         ("optimizer", saved.optimizers, training.optimizers),
@@ -72,9 +73,9 @@ def unexpected(training: Training, saved: SavedState) -> list[str]:
         ("object", saved.stateful, training.stateful),
     )
     return [
-        f"the checkpoint holds the {role} {join_names(there.keys() - here.keys())}, which was not handed over"
-        for role, there, here in pairs
-        if there.keys() - here.keys()
+        f"the checkpoint holds the {role} {join_names(names.keys() - live.keys())}, which was not handed over"
+        for role, names, live in pairs
+        if names.keys() - live.keys()
     ]
 
 
@@ -83,32 +84,32 @@ def _shared(
 ) -> Iterator[tuple[str, Any]]:
     if missing := live.keys() - saved.keys():
         problems.append(f"the checkpoint has no {role} {join_names(missing)}")
-    yield from ((name, thing) for name, thing in live.items() if name in saved)
+    yield from ((name, value) for name, value in live.items() if name in saved)
 
 
-def _same_class(name: str, kind: str, live: object, problems: list[str]) -> bool:
+def _same_class(name: str, saved: str, live: object, problems: list[str]) -> bool:
     own = class_name(live)
-    if kind in (own, own.rpartition(".")[2]) or not kind:
+    if saved in (own, own.rpartition(".")[2]) or not saved:
         return True
-    problems.append(f"{name} was saved from {kind.rpartition('.')[2]}, here it is {own.rpartition('.')[2]}")
+    problems.append(f"{name} was saved from {saved.rpartition('.')[2]}, here it is {own.rpartition('.')[2]}")
     return False
 
 
-def _model(role: str, saved: Mapping[str, Any], module: nn.Module, problems: list[str]) -> Mapping[str, Any]:
+def _fit_model(role: str, saved: Mapping[str, Any], module: nn.Module, problems: list[str]) -> Mapping[str, Any]:
     live = module.state_dict()
     names = match_names(saved, live)
     given = {own: saved[name] for name, own in names.items()}
-    tied = {_address(value) for key, value in live.items() if key in given} - {None}
-    missing = {key for key, value in live.items() if key not in given and _address(value) not in tied}
+    tied = {_data_ptr(value) for key, value in live.items() if key in given} - {None}
+    missing = {key for key, value in live.items() if key not in given and _data_ptr(value) not in tied}
     if missing:
         problems.append(f"the {role} here has {join_names(missing)}, the checkpoint has not")
     if extra := saved.keys() - names.keys():
         problems.append(f"the checkpoint has {join_names(extra)}, the {role} here has not")
     fits = {key: value for key, value in given.items() if _is_loadable(key, value, live[key], problems)}
-    return saved if fits.keys() == saved.keys() == live.keys() else fits  # itself, with the layers' versions
+    return saved if fits.keys() == saved.keys() == live.keys() else fits  # the original has the layers' versions
 
 
-def _address(value: Any) -> int | None:
+def _data_ptr(value: Any) -> int | None:
     if not isinstance(value, torch.Tensor):
         return None
     part = to_local(value)
@@ -116,7 +117,7 @@ def _address(value: Any) -> int | None:
 
 
 def _is_loadable(key: str, saved: Any, live: Any, problems: list[str]) -> bool:
-    """Whether a value can be loaded; one of another dtype can, but is a problem, too."""
+    """Return whether a value can be loaded; another dtype can be, but is a problem as well."""
     if not (isinstance(live, torch.Tensor) and isinstance(saved, (torch.Tensor, LazyTensor))):
         return isinstance(live, torch.Tensor) == isinstance(saved, (torch.Tensor, LazyTensor))
     then, now = _shape_dtype(saved), _shape_dtype(live)
@@ -129,17 +130,16 @@ def _shape_dtype(tensor: torch.Tensor | LazyTensor) -> tuple[tuple[int, ...], st
     return tuple(tensor.shape), dtype_name(tensor.dtype)
 
 
-def _scheduler(name: str, saved: SavedScheduler, live: Any, problems: list[str]) -> dict[str, Any]:
-    """The state without what was built otherwise here: that stays as the script has it now."""
-    if saved.settings is None:
-        strangers = saved.state.keys() ^ live.state_dict().keys()
-        if strangers:
-            problems.append(f"{name} was saved from another class: {join_names(strangers)} stands in one of them only")
+def _fit_scheduler(name: str, saved: SavedScheduler, live: Any, problems: list[str]) -> dict[str, Any]:
+    """Return the state without the configuration that the script has changed, which stays."""
+    if saved.config is None:
+        if different := saved.state.keys() ^ live.state_dict().keys():
+            problems.append(f"{name} was saved from another class: {join_names(different)} stands in one of them only")
         return saved.state
     now = scheduler_config(live)
     state = saved.state
-    for path in changed_keys(saved.settings, now):
-        problems.append(f"{name}.{path} {_change_message(saved.settings.get(path), now.get(path))}")
+    for path in changed_keys(saved.config, now):
+        problems.append(f"{name}.{path} {_change_message(saved.config.get(path), now.get(path))}")
         state = _remove_path(state, path.split("."))
     return state
 
@@ -151,7 +151,7 @@ def _change_message(saved: Any, live: Any) -> str:
 
 
 def _remove_path(state: Any, path: list[str]) -> Any:
-    """A state without what stands at a path: a nested scheduler's attribute, or a whole one of this."""
+    """Return a state without the value at a path: an attribute of this scheduler, or of a nested one."""
     key, *rest = path
     if isinstance(state, list):
         return [_remove_path(part, rest) if str(index) == key else part for index, part in enumerate(state)]

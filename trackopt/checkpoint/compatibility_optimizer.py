@@ -1,4 +1,4 @@
-"""How an optimizer's saved state fits a live one: by parameter name, whatever the order."""
+"""Fit an optimizer's saved state to a live one by parameter name, in any order."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class OptimizerCompatibility:
-    """What goes into one optimizer.
+    """The state for one optimizer.
 
     Attributes:
-        added: Parameter groups that it does not have yet, to be added first.
-        state: A ``state_dict`` in the order of its own parameters, those of the added groups included.
+        added: Parameter groups that it lacks, to be added first.
+        state: A ``state_dict`` in the order of its own parameters, including those of the added groups.
     """
 
     added: list[dict[str, Any]]
@@ -39,65 +39,67 @@ def fit_optimizer(
     """Put a saved state into the order of a live optimizer.
 
     Args:
-        label: What ``training`` calls the optimizer.
-        saved: What the checkpoint holds of it.
-        optimizer: The live one, which is only looked at.
-        training: For the names of its parameters, and for those of a group that is still to be added.
-        problems: Takes what does not fit, one line each.
+        label: The optimizer's name in ``training``.
+        saved: Its saved state.
+        optimizer: The live optimizer, which is not changed.
+        training: The live objects, for the names of parameters, also of a group that is still to be added.
+        problems: A line for each mismatch is appended.
     """
     live = training.parameter_names()[label]
-    spare = {name: p for name, p in training.named_parameters().items() if not any(name in group for group in live)}
-    partner = _match_groups(saved, live, spare)
-    added = [_added(group, partner, spare, optimizer) for group in saved.groups[len(live) :]]
-    if len(saved.groups) < len(live) or None in added:
+    unused = {name: p for name, p in training.named_parameters().items() if not any(name in group for group in live)}
+    live_names = _match_groups(saved, live, unused)
+    candidates = [_new_group(group, live_names, unused, optimizer) for group in saved.groups[len(live) :]]
+    if len(saved.groups) < len(live) or None in candidates:
         problems.append(f"{label} was saved with {len(saved.groups)} parameter groups, here it has {len(live)}")
-        added = []
-    new = [group for group in added if group is not None]
-    own_groups = [*optimizer.param_groups, *new]
-    own_names = [*live, *([partner[name] for name in group.names] for group in saved.groups[len(live) :][: len(new)])]
-    origin = {own: name for name, own in partner.items()}
-    state = {key: value for key, value in saved.state.items() if key not in {n for g in saved.groups for n in g.names}}
+        candidates = []
+    added = [group for group in candidates if group is not None]
+    own_groups = [*optimizer.param_groups, *added]
+    later_groups = saved.groups[len(live) :][: len(added)]
+    own_names = [*live, *([live_names[name] for name in group.names] for group in later_groups)]
+    saved_names = {own: name for name, own in live_names.items()}
+    param_names = {name for group in saved.groups for name in group.names}
+    state = {key: value for key, value in saved.state.items() if key not in param_names}
     groups: list[dict[str, Any]] = []
     for index, (own, names) in enumerate(zip(own_groups, own_names, strict=True)):
         first = sum(map(len, own_names[:index]))
-        groups.append({**_hyperparameters(label, index, own, names, saved, partner, problems)})
+        groups.append({**_hyperparameters(label, index, own, names, saved, live_names, problems)})
         groups[-1]["params"] = list(range(first, first + len(names)))
         for key, (name, parameter) in enumerate(zip(names, parameters_of(own), strict=True), first):
-            form = saved.shapes_dtypes.get(origin.get(name, ""))
-            if origin.get(name) in saved.state and _has_form(name, form, parameter, problems):
-                state[key] = saved.state[origin[name]]
-    return OptimizerCompatibility(new, {"state": state, "param_groups": groups})
+            expected = saved.shapes_dtypes.get(saved_names.get(name, ""))
+            if saved_names.get(name) in saved.state and _same_shape(name, expected, parameter, problems):
+                state[key] = saved.state[saved_names[name]]
+    return OptimizerCompatibility(added, {"state": state, "param_groups": groups})
 
 
 def parameters_of(group: dict[str, Any]) -> list[nn.Parameter]:
-    """The parameters of a group, which may be given with their names."""
+    """Return the parameters of a group, which may hold them with their names."""
     return [parameter[1] if isinstance(parameter, tuple) else parameter for parameter in group["params"]]
 
 
-def _match_groups(saved: SavedOptimizer, live: list[list[str]], unmatched: Mapping[str, Any]) -> dict[str, str]:
-    """The live name of each saved one; by position, where one side has no names."""
+def _match_groups(saved: SavedOptimizer, live: list[list[str]], unused: Mapping[str, Any]) -> dict[str, str]:
+    """Return the live name of each saved name; match by position if one side has no names."""
     names = [group.names for group in saved.groups]
-    there, here = list(chain.from_iterable(names)), list(chain.from_iterable(live))
-    if _positional(live) != _positional(names) and list(map(len, names)) == list(map(len, live)):
-        return dict(zip(there, here, strict=True))
-    return match_names(there, [*here, *unmatched])
+    saved_names, live_names = list(chain.from_iterable(names)), list(chain.from_iterable(live))
+    if _is_positional(live) != _is_positional(names) and list(map(len, names)) == list(map(len, live)):
+        return dict(zip(saved_names, live_names, strict=True))
+    return match_names(saved_names, [*live_names, *unused])
 
 
-def _positional(groups: list[list[str]]) -> bool:
+def _is_positional(groups: list[list[str]]) -> bool:
     return all(group == positional_names(index, len(group)) for index, group in enumerate(groups))
 
 
-def _added(
-    group: SavedGroup, partner: Mapping[str, str], unmatched: Mapping[str, nn.Parameter], optimizer: Optimizer
+def _new_group(
+    group: SavedGroup, live_names: Mapping[str, str], unused: Mapping[str, nn.Parameter], optimizer: Optimizer
 ) -> dict[str, Any] | None:
-    """A saved group as ``add_param_group`` takes it; ``None`` if its parameters are not there to be added."""
-    names = [partner.get(name, "") for name in group.names]
-    if not all(name in unmatched for name in names):
+    """Return a saved group as ``add_param_group`` takes it; ``None`` if a parameter of it is not available."""
+    names = [live_names.get(name, "") for name in group.names]
+    if not all(name in unused for name in names):
         return None
     labelled = "param_names" in optimizer.param_groups[0]
     return {
         **group.hyperparameters,
-        "params": [(name, unmatched[name]) if labelled else unmatched[name] for name in names],
+        "params": [(name, unused[name]) if labelled else unused[name] for name in names],
     }
 
 
@@ -107,14 +109,14 @@ def _hyperparameters(
     own: dict[str, Any],
     names: list[str],
     saved: SavedOptimizer,
-    partner: Mapping[str, str],
+    live_names: Mapping[str, str],
     problems: list[str],
 ) -> dict[str, Any]:
-    """Those of the saved group if it has the same members, else its own."""
+    """Return the saved group's hyperparameters if it has the same members, else the live group's."""
     if index >= len(saved.groups):
         return own
     group = saved.groups[index]
-    then = {partner.get(name, name) for name in group.names}
+    then = {live_names.get(name, name) for name in group.names}
     if then == set(names):
         return {**own, **group.hyperparameters}
     problems.append(
@@ -124,14 +126,14 @@ def _hyperparameters(
     return own
 
 
-def _has_form(
-    name: str, form: tuple[tuple[int, ...], str] | None, parameter: nn.Parameter, problems: list[str]
+def _same_shape(
+    name: str, expected: tuple[tuple[int, ...], str] | None, parameter: nn.Parameter, problems: list[str]
 ) -> bool:
-    """Whether a parameter has the shape that its saved state belongs to; another dtype is a problem, too."""
+    """Return whether a parameter has the shape of its saved state; another dtype is a problem as well."""
     now = tuple(parameter.shape), dtype_name(parameter.dtype)
-    if form is None or form == now:
+    if expected is None or expected == now:
         return True
-    problem = f"{name} was saved as {format_shape_dtype(*form)}, here it is {format_shape_dtype(*now)}"
-    if problem not in problems:  # said of the weights already
+    problem = f"{name} was saved as {format_shape_dtype(*expected)}, here it is {format_shape_dtype(*now)}"
+    if problem not in problems:  # the weights may have reported it already
         problems.append(problem)
-    return form[0] == now[0]
+    return expected[0] == now[0]

@@ -1,6 +1,6 @@
-"""Anybody's checkpoint by name: what the torch-free reader finds in it, as torch tensors.
+"""Read any checkpoint by name: the tensors that the torch-free reader finds, as torch tensors.
 
-Nothing in the file is run, whatever it holds: the values come through `trackopt.archive`.
+Nothing in the file is executed: the values come through `trackopt.archive`.
 """
 
 from __future__ import annotations
@@ -27,30 +27,30 @@ _PLAIN = (type(None), bool, int, float, complex, str, bytes)
 
 
 def read_foreign(archive: Archive, training: Training) -> SavedState:
-    """What a checkpoint holds for these objects.
+    """Return the contents of a checkpoint that belong to some objects.
 
     Args:
         archive: Any checkpoint, open.
-        training: The objects that ask. One model takes the weights that fit it best; one optimizer or scheduler
-            takes the only one there is.
+        training: The objects. A model takes the weights that fit it best; an optimizer or scheduler without a name of
+            its own takes the only one there is.
 
     Raises:
-        ArchiveError: Values that are asked for cannot be read.
-        MismatchError: Several optimizers or schedulers are there, and it was not said which.
+        ArchiveError: Values of these objects cannot be read.
+        MismatchError: The checkpoint holds several optimizers or schedulers, and the names do not say which.
     """
     found = training_state.read(archive)
     models = {
-        name: {key: _tensor(archive, tensor) for key, tensor in one.tensors.items()}
+        name: {key: _tensor(archive, tensor) for key, tensor in model.tensors.items()}
         for name, module in training.models.items()
-        if (one := _best_model(name, module.state_dict(), found.models)) is not None
+        if (model := _best_model(name, module.state_dict(), found.models)) is not None
     }
     optimizers = {
-        name: _optimizer(archive, one)
-        for name, one in _select("optimizer", training.optimizers, found.optimizers, archive).items()
+        name: _optimizer(archive, optimizer)
+        for name, optimizer in _select("optimizer", training.optimizers, found.optimizers, archive).items()
     }
     schedulers = {
-        name: SavedScheduler(one.cls if " or " not in one.cls else "", _values(archive, _node_at(archive, one.path)))
-        for name, one in _select("scheduler", training.schedulers, found.schedulers, archive).items()
+        name: _scheduler(archive, scheduler)
+        for name, scheduler in _select("scheduler", training.schedulers, found.schedulers, archive).items()
     }
     top = archive.tree if isinstance(archive.tree, dict) else {}
     stateful = {name: _values(archive, top[name]) for name in training.stateful if name in top}
@@ -58,13 +58,15 @@ def read_foreign(archive: Archive, training: Training) -> SavedState:
 
 
 def _best_model(name: str, live: Mapping[str, Any], models: Sequence[state.Model]) -> state.Model | None:
-    """The model of this name, else the one with the most names in common; a running average only if need be."""
+    """Return the model of this name, else the one with the most names in common; averaged weights come last."""
     same = [model for model in models if model.name == name and len(models) > 1]
-    return max(same or models, key=lambda one: (len(match_names(one.tensors, live)), not one.averaged), default=None)
+    return max(
+        same or models, key=lambda model: (len(match_names(model.tensors, live)), not model.averaged), default=None
+    )
 
 
 def _select(role: str, live: Mapping[str, Any], saved: Sequence[Any], archive: Archive) -> dict[str, Any]:
-    by_name = {one.name: one for one in saved}
+    by_name = {entry.name: entry for entry in saved}
     if live.keys() <= by_name.keys():
         return {name: by_name[name] for name in live}
     if len(live) == len(saved) == 1:
@@ -77,19 +79,24 @@ def _select(role: str, live: Mapping[str, Any], saved: Sequence[Any], archive: A
     return {}
 
 
-def _optimizer(archive: Archive, one: state.Optimizer) -> SavedOptimizer:
-    node = _node_at(archive, one.path)
-    known = all(parameter.name is not None for parameter in one.parameters)
+def _optimizer(archive: Archive, optimizer: state.Optimizer) -> SavedOptimizer:
+    node = _node_at(archive, optimizer.path)
+    has_names = all(parameter.name is not None for parameter in optimizer.parameters)
     groups: list[SavedGroup] = []
     names: dict[Any, str] = {}
     for index, group in enumerate(node["param_groups"]):
-        here = {key: one.names[key] if known else f"group{index}.{i}" for i, key in enumerate(group["params"])}
+        own = {key: optimizer.names[key] if has_names else f"group{index}.{i}" for i, key in enumerate(group["params"])}
         rest = {key: value for key, value in group.items() if key not in ("params", "param_names")}
-        groups.append(SavedGroup(list(here.values()), _values(archive, rest)))
-        names |= here
+        groups.append(SavedGroup(list(own.values()), _values(archive, rest)))
+        names |= own
     by_text = {str(key): name for key, name in names.items()}  # safetensors and DCP keep ids as text
     state = {by_text.get(str(key), key): _values(archive, entry) for key, entry in node["state"].items()}
-    return SavedOptimizer(one.cls, groups, state)
+    return SavedOptimizer(optimizer.cls, groups, state)
+
+
+def _scheduler(archive: Archive, scheduler: state.Scheduler) -> SavedScheduler:
+    cls = scheduler.cls if " or " not in scheduler.cls else ""
+    return SavedScheduler(cls, _values(archive, _node_at(archive, scheduler.path)))
 
 
 def _node_at(archive: Archive, path: Sequence[str]) -> Any:
@@ -100,7 +107,7 @@ def _node_at(archive: Archive, path: Sequence[str]) -> Any:
 
 
 def _values(archive: Archive, node: Any) -> Any:
-    """A part of the tree with torch's tensors in it."""
+    """Return a part of the tree with torch tensors."""
     if isinstance(node, Tensor):
         return _tensor(archive, node)
     if isinstance(node, dict):

@@ -1,4 +1,4 @@
-"""Names of parameters: the same one may have two, since wrappers and modules around it put something in front."""
+"""Match the names of parameters, in front of which wrappers and outer modules put prefixes."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-#: What DataParallel, DDP, torch.compile and FSDP put into names.
+#: The parts that DataParallel, DDP, torch.compile and FSDP put into names.
 _WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module"})
 
 
 def match_names(saved: Iterable[str], live: Iterable[str]) -> dict[str, str]:
-    """The live name of each saved name, where it has one.
+    """Return the live name of each saved name that has one.
 
-    Equal names go together; then those that differ by wrappers; then, where that leaves live names without a partner,
-    those that differ by one prefix for all (a ``LightningModule``'s ``model.``).
+    Equal names match; then names that differ by wrappers; then, if live names are left, names that differ by one
+    common prefix (a ``LightningModule``'s ``model.``).
 
     Example:
         >>> match_names(["module.fc.weight"], ["fc.weight"]), match_names(["net.fc.weight", "head.bias"], ["fc.weight"])
@@ -25,13 +25,13 @@ def match_names(saved: Iterable[str], live: Iterable[str]) -> dict[str, str]:
     saved, live = list(saved), list(live)
     if set(live) <= set(saved):
         return {name: name for name in live}
-    here = {_strip_wrappers(name): name for name in live}
-    if len(here) < len(live):
+    own = {_strip_wrappers(name): name for name in live}
+    if len(own) < len(live):
         return {name: name for name in live if name in set(saved)}
-    there = {_strip_wrappers(name): name for name in saved}
-    prefix = _common_prefix(there, here)
-    shifted = {name.removeprefix(prefix): own for name, own in there.items() if name.startswith(prefix)}
-    return {shifted[name]: own for name, own in here.items() if name in shifted}
+    stripped = {_strip_wrappers(name): name for name in saved}
+    prefix = _common_prefix(stripped, own)
+    unprefixed = {name.removeprefix(prefix): full for name, full in stripped.items() if name.startswith(prefix)}
+    return {unprefixed[name]: full for name, full in own.items() if name in unprefixed}
 
 
 def _strip_wrappers(name: str) -> str:
@@ -39,11 +39,11 @@ def _strip_wrappers(name: str) -> str:
 
 
 def _common_prefix(saved: Iterable[str], live: Iterable[str]) -> str:
-    """What stands in front of the live names in most of the saved ones; the shortest, where several do."""
+    """Return the prefix with which most saved names are live names; of several, the shortest."""
     live = set(live)
     count: Counter[str] = Counter()
     for name in saved:
         parts = name.split(".")
         count.update(".".join(parts[:i]) + "." * bool(i) for i in range(len(parts)) if ".".join(parts[i:]) in live)
     most = max(count.values(), default=0)
-    return min((prefix for prefix, found in count.items() if found == most), key=len, default="")
+    return min((prefix for prefix, matches in count.items() if matches == most), key=len, default="")

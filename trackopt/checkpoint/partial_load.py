@@ -1,4 +1,4 @@
-"""A part of a run's checkpoint whose bytes are elsewhere: nothing else of it is fetched, or checked."""
+"""Load some keys of a run's checkpoint from a remote file: only their bytes are fetched and verified."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pickle
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch._weights_only_unpickler import Unpickler  # the one that torch.load(weights_only=True) has
+from torch._weights_only_unpickler import Unpickler  # the one that torch.load(weights_only=True) uses
 
 from trackopt.archive import verify
 from trackopt.archive.tree import tensors
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from trackopt.archive.formats.zip_source import ZipSource
     from trackopt.archive.tree import Storage
 
-#: What the unpickler raises of a pickle that makes no sense.
+#: The errors that the unpickler raises for a malformed pickle.
 _UNPICKLING_ERRORS = (
     AttributeError,
     EOFError,
@@ -33,17 +33,17 @@ _UNPICKLING_ERRORS = (
 
 
 def load_keys(opened: Archive, source: ZipSource, keys: Collection[str]) -> dict[str, Any]:
-    """What stands under some keys of a checkpoint, the same that ``store.load`` finds there.
+    """Return some keys of a checkpoint with the values that ``reader.load`` returns.
 
     Raises:
-        CheckpointError: What is asked for is damaged.
+        CheckpointError: The bytes of these keys are damaged.
     """
     part = {key: node for key, node in opened.tree.items() if key in keys}
     wanted = {tensor.storage.key: tensor.storage for _, tensor in tensors(part)}
     if problems := [*verify.find_problems(opened, crc=False), *source.verify_checksums(wanted.values())]:
         raise CheckpointError(f"{opened.path}: cannot be used ({problems[0]})")
     unpickler: Any = Unpickler(io.BytesIO(source.read_pickle()), encoding="utf-8")
-    unpickler.persistent_load = _Storages(source, wanted).find
+    unpickler.persistent_load = _Storages(source, wanted).load
     try:
         tree: dict[str, Any] = unpickler.load()
     except _UNPICKLING_ERRORS as error:
@@ -53,26 +53,25 @@ def load_keys(opened: Archive, source: ZipSource, keys: Collection[str]) -> dict
 
 
 class _Storages:
-    """What a pickle names as its storages: the wanted ones with their bytes, the others without."""
+    """The storages of a pickle: the wanted ones with their bytes, the others on the meta device."""
 
     def __init__(self, source: ZipSource, wanted: Mapping[str, Storage]) -> None:
         self._source = source
         self._wanted = wanted
-        self._found: dict[str, Any] = {}
+        self._loaded: dict[str, Any] = {}
 
-    def find(self, name: tuple[Any, ...]) -> Any:
-        """A storage by ``("storage", type, key, location, elements)``."""
+    def load(self, name: tuple[Any, ...]) -> Any:
+        """Return a storage by ``("storage", type, key, location, elements)``."""
         _, kind, key, _, elements = name
         dtype = torch.uint8 if kind is torch.UntypedStorage else kind.dtype
-        if key not in self._found:
-            self._found[key] = self._untyped(key, elements * dtype.itemsize)
+        if key not in self._loaded:
+            self._loaded[key] = self._read_untyped(key, elements * dtype.itemsize)
         typed: Any = torch.TypedStorage
-        return typed(wrap_storage=self._found[key], dtype=dtype, _internal=True)
+        return typed(wrap_storage=self._loaded[key], dtype=dtype, _internal=True)
 
-    def _untyped(self, key: str, size: int) -> Any:
+    def _read_untyped(self, key: str, size: int) -> Any:
         untyped: Any = torch.UntypedStorage
         if key not in self._wanted or not size:
             return untyped(size, device="cpu" if key in self._wanted else "meta")
-        return torch.frombuffer(
-            bytearray(self._source.read(self._wanted[key], 0, size)), dtype=torch.uint8
-        ).untyped_storage()
+        content = bytearray(self._source.read(self._wanted[key], 0, size))
+        return torch.frombuffer(content, dtype=torch.uint8).untyped_storage()

@@ -1,4 +1,4 @@
-"""A captured tree as ``torch.save`` pickles it: the ``data.pkl`` of a checkpoint, and the storages that it names."""
+"""Pickle a captured tree as ``torch.save`` does: the ``data.pkl`` of a checkpoint, and its storages."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from trackopt.errors import UsageError
 _PROTOCOL = 2  # torch.save's
 
 
-def pickled(tree: dict[str, Any]) -> tuple[bytes, list[torch.UntypedStorage]]:
-    """The pickle, and the storages in the order of their keys: the n-th is the record ``data/n``.
+def dump_tree(tree: dict[str, Any]) -> tuple[bytes, list[torch.UntypedStorage]]:
+    """Return the pickle, and the storages in the order of their keys: the n-th is the record ``data/n``.
 
     Raises:
-        UsageError: Two tensors share their memory and are of different dtypes, which no reader of torch's format takes.
+        UsageError: Two tensors of different dtypes share their memory, which no reader of torch's format accepts.
     """
     file = io.BytesIO()
     pickler = _Pickler(file)
@@ -27,7 +27,7 @@ def pickled(tree: dict[str, Any]) -> tuple[bytes, list[torch.UntypedStorage]]:
 
 
 class _Pickler(pickle.Pickler):
-    """Tensors reduce themselves as torch has them; their storages stay out, under a number."""
+    """Lets tensors reduce themselves as torch defines it, and replaces their storages by keys."""
 
     def __init__(self, file: io.BytesIO) -> None:
         super().__init__(file, _PROTOCOL)
@@ -35,17 +35,17 @@ class _Pickler(pickle.Pickler):
         self._keys: dict[int, str] = {}
         self._kinds: dict[str, Any] = {}
 
-    def persistent_id(self, thing: Any) -> tuple[Any, ...] | None:
-        if isinstance(thing, torch.storage.TypedStorage):
-            storage, kind = thing._untyped_storage, thing._pickle_storage_type()  # type: ignore[no-untyped-call]  # torch's
-            count = thing._size()  # type: ignore[no-untyped-call]  # torch leaves it so
-        elif isinstance(thing, torch.UntypedStorage):
-            storage, kind, count = thing, "UntypedStorage", thing.nbytes()
+    def persistent_id(self, value: Any) -> tuple[Any, ...] | None:
+        if isinstance(value, torch.storage.TypedStorage):
+            storage, kind = value._untyped_storage, value._pickle_storage_type()  # type: ignore[no-untyped-call]  # torch's
+            count = value._size()  # type: ignore[no-untyped-call]  # torch leaves it so
+        elif isinstance(value, torch.UntypedStorage):
+            storage, kind, count = value, "UntypedStorage", value.nbytes()
         else:
             return None
         key = self._keys.setdefault(storage._cdata, str(len(self._keys)))
         if len(self._keys) > len(self.storages):
-            self.storages.append(storage)  # held, so that no other one can have its address
+            self.storages.append(storage)  # held, so that no other storage can get its address
         if self._kinds.setdefault(key, kind) != kind:
             raise UsageError(
                 f"a {self._kinds[key]} and a {kind} share their memory, which a checkpoint cannot hold; "

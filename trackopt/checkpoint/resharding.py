@@ -1,9 +1,9 @@
-"""State that is spread over processes: parameters that are DTensors, and optimizers that each keep a part.
+"""Load sharded state on any number of processes.
 
-FSDP2 and tensor parallelism make DTensors of parameters, and an optimizer's buffers follow them. A
+FSDP2 and tensor parallelism turn parameters into DTensors, and an optimizer's buffers follow them. A
 ``ZeroRedundancyOptimizer`` keeps the state of some parameters in each process. All processes save such a training
-together (`trackopt.checkpoint.sharded`). What was saved, spread or whole, finds its place on any number of them: each
-takes its own part, and none waits for another.
+together (`trackopt.checkpoint.sharded`). On loading, each process takes its own part of a saved state, sharded or not,
+without waiting for the others.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ if TYPE_CHECKING:
 
 
 class LazyTensor:
-    """A tensor that is still in its checkpoint: it is read where it is known how much of it is wanted.
+    """A tensor that is still in its checkpoint; it is read when the wanted part is known.
 
     Attributes:
-        shape: Of the whole.
-        dtype: As torch has it.
+        shape: The shape of the complete tensor.
+        dtype: Torch's dtype.
     """
 
     def __init__(self, opened: archive.Archive, tensor: archive.Tensor) -> None:
@@ -41,7 +41,7 @@ class LazyTensor:
         self._tensor = tensor
 
     def read(self, offsets: Sequence[int] = (), sizes: Sequence[int] | None = None) -> Tensor:
-        """The elements of a box; by default all of them."""
+        """Read the elements of a box; by default all of them."""
         sizes = self.shape if sizes is None else sizes
         start = sum(offset * step for offset, step in zip(offsets, self._tensor.stride, strict=False))
         part = replace(self._tensor, offset=self._tensor.offset + start, shape=tuple(sizes))
@@ -54,62 +54,65 @@ class LazyTensor:
 
 
 def state_by_name(optimizer: Optimizer, names: Sequence[Sequence[str]]) -> dict[str, Any]:
-    """An optimizer's ``state_dict`` with names for numbers; of one that keeps a part of its state here, that part.
+    """Return an optimizer's ``state_dict`` with names for ids; a ``ZeroRedundancyOptimizer``'s holds the local part.
 
     Args:
-        optimizer: Any.
-        names: For each group those of its parameters.
+        optimizer: The optimizer.
+        names: For each group the names of its parameters.
     """
-    if is_zero(optimizer):  # its own would have to be gathered first
-        whole: dict[str, Any] = {"state": inner_optimizer(optimizer).state, "param_groups": optimizer.param_groups}
+    if is_zero(optimizer):  # its own state_dict would have to be gathered first
+        state_dict: dict[str, Any] = {
+            "state": inner_optimizer(optimizer).state,
+            "param_groups": optimizer.param_groups,
+        }
     else:
-        whole = optimizer.state_dict()
-    keys = chain.from_iterable(group["params"] for group in whole["param_groups"])
-    of = dict(zip(keys, chain.from_iterable(names), strict=True))
-    state = {of.get(key, key): entry for key, entry in whole["state"].items()}
-    groups = [{**group, "params": list(own)} for group, own in zip(whole["param_groups"], names, strict=True)]
-    return {**whole, "state": state, "param_groups": groups}
+        state_dict = optimizer.state_dict()
+    keys = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+    name_of = dict(zip(keys, chain.from_iterable(names), strict=True))
+    state = {name_of.get(key, key): entry for key, entry in state_dict["state"].items()}
+    groups = [{**group, "params": list(own)} for group, own in zip(state_dict["param_groups"], names, strict=True)]
+    return {**state_dict, "state": state, "param_groups": groups}
 
 
 def reshard(value: Any, live: Any) -> Any:
-    """What was saved, as it goes into a live object: read, and of what is spread there the part of this process.
+    """Return a saved state with its lazy tensors read, and its sharded tensors cut to this process's part.
 
     Args:
-        value: A state, with tensors or what is `LazyTensor` in it.
-        live: The state of the same object as it is now; where it has nothing, a tensor is whole.
+        value: A state of tensors and `LazyTensor` values.
+        live: The current state of the same object; a tensor that it lacks is not cut.
     """
     if isinstance(value, (Tensor, LazyTensor)):
         return _local_shard(value, live)
     if isinstance(value, dict):
-        inside = live if isinstance(live, dict) else {}
-        found: Any = type(value)({key: reshard(each, inside.get(key)) for key, each in value.items()})
+        current = live if isinstance(live, dict) else {}
+        result: Any = type(value)({key: reshard(child, current.get(key)) for key, child in value.items()})
         if hasattr(value, "_metadata"):
-            found._metadata = value._metadata
-        return found
+            result._metadata = value._metadata
+        return result
     if isinstance(value, (list, tuple)):
         others = live if isinstance(live, (list, tuple)) and len(live) == len(value) else [None] * len(value)
-        return type(value)(reshard(each, other) for each, other in zip(value, others, strict=True))
+        return type(value)(reshard(child, other) for child, other in zip(value, others, strict=True))
     return value
 
 
 def reshard_optimizer_state(
     state: Mapping[Any, Any], parameters: Mapping[Any, nn.Parameter], optimizer: Optimizer
 ) -> dict[Any, Any]:
-    """The same of an optimizer's state; what belongs to parameters whose state other processes keep is left out.
+    """Reshard an optimizer's state, without the parameters whose state other processes keep.
 
     Args:
-        state: By the numbers of a ``state_dict``.
-        parameters: By the same numbers.
-        optimizer: Where it goes.
+        state: By the ids of a ``state_dict``.
+        parameters: By the same ids.
+        optimizer: The live optimizer.
     """
-    elsewhere: set[Any] = set()
+    excluded: set[Any] = set()
     if is_zero(optimizer):
-        kept = {id(parameter) for group in inner_optimizer(optimizer).param_groups for parameter in group["params"]}
-        elsewhere = {key for key, parameter in parameters.items() if id(parameter) not in kept}
+        local = {id(parameter) for group in inner_optimizer(optimizer).param_groups for parameter in group["params"]}
+        excluded = {key for key, parameter in parameters.items() if id(parameter) not in local}
     return {
         key: reshard(entry, dict.fromkeys(entry, parameters.get(key)) if isinstance(entry, dict) else None)
         for key, entry in state.items()
-        if key not in elsewhere
+        if key not in excluded
     }
 
 
@@ -120,7 +123,7 @@ def _local_shard(value: Tensor | LazyTensor, live: Any) -> Tensor:
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     mesh = live.device_mesh
-    # A buffer of another shape than its parameter (Adafactor's) is small: each process has all of it.
+    # A buffer of another shape than its parameter (Adafactor's) is small, and is replicated.
     placements = live.placements if live.shape == value.shape else [Replicate()] * mesh.ndim
     sizes, offsets = compute_local_shape_and_global_offset(value.shape, mesh, placements)
     if isinstance(value, LazyTensor):

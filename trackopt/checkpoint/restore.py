@@ -1,4 +1,4 @@
-"""``restore``: a checkpoint into live objects without a run, for evaluation and fine-tuning."""
+"""``restore``: load a checkpoint into live objects without a run, for evaluation and fine-tuning."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from trackopt import locations, remote
 from trackopt import state as training_state
 from trackopt.archive import verify
 from trackopt.archive.formats.zip_source import ZipSource
-from trackopt.checkpoint.apply import restore as put
+from trackopt.checkpoint.apply import apply
 from trackopt.checkpoint.foreign import read_foreign
+from trackopt.checkpoint.meta import KEY
 from trackopt.checkpoint.partial_load import load_keys
+from trackopt.checkpoint.reader import load_unverified
 from trackopt.checkpoint.saved_state import from_run
-from trackopt.checkpoint.store import load_unverified
 from trackopt.errors import CheckpointError, UsageError
 from trackopt.training.objects import Training
 
@@ -32,12 +33,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RestoreResult:
-    """What `restore` did.
+    """The result of `restore`.
 
     Attributes:
-        step: The optimizer steps that the checkpoint says were taken; ``None`` where it does not.
+        step: The optimizer steps that the checkpoint has counted; ``None`` if it does not say.
         epoch: Its epoch, as its writer counts.
-        skipped: What did not fit, one line each; with ``strict`` nothing.
+        skipped: One line for each thing that did not fit and was skipped; empty if ``strict``.
     """
 
     step: int | None
@@ -54,12 +55,12 @@ def restore(
     strict: bool = True,
     **stateful: Stateful | Generator,
 ) -> RestoreResult:
-    """Put a checkpoint into live objects, without a run.
+    """Load a checkpoint into live objects, without a run.
 
-    Any checkpoint that ``trackopt inspect`` reads will do: a run's, a plain ``torch.save`` file, a Lightning
-    ``.ckpt``, safetensors, a directory of the Hugging Face Trainer. Nothing in it is run. Only what is passed is
-    restored, by parameter name; prefixes that wrappers put into names (``module.``, ``_orig_mod.``, a
-    ``LightningModule``'s ``model.``) do not matter. Random generators are left alone: to go on with a run exactly,
+    Accepts any checkpoint that ``trackopt inspect`` reads: a run's, a plain ``torch.save`` file, a Lightning
+    ``.ckpt``, safetensors, a directory of the Hugging Face Trainer. Nothing in it is executed. Only the objects that
+    are passed are restored, by parameter name; prefixes that wrappers put into names (``module.``, ``_orig_mod.``, a
+    ``LightningModule``'s ``model.``) are ignored. Global random generators are not changed: to continue a run exactly,
     use ``wrap``.
 
     Args:
@@ -72,10 +73,10 @@ def restore(
         **stateful: Other objects, under the keys of the checkpoint.
 
     Returns:
-        Step and epoch of the checkpoint, and what was left out.
+        Step and epoch of the checkpoint, and what was skipped.
 
     Raises:
-        UsageError: There is nothing to restore into.
+        UsageError: No object was passed.
         ArchiveError, CheckpointError: The checkpoint cannot be read, or is damaged.
         MismatchError: It does not fit. Nothing was changed.
 
@@ -91,32 +92,33 @@ def restore(
     training.validate()
     if not (training.models or training.optimizers or training.schedulers or stateful):
         raise UsageError("restore() was given nothing to restore into; pass model=, optimizer= or scheduler=")
-    place = locations.resolve(os.fspath(path))
-    found, saved = (_load_remote if remote.is_remote(place) else _load_local)(place, training)
-    left_out = put(training, saved, place, strict=strict, require_all=False)
-    return RestoreResult(found.step, found.epoch, tuple(left_out))
+    checkpoint = locations.resolve(os.fspath(path))
+    load = _load_remote if remote.is_remote(checkpoint) else _load_local
+    found, saved = load(checkpoint, training)
+    skipped = apply(training, saved, checkpoint, strict=strict, require_all=False)
+    return RestoreResult(found.step, found.epoch, tuple(skipped))
 
 
-def _load_local(place: Path, training: Training) -> tuple[TrainingState, SavedState]:
-    """A checkpoint here, all of it checked."""
-    _raise_if_damaged(place, verify.verify_checkpoint(place))
-    with locations.open(place) as opened:
+def _load_local(path: Path, training: Training) -> tuple[TrainingState, SavedState]:
+    """Verify all of a checkpoint on this machine, and read it."""
+    _raise_if_damaged(path, verify.verify_checkpoint(path))
+    with locations.open(path) as opened:
         found = training_state.read(opened)
-        return found, from_run(load_unverified(place)) if found.is_trackopt else read_foreign(opened, training)
+        return found, from_run(load_unverified(path)) if found.is_trackopt else read_foreign(opened, training)
 
 
-def _load_remote(place: Path, training: Training) -> tuple[TrainingState, SavedState]:
-    """A checkpoint elsewhere; of a run's only what is asked for is fetched, and checked."""
+def _load_remote(path: Path, training: Training) -> tuple[TrainingState, SavedState]:
+    """Read a remote checkpoint; of a run's, fetch and verify only the keys of the objects."""
     roles = {"model": training.models, "optimizer": training.optimizers, "scheduler": training.schedulers}
-    wanted = {"trackopt", *training.stateful, *(role for role, live in roles.items() if live)}
-    with locations.open(place) as opened:
+    wanted = {KEY, *training.stateful, *(role for role, live in roles.items() if live)}
+    with locations.open(path) as opened:
         found = training_state.read(opened)
         if found.is_trackopt and isinstance(opened.source, ZipSource):
             return found, from_run(load_keys(opened, opened.source, wanted))
-        _raise_if_damaged(place, verify.find_problems(opened))
+        _raise_if_damaged(path, verify.find_problems(opened))
         return found, read_foreign(opened, training)
 
 
-def _raise_if_damaged(place: Path, problems: list[str]) -> None:
+def _raise_if_damaged(path: Path, problems: list[str]) -> None:
     if problems:
-        raise CheckpointError(f"{place}: cannot be used ({problems[0]})")
+        raise CheckpointError(f"{path}: cannot be used ({problems[0]})")

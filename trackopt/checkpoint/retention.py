@@ -1,40 +1,57 @@
-"""Which checkpoints of a run stay."""
+"""Which checkpoints of a run are kept."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from trackopt import locations
+from trackopt.checkpoint.meta import KEY
+from trackopt.errors import ArchiveError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
+
+    from trackopt.checkpoint.folder import CheckpointFolder
 
 
 @dataclass(frozen=True)
 class RetentionMarks:
-    """What a checkpoint says about its own worth.
+    """The marks of a checkpoint that decide how long it is kept; two keys of its entry ``trackopt``.
 
     Attributes:
-        keep: Whether it stays for good.
-        metric: What ``run.save`` was told; the lower the better. ``None`` where nothing was.
+        keep: Whether it is kept for good.
+        metric: The metric that ``run.save`` was given; the lower the better. ``None`` without one.
     """
 
     keep: bool = False
     metric: float | None = None
 
+    @classmethod
+    def from_dict(cls, entry: Mapping[str, Any]) -> RetentionMarks:
+        """Read the marks from the entry ``trackopt``."""
+        metric = entry.get("metric")
+        return cls(bool(entry.get("keep")), metric if isinstance(metric, float) else None)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the keys of the entry ``trackopt``."""
+        return {"keep": self.keep, "metric": self.metric}
+
     def merge(self, later: RetentionMarks) -> RetentionMarks:
-        """Both in one, where a step is saved twice."""
+        """Combine the marks of a step that is saved twice."""
         return RetentionMarks(self.keep or later.keep, self.metric if later.metric is None else later.metric)
 
 
 @dataclass(frozen=True)
 class Retention:
-    """How many checkpoints a run keeps, beside those that are marked to stay for good.
+    """How many checkpoints a run keeps, besides those that are marked to be kept for good.
 
     Attributes:
-        newest: So many of the newest.
-        best: So many with the lowest metric.
-        every: One for each so many steps stays for good; ``None`` for none.
+        newest: How many of the newest.
+        best: How many with the lowest metric.
+        every: The first checkpoint in each stretch of so many steps is kept for good; ``None`` for none.
     """
 
     newest: int = 3
@@ -42,26 +59,60 @@ class Retention:
     every: int | None = None
 
     def is_periodic(self, step: int, previous: int) -> bool:
-        """Whether the checkpoint of ``step`` is the first in its stretch, the one before it being of ``previous``."""
+        """Return whether ``step`` is the first checkpoint in its stretch, given the step of the one before."""
         return self.every is not None and step // self.every > previous // self.every
 
     def expired(self, marks: Mapping[int, RetentionMarks]) -> list[int]:
-        """The steps whose checkpoints may go.
-
-        Args:
-            marks: Of every checkpoint that is there, by step.
+        """Return the steps whose checkpoints can be deleted.
 
         Example:
-            >>> marks = {step: RetentionMarks(metric=metric) for step, metric in {1: 0.5, 2: 0.1, 3: 0.4, 4: 0.9}.items()}
-            >>> Retention(newest=1, best=1).expired(marks)
+            >>> metrics = {1: 0.5, 2: 0.1, 3: 0.4, 4: 0.9}
+            >>> Retention(newest=1, best=1).expired({step: RetentionMarks(False, m) for step, m in metrics.items()})
             [1, 3]
         """
         ordinary = sorted(step for step, mark in marks.items() if not mark.keep)
-        rated = [(metric, -step) for step in ordinary if (metric := _metric(marks[step])) < math.inf]
-        stays = {*ordinary[-self.newest :], *(-negative for _, negative in sorted(rated)[: self.best])}
-        return [step for step in ordinary if step not in stays]
+        rated = [(metric, -step) for step in ordinary if (metric := _finite_metric(marks[step])) < math.inf]
+        kept = {*ordinary[-self.newest :], *(-negative for _, negative in sorted(rated)[: self.best])}
+        return [step for step in ordinary if step not in kept]
 
 
-def _metric(mark: RetentionMarks) -> float:
-    """Training that diverged is no best one, whatever NaN compares like."""
+class RetainedCheckpoints:
+    """The checkpoints of a run's folder under a retention.
+
+    Args:
+        folder: The run's ``checkpoints`` directory.
+        retention: Which of them to keep.
+    """
+
+    def __init__(self, folder: CheckpointFolder, retention: Retention) -> None:
+        self._folder = folder
+        self._retention = retention
+        self._marks: dict[int, RetentionMarks] = {}
+
+    def mark(self, step: int, requested: RetentionMarks) -> RetentionMarks:
+        """Return the marks that the next checkpoint is written with."""
+        previous = max((saved for saved in self._folder.by_step() if saved < step), default=0)
+        periodic = RetentionMarks(self._retention.is_periodic(step, previous))
+        self._marks[step] = self._marks.get(step, periodic).merge(periodic).merge(requested)
+        return self._marks[step]
+
+    def prune(self) -> None:
+        """Delete the checkpoints that are not kept."""
+        paths = self._folder.by_step()
+        for step in self._retention.expired({step: self._read_marks(step, path) for step, path in paths.items()}):
+            self._folder.remove(paths[step])
+
+    def _read_marks(self, step: int, path: Path) -> RetentionMarks:
+        """Return a checkpoint's marks; an earlier attempt's are in the file, and an unreadable file is kept."""
+        if step not in self._marks:
+            try:
+                with locations.open(path) as opened:
+                    self._marks[step] = RetentionMarks.from_dict(opened.tree[KEY])
+            except (ArchiveError, KeyError, TypeError, AttributeError):
+                self._marks[step] = RetentionMarks(keep=True)
+        return self._marks[step]
+
+
+def _finite_metric(mark: RetentionMarks) -> float:
+    """Return the metric; a missing one and the NaN of a diverged training count as infinite."""
     return math.inf if mark.metric is None or math.isnan(mark.metric) else mark.metric

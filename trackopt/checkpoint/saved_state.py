@@ -1,10 +1,11 @@
-"""What a checkpoint holds, by name, whoever wrote it: the side that live objects are compared with."""
+"""The contents of a checkpoint by name, whoever wrote it; compared with the live objects before a restore."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from trackopt.checkpoint.meta import KEY, CheckpointMeta, TrainingLayout
 from trackopt.training.objects import RESERVED
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SavedGroup:
-    """A parameter group: the names of its parameters, in order, and everything else in it."""
+    """A parameter group: the names of its parameters, in order, and its other entries."""
 
     names: list[str]
     hyperparameters: dict[str, Any]
@@ -26,10 +27,10 @@ class SavedOptimizer:
     """An optimizer's state by parameter name.
 
     Attributes:
-        class_name: Its class; dotted, or only the last part where a file does not say more; empty where unknown.
+        class_name: Its class; dotted, or only the last part if the file does not say more; empty if unknown.
         groups: Its parameter groups.
-        state: By parameter name; what belongs to no parameter stands under its own key.
-        shapes_dtypes: Shape and dtype of the parameters, as far as they are known.
+        state: By parameter name; an entry of no parameter has its own key.
+        shapes_dtypes: Shape and dtype of the parameters that the file describes.
     """
 
     class_name: str
@@ -37,20 +38,20 @@ class SavedOptimizer:
     state: dict[Any, Any]
     shapes_dtypes: Mapping[str, tuple[tuple[int, ...], str]] = field(default_factory=dict)
 
-    def take_groups(self, groups: int) -> SavedOptimizer:
-        """The same with its first groups only."""
-        others = {name for group in self.groups[groups:] for name in group.names}
-        state = {name: value for name, value in self.state.items() if name not in others}
-        return replace(self, groups=self.groups[:groups], state=state)
+    def take_groups(self, count: int) -> SavedOptimizer:
+        """Return the state of the first ``count`` groups."""
+        dropped = {name for group in self.groups[count:] for name in group.names}
+        state = {name: value for name, value in self.state.items() if name not in dropped}
+        return replace(self, groups=self.groups[:count], state=state)
 
 
 @dataclass(frozen=True)
 class SavedScheduler:
-    """A scheduler's class, its state, and the settings that it was built with, where the file says them."""
+    """A scheduler's class, its state, and its configuration if the file has it."""
 
     class_name: str
     state: dict[str, Any]
-    settings: Mapping[str, Any] | None = None
+    config: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -58,9 +59,9 @@ class SavedState:
     """A checkpoint's contents.
 
     Attributes:
-        models: State dicts of weights.
+        models: State dicts by model name.
         optimizers: By the name that ``wrap`` gave them.
-        schedulers: The same.
+        schedulers: By the name that ``wrap`` gave them.
         stateful: States of other objects, by keyword.
     """
 
@@ -71,42 +72,47 @@ class SavedState:
 
 
 def from_run(tree: dict[str, Any], groups: Mapping[str, int] | None = None) -> SavedState:
-    """The contents of a run's checkpoint.
+    """Return the contents of a run's checkpoint.
 
     Args:
-        tree: As ``store.load`` returned it, or the parts of it that are wanted.
-        groups: How many parameter groups of each optimizer to look at; by default all.
+        tree: The tree that ``reader.load`` returned, or some of its keys.
+        groups: For each optimizer how many of its parameter groups to take; by default all.
     """
-    meta = tree["trackopt"]
+    meta = CheckpointMeta.from_dict(tree[KEY])
+    layout = meta.layout
 
-    def part(role: str, name: str) -> Any:
-        return tree[role][name] if role in meta["named"] else tree[role]
+    def state(role: str, name: str) -> Any:
+        return tree[role][name] if role in layout.named else tree[role]
 
-    def named(role: str, names: Iterable[str]) -> Iterable[str]:
-        return names if role in tree else ()
+    def names(role: str, known: Iterable[str]) -> Iterable[str]:
+        return known if role in tree else ()
 
     optimizers = {
-        name: _optimizer(part("optimizer", name), meta, name) for name in named("optimizer", meta["optimizer_class"])
+        name: _optimizer(state("optimizer", name), layout, name) for name in names("optimizer", layout.optimizer_class)
     }
     if groups is not None:
-        optimizers = {name: one.take_groups(groups.get(name, len(one.groups))) for name, one in optimizers.items()}
+        optimizers = {
+            name: saved.take_groups(groups.get(name, len(saved.groups))) for name, saved in optimizers.items()
+        }
+    configs = meta.progress.scheduler_configs
     schedulers = {
-        name: SavedScheduler(meta["scheduler_class"][name], part("scheduler", name), meta["settings"].get(name))
-        for name in named("scheduler", meta["scheduler_class"])
+        name: SavedScheduler(layout.scheduler_class[name], state("scheduler", name), configs.get(name))
+        for name in names("scheduler", layout.scheduler_class)
     }
-    models = {name: part("model", name) for name in named("model", meta["models"])}
+    models = {name: state("model", name) for name in names("model", layout.models)}
     return SavedState(models, optimizers, schedulers, {key: tree[key] for key in tree.keys() - RESERVED})
 
 
-def _optimizer(state: dict[str, Any], meta: dict[str, Any], name: str) -> SavedOptimizer:
-    names, shapes, dtypes = (meta[key][name] for key in ("param_names", "param_shapes", "param_dtypes"))
+def _optimizer(state: dict[str, Any], layout: TrainingLayout, name: str) -> SavedOptimizer:
+    names, shapes, dtypes = layout.param_names[name], layout.param_shapes[name], layout.param_dtypes[name]
     groups: list[SavedGroup] = []
     by_id: dict[int, str] = {}
-    forms: dict[str, tuple[tuple[int, ...], str]] = {}
+    shapes_dtypes: dict[str, tuple[tuple[int, ...], str]] = {}
     for index, group in enumerate(state["param_groups"]):
-        rest = {key: value for key, value in group.items() if key not in ("params", "param_names")}
-        groups.append(SavedGroup(names[index], rest))
+        hyperparameters = {key: value for key, value in group.items() if key not in ("params", "param_names")}
+        groups.append(SavedGroup(names[index], hyperparameters))
         by_id |= dict(zip(group["params"], names[index], strict=True))
-        forms |= dict(zip(names[index], zip(map(tuple, shapes[index]), dtypes[index], strict=True), strict=True))
+        pairs = zip(map(tuple, shapes[index]), dtypes[index], strict=True)
+        shapes_dtypes |= dict(zip(names[index], pairs, strict=True))
     by_name = {by_id.get(key, key): value for key, value in state["state"].items()}
-    return SavedOptimizer(meta["optimizer_class"][name], groups, by_name, forms)
+    return SavedOptimizer(layout.optimizer_class[name], groups, by_name, shapes_dtypes)

@@ -1,4 +1,4 @@
-"""When a run takes a checkpoint, how it gets to the disk beside the training, and what is told of it."""
+"""When a run takes checkpoints, and the background thread that writes them."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ import threading
 import time
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from trackopt.checkpoint.meta import RunProgress
 from trackopt.checkpoint.retention import RetentionMarks
 from trackopt.checkpoint.snapshot import capture, estimate_nbytes
 from trackopt.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
     from pathlib import Path
 
     from trackopt.checkpoint.sharded import ShardedCheckpoint
@@ -32,10 +33,10 @@ logger = logging.getLogger("trackopt")
 
 @dataclass(frozen=True)
 class SaveRequest:
-    """A checkpoint that is to be taken where the loop next stands between two iterations.
+    """A request for a checkpoint at the next point between two iterations.
 
     Attributes:
-        marks: What it is to say about its worth.
+        marks: Its retention marks.
         wait: Whether the loop waits until it is on the disk.
     """
 
@@ -43,7 +44,7 @@ class SaveRequest:
     wait: bool = False
 
     def merge(self, other: SaveRequest) -> SaveRequest:
-        """Both in one."""
+        """Combine two requests for the same checkpoint."""
         return SaveRequest(self.marks.merge(other.marks), self.wait or other.wait)
 
 
@@ -61,19 +62,18 @@ class SaveOptions:
 
 
 class CheckpointSaver:
-    """The checkpoints of one attempt. One at a time is on its way to the disk; the next one waits for it.
+    """The checkpoints of one attempt. One at a time is being written; the next one waits for it.
 
     Args:
-        training: What they are taken of.
-        store: Where they go.
-        collectives: This process among those of the training; the first one writes, unless all write together.
-        journal: What is told of them, and made durable with them.
+        training: The live objects.
+        store: Where checkpoints are committed.
+        journal: It records each checkpoint, and is made durable with it.
+        collectives: The processes of the training; rank 0 writes, unless the store is collective.
         options: When they become due by themselves.
-        background: Whether the loop goes on while they are written.
+        background: Whether the loop continues while they are written.
 
     Attributes:
-        latest: Step and position of the newest one that is on the disk, as far as ``wait_until_finished`` and
-            ``on_step`` know.
+        latest: The progress of the newest checkpoint that is known to be on the disk.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class CheckpointSaver:
         *,
         background: bool,
     ) -> None:
-        self.latest: tuple[int, Any] = (0, None)
+        self.latest = RunProgress()
         self._training = training
         self._store = store
         self._journal = journal
@@ -102,16 +102,16 @@ class CheckpointSaver:
 
     @property
     def due(self) -> bool:
-        """Whether one is to be taken where the loop next stands between two iterations."""
+        """Whether to save at the next point between two iterations."""
         return self._due is not None
 
     def request(self, request: SaveRequest) -> None:
-        """Ask for one."""
+        """Ask for a checkpoint."""
         self._last_save_time = time.monotonic()
         self._due = self._due.merge(request) if self._due is not None else request
 
     def on_step(self, before: int, step: int) -> None:
-        """The run went from step ``before`` to ``step``: perhaps it is time for one, or the last one is written."""
+        """Request a checkpoint if one became due between two steps, and report one that has been written."""
         if self._in_flight is not None and not self._in_flight.is_alive():
             self.wait_until_finished()
         if isinstance(self._save_every, timedelta):
@@ -123,28 +123,23 @@ class CheckpointSaver:
             self.request(SaveRequest())
 
     def is_overdue(self) -> bool:
-        """Whether it is time for one, where time decides.
+        """Return whether a checkpoint is due by time.
 
-        Several processes have a clock each; they take a checkpoint when rank 0's says so, at an iteration that they
-        agree on.
+        Several processes have a clock each; they save when rank 0's says so, at an iteration that they agree on.
         """
         if not isinstance(self._save_every, timedelta) or (self._skip_when_busy and self._in_flight is not None):
             return False
         return time.monotonic() - self._last_save_time >= self._save_every.total_seconds()
 
     def preallocate(self) -> None:
-        """Get the memory ready in the background; after the first step the size of the state is known."""
+        """Allocate memory in the background; call it after the first step, when the size of the state is known."""
         if self._preparing is None and self._collectives.is_rank_zero:
-            size = estimate_nbytes(self._training)  # here, where nobody changes the state meanwhile
+            size = estimate_nbytes(self._training)  # in this thread, where nothing changes the state meanwhile
             self._preparing = threading.Thread(target=self._prepare, args=(size,), name="trackopt-prepare")
             self._preparing.start()
 
-    def save(self, progress: Mapping[str, Any]) -> None:
-        """Take one now: it is copied when this returns. If it cannot be written, that is told and training goes on.
-
-        Args:
-            progress: What it says under ``trackopt`` beside what is found in the training itself.
-        """
+    def save(self, progress: RunProgress) -> None:
+        """Copy the state, and write it in the background; a failed write is logged, and training continues."""
         if not self._is_writer:
             self._due = None
             return
@@ -159,8 +154,8 @@ class CheckpointSaver:
             return
         self.wait_until_finished()
 
-    def save_final(self, progress: Mapping[str, Any]) -> None:
-        """Take one now, and return when it is on the disk.
+    def save_final(self, progress: RunProgress) -> None:
+        """Save, and return when the checkpoint is on the disk.
 
         Raises:
             CheckpointError: It could not be written; the earlier ones are untouched.
@@ -169,13 +164,13 @@ class CheckpointSaver:
             raise error
 
     def wait_until_finished(self) -> None:
-        """Wait until nothing is on its way to the disk, and tell what became of it."""
+        """Wait for the checkpoint that is being written, and report its outcome."""
         writing, self._in_flight = self._in_flight, None
         if writing is not None and (error := self._on_written(writing)):
             self._on_failed(writing.progress, error)
 
     def close(self) -> None:
-        """Wait for what is on its way, and let go of the memory."""
+        """Wait for the checkpoint that is being written, and release the memory."""
         self.wait_until_finished()
         if self._preparing is not None:
             self._preparing.join()
@@ -185,8 +180,8 @@ class CheckpointSaver:
         lower_thread_priority()
         self._store.preallocate(size)
 
-    def _stage(self, progress: Mapping[str, Any]) -> _AsyncWrite:
-        """The state, copied; the memory is free once the one before it is written."""
+    def _stage(self, progress: RunProgress) -> _AsyncWrite:
+        """Copy the state; the memory is free once the checkpoint before it is written."""
         self.wait_until_finished()
         if self._preparing is not None:
             self._preparing.join()
@@ -198,31 +193,31 @@ class CheckpointSaver:
     def _on_written(self, writing: _AsyncWrite) -> CheckpointError | None:
         writing.finish()
         if writing.path is not None:
-            self.latest = (writing.progress["step"], writing.progress["position"])
+            self.latest = writing.progress
             path = f"{writing.path.parent.name}/{writing.path.name}"
-            self._journal.mark("checkpoint", writing.progress["step"], path=path)
+            self._journal.mark("checkpoint", writing.progress.step, path=path)
         return writing.error
 
-    def _on_failed(self, progress: Mapping[str, Any], error: CheckpointError) -> None:
-        logger.warning("trackopt: %s; training goes on", error)
-        self._journal.mark("checkpoint_failed", progress["step"], reason=str(error))
+    def _on_failed(self, progress: RunProgress, error: CheckpointError) -> None:
+        logger.warning("trackopt: %s; training continues", error)
+        self._journal.mark("checkpoint_failed", progress.step, reason=str(error))
 
 
 class _AsyncWrite(threading.Thread):
-    """One checkpoint on its way to the disk. The interpreter waits for it, since it is no daemon."""
+    """The write of one checkpoint. The interpreter waits for it at exit, since it is no daemon."""
 
     def __init__(
         self,
         store: CheckpointStore,
         staged: Staged | ShardedCheckpoint,
-        progress: Mapping[str, Any],
+        progress: RunProgress,
         before_commit: Callable[[], None],
     ) -> None:
         super().__init__(name="trackopt-save")
         self.progress = progress
         self.path: Path | None = None
         self.error: CheckpointError | None = None
-        self._store, self._stage, self._before_commit = store, staged, before_commit
+        self._store, self._staged, self._before_commit = store, staged, before_commit
 
     def run(self) -> None:
         lower_thread_priority()
@@ -230,14 +225,14 @@ class _AsyncWrite(threading.Thread):
 
     def _write(self) -> None:
         try:
-            self.path = self._store.commit(self._stage, self.progress["step"], self._before_commit)
+            self.path = self._store.commit(self._staged, self.progress.step, self._before_commit)
         except CheckpointError as error:
             self.error = error
-        except Exception as error:  # noqa: BLE001 - told where the training can hear it
-            self.error = CheckpointError(f"the checkpoint of step {self.progress['step']}: not written ({error!r})")
+        except Exception as error:  # noqa: BLE001 - reported in the training's own thread
+            self.error = CheckpointError(f"the checkpoint of step {self.progress.step}: not written ({error!r})")
 
     def finish(self) -> None:
-        """Wait for it; one that was not started is written here, as no thread starts while the interpreter ends."""
+        """Wait for the write; do it here if it was not started, as no thread starts while the interpreter exits."""
         if self.ident is None:
             self._write()
         else:
@@ -245,7 +240,7 @@ class _AsyncWrite(threading.Thread):
 
 
 def lower_thread_priority() -> None:
-    """Let the training go before this thread wherever both want a core; there is no way back for it."""
+    """Give this thread the lowest priority, so that training gets the cores first; this cannot be undone."""
     if sys.platform == "linux":  # elsewhere it would be the whole process
         with contextlib.suppress(OSError):  # a sandbox may forbid it
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)

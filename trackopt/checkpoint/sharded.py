@@ -1,14 +1,14 @@
-"""The checkpoint of a training that is spread over processes: a directory into which all of them write.
+"""The checkpoint of a sharded training: a directory into which all processes write.
 
 ::
 
     step-00000100/
-      __0_0.distcp …   what each process has of models and optimizers, by torch.distributed.checkpoint (DCP)
-      .metadata        DCP's, what is where; any number of processes can read it
+      __0_0.distcp …   each process's part of models and optimizers, by torch.distributed.checkpoint (DCP)
+      .metadata        DCP's index; any number of processes can read it
       training.pt      everything else: schedulers, random generators, positions, the run's own entry
       manifest.json    the checksum of each file
 
-It is written under another name, the last file last, and gets its own when all processes are done.
+It is written under a temporary name, the manifest last, and renamed when all processes are done.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class ShardedCheckpoint:
-    """One checkpoint in the memory of all processes.
+    """This process's part of one staged checkpoint.
 
     Attributes:
-        parts: What this one has of what is spread.
-        rest: Everything else; only the first process has it.
-        error: Why this one has nothing, where that is so; the others learn of it when they write.
+        parts: The local parts of the sharded state.
+        rest: Everything else; only rank 0 has it.
+        error: The error that left this process without a part; the others learn of it when they write.
     """
 
     parts: dict[str, Any]
@@ -64,86 +64,86 @@ class CpuStateDict:
     """Copies of live tensors, in memory that every save uses again."""
 
     def __init__(self) -> None:
-        self._held: dict[tuple[Any, ...], Tensor] = {}
+        self._buffers: dict[tuple[Any, ...], Tensor] = {}
 
     def copy(self, value: Any, path: tuple[Any, ...] = ()) -> Any:
-        """The same tree with copies of its tensors on the CPU; the copy from a GPU is waited for."""
+        """Return a state with copies of its tensors on the CPU, complete when this returns."""
         if isinstance(value, Tensor):
-            return self._tensor(value.detach(), path)
+            return self._copy_tensor(value.detach(), path)
         if isinstance(value, dict):
-            return {key: self.copy(each, (*path, key)) for key, each in value.items()}
+            return {key: self.copy(child, (*path, key)) for key, child in value.items()}
         if isinstance(value, (list, tuple)):
-            return type(value)(self.copy(each, (*path, index)) for index, each in enumerate(value))
+            return type(value)(self.copy(child, (*path, index)) for index, child in enumerate(value))
         return value
 
     def clear(self) -> None:
-        """Let go of the memory."""
-        self._held.clear()
+        """Release the memory."""
+        self._buffers.clear()
 
-    def _tensor(self, tensor: Tensor, path: tuple[Any, ...]) -> Tensor:
+    def _copy_tensor(self, tensor: Tensor, path: tuple[Any, ...]) -> Tensor:
         part = to_local(tensor)
-        held = self._held.get(path)
-        if held is None or (held.shape, held.dtype) != (part.shape, part.dtype):
-            held = self._held[path] = torch.empty(part.shape, dtype=part.dtype, device="cpu", pin_memory=part.is_cuda)
-        held.copy_(part)
+        buffer = self._buffers.get(path)
+        if buffer is None or (buffer.shape, buffer.dtype) != (part.shape, part.dtype):
+            buffer = torch.empty(part.shape, dtype=part.dtype, device="cpu", pin_memory=part.is_cuda)
+            self._buffers[path] = buffer
+        buffer.copy_(part)
         if not is_dtensor(tensor):
-            return held
+            return buffer
         from torch.distributed.tensor import DTensor
 
         # from_local would take it back to the device
-        return DTensor(held, tensor._spec, requires_grad=False)  # type: ignore[no-untyped-call]
+        return DTensor(buffer, tensor._spec, requires_grad=False)  # type: ignore[no-untyped-call]
 
 
 def split_sharded(tree: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What of a captured tree is spread, and the rest."""
+    """Split a captured tree into the keys with sharded state and the rest."""
     parts = {key: value for key, value in tree.items() if key in _SHARDED_KEYS or contains_dtensor(value)}
     return parts, {key: value for key, value in tree.items() if key not in parts}
 
 
 def write_collectively(
-    shards: ShardedCheckpoint, path: Path, collectives: Collectives, *, before_commit: Callable[[], None]
+    checkpoint: ShardedCheckpoint, path: Path, collectives: Collectives, *, before_commit: Callable[[], None]
 ) -> None:
-    """Write a checkpoint as a directory and commit it: every process calls this, and each returns when it is there.
+    """Write a checkpoint as a directory and commit it; all processes call this, and return when it is committed.
 
     Args:
-        shards: What this process has.
+        checkpoint: This process's part.
         path: The directory's final name; it appears when everything is on the disk.
-        collectives: The processes; nobody else may use their group meanwhile.
-        before_commit: Called by the first one when only the rename is left.
+        collectives: The processes; nothing else may use their group meanwhile.
+        before_commit: Called on rank 0 right before the rename.
 
     Raises:
-        CheckpointError: On all of them, where one could not write; the name and all earlier ones are as they were.
+        CheckpointError: On all processes, if one could not write; the name and all earlier checkpoints are unchanged.
     """
     part = path.with_name(f".{path.name}{PARTIAL_SUFFIX}")
-    leads = collectives.rank == 0
+    rank = collectives.rank
 
     def begin() -> None:
-        if shards.error is not None:
-            raise shards.error
-        if leads:
-            _make(part)
+        if checkpoint.error is not None:
+            raise checkpoint.error
+        if collectives.is_rank_zero:
+            _create_directory(part)
+
+    def checksums() -> dict[str, Any]:
+        return {file.name: manifest.checksum(file) for file in sorted(part.glob(f"__{rank}_*"))}
+
+    def commit() -> None:
+        if checkpoint.rest is None:  # on all ranks but rank 0
+            return
+        write(checkpoint.rest, part / UNSHARDED_FILE, before_commit=lambda: None)
+        listed = {name: checksum for own in rank_checksums for name, checksum in own.items()}
+        listed |= {name: manifest.checksum(part / name) for name in (".metadata", UNSHARDED_FILE)}
+        _write_synced(part / manifest.NAME, manifest.encode(listed))
+        before_commit()
+        commit_directory(part, path)
 
     try:
-        _run_on_all(collectives, path, begin)
-        _run_on_all(collectives, path, lambda: _write_parts(shards.parts, part, collectives))
-        sums = _run_on_all(
-            collectives,
-            path,
-            lambda: {file.name: manifest.checksum(file) for file in _own_files(part, collectives.rank)},
-        )
-
-        def commit() -> None:
-            assert shards.rest is not None  # noqa: S101 - for mypy: it leads
-            write(shards.rest, part / UNSHARDED_FILE, before_commit=lambda: None)
-            listed = {name: each for own in sums for name, each in own.items()}
-            listed |= {name: manifest.checksum(part / name) for name in (".metadata", UNSHARDED_FILE)}
-            _write_synced(part / manifest.NAME, manifest.encode(listed))
-            before_commit()
-            commit_directory(part, path)
-
-        _run_on_all(collectives, path, lambda: commit() if leads else None)
+        _gather_results(collectives, path, begin)
+        _gather_results(collectives, path, lambda: _write_parts(checkpoint.parts, part, collectives))
+        rank_checksums = _gather_results(collectives, path, checksums)
+        _gather_results(collectives, path, commit)
     except TrackoptError as error:
-        if leads:
+        if collectives.is_rank_zero:
             shutil.rmtree(part, ignore_errors=True)
         if isinstance(error, CheckpointError):
             raise
@@ -151,28 +151,28 @@ def write_collectively(
 
 
 def commit_directory(part: Path, path: Path) -> None:
-    """Give a directory its name. One that has it steps aside for that moment; `recover_interrupted_commit` brings it back."""
-    before = path.with_name(f".{path.name}{_BACKUP_SUFFIX}")
+    """Rename a directory; one of the same name is kept as a backup for that moment (`recover_interrupted_commit`)."""
+    backup = path.with_name(f".{path.name}{_BACKUP_SUFFIX}")
     if path.exists():
-        shutil.rmtree(before, ignore_errors=True)  # of a writer that was killed when its own had the name
-        path.rename(before)
+        shutil.rmtree(backup, ignore_errors=True)  # of a writer that was killed right after its rename
+        path.rename(backup)
     part.rename(path)
     fsync_directory(path.parent)
-    shutil.rmtree(before, ignore_errors=True)
+    shutil.rmtree(backup, ignore_errors=True)
 
 
 def recover_interrupted_commit(folder: Path) -> None:
-    """Bring back what had stepped aside when its writer was killed."""
-    for before in folder.glob(f".*{_BACKUP_SUFFIX}"):
-        path = before.with_name(before.name[1 : -len(_BACKUP_SUFFIX)])
+    """Rename the backups of killed writers to their original names, or delete them if the commit was complete."""
+    for backup in folder.glob(f".*{_BACKUP_SUFFIX}"):
+        path = backup.with_name(backup.name[1 : -len(_BACKUP_SUFFIX)])
         if path.exists():
-            shutil.rmtree(before, ignore_errors=True)
+            shutil.rmtree(backup, ignore_errors=True)
         else:
-            before.rename(path)
+            backup.rename(path)
 
 
 def load(path: Path) -> dict[str, Any]:
-    """The tree of a checkpoint; what is spread is `LazyTensor` in it, and is read when it is clear how much is wanted.
+    """Return the tree of a checkpoint, with a `LazyTensor` for each sharded tensor.
 
     Raises:
         CheckpointError: A file is missing or damaged.
@@ -180,25 +180,25 @@ def load(path: Path) -> dict[str, Any]:
     try:
         opened = locations.open(path)
         rest = torch.load(path / UNSHARDED_FILE, map_location="cpu", weights_only=True)
-        return {key: _stored(opened, node) for key, node in opened.tree.items() if key not in rest} | dict(rest)
+        return {key: _make_lazy(opened, node) for key, node in opened.tree.items() if key not in rest} | dict(rest)
     except (ArchiveError, OSError, RuntimeError, pickle.UnpicklingError) as error:
         raise CheckpointError(f"{path}: cannot be loaded ({_reason(error)})") from error
 
 
-def _stored(opened: archive.Archive, node: Any) -> Any:
+def _make_lazy(opened: archive.Archive, node: Any) -> Any:
     if isinstance(node, archive.Tensor):
-        stored = LazyTensor(opened, node)
-        return stored if stored.shape else stored.read()  # a single number is nowhere in parts
+        tensor = LazyTensor(opened, node)
+        return tensor if tensor.shape else tensor.read()  # a single number is never sharded
     if isinstance(node, dict):
-        return {key: _stored(opened, each) for key, each in node.items()}
+        return {key: _make_lazy(opened, child) for key, child in node.items()}
     if isinstance(node, (list, tuple)):
-        return type(node)(_stored(opened, each) for each in node)
+        return type(node)(_make_lazy(opened, child) for child in node)
     if isinstance(node, UnknownObject):
-        raise ArchiveError(f"it holds {node!r}, which would have to be run")
+        raise ArchiveError(f"contains {node!r}, which cannot be loaded without executing code")
     return node
 
 
-def _make(part: Path) -> None:
+def _create_directory(part: Path) -> None:
     part.parent.mkdir(exist_ok=True)
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir()
@@ -212,13 +212,9 @@ def _write_parts(parts: dict[str, Any], part: Path, collectives: Collectives) ->
 
     try:
         save(parts, storage_writer=FileSystemWriter(part), process_group=collectives.group)
-    except CheckpointException as error:  # it is none of python's, and in each process that of all
+    except CheckpointException as error:  # a BaseException; each process gets the failures of all
         if collectives.rank in error.failures:
             raise error.failures[collectives.rank][0] from None
-
-
-def _own_files(part: Path, rank: int) -> list[Path]:
-    return sorted(part.glob(f"__{rank}_*"))
 
 
 def _write_synced(file: Path, content: bytes) -> None:
@@ -229,27 +225,29 @@ def _write_synced(file: Path, content: bytes) -> None:
     fsync_directory(file.parent)
 
 
-def _run_on_all(collectives: Collectives, path: Path, action: Callable[[], T]) -> list[T]:
-    """What an action returns in each process.
+def _gather_results(collectives: Collectives, path: Path, action: Callable[[], T]) -> list[T]:
+    """Run an action in each process, and return the results of all.
+
+    Unlike ``Collectives.run_on_all`` it takes any exception for a failed checkpoint, after which training continues.
 
     Raises:
-        CheckpointError: It failed in one of them.
+        CheckpointError: The action failed in one of the processes.
     """
     result, problem = None, ""
     try:
         result = action()
-    except Exception as error:  # noqa: BLE001 - the others wait for what became of it
+    except Exception as error:  # noqa: BLE001 - the other ranks wait for the outcome
         problem = _reason(error)
-    told = collectives.all_gather_object((problem, result))
-    for rank, (each, _) in enumerate(told):
-        if each:
-            where = f"rank {rank}: " if len(told) > 1 else ""
-            raise CheckpointError(f"{path}: not written ({where}{each}); free some space or mend the disk")
-    return [each for _, each in told]  # type: ignore[misc]  # nobody failed, so all are there
+    outcomes = collectives.all_gather_object((problem, result))
+    for rank, (rank_problem, _) in enumerate(outcomes):
+        if rank_problem:
+            where = f"rank {rank}: " if len(outcomes) > 1 else ""
+            raise CheckpointError(f"{path}: not written ({where}{rank_problem}); check free space and the disk")
+    return [rank_result for _, rank_result in outcomes]  # type: ignore[misc]  # no rank failed, so none is missing
 
 
 def _reason(error: BaseException) -> str:
-    """In a line; of our own errors what the disk said."""
+    """Return an error's first line; for a failed write the disk's own message."""
     if isinstance(error, CheckpointError) and error.__cause__ is not None:
         error = error.__cause__
     if isinstance(error, OSError) and error.strerror:

@@ -1,6 +1,6 @@
-"""A checkpoint's file in memory: state is copied there in the loop, and from there written in the background.
+"""A checkpoint's file in memory: the loop copies state there, and a background thread writes it.
 
-The memory is reused by every save, since touching fresh pages takes ten times as long as the copy.
+Every save uses the same memory again, since touching fresh pages takes ten times as long as the copy.
 """
 
 from __future__ import annotations
@@ -20,56 +20,54 @@ from trackopt.archive.io.zip_writer import (
     plan_entries,
     serialization_id,
 )
-from trackopt.checkpoint.pickler import pickled
+from trackopt.checkpoint.pickler import dump_tree
 from trackopt.errors import CheckpointError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-PAGE = mmap.PAGESIZE
-_HEADROOM = 1 << 20  # bytes that a checkpoint may grow by before new memory is needed
+PAGE_BYTES = mmap.PAGESIZE
+_HEADROOM_BYTES = 1 << 20  # a checkpoint may grow by so much before new memory is needed
 
 
 class Staging:
-    """The memory of one run's saves: one at a time is in it."""
+    """The memory of one run's saves; it holds one checkpoint at a time."""
 
     def __init__(self) -> None:
         self._memory: mmap.mmap | None = None
 
     def prepare(self, size: int) -> None:
-        """Get memory for a checkpoint of about ``size`` bytes, and touch it; other threads can run meanwhile."""
+        """Allocate and touch memory for a checkpoint of about ``size`` bytes; other threads can run meanwhile."""
         memory = self._reserve(size)
-        np.frombuffer(memory, np.uint8)[::PAGE] = 0
+        np.frombuffer(memory, np.uint8)[::PAGE_BYTES] = 0
 
     def stage(self, tree: dict[str, Any]) -> Staged:
-        """Copy a captured tree; when this returns, the live objects may change.
-
-        The copy from a GPU is waited for.
+        """Copy a captured tree, also from GPUs; when this returns, the live objects may change.
 
         Raises:
-            UsageError: Two tensors share their memory and are of different dtypes.
+            UsageError: Two tensors of different dtypes share their memory.
             CheckpointError: There is not enough memory.
         """
-        pickle, storages = pickled(tree)
-        found = plan_entries(len(pickle), [storage.nbytes() for storage in storages])
-        size = found[-1].end + directory_size(found)
+        pickle, storages = dump_tree(tree)
+        entries = plan_entries(len(pickle), [storage.nbytes() for storage in storages])
+        size = entries[-1].end + directory_size(entries)
         memory = self._reserve(size)
-        for place in found:
-            memory[place.header : place.data] = place.local_header()
-        small = [*found[:4], found[-2]]
-        for place, content in zip(small, (pickle, *constant_records()), strict=True):
-            memory[place.data : place.stop] = content
-        for place, storage in zip(found[4:-2], storages, strict=True):
-            _copy(storage, memory, place)
-        return Staged(memory, found, size)
+        for entry in entries:
+            memory[entry.header : entry.data] = entry.local_header()
+        small = [*entries[:4], entries[-2]]
+        for entry, content in zip(small, (pickle, *constant_records()), strict=True):
+            memory[entry.data : entry.stop] = content
+        for entry, storage in zip(entries[4:-2], storages, strict=True):
+            _copy(storage, memory, entry)
+        return Staged(memory, entries, size)
 
     def release(self) -> None:
-        """Let go of the memory."""
+        """Release the memory."""
         self._memory = None
 
     def _reserve(self, size: int) -> mmap.mmap:
         if self._memory is None or len(self._memory) < _round_to_page(size):
-            length, self._memory = _round_to_page(size + size // 16 + _HEADROOM), None
+            length, self._memory = _round_to_page(size + size // 16 + _HEADROOM_BYTES), None
             try:
                 self._memory = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             except OSError as error:
@@ -87,35 +85,35 @@ class Staged:
 
     Attributes:
         size: Bytes of the file.
-        memory: They begin here; what follows up to the next page may be written with them.
+        memory: The file, and the rest of its last page, which may be written with it.
     """
 
-    def __init__(self, memory: mmap.mmap, found: list[ZipEntry], size: int) -> None:
+    def __init__(self, memory: mmap.mmap, entries: list[ZipEntry], size: int) -> None:
         self.size = size
         self.memory = memoryview(memory)[: _round_to_page(size)]
-        self._places = found
+        self._entries = entries
 
     def finalize_checksums(self) -> Iterator[int]:
-        """Write the checksums, record by record; after each, up to where the file can be written."""
+        """Compute the checksums record by record; yield after each how many bytes of the file are final."""
         crcs: list[int] = []
-        for place in self._places[:-1]:
-            crcs.append(crc32(self.memory[place.data : place.stop]))
-            self.memory[place.stop : place.end] = place.data_descriptor(crcs[-1])
-            yield place.end
-        last = self._places[-1]
-        identity = serialization_id(self._places, crcs)
+        for entry in self._entries[:-1]:
+            crcs.append(crc32(self.memory[entry.data : entry.stop]))
+            self.memory[entry.stop : entry.end] = entry.data_descriptor(crcs[-1])
+            yield entry.end
+        last = self._entries[-1]
+        identity = serialization_id(self._entries, crcs)
         self.memory[last.data : last.stop] = identity
         crcs.append(crc32(identity))
         self.memory[last.stop : last.end] = last.data_descriptor(crcs[-1])
-        self.memory[last.end : self.size] = central_directory(self._places, crcs)
+        self.memory[last.end : self.size] = central_directory(self._entries, crcs)
         yield self.size
 
 
-def _copy(storage: torch.UntypedStorage, memory: mmap.mmap, place: ZipEntry) -> None:
-    if place.size:
+def _copy(storage: torch.UntypedStorage, memory: mmap.mmap, entry: ZipEntry) -> None:
+    if entry.size:
         source = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
-        torch.frombuffer(memory, dtype=torch.uint8, count=place.size, offset=place.data).copy_(source)
+        torch.frombuffer(memory, dtype=torch.uint8, count=entry.size, offset=entry.data).copy_(source)
 
 
 def _round_to_page(size: int) -> int:
-    return size + -size % PAGE
+    return size + -size % PAGE_BYTES

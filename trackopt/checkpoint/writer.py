@@ -1,4 +1,4 @@
-"""A staged checkpoint becomes a file: complete under its name, or not there at all."""
+"""Write a staged checkpoint to a file that is complete under its name, or does not exist."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import fcntl
 import os
 from typing import TYPE_CHECKING
 
-from trackopt.checkpoint.staging import PAGE
+from trackopt.checkpoint.staging import PAGE_BYTES
 from trackopt.errors import CheckpointError
 from trackopt.utils.files import fsync_directory
 
@@ -19,23 +19,23 @@ if TYPE_CHECKING:
     from trackopt.checkpoint.staging import Staged
 
 PARTIAL_SUFFIX = ".part"
-_CHUNK = 16 << 20  # bytes a write: large enough for the disk's full speed
+_WRITE_BYTES = 16 << 20  # large enough for the disk's full speed
 _DIRECT = getattr(os, "O_DIRECT", 0)  # not on macOS
 
 
 def write(staged: Staged, path: Path, *, before_commit: Callable[[], None]) -> None:
     """Write a staged checkpoint and commit it: fsync, rename, fsync of the directory.
 
-    The bytes go around the page cache where the file system allows it, so that next to no CPU is taken from the
-    training. An fsync that failed is not tried again: the kernel may have dropped what it could not write.
+    The bytes bypass the page cache if the file system allows it, so that the write takes almost no CPU from training.
+    An fsync that failed is not repeated: the kernel may have dropped the pages that it could not write.
 
     Args:
-        staged: What ``Staging.stage`` returned.
+        staged: The result of ``Staging.stage``.
         path: The file's final name; it appears when everything is on the disk.
-        before_commit: Called between the fsync and the rename: what must be durable before the checkpoint is.
+        before_commit: Called between the fsync and the rename, to make durable what the checkpoint refers to.
 
     Raises:
-        CheckpointError: The disk is full or fails; the name and all earlier files are as they were.
+        CheckpointError: The disk is full or fails; the name and all earlier files are unchanged.
     """
     part = path.with_name(f".{path.name}{PARTIAL_SUFFIX}")
     try:
@@ -56,7 +56,7 @@ def write(staged: Staged, path: Path, *, before_commit: Callable[[], None]) -> N
         with contextlib.suppress(OSError):  # the next start removes it
             part.unlink(missing_ok=True)
         raise CheckpointError(
-            f"{path}: not written ({error.strerror or error}); free some space or mend the disk"
+            f"{path}: not written ({error.strerror or error}); check free space and the disk"
         ) from error
 
 
@@ -67,10 +67,10 @@ def _make_folder(folder: Path) -> None:
 
 
 def _check_free_space(folder: Path, size: int) -> None:
-    """A disk that is filled to the brim would stop others, too."""
-    there = os.statvfs(folder)
-    free = there.f_bavail * there.f_frsize
-    if there.f_blocks and free < size:
+    """Refuse to fill the disk to its last byte, which would stop other programs as well."""
+    stats = os.statvfs(folder)
+    free = stats.f_bavail * stats.f_frsize
+    if stats.f_blocks and free < size:
         raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {size:,} bytes are needed, {free:,} are free")
 
 
@@ -95,25 +95,25 @@ def _reserve(file: int, size: int) -> None:
 
 
 def _transfer(staged: Staged, file: int) -> None:
-    """Write whatever is ready in large pieces; at the end the rest, up to the end of its page."""
+    """Write large pieces as soon as they are final, then the rest up to the end of its page."""
     position = 0
-    for ready in staged.finalize_checksums():
-        end = staged.memory.nbytes if ready == staged.size else ready // PAGE * PAGE
-        if ready == staged.size or end - position >= _CHUNK:
+    for final in staged.finalize_checksums():
+        end = staged.memory.nbytes if final == staged.size else final // PAGE_BYTES * PAGE_BYTES
+        if final == staged.size or end - position >= _WRITE_BYTES:
             _write(file, staged.memory, position, end)
             position = end
 
 
 def _write(file: int, memory: memoryview, position: int, end: int) -> None:
     while position < end:
-        piece = memory[position : min(position + _CHUNK, end)]
+        piece = memory[position : min(position + _WRITE_BYTES, end)]
         try:
             position += os.pwrite(file, piece, position)
         except OSError as error:
             if error.errno != errno.EINVAL or not _is_direct(file):
                 raise
             _disable_direct_io(file)
-        if position % PAGE:  # a short write: what follows is not aligned any more
+        if position % PAGE_BYTES:  # a short write: the rest is no longer aligned
             _disable_direct_io(file)
 
 

@@ -1,7 +1,7 @@
 """The ``trackopt`` command: parse, call, render, exit code. A new command is one more line in ``_COMMANDS``.
 
-Each command is a module of this package with a click command named ``command``; it is imported when it is
-used, so that no command pays for another one's imports.
+Each command is a module of this package with a click command named ``command``. It is imported on use, so that no
+command pays for the imports of another.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ from trackopt.errors import TrackoptError
 
 #: The commands in the order of the help, each with its one-line help.
 _COMMANDS = {
-    "inspect": "What a checkpoint holds, and whether training can go on from it.",
-    "diff": "What changed between two checkpoints.",
-    "verify": "Whether files are what was written; what a damaged one still holds.",
-    "salvage": "The intact part of a damaged checkpoint, as a new one.",
-    "ls": "The runs in a directory, or the checkpoints of a run.",
-    "schedule": "The learning rate of a schedule over steps, without training.",
-    "plot": "Loss, learning rate and buffers of runs, as curves.",
-    "compare": "Runs side by side: a table and their curves.",
-    "rehearse": "Prove that a training command resumes exactly.",
-    "sync": "Deliver a journal that was left behind to TensorBoard and MLflow.",
-    "ui": "TensorBoard and the MLflow UI for the runs in a directory.",
+    "inspect": "Show what a checkpoint contains and whether training can resume.",
+    "diff": "Show what changed between two checkpoints.",
+    "verify": "Verify checksums and structure of checkpoints.",
+    "salvage": "Recover the intact tensors of a damaged checkpoint.",
+    "ls": "List the runs in a directory, or the checkpoints of a run.",
+    "schedule": "Show the learning rate of a schedule over steps, without training.",
+    "plot": "Plot loss, learning rate and buffers of runs.",
+    "compare": "Compare runs in a table and by their curves.",
+    "rehearse": "Prove that a training command can be killed and resume exactly.",
+    "sync": "Deliver a run's undelivered records to TensorBoard and MLflow.",
+    "ui": "Start TensorBoard and the MLflow UI for the runs in a directory.",
 }
-_LONGEST = 2000  # characters of a message: behind a long path it still says what is wrong
-_BROKEN_PIPE = 141  # what a shell reports for a program that SIGPIPE ended
+_MAX_MESSAGE_LENGTH = 2000  # leaves room for the reason after a long path
+_BROKEN_PIPE_EXIT_CODE = 141  # 128 + SIGPIPE, as a shell reports it
 
 
 class _Commands(click.Group):
-    """A group that imports a command when it is called."""
+    """A group that imports a command on use."""
 
     def list_commands(self, _: click.Context) -> list[str]:
         return list(_COMMANDS)
@@ -44,7 +44,7 @@ class _Commands(click.Group):
         if name not in _COMMANDS:
             from trackopt.utils.suggest import suggest
 
-            raise click.UsageError(f"there is no command {name}; {suggest(name, _COMMANDS)}", context)
+            raise click.UsageError(f"unknown command {name}; {suggest(name, _COMMANDS)}", context)
         command: click.Command = import_module(f"trackopt.cli.{name}").command
         return _with_verbatim_examples(command)
 
@@ -63,7 +63,7 @@ def _with_verbatim_examples(command: click.Command) -> click.Command:
 @click.version_option(__version__, prog_name="trackopt", message="%(prog)s %(version)s")
 @click.pass_context
 def group(context: click.Context) -> None:
-    r"""See what an optimizer does, stop and resume training bit for bit, look inside any checkpoint.
+    r"""Show what an optimizer does, stop and resume training bit for bit, look inside any checkpoint.
 
     \b
     Example:
@@ -81,11 +81,11 @@ _with_verbatim_examples(group)
 def main() -> None:
     """Run the command line and exit: 0 done, 1 a negative finding, 2 trouble.
 
-    Whatever trackopt raises on purpose becomes one line on stderr, and so does what the system refuses.
+    Errors of trackopt and of the operating system become one line on stderr.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal that knows ASCII only gets question marks
+            stream.reconfigure(errors="replace")  # an ASCII terminal shows question marks
     try:
         code = group.main(prog_name="trackopt", standalone_mode=False)
         sys.stdout.flush()
@@ -98,24 +98,24 @@ def main() -> None:
         code = 130
     except TrackoptError as error:
         code = _report(str(error))
-    except (BrokenPipeError, SystemExit):  # click makes of the one the other, with a code that means something else
-        _forget_stdout()
-        code = _BROKEN_PIPE
-    except OSError as error:  # a full disk, a name that is too long, a place that is not ours
-        _forget_stdout()
+    except (BrokenPipeError, SystemExit):  # click turns the first into the second, with another code
+        _discard_stdout()
+        code = _BROKEN_PIPE_EXIT_CODE
+    except OSError as error:  # a full disk, a name that is too long, missing permissions
+        _discard_stdout()
         code = _report(
             f"{error.filename or 'output'}: {error.strerror or error}; check the path, its disk and permissions"
         )
     sys.exit(code)
 
 
-def _forget_stdout() -> None:
-    """Or the interpreter's last flush fails again, with a message."""
+def _discard_stdout() -> None:
+    """Send stdout to /dev/null, or the interpreter's last flush fails again, with a message."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _report(message: str) -> int:
     from trackopt.cli.console import sanitize
 
-    click.echo(f"trackopt: {sanitize(message, _LONGEST)}", err=True)
+    click.echo(f"trackopt: {sanitize(message, _MAX_MESSAGE_LENGTH)}", err=True)
     return 2

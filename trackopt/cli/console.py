@@ -1,7 +1,7 @@
-"""How facts look on a terminal: cleaned text, numbers with units, lines that fit, JSON.
+"""Format values and text for a terminal: sanitized text, numbers with units, wrapped lines, tables, JSON.
 
-Whatever comes from a file passes through `sanitize` before it is shown: a name in a checkpoint must not be
-able to move the cursor, set a colour or write a link.
+`format_*` returns text, `render_*` returns what `show` prints. Everything that comes from a file passes through
+`sanitize`: a name in a checkpoint must not be able to move the cursor, set a colour or write a link.
 """
 
 from __future__ import annotations
@@ -26,36 +26,36 @@ if TYPE_CHECKING:
 
 #: The sign and the colour of each level of finding.
 LEVELS = {"info": ("·", "dim"), "ok": ("●", "green"), "warning": ("▲", "yellow"), "error": ("✗", "red")}
-LABEL = 12  # columns in which "optimizer" and its like stand
-_LONGEST = 200
-_LONGEST_FINDING = 2000
+LABEL_WIDTH = 12  # columns of a row's label, such as "optimizer"
+_MAX_LENGTH = 200
+_MAX_FINDING_LENGTH = 2000
 _MIN_WIDTH = 40
-_UNLIMITED = 1_000_000
-_GAPS = 3, 2, 1  # blanks between the columns of a table; fewer where it is wider than the screen
-_MIN_COLUMN = 8  # columns that a folding column of a table keeps
+_UNLIMITED_WIDTH = 1_000_000
+_COLUMN_GAPS = 3, 2, 1  # blanks between columns; fewer if the table is wider than the screen
+_MIN_COLUMN = 8  # least width of a folded column
 
 
-def sanitize(text: object, longest: int = _LONGEST) -> str:
-    r"""A text without anything that a terminal would act on or show in another order than it is stored.
+def sanitize(text: object, max_length: int = _MAX_LENGTH) -> str:
+    r"""Escape everything in a text that a terminal would act on or display in another order, and cut it.
 
     Example:
         >>> print(sanitize("a\x1b[31mb"))
         a\x1b[31mb
     """
     string = str(text)
-    if len(string) > longest:
-        string = f"{string[: longest - 1]}…"
+    if len(string) > max_length:
+        string = f"{string[: max_length - 1]}…"
     if string.isprintable():
         return string
-    return "".join(char if char.isprintable() else _escaped(char) for char in string)
+    return "".join(char if char.isprintable() else _escape(char) for char in string)
 
 
-def _escaped(char: str) -> str:
+def _escape(char: str) -> str:
     return char.encode("unicode_escape", "surrogatepass").decode("ascii")
 
 
-def size(count: float) -> str:
-    """Bytes with a unit, as ``1.6 MiB``."""
+def format_size(count: float) -> str:
+    """Format a number of bytes, as ``1.6 MiB``."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if count < 1024:
             return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"
@@ -63,8 +63,11 @@ def size(count: float) -> str:
     return f"{count:.1f} TiB"
 
 
-def age(seconds: float) -> str:
-    """How long ago, as ``2 min ago``."""
+def format_age(moment: Any) -> str:
+    """Format the age of a Unix time, as ``2 min ago``; empty for anything but a number."""
+    if not isinstance(moment, int | float) or not math.isfinite(moment):
+        return ""
+    seconds = time.time() - moment
     if seconds < 0:
         return "in the future"
     for limit, length, unit in ((60, 1, "s"), (3600, 60, "min"), (48 * 3600, 3600, "h")):
@@ -73,15 +76,8 @@ def age(seconds: float) -> str:
     return f"{seconds // 86400:,.0f} days ago"
 
 
-def format_age(moment: Any) -> str:
-    """How long ago a Unix time was; nothing for what is none."""
-    if isinstance(moment, int | float) and math.isfinite(moment):
-        return age(time.time() - moment)
-    return ""
-
-
-def number(value: Any) -> str:
-    """A hyperparameter or a metric, short."""
+def format_number(value: Any) -> str:
+    """Format a hyperparameter or a metric."""
     if isinstance(value, bool) or value is None:
         return str(value)
     if isinstance(value, int):
@@ -89,12 +85,12 @@ def number(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
     if isinstance(value, list | tuple) and value and all(isinstance(item, int | float) for item in value):
-        return ", ".join(map(number, value[:4])) + (f", … {len(value)}" if len(value) > 4 else "")
+        return ", ".join(map(format_number, value[:4])) + (f", … {len(value)}" if len(value) > 4 else "")
     return sanitize(describe(value), 60)
 
 
 def format_percent(part: float) -> str:
-    """A share in percent, which is only 0 % or 100 % if it is exactly that."""
+    """Format a fraction in percent; 0 % and 100 % appear only for exactly 0 and 1."""
     percent = 100 * part
     if 0 < percent < 0.01:
         return "< 0.01 %"
@@ -104,113 +100,124 @@ def format_percent(part: float) -> str:
 
 
 def width() -> int:
-    """Return the columns to draw for: the terminal's, ``COLUMNS`` where it is set, else 80."""
+    """Return the columns to draw for: ``COLUMNS`` if it is set, else the terminal's, else 80."""
     return max(_MIN_WIDTH, shutil.get_terminal_size((80, 24)).columns)
 
 
 def text_width() -> int:
-    """Return the columns to wrap text at; without limit in a pipe or file, where a reader searches for whole lines."""
-    return width() if sys.stdout.isatty() or "COLUMNS" in os.environ else _UNLIMITED
+    """Return the columns to wrap text at; unlimited in a pipe or file, so that whole lines can be searched."""
+    return width() if sys.stdout.isatty() or "COLUMNS" in os.environ else _UNLIMITED_WIDTH
 
 
 def show(parts: Iterable[RenderableType]) -> None:
-    """Write lines and tables to stdout, in one go; a pipe gets no escapes."""
-    sys.stdout.write(lines(parts))
+    """Write lines and tables to stdout at once; a pipe gets no escapes."""
+    sys.stdout.write(render_lines(parts))
     sys.stdout.flush()
 
 
-def lines(parts: Iterable[RenderableType]) -> str:
-    """Lines and tables as they are shown on stdout."""
+def render_lines(parts: Iterable[RenderableType]) -> str:
+    """Render lines and tables as text for stdout."""
+    from rich.cells import cell_len
     from rich.console import Console
 
     screen = Console(highlight=False, markup=False, emoji=False, width=text_width())
-    with screen.capture() as captured:
-        for part in parts:
-            screen.print(part, overflow="fold")
-    return "\n".join(line.rstrip() for line in captured.get().split("\n"))
+    blocks = []
+    for part in parts:
+        # rich takes 50 s for 100,000 lines: it copies the rest of the text at each line break.
+        if isinstance(part, str) and max(map(cell_len, part.split("\n"))) <= screen.width:
+            blocks.append(f"{part}\n")
+        else:
+            with screen.capture() as captured:
+                screen.print(part, overflow="fold")
+            blocks.append(captured.get())
+    return "\n".join(line.rstrip() for line in "".join(blocks).split("\n"))
 
 
-def row(label: str, facts: Iterable[str], *, style: str = "bold") -> Text:
-    """A labelled line of facts, broken between facts where it can be, and indented where it goes on.
+def render_row(label: str, facts: Iterable[str], *, style: str = "bold") -> Text:
+    """Render a label and its facts on one line, wrapped between facts and indented under the first.
 
     Args:
-        label: What stands in front.
-        facts: The parts; empty ones are left out.
-        style: Of the label.
+        label: The label.
+        facts: The facts; empty ones are skipped.
+        style: The style of the label.
     """
     from rich.text import Text
 
-    name = sanitize(label, LABEL - 2).ljust(LABEL)
-    return Text("  ").append(name, style=style).append(wrap_fields(facts, indent=2 + LABEL))
+    name = sanitize(label, LABEL_WIDTH - 2).ljust(LABEL_WIDTH)
+    return Text("  ").append(name, style=style).append(wrap_fields(facts, indent=2 + LABEL_WIDTH))
 
 
-def wrap_fields(facts: Iterable[str], *, indent: int, first: int | None = None, gap: str = "   ") -> str:
-    """Facts side by side, on as many lines as it takes.
+def wrap_fields(fields: Iterable[str], *, indent: int, first: int | None = None, gap: str = "   ") -> str:
+    """Join fields and wrap them between fields.
 
     Args:
-        facts: The parts; empty ones are left out.
-        indent: Blanks in front of every line but the first.
-        first: Columns of the first line that are taken already; as many as ``indent`` by default.
-        gap: What stands between two of them.
+        fields: The fields; empty ones are skipped.
+        indent: Blanks before every line but the first.
+        first: Columns of the first line that are in use already. Default: ``indent``.
+        gap: The separator of two fields.
     """
     from rich.cells import cell_len
 
     mark = gap.rstrip()
-    rooms = [text_width() - len(mark) - (indent if first is None else first), text_width() - len(mark) - indent]
+    widths = [text_width() - len(mark) - (indent if first is None else first), text_width() - len(mark) - indent]
     lines: list[str] = []
-    for fact in filter(None, map(sanitize, facts)):
-        if lines and cell_len(lines[-1]) + len(gap) + cell_len(fact) <= rooms[len(lines) > 1]:
+    for fact in filter(None, map(sanitize, fields)):
+        if lines and cell_len(lines[-1]) + len(gap) + cell_len(fact) <= widths[len(lines) > 1]:
             lines[-1] += gap + fact
         else:
             if lines:
                 lines[-1] += mark
-            lines += _fold(fact, rooms[bool(lines)])
+            lines += _fold(fact, widths[bool(lines)])
     return ("\n" + " " * indent).join(lines)
 
 
-def finding(level: str, text: str) -> Text:
-    """A finding with its sign, wrapped under itself."""
+def render_finding(level: str, text: str) -> Text:
+    """Render a finding with its sign, wrapped under its text."""
     from rich.text import Text
 
     sign, style = LEVELS[level]
-    lines = _fold(sanitize(text, _LONGEST_FINDING), text_width() - 4)
+    lines = _fold(sanitize(text, _MAX_FINDING_LENGTH), text_width() - 4)
     return Text("  ").append(sign, style=style).append(" " + "\n    ".join(lines))
 
 
-def indented(text: str) -> Text:
-    """A line below a finding, wrapped under itself."""
+def render_indented(text: str) -> Text:
+    """Render a line below a finding, wrapped under its text."""
     from rich.text import Text
 
-    lines = _fold(sanitize(text, _LONGEST_FINDING), text_width() - 6)
+    lines = _fold(sanitize(text, _MAX_FINDING_LENGTH), text_width() - 6)
     return Text("    " + "\n      ".join(lines))
 
 
-def table(heads: Iterable[str], rows: Iterable[Iterable[str]], *, indent: int = 2, left: int = 1) -> Text:
-    """A table without lines; rich's own takes 0.7 ms for a row, and a checkpoint may have 100,000 tensors.
+def render_table(
+    heads: Iterable[str], rows: Iterable[Iterable[str]], *, indent: int = 2, left: int = 1
+) -> Iterator[RenderableType]:
+    """Render a table without lines: its head, then its rows.
+
+    rich's own table takes 0.7 ms a row, and a checkpoint may have 100,000 tensors; at 40 columns it cuts numbers off.
 
     Args:
         heads: Column heads.
-        rows: Cells; they are cleaned here.
-        indent: Blanks in front.
-        left: How many columns are flush left, and fold where they are long; the others are flush right.
+        rows: Cells, which are sanitized here.
+        indent: Blanks before each line.
+        left: Number of left-aligned columns, which fold if they are long; the others are right-aligned.
     """
     from rich.cells import cell_len
     from rich.text import Text
 
     cells = [[sanitize(cell) for cell in row] for row in (heads, *rows)]
     widths = [max(map(cell_len, column)) for column in zip(*cells, strict=True)]
-    least = indent + sum(min(each, _MIN_COLUMN) for each in widths[:left]) + sum(widths[left:])
-    gap = next((gap for gap in _GAPS if least + gap * (len(widths) - 1) <= text_width()), _GAPS[-1])
+    least = indent + sum(min(width, _MIN_COLUMN) for width in widths[:left]) + sum(widths[left:])
+    gap = next((gap for gap in _COLUMN_GAPS if least + gap * (len(widths) - 1) <= text_width()), _COLUMN_GAPS[-1])
     room = text_width() - indent - sum(widths[left:]) - gap * (len(widths) - 1)
     for wider, index in enumerate(sorted(range(left), key=widths.__getitem__)):
         widths[index] = min(widths[index], max(_MIN_COLUMN, room // (left - wider)))
         room -= widths[index]
-    text = Text()
-    for index, row in enumerate(cells):
-        for line in _table_lines(row, widths, left, " " * gap):
-            text.append(f"{' ' * indent}{line}\n", style="" if index else "dim")
-    text.right_crop(1)
-    return text
+    head, *lines = [
+        "\n".join(" " * indent + line for line in _table_lines(row, widths, left, " " * gap)) for row in cells
+    ]
+    yield Text(head, style="dim")
+    if lines:
+        yield "\n".join(lines)
 
 
 def _table_lines(row: list[str], widths: list[int], left: int, gap: str) -> Iterator[str]:
@@ -225,7 +232,7 @@ def _table_lines(row: list[str], widths: list[int], left: int, gap: str) -> Iter
 
 
 def _fold(cell: str, room: int) -> list[str]:
-    """Between words where it can be; what is wide, as Chinese is, takes two columns a character."""
+    """Fold a text between words if possible; wide characters, such as Chinese, take two columns."""
     from rich.cells import chop_cells
 
     lines = textwrap.wrap(cell, room, break_on_hyphens=False)
@@ -233,8 +240,8 @@ def _fold(cell: str, room: int) -> list[str]:
 
 
 @contextmanager
-def progress(what: str, *, shown: bool) -> Iterator[Callable[[int, int], None] | None]:
-    """A bar on stderr, if that is a terminal: what it gives is told how much is done, and of how much."""
+def progress_bar(description: str, *, shown: bool) -> Iterator[Callable[[int, int], None] | None]:
+    """Show a progress bar if stderr is a terminal; yield a function of the bytes done and the total."""
     if not (shown and sys.stderr.isatty()):
         yield None
         return
@@ -243,24 +250,24 @@ def progress(what: str, *, shown: bool) -> Iterator[Callable[[int, int], None] |
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(what, total=None)
+        task = bar.add_task(description, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def write_json(value: Any) -> None:
-    """Write data to stdout as JSON; what JSON has no number for is the string ``"NaN"`` or ``"Infinity"``."""
-    sys.stdout.write(json.dumps(plain(value), indent=2) + "\n")
+    """Write data to stdout as JSON; NaN and infinite numbers become strings, such as ``"NaN"``."""
+    sys.stdout.write(json.dumps(to_plain(value), indent=2) + "\n")
     sys.stdout.flush()
 
 
-def plain(value: Any) -> Any:
-    """A value as JSON knows it; nodes of a checkpoint's tree in words."""
+def to_plain(value: Any) -> Any:
+    """Convert a value to JSON types; nodes of a checkpoint's tree become descriptions."""
     if isinstance(value, float):
         return value if math.isfinite(value) else {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}[str(value)]
     if value is None or isinstance(value, str | int):
         return value
     if isinstance(value, dict):
-        return {str(key): plain(part) for key, part in value.items()}
+        return {str(key): to_plain(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(part) for part in value]
+        return [to_plain(part) for part in value]
     return describe(value)

@@ -1,4 +1,4 @@
-"""``trackopt diff``: what changed between two checkpoints, as a story first."""
+"""``trackopt diff``: show what changed between two checkpoints."""
 
 from __future__ import annotations
 
@@ -17,47 +17,60 @@ if TYPE_CHECKING:
 
     from trackopt.analysis.diff import Difference
 
-_TOP = 10
-_LONG = 256 << 20  # bytes from which a bar is shown
-_DIFFER = 1
+_DEFAULT_TOP = 10
+_PROGRESS_BAR_MIN_BYTES = 256 << 20
+_EXIT_DIFFERENT = 1
 
 
-def _renames(_: click.Context, __: click.Parameter, given: tuple[str, ...]) -> dict[str, str]:
+def _parse_renames(_: click.Context, __: click.Parameter, given: tuple[str, ...]) -> dict[str, str]:
     pairs = [(old, new) for old, sign, new in (text.partition("=") for text in given) if sign and old]
     if len(pairs) < len(given):
-        raise click.BadParameter("it is OLD=NEW, as in --map encoder=backbone")
+        raise click.BadParameter("expected OLD=NEW, such as encoder=backbone")
     return dict(pairs)
 
 
 @click.command()
 @click.argument("a")
 @click.argument("b")
-@click.option("--resume", is_flag=True, help="Say whether B, loaded into A's training, continues the same run.")
-@click.option("--stat", is_flag=True, help="One line for each module and each kind of buffer.")
-@click.option("--tensors", is_flag=True, help="List every change, not just the largest.")
-@click.option("--top", default=_TOP, metavar="N", show_default=True, type=click.IntRange(0), help="Rows of each list.")
-@click.option("--only", multiple=True, metavar="GLOB", help="Compare these paths or parameters alone, as 'head.*'.")
-@click.option("--ignore", multiple=True, metavar="GLOB", help="Leave these out.")
+@click.option("--resume", is_flag=True, help="Check whether B, loaded into A's training, continues the same run.")
+@click.option("--stat", is_flag=True, help="Print one line for each module and each kind of buffer.")
+@click.option("--tensors", is_flag=True, help="List every change, not only the largest.")
+@click.option(
+    "--top",
+    default=_DEFAULT_TOP,
+    metavar="N",
+    show_default=True,
+    type=click.IntRange(0),
+    help="Limit the rows of each list.",
+)
+@click.option("--only", multiple=True, metavar="GLOB", help="Compare only these paths or parameters, as 'head.*'.")
+@click.option("--ignore", multiple=True, metavar="GLOB", help="Skip these paths or parameters.")
 @click.option(
     "--map",
     "renamed",
     multiple=True,
     metavar="OLD=NEW",
-    callback=_renames,
-    help="Parameters of A, or the beginnings of their names, that B calls otherwise.",
+    callback=_parse_renames,
+    help="Match names of A that start with OLD with names of B that start with NEW.",
 )
-@click.option("--atol", default=0.0, metavar="X", type=click.FloatRange(0), help="Call |a - b| up to this equal …")
+@click.option("--atol", default=0.0, metavar="X", type=click.FloatRange(0), help="Treat |a - b| up to this as equal.")
 @click.option(
-    "--rtol", default=0.0, metavar="X", type=click.FloatRange(0), help="… plus this times the larger of |a|, |b|."
+    "--rtol",
+    default=0.0,
+    metavar="X",
+    type=click.FloatRange(0),
+    help="Add this times the larger of |a|, |b| to --atol.",
 )
-@click.option("--fast", is_flag=True, help="Take records with the same size and CRC-32 as equal, unread.")
+@click.option(
+    "--fast", is_flag=True, help="Treat records with the same size and CRC-32 as equal, without reading them."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the same facts as JSON.")
-def command(a: str, b: str, resume: bool, stat: bool, tensors: bool, top: int, as_json: bool, **terms: Any) -> int:
-    r"""What changed between two checkpoints.
+def command(a: str, b: str, resume: bool, stat: bool, tensors: bool, top: int, as_json: bool, **options: Any) -> int:
+    r"""Show what changed between two checkpoints.
 
-    A and B are files, runs' directories (their newest checkpoints) or DIRECTORY@STEP, of any formats. Every
-    value is compared, bit for bit: parameters by name, whatever wrappers put in front, optimizer state by its
-    parameter. What only says which run wrote a file, and when, is no difference.
+    A and B are files, runs' directories (their newest checkpoints) or DIRECTORY@STEP, of any format. Every value
+    is compared, bit for bit: parameters by name, without the prefixes of wrappers; optimizer state by parameter.
+    Values that only identify the run and the time of writing do not count.
 
     \b
     Example:
@@ -65,85 +78,89 @@ def command(a: str, b: str, resume: bool, stat: bool, tensors: bool, top: int, a
       trackopt diff runs/digits@450 elsewhere.pt --resume
       trackopt diff before.pt after.safetensors --only 'head.*' --tensors
 
-    Exit codes: 0 nothing differs, 1 something does, 2 trouble; with --resume: 0 the same run, 1 not, 2 trouble.
+    Exit codes: 0 no difference, 1 a difference, 2 trouble; with --resume: 0 the same run, 1 another run, 2 trouble.
     """
     if resume + stat + tensors > 1:
-        raise click.UsageError("--resume, --stat and --tensors are three screens: choose one")
-    if resume and (terms["only"] or terms["ignore"]):
-        raise click.UsageError("--resume looks at the whole checkpoints: leave out --only and --ignore")
+        raise click.UsageError("--resume, --stat and --tensors exclude each other; choose one")
+    if resume and (options["only"] or options["ignore"]):
+        raise click.UsageError("--resume compares whole checkpoints; omit --only and --ignore")
     with (
-        locations.open(a) as one,
-        locations.open(b) as other,
-        console.progress("comparing", shown=one.bytes + other.bytes > _LONG) as progress,
+        locations.open(a) as before,
+        locations.open(b) as after,
+        console.progress_bar("comparing", shown=before.bytes + after.bytes > _PROGRESS_BAR_MIN_BYTES) as progress,
     ):
-        found = diff.diff(one, other, progress=progress, **terms)
+        difference = diff.diff(before, after, progress=progress, **options)
     if as_json:
-        console.write_json(found.as_dict())
+        console.write_json(difference.as_dict())
     else:
-        chosen = (_stat if stat else _resumed if resume else _everything if tensors else _screen)(found, top)
-        console.show(_framed(found, chosen))
-    if resume and found.resume is not None:
-        return 0 if found.resume.continues else _DIFFER
-    return 0 if found.equal else _DIFFER
+        render = (
+            _render_modules if stat else _render_resume if resume else _render_everything if tensors else _render_top
+        )
+        console.show(_render_framed(difference, render(difference, top)))
+    if resume and difference.resume is not None:
+        return 0 if difference.resume.continues else _EXIT_DIFFERENT
+    return 0 if difference.equal else _EXIT_DIFFERENT
 
 
-def _framed(found: Difference, inside: Iterator[RenderableType]) -> Iterator[RenderableType]:
+def _render_framed(difference: Difference, body: Iterator[RenderableType]) -> Iterator[RenderableType]:
     from rich.text import Text
 
-    yield Text(diff_summary.headline(found), style="bold")
+    yield Text(diff_summary.format_headline(difference), style="bold")
     yield ""
-    yield from inside
-    yield from diff_summary.notes(found)
-    if found.ignored:
-        names = ", ".join(path.removeprefix("trackopt.") for path in found.ignored)
-        told = f"not counted, since it only says who wrote the file: {names}"
-        yield Text("  " + console.wrap_fields([told], indent=4, first=2), style="dim")
+    yield from body
+    yield from diff_summary.render_notes(difference)
+    if difference.ignored:
+        names = ", ".join(path.removeprefix("trackopt.") for path in difference.ignored)
+        note = f"not counted, since it only identifies the run: {names}"
+        yield Text("  " + console.wrap_fields([note], indent=4, first=2), style="dim")
 
 
-def _screen(found: Difference, top: int, *, everything: bool = False) -> Iterator[RenderableType]:
-    if found.equal:
-        yield _equal(found)
+def _render_top(difference: Difference, top: int) -> Iterator[RenderableType]:
+    if difference.equal:
+        yield _render_equal(difference)
         return
-    told = list(diff_summary.lines(found))
-    yield from told
-    if told:
-        yield ""
-    if everything:
-        yield from diff_table.every(found)
-        yield diff_table.count(found)
-    else:
-        yield from diff_table.largest(found, top)
-        yield diff_table.count(found, diff_table.consequences(found), hint="--tensors shows all")
+    yield from _render_training(difference)
+    yield from diff_table.render_largest(difference, top)
+    yield diff_table.render_count(difference, diff_table.find_step_changes(difference), hint="--tensors shows all")
 
 
-def _everything(found: Difference, top: int) -> Iterator[RenderableType]:
-    return _screen(found, top, everything=True)
-
-
-def _resumed(found: Difference, _: int) -> Iterator[RenderableType]:
-    told = list(diff_summary.lines(found))
-    yield from told
-    if told:
-        yield ""
-    if found.resume is not None:
-        yield from diff_summary.verdict(found.resume)
-
-
-def _stat(found: Difference, _: int) -> Iterator[RenderableType]:
-    if found.equal:
-        yield _equal(found)
+def _render_everything(difference: Difference, _: int) -> Iterator[RenderableType]:
+    if difference.equal:
+        yield _render_equal(difference)
         return
-    yield from diff_table.modules(found)
-    yield diff_table.count(found)
+    yield from _render_training(difference)
+    yield from diff_table.render_all(difference)
+    yield diff_table.render_count(difference)
 
 
-def _equal(found: Difference) -> RenderableType:
-    tally = found.tally
+def _render_training(difference: Difference) -> Iterator[RenderableType]:
+    rows = list(diff_summary.render_training(difference))
+    yield from rows
+    if rows:
+        yield ""
+
+
+def _render_resume(difference: Difference, _: int) -> Iterator[RenderableType]:
+    yield from _render_training(difference)
+    if difference.resume is not None:
+        yield from diff_summary.render_continuation(difference.resume)
+
+
+def _render_modules(difference: Difference, _: int) -> Iterator[RenderableType]:
+    if difference.equal:
+        yield _render_equal(difference)
+        return
+    yield from diff_table.render_modules(difference)
+    yield diff_table.render_count(difference)
+
+
+def _render_equal(difference: Difference) -> RenderableType:
+    tally = difference.totals
     same = tally.tensors["same"]
-    how = ", bit for bit" if not (tally.within_tolerance or tally.skipped_by_checksum) else ""
-    text = f"the same{how}: {same:,} tensors and {found.same - same:,} other values"
+    precision = ", bit for bit" if not (tally.within_tolerance or tally.skipped_by_checksum) else ""
+    text = f"the same{precision}: {same:,} tensors and {difference.same - same:,} other values"
     if tally.within_tolerance:
         text += f"; {tally.within_tolerance:,} of them differ by less than the tolerance"
     if tally.skipped_by_checksum:
         text += f"; {tally.skipped_by_checksum:,} of the tensors by size and checksum alone"
-    return console.finding("ok", text)
+    return console.render_finding("ok", text)

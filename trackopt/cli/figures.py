@@ -1,4 +1,4 @@
-"""What the commands that draw have in common: the options for pictures, and panels on the screen."""
+"""Draw panels on the screen or into files, with the options that the drawing commands share."""
 
 from __future__ import annotations
 
@@ -21,68 +21,68 @@ if TYPE_CHECKING:
     from trackopt.plotting.figure import Panel
 
 _HEIGHTS = 12, 7
-_LOWEST = 4
-_RESERVED_ROWS = 5  # rows of a title, a legend, an axis and a blank line
+_MIN_HEIGHT = 4
+_RESERVED_ROWS = 5  # title, legend, axis and a blank line
 _FILE = click.Path(path_type=Path, dir_okay=False)
 
 
 def picture_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a command ``--png`` and ``--svg``."""
+    """Add the options ``--png`` and ``--svg`` to a command."""
     function = click.option("--svg", type=_FILE, metavar="FILE", help="Write the curves as an SVG.")(function)
     return click.option("--png", type=_FILE, metavar="FILE", help="Write the curves as a PNG.")(function)
 
 
 def write_pictures(panels: Sequence[Panel], *, png: Path | None, svg: Path | None, title: str) -> None:
-    """Write the panels to those files that were asked for, and say so on stderr."""
+    """Write the panels to the given files and report each on stderr."""
     kinds: dict[Literal["png", "svg"], Path | None] = {"png": png, "svg": svg}
     for kind, file in kinds.items():
         if file is not None:
             from trackopt.plotting.matplotlib import save
 
-            save([_clean(panel) for panel in panels], file, kind, title=title)
+            save([_sanitize_panel(panel) for panel in panels], file, kind, title=title)
             click.echo(f"wrote {console.sanitize(file)}", err=True)
 
 
-def attach(panels: Sequence[Panel], directories: Sequence[Path], *, name: str, title: str) -> None:
-    """Attach the curves, as ``NAME.png``, to the MLflow run of each of these runs, and say so on stderr."""
+def attach_picture(panels: Sequence[Panel], directories: Sequence[Path], *, name: str, title: str) -> None:
+    """Attach the curves as ``NAME.png`` to each run's MLflow run and report each on stderr."""
     from trackopt.plotting.matplotlib import save
     from trackopt.recorder.sinks.mlflow_figures import FOLDER, log_figure
 
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / f"{name}.png"
-        save([_clean(panel) for panel in panels], file, "png", title=title)
+        save([_sanitize_panel(panel) for panel in panels], file, "png", title=title)
         for directory in directories:
             log_figure(directory, file)
             click.echo(f"attached {FOLDER}/{file.name} to {console.sanitize(directory.name)} in MLflow", err=True)
 
 
 def render(panels: Iterable[tuple[Panel, int]], *, legend: bool = True) -> Iterator[Text]:
-    """Panels, each of so many rows, as they stand on the screen."""
-    from trackopt.plotting.terminal import draw
+    """Render panels for the screen, each with its number of rows."""
+    from trackopt.plotting.terminal import render
 
-    coloured = _coloured()
+    coloured = _has_colours()
     for panel, height in panels:
-        yield draw(_clean(panel), width=console.width(), height=height, coloured=coloured, legend=legend)
+        yield render(_sanitize_panel(panel), width=console.width(), height=height, coloured=coloured, legend=legend)
 
 
-def panel_height(panels: Sequence[Panel], rows: int | None = None) -> list[tuple[Panel, int]]:
-    """The panels with their heights, the first the highest; where rows are few, lower ones, and no more than fit."""
+def fit_panels(panels: Sequence[Panel], rows: int | None = None) -> list[tuple[Panel, int]]:
+    """Choose the height of each panel; with few rows, shrink the panels and drop those that do not fit."""
     if rows is not None:
-        panels = panels[: max(1, rows // (_RESERVED_ROWS + _LOWEST))]
+        panels = panels[: max(1, rows // (_RESERVED_ROWS + _MIN_HEIGHT))]
     wanted = [_HEIGHTS[min(number, 1)] for number in range(len(panels))]
     spare = 0 if rows is None else max(0, sum(wanted) + _RESERVED_ROWS * len(panels) - rows)
-    heights = [max(_LOWEST, height - math.ceil(spare * height / sum(wanted))) for height in wanted]
+    heights = [max(_MIN_HEIGHT, height - math.ceil(spare * height / sum(wanted))) for height in wanted]
     return list(zip(panels, heights, strict=True))
 
 
-def _clean(panel: Panel) -> Panel:
-    """A panel whose names, which come from files, do nothing to a terminal."""
-    panel = panel.downsampled()
+def _sanitize_panel(panel: Panel) -> Panel:
+    """Downsample a panel and sanitize its names, which come from files."""
+    panel = panel.downsample()
     curves = tuple(replace(curve, name=console.sanitize(curve.name)) for curve in panel.curves)
     return replace(panel, title=console.sanitize(panel.title), curves=curves)
 
 
-def _coloured() -> bool:
+def _has_colours() -> bool:
     from rich.console import Console
 
     screen = Console(file=sys.stdout)

@@ -1,4 +1,4 @@
-"""``trackopt inspect``: a checkpoint on one screen."""
+"""``trackopt inspect``: show a checkpoint on one screen."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ import click
 from trackopt import locations
 from trackopt.analysis.summary import Summary, summarize
 from trackopt.cli import console
-from trackopt.cli.outline import outline
-from trackopt.state.models import dtypes
+from trackopt.cli.outline import format_outline
+from trackopt.state.models import count_dtypes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -24,17 +24,17 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.text import Text
 
-    from trackopt.analysis.summary.statistics import Statistics
+    from trackopt.analysis.summary.statistics import TensorStatistics
     from trackopt.state.models import Model
     from trackopt.state.optimizers import Group, Optimizer
     from trackopt.state.schedulers import Scheduler
 
-_ALL = "*"
-_VALUES = ("norm", "mean", "std", "min", "max")
-_PLAIN_EXTRAS = 3
-_EXTRAS = 12
-_STRANGE = 3
-_CERTAIN = ("saved", "its keys")
+_ALL_NAMES = "*"
+_STATISTICS = ("norm", "mean", "std", "min", "max")
+_MAX_SCORES = 3
+_MAX_EXTRAS = 12
+_MAX_UNKNOWN_KEYS = 3
+_CERTAIN_EVIDENCE = ("saved", "its keys")
 
 
 @click.command()
@@ -43,18 +43,18 @@ _CERTAIN = ("saved", "its keys")
     "--tensors",
     "pattern",
     is_flag=False,
-    flag_value=_ALL,
+    flag_value=_ALL_NAMES,
     metavar="[GLOB]",
-    help="List the tensors, or those whose names match, with shape, dtype and size.",
+    help="List the tensors, or those with matching names, with shape, dtype and size.",
 )
-@click.option("--stats", is_flag=True, help="Read every tensor: norm, mean, std, min, max, odd values.")
+@click.option("--stats", is_flag=True, help="Read every tensor: norm, mean, std, min, max, NaN and infinite values.")
 @click.option("--tree", is_flag=True, help="Show everything in the file as an outline.")
 @click.option("--json", "as_json", is_flag=True, help="Print the same facts as JSON.")
 def command(path: str | None, pattern: str | None, stats: bool, tree: bool, as_json: bool) -> None:
-    r"""What a checkpoint holds, and whether training can go on from it.
+    r"""Show what a checkpoint contains and whether training can resume from it.
 
     PATH is a file, a run's directory (its newest checkpoint), DIRECTORY@STEP, or runs:/RUN_ID/PATH, an artifact
-    of an MLflow run. Neither torch is needed nor is anything in the file run, so a stranger's file can be looked at.
+    of an MLflow run. Does not import torch or execute code from the file, so untrusted checkpoints are safe to inspect.
 
     \b
     Example:
@@ -63,167 +63,176 @@ def command(path: str | None, pattern: str | None, stats: bool, tree: bool, as_j
       trackopt inspect model.pt --stats --tensors '*.weight'
     """
     if path is None and pattern is not None:
-        path, pattern = pattern, _ALL  # `--tensors PATH`: what follows is the path, unless there is another
+        path, pattern = pattern, _ALL_NAMES  # `--tensors PATH` without a GLOB
     if path is None:
         raise click.UsageError("Missing argument 'PATH'.")
     with locations.open(path) as opened:
-        with console.progress("reading", shown=stats) as progress:
+        with console.progress_bar("reading", shown=stats) as progress:
             summary = summarize(opened, tensors=pattern is not None, statistics=stats, progress=progress)
-        if summary.tensors is not None and pattern != _ALL:
-            chosen = {name: one for name, one in summary.tensors.items() if fnmatchcase(name, pattern or "")}
-            summary = replace(summary, tensors=chosen)
+        if summary.tensors is not None and pattern != _ALL_NAMES:
+            selected = {name: tensor for name, tensor in summary.tensors.items() if fnmatchcase(name, pattern or "")}
+            summary = replace(summary, tensors=selected)
         if as_json:
             console.write_json(summary.as_dict())
         elif tree:
-            sys.stdout.writelines(f"{line}\n" for line in outline(opened.tree))
+            sys.stdout.writelines(f"{line}\n" for line in format_outline(opened.tree))
         else:
-            console.show(drawn(summary))
+            console.show(render(summary))
 
 
-def drawn(summary: Summary) -> Iterator[RenderableType]:
-    """The lines of the screen."""
-    yield _header(summary)
+def render(summary: Summary) -> Iterator[RenderableType]:
+    """Render the screen."""
+    yield _render_header(summary)
     yield ""
-    yield from _state(summary)
+    yield from _render_state(summary)
     if summary.tensors is not None:
         yield ""
-        yield _tensors(summary) if summary.tensors else "  no tensor of such a name"
+        if summary.tensors:
+            yield from _render_tensors(summary)
+        else:
+            yield "  no tensor matches"
     elif summary.statistics is not None:
         yield ""
-        yield _statistics(summary)
+        yield from _render_statistics(summary)
     yield ""
-    for one in summary.findings:
-        if one.level != "info":
-            yield console.finding(one.level, one.text)
+    for finding in summary.findings:
+        if finding.level != "info":
+            yield console.render_finding(finding.level, finding.text)
 
 
-def _state(summary: Summary) -> Iterator[RenderableType]:
-    """A row for each part of the training state."""
+def _render_state(summary: Summary) -> Iterator[RenderableType]:
+    """Render one row for each part of the training state."""
     from rich.text import Text
 
     state = summary.state
     for model in state.models:
-        yield console.row(model.name, _model(model))
+        yield console.render_row(model.name, _describe_model(model))
     for optimizer in state.optimizers:
-        yield from _optimizer(optimizer)
+        yield from _render_optimizer(optimizer)
     for scheduler in state.schedulers:
-        yield console.row(scheduler.name, _scheduler(scheduler))
+        yield console.render_row(scheduler.name, _describe_scheduler(scheduler))
     if state.optimizers and not state.schedulers:
-        yield console.row("scheduler", ["none saved"])
-    also = list(_also(summary))
+        yield console.render_row("scheduler", ["none saved"])
+    also = list(_list_extras(summary))
     if also:
-        yield Text("  also        ").append(console.wrap_fields(also, indent=console.LABEL + 2, gap=" · "))
-    for one in summary.findings:
-        if one.level == "info":
-            yield console.row("note", [one.text], style="")
+        yield Text("  also        ").append(console.wrap_fields(also, indent=console.LABEL_WIDTH + 2, gap=" · "))
+    for finding in summary.findings:
+        if finding.level == "info":
+            yield console.render_row("note", [finding.text], style="")
 
 
-def _header(summary: Summary) -> Text:
+def _render_header(summary: Summary) -> Text:
     from rich.text import Text
 
     state = summary.state
-    facts = []
+    fields = []
     if state.meta is not None:
-        facts.append(f'trackopt run "{state.meta.get("name")}"')
+        fields.append(f'trackopt run "{state.meta.get("name")}"')
     else:
-        known = state.framework and state.framework != summary.format
-        facts.append(f"{state.framework} ({summary.format})" if known else summary.format)
-        facts.append(console.size(summary.bytes))
-    facts += [
+        is_framework = state.framework and state.framework != summary.format
+        fields.append(f"{state.framework} ({summary.format})" if is_framework else summary.format)
+        fields.append(console.format_size(summary.bytes))
+    fields += [
         f"{name} {value:,}" for name, value in (("step", state.step), ("epoch", state.epoch)) if value is not None
     ]
     if state.meta is not None:
-        facts.append(f"saved {console.format_age(state.meta.get('time'))}")
+        fields.append(f"saved {console.format_age(state.meta.get('time'))}")
     else:
-        facts += [f"{name} {console.number(value)}" for name, value in _scores(state.extras)]
+        fields += [f"{name} {console.format_number(value)}" for name, value in _list_scores(state.extras)]
     name = console.sanitize(Path(summary.path).name)
-    line = console.wrap_fields([f"{name}   {facts[0]}", *facts[1:]], indent=4, first=0, gap=" · ")
+    line = console.wrap_fields([f"{name}   {fields[0]}", *fields[1:]], indent=4, first=0, gap=" · ")
     text = Text(line)
     text.stylize("bold", 0, len(name))
     return text
 
 
-def _scores(extras: tuple[tuple[str, Any], ...]) -> list[tuple[str, float]]:
-    """Losses, accuracies and their like, which say what a stranger's checkpoint is."""
-    return list(islice(((name, value) for name, value in extras if isinstance(value, float)), _PLAIN_EXTRAS))
+def _list_scores(extras: tuple[tuple[str, Any], ...]) -> list[tuple[str, float]]:
+    """Return the first losses, accuracies and other floats, which characterize a foreign checkpoint."""
+    return list(islice(((name, value) for name, value in extras if isinstance(value, float)), _MAX_SCORES))
 
 
-def _model(model: Model) -> list[str]:
+def _describe_model(model: Model) -> list[str]:
     return [
-        _count(len(model.tensors), "tensor"),
-        _count(model.parameters, "parameter"),
-        console.size(model.nbytes),
-        ", ".join(dtypes(model.tensors.values())),
+        _format_count(len(model.tensors), "tensor"),
+        _format_count(model.parameters, "parameter"),
+        console.format_size(model.nbytes),
+        ", ".join(count_dtypes(model.tensors.values())),
         "(an average of the weights)" if model.averaged else "",
         f"(names start with {model.prefix})" if model.prefix else "",
     ]
 
 
-def _optimizer(one: Optimizer) -> Iterator[RenderableType]:
+def _render_optimizer(optimizer: Optimizer) -> Iterator[RenderableType]:
     from rich.text import Text
 
-    alone = one.groups[0] if len(one.groups) == 1 else None
-    weight = sum(tensor.nbytes for buffer in one.buffers.values() for tensor in buffer.tensors.values())
-    facts = [
-        f"{_class(one)}{_told(one)}",
-        _count(len(one.groups), "group"),
-        *(f"{name} {console.number(alone.hyperparameters[name])}" for name in _telling(one.groups) if alone),
-        f"state for {len(one.stateful):,} of {_count(len(one.parameters), 'parameter')}"
-        if one.stateful
-        else f"no state yet for {_count(len(one.parameters), 'parameter')}",
-        console.size(weight) if weight else "",
-        _steps(one),
+    only_group = optimizer.groups[0] if len(optimizer.groups) == 1 else None
+    nbytes = sum(tensor.nbytes for buffer in optimizer.buffers.values() for tensor in buffer.tensors.values())
+    fields = [
+        f"{_describe_class(optimizer)}{_describe_evidence(optimizer)}",
+        _format_count(len(optimizer.groups), "group"),
+        *(
+            f"{name} {console.format_number(only_group.hyperparameters[name])}"
+            for name in _displayed_hyperparameters(optimizer.groups)
+            if only_group
+        ),
+        f"state for {len(optimizer.stateful):,} of {_format_count(len(optimizer.parameters), 'parameter')}"
+        if optimizer.stateful
+        else f"no state yet for {_format_count(len(optimizer.parameters), 'parameter')}",
+        console.format_size(nbytes) if nbytes else "",
+        _describe_steps(optimizer),
     ]
-    yield console.row(one.name, facts)
-    if alone is None:
-        yield _groups(one.groups)
-    if one.buffers:
-        indent = console.LABEL + 4
-        yield Text(" " * indent + console.wrap_fields([_buffers(one)], indent=indent + 2))
+    yield console.render_row(optimizer.name, fields)
+    if only_group is None:
+        yield from _render_groups(optimizer.groups)
+    if optimizer.buffers:
+        indent = console.LABEL_WIDTH + 4
+        yield Text(" " * indent + console.wrap_fields([_describe_buffers(optimizer)], indent=indent + 2))
 
 
-def _class(one: Optimizer) -> str:
-    momentum = any(group.hyperparameters.get("momentum") for group in one.groups)
-    return f"{one.cls or 'of an unknown class'}{' with momentum' if one.cls == 'SGD' and momentum else ''}"
+def _describe_class(optimizer: Optimizer) -> str:
+    momentum = any(group.hyperparameters.get("momentum") for group in optimizer.groups)
+    return f"{optimizer.cls or 'unknown class'}{' with momentum' if optimizer.cls == 'SGD' and momentum else ''}"
 
 
-def _told(one: Optimizer | Scheduler) -> str:
-    """How the class was found out, where it was not written down."""
-    if one.evidence.startswith("saved") or not one.cls:
+def _describe_evidence(part: Optimizer | Scheduler) -> str:
+    """Describe how the class was inferred; empty if the file names it."""
+    if part.evidence.startswith("saved") or not part.cls:
         return ""
-    strange = ", ".join(one.unknown[:_STRANGE]) + (", …" if len(one.unknown) > _STRANGE else "")
-    return f" (from its keys, but {strange} is not among them)" if strange else " (from its keys)"
+    unknown = ", ".join(part.unknown[:_MAX_UNKNOWN_KEYS]) + (", …" if len(part.unknown) > _MAX_UNKNOWN_KEYS else "")
+    return f" (from its keys, but {unknown} is not among them)" if unknown else " (from its keys)"
 
 
-def _buffers(one: Optimizer) -> str:
-    having = Counter(buffer for parameter in one.parameters for buffer in parameter.buffers)
-    names = [f"{name} for {having[name]:,}" if having[name] < len(one.stateful) else name for name in one.buffers]
-    certain = not one.matching or one.matching.startswith(_CERTAIN)
-    return f"buffers: {', '.join(names)}{'' if certain else f', named by {one.matching}'}"
+def _describe_buffers(optimizer: Optimizer) -> str:
+    counts = Counter(buffer for parameter in optimizer.parameters for buffer in parameter.buffers)
+    names = [
+        f"{name} for {counts[name]:,}" if counts[name] < len(optimizer.stateful) else name for name in optimizer.buffers
+    ]
+    is_certain = not optimizer.matching or optimizer.matching.startswith(_CERTAIN_EVIDENCE)
+    return f"buffers: {', '.join(names)}{'' if is_certain else f', named by {optimizer.matching}'}"
 
 
-def _steps(one: Optimizer) -> str:
-    if one.steps is None:
+def _describe_steps(optimizer: Optimizer) -> str:
+    if optimizer.steps is None:
         return ""
-    low, high = one.steps
+    low, high = optimizer.steps
     return f"step {low:,.0f}" if low == high else f"steps {low:,.0f} to {high:,.0f}"
 
 
-def _groups(groups: tuple[Group, ...]) -> Text:
-    names = _telling(groups)
+def _render_groups(groups: tuple[Group, ...]) -> Iterator[RenderableType]:
+    names = _displayed_hyperparameters(groups)
     rows = [
         [
             group.name,
             f"{group.elements:,}" if group.elements is not None else f"{len(group.parameters)} tensors",
-            *(console.number(group.hyperparameters.get(name, "")) for name in names),
+            *(console.format_number(group.hyperparameters.get(name, "")) for name in names),
         ]
         for group in groups
     ]
-    return console.table(["group", "parameters", *names], rows, indent=console.LABEL + 4)
+    return console.render_table(["group", "parameters", *names], rows, indent=console.LABEL_WIDTH + 4)
 
 
-def _telling(groups: tuple[Group, ...]) -> list[str]:
-    """The hyperparameters that fit a screen and say something: lr always, of the others what is not off."""
+def _displayed_hyperparameters(groups: tuple[Group, ...]) -> list[str]:
+    """Return the hyperparameters to display: lr always, the other common ones unless they are zero."""
     values: dict[str, list[Any]] = {}
     for group in groups:
         for name, value in group.hyperparameters.items():
@@ -232,54 +241,56 @@ def _telling(groups: tuple[Group, ...]) -> list[str]:
     return [name for name in first if name == "lr" or any(values[name])]
 
 
-def _scheduler(one: Scheduler) -> list[str]:
+def _describe_scheduler(scheduler: Scheduler) -> list[str]:
     agreement = {True: "lr agrees with the optimizer", False: "lr differs from the optimizer's"}
-    rates = f"lr {console.number(one.last_lr)}" if one.last_lr else ""
+    rates = f"lr {console.format_number(scheduler.last_lr)}" if scheduler.last_lr else ""
     return [
-        f"{one.cls or 'of an unknown class'}{_told(one)}",
-        f"last_epoch {one.last_epoch:,}" if one.last_epoch is not None else "",
-        rates if one.lr_matches_optimizer is None else agreement[one.lr_matches_optimizer],
+        f"{scheduler.cls or 'unknown class'}{_describe_evidence(scheduler)}",
+        f"last_epoch {scheduler.last_epoch:,}" if scheduler.last_epoch is not None else "",
+        rates if scheduler.lr_matches_optimizer is None else agreement[scheduler.lr_matches_optimizer],
     ]
 
 
-def _also(summary: Summary) -> Iterator[str]:
+def _list_extras(summary: Summary) -> Iterator[str]:
     state = summary.state
     if state.rng:
         yield f"rng ({', '.join(state.rng)})"
     if state.batch is not None:
-        yield f"progress (epoch {console.number(state.epoch)}, batch {state.batch:,})"
-    above = dict(_scores(state.extras)) if state.meta is None else {}
-    extras = [(name, value) for name, value in state.extras if value is not None and name not in above]
-    for name, value in extras[:_EXTRAS]:
+        yield f"progress (epoch {console.format_number(state.epoch)}, batch {state.batch:,})"
+    scores = dict(_list_scores(state.extras)) if state.meta is None else {}
+    extras = [(name, value) for name, value in state.extras if value is not None and name not in scores]
+    for name, value in extras[:_MAX_EXTRAS]:
         if state.scaler is not None and name == state.scaler[0]:
-            yield f"{name} (scale {console.number(state.scaler[1]['scale'])})"
+            yield f"{name} (scale {console.format_number(state.scaler[1]['scale'])})"
         elif isinstance(value, dict):
-            yield f"{name} ({_count(len(value), 'entry', 'entries')})"
+            yield f"{name} ({_format_count(len(value), 'entry', 'entries')})"
         else:
-            yield f"{name} {console.number(value)}"
-    if len(extras) > _EXTRAS:
-        yield f"and {_count(len(extras) - _EXTRAS, 'more entry', 'more entries')}"
+            yield f"{name} {console.format_number(value)}"
+    if len(extras) > _MAX_EXTRAS:
+        yield f"and {_format_count(len(extras) - _MAX_EXTRAS, 'more entry', 'more entries')}"
 
 
-def _count(number: int, what: str, several: str = "") -> str:
-    return f"{number:,} {what if number == 1 else several or f'{what}s'}"
+def _format_count(number: int, noun: str, plural: str = "") -> str:
+    return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"
 
 
-def _tensors(summary: Summary) -> Text:
+def _render_tensors(summary: Summary) -> Iterator[RenderableType]:
     tensors, measured = summary.tensors or {}, summary.statistics
     shapes = {name: "×".join(map(str, tensor.shape)) or "scalar" for name, tensor in tensors.items()}
     if measured is not None:
-        rows = [[name, shapes[name], *_values(measured.get(name))] for name in tensors]
-        return console.table(["tensor", "shape", *_VALUES], rows)
-    rows = [[name, shapes[name], tensor.dtype, console.size(tensor.nbytes)] for name, tensor in tensors.items()]
-    return console.table(["tensor", "shape", "dtype", "size"], rows)
+        rows = [[name, shapes[name], *_format_statistics(measured.get(name))] for name in tensors]
+        return console.render_table(["tensor", "shape", *_STATISTICS], rows)
+    rows = [[name, shapes[name], tensor.dtype, console.format_size(tensor.nbytes)] for name, tensor in tensors.items()]
+    return console.render_table(["tensor", "shape", "dtype", "size"], rows)
 
 
-def _statistics(summary: Summary) -> Text:
-    """Each model and each buffer as a whole."""
-    rows = [[name, *_values(together)] for name, together in summary.merge_statistics().items()]
-    return console.table(["values", *_VALUES], rows)
+def _render_statistics(summary: Summary) -> Iterator[RenderableType]:
+    """Render the statistics of each model and each kind of buffer."""
+    rows = [[name, *_format_statistics(statistics)] for name, statistics in summary.merge_statistics().items()]
+    return console.render_table(["values", *_STATISTICS], rows)
 
 
-def _values(one: Statistics | None) -> list[str]:
-    return [f"{getattr(one, name):.3g}" for name in _VALUES] if one is not None else [""] * len(_VALUES)
+def _format_statistics(statistics: TensorStatistics | None) -> list[str]:
+    if statistics is None:
+        return [""] * len(_STATISTICS)
+    return [f"{getattr(statistics, name):.3g}" for name in _STATISTICS]

@@ -1,4 +1,4 @@
-"""Runs that are read once, or followed while they go on."""
+"""Read the journals of runs once, or follow them while the runs continue."""
 
 from __future__ import annotations
 
@@ -18,52 +18,52 @@ if TYPE_CHECKING:
 
     from rich.console import RenderableType
 
-_LONG = 8 << 20  # bytes of a journal that take a moment
-_MIN_INTERVAL_S = 1.0  # seconds between two looks at the journals
-_DUTY_FACTOR = 9  # times as long as a look took: the training needs the cores
+_PROGRESS_BAR_MIN_BYTES = 8 << 20
+_MIN_INTERVAL_S = 1.0
+_DUTY_FACTOR = 9  # pause relative to the time of one update: the training needs the cores
 
 
-def read(places: Sequence[str], wanted: Callable[[str], bool]) -> list[RunReader]:
-    """Read the journals of runs, with a bar for long ones."""
-    readers = [RunReader(place, wanted) for place in dict.fromkeys(places)]
+def open_runs(paths: Sequence[str], select: Callable[[str], bool]) -> list[RunReader]:
+    """Read the journals of runs, with a progress bar for long ones."""
+    readers = [RunReader(path, select) for path in dict.fromkeys(paths)]
     for reader in readers:
-        long = reader.journal.stat().st_size > _LONG
-        with console.progress(f"reading {console.sanitize(reader.directory.name)}", shown=long) as progress:
+        is_long = reader.journal.stat().st_size > _PROGRESS_BAR_MIN_BYTES
+        with console.progress_bar(f"reading {console.sanitize(reader.directory.name)}", shown=is_long) as progress:
             reader.update(progress)
     return readers
 
 
 def read_runs(readers: Iterable[RunReader]) -> list[RunSeries]:
-    """The runs as far as they were read; one that nobody holds and that was never closed was killed."""
-    found = []
+    """Return the runs read so far; a run that was never closed and has no process was killed."""
+    runs = []
     for reader in readers:
-        run = reader.run()
-        killed = run.steps and not reader.closed and not is_running(reader.directory)
-        found.append(replace(run, status="killed") if killed else run)
-    return found
+        run = reader.build_series()
+        was_killed = run.steps and not reader.closed and not is_running(reader.directory)
+        runs.append(replace(run, status="killed") if was_killed else run)
+    return runs
 
 
 def follow(readers: Sequence[RunReader], render: Callable[[list[RunSeries]], Iterable[RenderableType]]) -> None:
-    """Draw again whenever something is new, until all runs are over, or Ctrl-C.
+    """Redraw until all runs have finished or Ctrl-C; a pipe gets nothing.
 
-    In a pipe nothing is drawn meanwhile. What is on the screen goes at the end; the caller draws it for good.
+    The live display is erased at the end; the caller then prints the final one.
     """
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # or the terminal would stay without a cursor
-    with contextlib.suppress(KeyboardInterrupt), _shown() as show:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # or the terminal stays without a cursor
+    with contextlib.suppress(KeyboardInterrupt), _live_display() as show:
         while True:
             start = time.monotonic()
-            over = _all_finished(readers)  # asked first: what was written until then is read below
+            finished = _all_finished(readers)  # checked before the update, which then reads the last records
             for reader in readers:
                 reader.update()
             show(lambda: render(read_runs(readers)))
-            if over:
+            if finished:
                 return
             time.sleep(max(_MIN_INTERVAL_S, _DUTY_FACTOR * (time.monotonic() - start)))
 
 
 @contextlib.contextmanager
-def _shown() -> Iterator[Callable[[Callable[[], Iterable[RenderableType]]], None]]:
-    """What draws on a terminal, in place of what it drew before; elsewhere nothing is drawn."""
+def _live_display() -> Iterator[Callable[[Callable[[], Iterable[RenderableType]]], None]]:
+    """Yield a function that replaces the previous drawing on a terminal, and does nothing elsewhere."""
     if not sys.stdout.isatty():
         yield lambda _: None
         return

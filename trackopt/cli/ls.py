@@ -1,4 +1,4 @@
-"""``trackopt ls``: the runs in a directory, or the checkpoints of a run."""
+"""``trackopt ls``: list the runs in a directory, or the checkpoints of a run."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from trackopt.rundir.checkpoints import list_checkpoints
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from rich.text import Text
+    from rich.console import RenderableType
 
-_TAIL = 256 << 10
+_TAIL_BYTES = 256 << 10
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run, as a row.
+    """The row of one run.
 
     Attributes:
-        path: Its directory.
-        name: What it is called.
-        step: Of its last journal line, else of its newest checkpoint.
-        epoch: Of its newest checkpoint.
-        checkpoints: How many there are.
-        bytes: Of all of them.
-        time: Unix seconds of what was written last.
-        status: ``running``, ``finished``, ``failed`` or ``killed``; empty where the journal does not say.
+        path: The run's directory.
+        name: The run's name.
+        step: The step of the last journal line, else of the newest checkpoint.
+        epoch: The epoch of the newest checkpoint.
+        checkpoints: The number of checkpoints.
+        bytes: The size of all checkpoints.
+        time: Unix seconds of the last write.
+        status: ``running``, ``finished``, ``failed`` or ``killed``; empty if the journal has no lines.
     """
 
     path: str
@@ -50,18 +50,18 @@ class Run:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One checkpoint, as a row.
+    """The row of one checkpoint.
 
     Attributes:
-        path: Its file, or its directory.
-        step: From its name.
-        epoch: As it says itself.
-        bytes: Of its files.
-        time: Unix seconds of when its state was taken.
-        metric: What ``run.save(metric=…)`` was told.
-        keep: Whether it stays for good.
-        sound: Whether every byte is the one that was written.
-        problem: The first thing that is wrong with it.
+        path: The file or directory.
+        step: The step in its name.
+        epoch: The epoch in its state.
+        bytes: The size of its files.
+        time: Unix seconds of the snapshot.
+        metric: The value of ``run.save(metric=…)``.
+        keep: True if it is never deleted.
+        sound: True if structure and checksums are valid.
+        problem: The first problem.
     """
 
     path: str
@@ -79,10 +79,10 @@ class Checkpoint:
 @click.argument("directory", default="runs")
 @click.option("--json", "as_json", is_flag=True, help="Print the same facts as JSON.")
 def command(directory: str, as_json: bool) -> None:
-    r"""The runs in a directory, or the checkpoints of a run.
+    r"""List the runs in a directory, or the checkpoints of a run.
 
-    DIRECTORY is "runs" where none is named. The checkpoints of a run are read to the last byte, to say whether they
-    are sound; what is wrong with one is told by `trackopt verify`.
+    DIRECTORY is "runs" by default. The checkpoints of a run are read completely to check that they are sound;
+    `trackopt verify` lists the problems of a damaged one.
 
     \b
     Example:
@@ -93,32 +93,32 @@ def command(directory: str, as_json: bool) -> None:
     try:
         _list(path, as_json=as_json)
     except OSError as error:
-        raise RunError(f"{path}: cannot be listed ({error.strerror}); name a directory of runs, or a run") from error
+        raise RunError(f"{path}: cannot be listed ({error.strerror}); name a directory of runs or a run") from error
 
 
 def _list(path: Path, *, as_json: bool) -> None:
     if _is_run(path):
-        checkpoints = [_checkpoint(step, file, crc=True) for step, file in list_checkpoints(path).items()]
+        checkpoints = [_read_checkpoint(step, file, crc=True) for step, file in list_checkpoints(path).items()]
         rows: list[Any] = checkpoints
-        layout = _checkpoints(checkpoints)
+        table = _render_checkpoints(checkpoints)
     else:
-        runs = list(_found(path))
+        runs = list(_find_runs(path))
         rows = runs
-        layout = _runs(runs)
+        table = _render_runs(runs)
     if as_json:
         console.write_json([asdict(row) for row in rows])
     elif rows:
-        console.show([layout])
+        console.show(table)
     else:
         console.show([f"{console.sanitize(path)}: nothing here yet"])
 
 
-def _found(path: Path) -> Iterator[Run]:
-    """The runs in a directory; one that cannot be read is told, and left out."""
+def _find_runs(path: Path) -> Iterator[Run]:
+    """Yield the runs in a directory; skip unreadable ones with a warning."""
     for child in sorted(path.iterdir()):
         try:
             if child.is_dir() and _is_run(child):
-                yield _run(child)
+                yield _read_run(child)
         except OSError as error:
             click.echo(f"trackopt: {console.sanitize(child)}: cannot be read ({error.strerror})", err=True)
 
@@ -127,10 +127,10 @@ def _is_run(path: Path) -> bool:
     return (path / "run.json").is_file() or (path / "checkpoints").is_dir()
 
 
-def _run(path: Path) -> Run:
+def _read_run(path: Path) -> Run:
     files = list_checkpoints(path)
     stats = [file.stat() for file in files.values()]
-    newest = _checkpoint(*list(files.items())[-1], crc=False) if files else None
+    newest = _read_checkpoint(*list(files.items())[-1], crc=False) if files else None
     lines = _last_lines(path / "metrics.jsonl")
     last = lines[-1] if lines else {}
     times = [stat.st_mtime for stat in stats]
@@ -138,48 +138,48 @@ def _run(path: Path) -> Run:
         times.append(last["time"])
     return Run(
         path=str(path),
-        name=_name(path),
+        name=_read_name(path),
         step=last["step"] if isinstance(last.get("step"), int) else (newest.step if newest else None),
         epoch=newest.epoch if newest else None,
         checkpoints=len(files),
-        bytes=sum(map(_size, files.values())),
+        bytes=sum(map(_count_bytes, files.values())),
         time=max(times, default=None),
-        status=_status(path, lines),
+        status=_read_status(path, lines),
     )
 
 
-def _checkpoint(step: int, path: Path, *, crc: bool) -> Checkpoint:
+def _read_checkpoint(step: int, path: Path, *, crc: bool) -> Checkpoint:
     stat = path.stat()
-    row = Checkpoint(str(path), step, None, _size(path), stat.st_mtime)
+    row = Checkpoint(str(path), step, None, _count_bytes(path), stat.st_mtime)
     try:
         with locations.open(path) as opened:
-            found = state.read(opened)
+            training_state = state.read(opened)
             problems = verify.find_problems(opened, crc=crc)
     except ArchiveError as error:
         return replace(row, sound=False, problem=str(error).removeprefix(f"{path}: "))
-    meta = found.meta or {}
+    meta = training_state.meta or {}
     return replace(
         row,
-        epoch=found.epoch,
-        time=_number(meta.get("time")) or stat.st_mtime,
-        metric=_number(meta.get("metric")),
+        epoch=training_state.epoch,
+        time=_float_or_none(meta.get("time")) or stat.st_mtime,
+        metric=_float_or_none(meta.get("metric")),
         keep=meta.get("keep") is True,
         sound=not problems,
         problem=next(iter(problems), None),
     )
 
 
-def _size(path: Path) -> int:
-    """Bytes of a file, or of all files in a directory."""
-    return sum(each.stat().st_size for each in (path.iterdir() if path.is_dir() else [path]))
+def _count_bytes(path: Path) -> int:
+    """Return the bytes of a file, or of all files in a directory."""
+    return sum(file.stat().st_size for file in (path.iterdir() if path.is_dir() else [path]))
 
 
-def _number(value: Any) -> float | None:
-    """A number that a file gives, whatever it is."""
+def _float_or_none(value: Any) -> float | None:
+    """Return a value from a file if it is a float."""
     return value if isinstance(value, float) else None
 
 
-def _name(path: Path) -> str:
+def _read_name(path: Path) -> str:
     try:
         name = json.loads((path / "run.json").read_bytes())["name"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -188,11 +188,11 @@ def _name(path: Path) -> str:
 
 
 def _last_lines(path: Path) -> list[dict[str, Any]]:
-    """The last lines of a journal, oldest first; what is torn or unknown is left out."""
+    """Return the last lines of a journal, oldest first, without torn and unknown ones."""
     try:
         with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - _TAIL))
-            raw = file.read(_TAIL).split(b"\n")
+            file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
+            raw = file.read(_TAIL_BYTES).split(b"\n")
     except FileNotFoundError:
         return []
     lines = []
@@ -206,8 +206,8 @@ def _last_lines(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def _status(path: Path, lines: list[dict[str, Any]]) -> str:
-    """What became of a run: what its last marker says, if somebody still holds its directory."""
+def _read_status(path: Path, lines: list[dict[str, Any]]) -> str:
+    """Return the status of a run from its last marker and its lock."""
     markers = [line for line in lines if isinstance(line.get("event"), str)]
     if markers and markers[-1]["event"] == "close" and lines[-1] is markers[-1]:
         return str(markers[-1].get("status", "finished")).lower()
@@ -217,10 +217,10 @@ def _status(path: Path, lines: list[dict[str, Any]]) -> str:
 
 
 def is_running(path: Path) -> bool:
-    """Whether a process holds the run's lock.
+    """Return whether a process holds the run's lock.
 
-    The kernel's list is read, since trying the lock would for a moment take it from a run that is just
-    starting. Where there is no such list, a run counts as held.
+    Reads /proc/locks, since trying the lock would briefly take it from a run that is just starting. Without
+    /proc/locks, a run with a lock file counts as running.
     """
     try:
         inode = (path / ".lock").stat().st_ino
@@ -230,33 +230,33 @@ def is_running(path: Path) -> bool:
     return any(line.split()[1] == "FLOCK" and f":{inode} " in line for line in locks)
 
 
-def _runs(runs: list[Run]) -> Text:
+def _render_runs(runs: list[Run]) -> Iterator[RenderableType]:
     rows = [
         [
             Path(run.path).name if run.name == Path(run.path).name else f"{Path(run.path).name} ({run.name})",
             run.status,
-            console.number(run.step) if run.step is not None else "",
-            console.number(run.epoch) if run.epoch is not None else "",
+            console.format_number(run.step) if run.step is not None else "",
+            console.format_number(run.epoch) if run.epoch is not None else "",
             str(run.checkpoints),
-            console.size(run.bytes),
+            console.format_size(run.bytes),
             console.format_age(run.time),
         ]
         for run in runs
     ]
-    return console.table(["run", "status", "step", "epoch", "saved", "size", "last"], rows, left=2)
+    return console.render_table(["run", "status", "step", "epoch", "saved", "size", "last"], rows, left=2)
 
 
-def _checkpoints(found: list[Checkpoint]) -> Text:
+def _render_checkpoints(checkpoints: list[Checkpoint]) -> Iterator[RenderableType]:
     rows = [
         [
-            Path(one.path).name,
-            f"{one.step:,}",
-            console.number(one.epoch) if one.epoch is not None else "",
-            console.size(one.bytes),
-            console.format_age(one.time),
-            "" if one.metric is None else f"{one.metric:.6g}",
-            ("sound, kept" if one.keep else "sound") if one.sound else "damaged",
+            Path(checkpoint.path).name,
+            f"{checkpoint.step:,}",
+            console.format_number(checkpoint.epoch) if checkpoint.epoch is not None else "",
+            console.format_size(checkpoint.bytes),
+            console.format_age(checkpoint.time),
+            "" if checkpoint.metric is None else f"{checkpoint.metric:.6g}",
+            ("sound, kept" if checkpoint.keep else "sound") if checkpoint.sound else "damaged",
         ]
-        for one in found
+        for checkpoint in checkpoints
     ]
-    return console.table(["checkpoint", "step", "epoch", "size", "saved", "metric", "soundness"], rows)
+    return console.render_table(["checkpoint", "step", "epoch", "size", "saved", "metric", "soundness"], rows)

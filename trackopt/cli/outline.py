@@ -1,4 +1,4 @@
-"""A checkpoint's tree as an outline: keys, and what stands below them."""
+"""Format a checkpoint's tree as an indented outline."""
 
 from __future__ import annotations
 
@@ -12,50 +12,53 @@ from trackopt.cli import console
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-_LINES = 5_000
-_ITEMS = 200  # of one list or dictionary
+_MAX_LINES = 5_000
+_MAX_ITEMS = 200  # per list or dictionary
 
 
-def outline(tree: Any) -> Iterator[str]:
-    """The lines; what is too much is counted in place of being shown."""
-    lines = _below(tree, 2)
-    yield from islice(lines, _LINES)
+def format_outline(tree: Any) -> Iterator[str]:
+    """Yield the lines of the outline; items beyond the limits are only counted."""
+    lines = _format_children(tree, 2)
+    yield from islice(lines, _MAX_LINES)
     if next(lines, None) is not None:
-        yield f"  … and more: {_LINES:,} lines are shown; --tensors and --json have no such limit"
+        yield f"  … truncated after {_MAX_LINES:,} lines; --tensors and --json have no such limit"
 
 
-def _below(node: Any, indent: int) -> Iterator[str]:
-    shown = list(islice(children(node), _ITEMS + 1))
-    for name, child in shown[:_ITEMS]:
+def _format_children(node: Any, indent: int) -> Iterator[str]:
+    shown = list(islice(children(node), _MAX_ITEMS + 1))
+    for name, child in shown[:_MAX_ITEMS]:
         key = console.sanitize(name)
-        if _leaf(child):
-            yield _line(indent, f"{key}: {console.number(child) if not isinstance(child, Tensor) else _tensor(child)}")
+        if _is_one_line(child):
+            yield _format_line(
+                indent,
+                f"{key}: {console.format_number(child) if not isinstance(child, Tensor) else _format_tensor(child)}",
+            )
         else:
-            yield _line(indent, f"{key}  {_count(child)}")
-            yield from _below(child, indent + 2)
-    if len(shown) > _ITEMS:
-        yield _line(indent, f"… {_count(node)} in all")
+            yield _format_line(indent, f"{key}  {_format_count(child)}")
+            yield from _format_children(child, indent + 2)
+    if len(shown) > _MAX_ITEMS:
+        yield _format_line(indent, f"… {_format_count(node)} in all")
 
 
-def _leaf(node: Any) -> bool:
-    """Whether a node stands on one line: what has nothing below it, and lists of such plain values."""
+def _is_one_line(node: Any) -> bool:
+    """Return whether a node fits on one line: one without children, or a list of plain values."""
     if isinstance(node, list | tuple):
         return not any(isinstance(child, Tensor) or next(children(child), None) for child in node)
     return next(children(node), None) is None
 
 
-def _tensor(tensor: Tensor) -> str:
+def _format_tensor(tensor: Tensor) -> str:
     return f"{'×'.join(map(str, tensor.shape)) or 'scalar'} {tensor.dtype}"
 
 
-def _count(node: Any) -> str:
+def _format_count(node: Any) -> str:
     if isinstance(node, dict | list | tuple):
-        one, several = ("entry", "entries") if isinstance(node, dict) else ("item", "items")
-        return f"{len(node):,} {one if len(node) == 1 else several}"
+        singular, plural = ("entry", "entries") if isinstance(node, dict) else ("item", "items")
+        return f"{len(node):,} {singular if len(node) == 1 else plural}"
     return describe(node, 0)
 
 
-def _line(indent: int, text: str) -> str:
+def _format_line(indent: int, text: str) -> str:
     room = console.text_width() - min(indent, 40)
     text = console.sanitize(text)
     return " " * min(indent, 40) + (text if len(text) <= room else f"{text[: room - 1]}…")

@@ -1,4 +1,4 @@
-"""``trackopt plot``: loss, learning rate and buffers of runs, as curves."""
+"""``trackopt plot``: plot loss, learning rate and buffers of runs."""
 
 from __future__ import annotations
 
@@ -24,19 +24,18 @@ _LOSS = "loss"
 
 @click.command()
 @click.argument("runs", nargs=-1, required=True, metavar="RUN...")
-@click.option("--metric", "metrics", multiple=True, metavar="KEY", help=f"A series of your own.  [{_LOSS}]")
-@click.option("--mean", is_flag=True, help="Draw the mean of the runs, with a band of one standard deviation.")
-@click.option("--follow", is_flag=True, help="Draw again as the runs go on, until they end or Ctrl-C.")
+@click.option("--metric", "metrics", multiple=True, metavar="KEY", help=f"Plot this series; repeatable.  [{_LOSS}]")
+@click.option("--mean", is_flag=True, help="Plot the mean of the runs with a band of one standard deviation.")
+@click.option("--follow", is_flag=True, help="Redraw while the runs continue, until they end or Ctrl-C.")
 @click.option("--attach", is_flag=True, help="Attach the curves to the MLflow run of each run, as a PNG.")
 @figures.picture_options
 @click.option("--json", "as_json", is_flag=True, help="Print the series as JSON.")
 def command(
     runs: tuple[str, ...], metrics: tuple[str, ...], mean: bool, follow: bool, attach: bool, **outputs: Any
 ) -> None:
-    r"""Loss, learning rate and optimizer buffers of runs, from their journals.
+    r"""Plot loss, learning rate and optimizer buffers of runs from their journals.
 
-    RUN is a run's directory. A buffer is drawn as the mean of its values, with a band of one standard deviation.
-    --metric may be repeated.
+    RUN is a run's directory. A buffer is drawn as the mean of its values with a band of one standard deviation.
 
     \b
     Example:
@@ -46,29 +45,29 @@ def command(
     """
     metrics = tuple(dict.fromkeys(metrics)) or (_LOSS,)
     if mean and len(set(runs)) < 2:
-        raise UsageError("--mean: takes the mean of several runs; name more than one")
+        raise UsageError("--mean: needs several runs; name more than one")
 
-    def panels(tracked: Sequence[RunSeries]) -> list[Panel]:
-        return layout.averaged(tracked, metrics) if mean else layout.panels(tracked, metrics)
+    def build(tracked: Sequence[RunSeries]) -> list[Panel]:
+        return layout.build_mean_panels(tracked, metrics) if mean else layout.build_panels(tracked, metrics)
 
-    readers = live.read(runs, lambda key: layout.wanted(key, metrics))
+    readers = live.open_runs(runs, lambda key: layout.is_drawn(key, metrics))
     if follow:
         rows = shutil.get_terminal_size().lines - 2
-        live.follow(readers, lambda tracked: _screen(tracked, panels(tracked), rows))
+        live.follow(readers, lambda tracked: _render(tracked, build(tracked), rows))
     tracked = live.read_runs(readers)
     for metric in metrics:
         require_series(tracked, metric)
     if outputs["as_json"]:
         console.write_json({"runs": [_as_dict(run) for run in tracked]})
     else:
-        console.show(_screen(tracked, panels(tracked)))
-    figures.write_pictures(panels(tracked), png=outputs["png"], svg=outputs["svg"], title=_title(tracked))
+        console.show(_render(tracked, build(tracked)))
+    figures.write_pictures(build(tracked), png=outputs["png"], svg=outputs["svg"], title=_format_title(tracked))
     if attach:
         directories = [reader.directory for reader in readers]
-        figures.attach(panels(tracked), directories, name="plot", title=_title(tracked))
+        figures.attach_picture(build(tracked), directories, name="plot", title=_format_title(tracked))
 
 
-def _screen(runs: Sequence[RunSeries], panels: Sequence[Panel], rows: int | None = None) -> Iterator[RenderableType]:
+def _render(runs: Sequence[RunSeries], panels: Sequence[Panel], rows: int | None = None) -> Iterator[RenderableType]:
     from rich.text import Text
 
     facts = [
@@ -76,12 +75,12 @@ def _screen(runs: Sequence[RunSeries], panels: Sequence[Panel], rows: int | None
         for run in runs
     ]
     yield Text(console.wrap_fields(facts, indent=2, first=0), style="dim")
-    for text in figures.render(figures.panel_height(panels, rows)):
+    for text in figures.render(figures.fit_panels(panels, rows)):
         yield ""
         yield text
 
 
-def _title(runs: Sequence[RunSeries]) -> str:
+def _format_title(runs: Sequence[RunSeries]) -> str:
     return console.sanitize(", ".join(run.name for run in runs))
 
 

@@ -1,4 +1,4 @@
-"""``trackopt salvage``: the intact part of a damaged file, as a new one."""
+"""``trackopt salvage``: recover the intact tensors of a damaged checkpoint."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import click
 from trackopt.analysis.salvage.salvage import salvage
 from trackopt.cli import console
 
-_SHOWN = 10
+_MAX_LOST = 10
 
 
 @click.command()
@@ -15,25 +15,27 @@ _SHOWN = 10
 @click.argument("target", metavar="DST")
 @click.option("--json", "as_json", is_flag=True, help="Print the same facts as JSON.")
 def command(source: str, target: str, as_json: bool) -> None:
-    r"""Write what is whole of a damaged checkpoint to a new file, which torch loads.
+    r"""Recover the intact tensors of a damaged checkpoint into a new file that torch.load accepts.
 
-    SRC is a file of torch.save that was cut short or damaged; it stays as it is. DST must not be there yet.
-    Every tensor in it has its right checksum; what is lost is listed.
+    SRC is a truncated or damaged file of torch.save; it is not modified. DST must not exist. Every tensor in DST has
+    a valid checksum; lost tensors are listed.
 
     \b
     Example:
       trackopt salvage broken.pt rescued.pt
     """
-    done = salvage(source, target)
+    result = salvage(source, target)
     if as_json:
-        console.write_json(done.as_dict())
+        console.write_json(result.as_dict())
         return
-    count = done.tensors + len(done.lost_tensors)
-    told = f"{done.target}: {done.tensors:,} of {count:,} saved, {console.size(done.bytes)}"
-    lines = [console.finding("ok", told)]
-    if done.lost_tensors:
-        lines.append(console.finding("warning", f"lost: {len(done.lost_tensors):,}"))
-        lines += [console.indented(name) for name in done.lost_tensors[:_SHOWN]]
-        if len(done.lost_tensors) > _SHOWN:
-            lines.append(console.indented(f"and {len(done.lost_tensors) - _SHOWN:,} more; --json lists all"))
+    count = result.tensors + len(result.lost_tensors)
+    summary = f"{result.target}: {result.tensors:,} of {count:,} saved, {console.format_size(result.bytes)}"
+    lines = [console.render_finding("ok", summary)]
+    if result.lost_tensors:
+        lines.append(console.render_finding("warning", f"lost: {len(result.lost_tensors):,}"))
+        lines += [console.render_indented(name) for name in result.lost_tensors[:_MAX_LOST]]
+        if len(result.lost_tensors) > _MAX_LOST:
+            lines.append(
+                console.render_indented(f"and {len(result.lost_tensors) - _MAX_LOST:,} more; --json lists all")
+            )
     console.show(lines)

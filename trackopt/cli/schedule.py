@@ -1,4 +1,4 @@
-"""``trackopt schedule``: the LR of a schedule over steps, without training."""
+"""``trackopt schedule``: show the LR of a schedule over steps, without training."""
 
 from __future__ import annotations
 
@@ -20,24 +20,23 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from rich.console import RenderableType
-    from rich.text import Text
 
     from trackopt.schedule.last_epoch import ResumeComparison
     from trackopt.schedule.preview import Preview
 
-_STEPS = 100
-_MOST = 1_000_000
-_HEIGHT, _LOW_HEIGHT = 14, 6
+_DEFAULT_STEPS = 100
+_MAX_STEPS = 1_000_000
+_FIRST_PANEL_HEIGHT, _OTHER_PANEL_HEIGHT = 14, 6
 _PLATEAU = "ReduceLROnPlateau"
 
 
 @dataclass(frozen=True)
 class _Schedule:
-    """A schedule on the screen.
+    """A schedule to show.
 
     Attributes:
-        name: As it was written, and where it was resumed, how.
-        preview: What it does.
+        name: The expression, and how it was resumed.
+        preview: Its LR over steps.
     """
 
     name: str
@@ -51,16 +50,19 @@ class _Schedule:
     type=click.FloatRange(min=0),
     multiple=True,
     metavar="X",
-    help="Of the optimizer; once for each parameter group.  [0.1]",
+    help="Set the initial learning rate; repeat once per parameter group.  [0.1]",
 )
 @click.option(
-    "--steps", type=click.IntRange(1, _MOST), metavar="N", help="How many steps.  [100, or as many as --metric has]"
+    "--steps",
+    type=click.IntRange(1, _MAX_STEPS),
+    metavar="N",
+    help="Show N steps.  [100, or as many as --metric has]",
 )
 @click.option(
     "--metric",
     type=click.Path(path_type=Path, dir_okay=False),
     metavar="FILE",
-    help=f"What {_PLATEAU} goes by: a number for each step, one to a line or as a JSON list.",
+    help=f"Read the metric of {_PLATEAU}: one number per step, on its own line or in a JSON list.",
 )
 @figures.picture_options
 @click.option("--csv", "as_csv", is_flag=True, help="Print the numbers as CSV.")
@@ -68,11 +70,11 @@ class _Schedule:
 def command(
     schedules: tuple[str, ...], lr: tuple[float, ...], steps: int | None, metric: Path | None, **outputs: Any
 ) -> None:
-    r"""The learning rate of a schedule over steps, and the momentum where it moves, without training.
+    r"""Show the learning rate of a schedule over steps, and the momentum if it changes, without training.
 
     SCHEDULE is a class of torch.optim.lr_scheduler with its arguments, without the optimizer; schedules may be nested.
-    It is read, not evaluated. A function is named as package.module:function and imported. The optimizer is SGD with
-    momentum 0.9. A schedule that is stepped once in an epoch has epochs for steps.
+    It is parsed, not evaluated. A function is written as package.module:function and imported. The optimizer is SGD
+    with momentum 0.9. For a schedule that is stepped once per epoch, a step is an epoch.
 
     \b
     Example:
@@ -84,57 +86,57 @@ def command(
       trackopt schedule "StepLR(30, last_epoch=59)"   # resumed by last_epoch
     """
     calls = {text: parse(text) for text in schedules}
-    values = None if metric is None else _numbers(metric)
+    values = None if metric is None else _read_numbers(metric)
     if values is None and any(call.name == _PLATEAU for call in calls.values()):
-        raise UsageError(f"{_PLATEAU}: goes by a metric; give --metric FILE, with a number for each step")
-    count = steps or (len(values) if values else _STEPS)
-    shown, resumed = _previews(calls, count, lr or (0.1,), values)
-    panels = _panels(shown)
+        raise UsageError(f"{_PLATEAU}: needs a metric; pass --metric FILE with one number per step")
+    count = steps or (len(values) if values else _DEFAULT_STEPS)
+    schedules_shown, resumed = _preview_all(calls, count, lr or (0.1,), values)
+    panels = _build_panels(schedules_shown)
     figures.write_pictures(panels, png=outputs["png"], svg=outputs["svg"], title="learning rate schedules")
     if outputs["as_json"]:
-        console.write_json({"schedules": [_as_dict(one) for one in shown]})
+        console.write_json({"schedules": [_as_dict(schedule) for schedule in schedules_shown]})
     elif outputs["as_csv"]:
-        _write_csv(shown)
+        _write_csv(schedules_shown)
     else:
-        console.show(_screen(panels, resumed))
+        console.show(_render(panels, resumed))
 
 
-def _previews(
+def _preview_all(
     calls: dict[str, Call], steps: int, lr: tuple[float, ...], metric: list[float] | None
 ) -> tuple[list[_Schedule], list[ResumeComparison]]:
-    from trackopt.schedule.classes import CONSTRUCTOR_ERRORS, constructor_error, factory, last_epoch
-    from trackopt.schedule.last_epoch import resumption
+    from trackopt.schedule.classes import CONSTRUCTOR_ERRORS, constructor_error, get_last_epoch, make_factory
+    from trackopt.schedule.last_epoch import compare_resume
     from trackopt.schedule.preview import preview
 
     shown: list[_Schedule] = []
     resumed: list[ResumeComparison] = []
     for text, call in calls.items():
-        build = factory(call)
+        build = make_factory(call)
         try:
-            if last_epoch(call) < 0:
+            if get_last_epoch(call) < 0:
                 shown.append(_Schedule(text, preview(build, steps, lr=lr, metric=metric)))
                 continue
-            found = resumption(call, steps, lr)
+            comparison = compare_resume(call, steps, lr)
         except UsageError:
             raise
         except CONSTRUCTOR_ERRORS as error:
-            raise UsageError(f"{constructor_error(call.name, error)}; it was to give {steps:,} (--steps)") from error
-        resumed.append(found)
-        shown.append(_Schedule(f"{text}: from the start", found.uninterrupted))
-        shown.append(_Schedule(f"{text}: resumed, optimizer restored", found.restored))
-        shown.append(_Schedule(f"{text}: resumed, new optimizer", found.restarted))
+            raise UsageError(
+                f"{constructor_error(call.name, error)}; {steps:,} steps were requested (--steps)"
+            ) from error
+        resumed.append(comparison)
+        shown.append(_Schedule(f"{text}: from the start", comparison.uninterrupted))
+        shown.append(_Schedule(f"{text}: resumed, optimizer restored", comparison.restored))
+        shown.append(_Schedule(f"{text}: resumed, new optimizer", comparison.restarted))
     return shown, resumed
 
 
-def _numbers(file: Path) -> list[float]:
+def _read_numbers(file: Path) -> list[float]:
     try:
         text = file.read_text(encoding="utf-8")
-        found = json.loads(text) if text.lstrip().startswith("[") else text.replace(",", " ").split()
-        numbers = [float(value) for value in found]
+        values = json.loads(text) if text.lstrip().startswith("[") else text.replace(",", " ").split()
+        numbers = [float(value) for value in values]
     except OSError as error:
-        raise UsageError(
-            f"{file}: cannot be read ({error.strerror}); name a file with a number for each step"
-        ) from error
+        raise UsageError(f"{file}: cannot be read ({error.strerror}); name a file with one number per step") from error
     except (ValueError, TypeError, OverflowError, RecursionError) as error:
         raise UsageError(f"{file}: not a series of numbers ({error}); write one to a line, or a JSON list") from error
     if not numbers:
@@ -142,81 +144,91 @@ def _numbers(file: Path) -> list[float]:
     return numbers
 
 
-def _panels(shown: Sequence[_Schedule]) -> list[Panel]:
-    moved = {name.rpartition(".")[2]: None for one in shown for name in one.preview.hyper}
-    return [_panel("learning rate", shown, "lr/", ""), *(_panel(kind, shown, "hyper/", f".{kind}") for kind in moved)]
+def _build_panels(shown: Sequence[_Schedule]) -> list[Panel]:
+    moved = {name.rpartition(".")[2]: None for schedule in shown for name in schedule.preview.hyper}
+    return [
+        _build_panel("learning rate", shown, "lr/", ""),
+        *(_build_panel(kind, shown, "hyper/", f".{kind}") for kind in moved),
+    ]
 
 
-def _panel(title: str, shown: Sequence[_Schedule], kind: str, key: str) -> Panel:
-    """The curves of all schedules for one quantity, a curve for each parameter group."""
+def _build_panel(title: str, shown: Sequence[_Schedule], kind: str, key: str) -> Panel:
+    """Build the panel of one quantity: a curve for each schedule and parameter group."""
     curves = []
-    for one in shown:
-        for name, points in one.preview.series().items():
+    for schedule in shown:
+        for name, points in schedule.preview.series().items():
             if name.startswith(kind) and name.endswith(key):
                 group = name.removeprefix(kind).removesuffix(key)
-                name = f"{one.name} {group}" if len(one.preview.lr) > 1 else one.name
+                name = f"{schedule.name} {group}" if len(schedule.preview.lr) > 1 else schedule.name
                 curves.append(Curve(name, points))
     return Panel(title, tuple(curves))
 
 
-def _screen(panels: Sequence[Panel], resumed: Sequence[ResumeComparison]) -> Iterator[RenderableType]:
+def _render(panels: Sequence[Panel], resumed: Sequence[ResumeComparison]) -> Iterator[RenderableType]:
     first, *others = panels
-    yield from figures.render([(first, _HEIGHT)], legend=False)
+    yield from figures.render([(first, _FIRST_PANEL_HEIGHT)], legend=False)
     yield ""
-    yield _table(first)
+    yield from _render_table(first)
     if others:
         yield ""
-        yield from figures.render([(panel, _LOW_HEIGHT) for panel in others])
-    for found in resumed:
+        yield from figures.render([(panel, _OTHER_PANEL_HEIGHT) for panel in others])
+    for comparison in resumed:
         yield ""
-        yield from _told(found)
+        yield from _explain_last_epoch(comparison)
 
 
-def _table(panel: Panel) -> Text:
-    from trackopt.plotting.terminal import letter
+def _render_table(panel: Panel) -> Iterator[RenderableType]:
+    from trackopt.plotting.terminal import curve_letter
 
     several = len(panel.curves) > 1
     rows = []
     for index, curve in enumerate(panel.curves):
         rates = [rate for _, rate in curve.points]
         numbers = [rates[0], min(rates), max(rates), rates[-1]]
-        rows.append([*([letter(index)] if several else []), curve.name, *(f"{number:.4g}" for number in numbers)])
+        rows.append([*([curve_letter(index)] if several else []), curve.name, *(f"{number:.4g}" for number in numbers)])
     heads = ["schedule", "first", "lowest", "highest", "last"]
-    return console.table(["", *heads], rows, left=2) if several else console.table(heads, rows)
+    return console.render_table(["", *heads], rows, left=2) if several else console.render_table(heads, rows)
 
 
-def _told(found: ResumeComparison) -> Iterator[RenderableType]:
-    """What ``last_epoch`` means, and what comes of it."""
-    yield console.finding(
+def _explain_last_epoch(comparison: ResumeComparison) -> Iterator[RenderableType]:
+    """Explain the meaning of ``last_epoch`` and the effect of the resume."""
+    count = comparison.completed_steps
+    yield console.render_finding(
         "info",
-        f"last_epoch={found.completed_steps - 1} resumes after {found.completed_steps} step{'s' * (found.completed_steps != 1)}: it counts them from 0, "
-        "so write one less than were done. Each parameter group must have an initial_lr: here that is --lr, in a "
-        "script it comes with the optimizer's state_dict. The scheduler's own state_dict does all of this, and more "
-        "surely.",
+        f"last_epoch={count - 1} resumes after {count} step{'s' * (count != 1)}: it counts from 0, so pass one less "
+        "than the completed steps. Each parameter group must have an initial_lr: here it is --lr, in a script it comes "
+        "with the optimizer's state_dict. Loading the scheduler's own state_dict does all of this more reliably.",
     )
     for how, preview in (
-        ("with the optimizer's state_dict loaded first", found.restored),
-        ("on a new optimizer", found.restarted),
+        ("with the optimizer's state_dict loaded first", comparison.restored),
+        ("on a new optimizer", comparison.restarted),
     ):
-        parting = found.first_difference(preview)
-        if parting is None:
-            yield console.finding("ok", f"{how}: as if it had never stopped")
+        difference = comparison.first_difference(preview)
+        if difference is None:
+            yield console.render_finding("ok", f"{how}: as if it had never stopped")
         else:
-            step, wrong, right = parting
-            yield console.finding("warning", f"{how}: at step {step} the LR is {wrong:.4g} instead of {right:.4g}")
+            step, wrong, right = difference
+            yield console.render_finding(
+                "warning", f"{how}: at step {step} the LR is {wrong:.4g} instead of {right:.4g}"
+            )
 
 
-def _as_dict(one: _Schedule) -> dict[str, Any]:
-    return {"schedule": one.name, "first_step": one.preview.steps[0], "lr": one.preview.lr, "hyper": one.preview.hyper}
+def _as_dict(schedule: _Schedule) -> dict[str, Any]:
+    return {
+        "schedule": schedule.name,
+        "first_step": schedule.preview.steps[0],
+        "lr": schedule.preview.lr,
+        "hyper": schedule.preview.hyper,
+    }
 
 
 def _write_csv(shown: Sequence[_Schedule]) -> None:
-    """A row for each step; a schedule that was resumed has no cells before that."""
+    """Write one row for each step; a resumed schedule has no cells before its resume."""
     columns: dict[str, dict[int, float]] = {}
-    for one in shown:
-        for name, points in one.preview.series().items():
-            columns[f"{one.name} {name}"] = dict(points)
+    for schedule in shown:
+        for name, points in schedule.preview.series().items():
+            columns[f"{schedule.name} {name}"] = dict(points)
     writer = csv.writer(sys.stdout, lineterminator="\n")
     writer.writerow(["step", *columns])
-    for step in range(1, max(one.preview.steps[-1] for one in shown) + 1):
+    for step in range(1, max(schedule.preview.steps[-1] for schedule in shown) + 1):
         writer.writerow([step, *(cells.get(step, "") for cells in columns.values())])

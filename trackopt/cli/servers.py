@@ -1,4 +1,4 @@
-"""Servers of web pages, as processes of this one: started, waited for, watched, and stopped with all they made."""
+"""Start web servers as child processes, wait for them, watch them, and stop them with all their workers."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ if TYPE_CHECKING:
     from threading import Event
 
 HOST = "127.0.0.1"
-_PATIENCE = 180.0  # seconds for a server to answer; MLflow's first start migrates its store
-_POLL_INTERVAL_S = 0.2  # seconds between two looks at the servers
-_STOP_TIMEOUT_S = 5.0  # seconds that a server has to end
+_START_TIMEOUT_S = 180.0  # MLflow's first start migrates its store
+_POLL_INTERVAL_S = 0.2
+_STOP_TIMEOUT_S = 5.0
 
 
 @dataclass(frozen=True)
 class Server:
-    """One that was started.
+    """A started server.
 
     Attributes:
-        name: What to call it in messages.
-        address: Where it is reached, without a slash at the end.
-        health: A page that it has once it is ready.
-        process: It leads a session of its own, in which its workers are.
-        log: What it says.
+        name: The name in messages.
+        address: The URL, without a slash at the end.
+        health: A page that answers once the server is ready.
+        process: The process, which leads a session with all its workers.
+        log: The output of the process.
     """
 
     name: str
@@ -48,26 +48,26 @@ class Server:
     log: IO[bytes]
 
     def has_exited(self) -> bool:
-        """Whether it is no more."""
+        """Return whether the process has exited."""
         return self.process.poll() is not None
 
     def last_output_line(self) -> str:
-        """The last line that it said."""
+        """Return the last line of the output."""
         self.log.seek(0)
-        return (self.log.read().decode(errors="replace").strip().splitlines() or ["it said nothing"])[-1].strip()
+        return (self.log.read().decode(errors="replace").strip().splitlines() or ["no output"])[-1].strip()
 
 
 @contextlib.contextmanager
 def serve(name: str, command: Sequence[str], *, health: str, directory: Path) -> Iterator[Server]:
-    """Start a server on a free port of this machine; behind the ``with`` block nothing of it is left.
+    """Start a server on a free port of this machine; stop it with all its workers after the ``with`` block.
 
     Args:
-        name: What to call it in messages.
-        command: Its command line, in which ``{port}`` stands for the port.
-        health: A page that it has once it is ready.
-        directory: Where it runs.
+        name: The name in messages.
+        command: The command line; ``{port}`` is replaced by the port.
+        health: A page that answers once the server is ready.
+        directory: The working directory.
     """
-    port = _free_port()
+    port = _find_free_port()
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
             [part.replace("{port}", str(port)) for part in command],
@@ -86,12 +86,12 @@ def serve(name: str, command: Sequence[str], *, health: str, directory: Path) ->
 
 
 def wait_until_ready(servers: Sequence[Server], stop: Event) -> None:
-    """Return once all of them answer, or ``stop`` is set.
+    """Return once all servers answer, or ``stop`` is set.
 
     Raises:
-        TrackoptError: One of them ended, or took too long.
+        TrackoptError: A server exited or took too long.
     """
-    deadline = time.monotonic() + _PATIENCE
+    deadline = time.monotonic() + _START_TIMEOUT_S
     for server in servers:
         while not (stop.is_set() or is_reachable(server.address + server.health)):
             if server.has_exited() or time.monotonic() > deadline:
@@ -103,29 +103,31 @@ def watch(servers: Sequence[Server], stop: Event) -> None:
     """Return once ``stop`` is set.
 
     Raises:
-        TrackoptError: One of them ended before.
+        TrackoptError: A server exited before.
     """
     while not stop.wait(_POLL_INTERVAL_S):
         for server in servers:
             if server.has_exited():
-                raise TrackoptError(f"{server.name} has ended by itself: {server.last_output_line()}")
+                raise TrackoptError(f"{server.name} exited unexpectedly: {server.last_output_line()}")
 
 
 def is_reachable(address: str) -> bool:
-    """Whether there is somebody who answers."""
+    """Return whether an HTTP server answers at an address."""
     try:
         parts = urllib.parse.urlsplit(address)
-        bare = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()  # urllib takes a password for a port
-        with urllib.request.urlopen(bare, timeout=5):  # noqa: S310 - http, of our own making or from run.json
+        without_password = parts._replace(
+            netloc=parts.netloc.rpartition("@")[2]
+        ).geturl()  # urllib takes a password for a port
+        with urllib.request.urlopen(without_password, timeout=5):  # noqa: S310 - http, of our own making or from run.json
             return True
     except urllib.error.HTTPError as error:
-        return error.code < http.HTTPStatus.INTERNAL_SERVER_ERROR  # it asks for a password
+        return error.code < http.HTTPStatus.INTERNAL_SERVER_ERROR  # such as one that asks for a password
     except (OSError, ValueError, http.client.HTTPException):
         return False
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """A server may leave workers behind; they are in its session, so one signal reaches all."""
+    """Stop a server and its workers: they share its session, so one signal reaches all."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGTERM)
     with contextlib.suppress(subprocess.TimeoutExpired):
@@ -135,7 +137,7 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def _free_port() -> int:
+def _find_free_port() -> int:
     with socket.socket() as probe:
         probe.bind((HOST, 0))
         return int(probe.getsockname()[1])

@@ -1,4 +1,4 @@
-"""``trackopt sync``: deliver a journal that was left behind."""
+"""``trackopt sync``: deliver the undelivered records of a run."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ import click
 import orjson
 
 from trackopt.errors import TrackoptError
-from trackopt.rundir.directory import RunDirectory, read_identity
+from trackopt.rundir.directory import RunDirectory
+from trackopt.rundir.identity import read_identity
 
 
 @click.command("sync")
 @click.argument("directory", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def command(directory: Path, as_json: bool) -> None:
-    r"""Deliver what a run's journal holds to TensorBoard and MLflow, as its recorder would have.
+    r"""Deliver the records of a run's journal to TensorBoard and MLflow, as its recorder would have done.
 
-    For a run whose recorder was killed, or whose MLflow server was down. What was delivered before is not
-    sent again, so it does no harm to run it twice.
+    Use it if the recorder was killed or the MLflow server was down. Delivered records are not sent again, so it is
+    safe to repeat.
 
     \b
     Example:
@@ -27,15 +28,17 @@ def command(directory: Path, as_json: bool) -> None:
     """
     directory = directory.absolute()
     read_identity(directory)
-    held = RunDirectory(directory)  # nobody trains in it meanwhile
+    lock = RunDirectory(directory)  # keep a training from starting in it
     try:
-        left = _deliver(directory)
+        failed = _deliver(directory)
     finally:
-        held.release()
+        lock.release()
     if as_json:
-        sys.stdout.write(orjson.dumps({"path": str(directory), "delivered": not left, "failed": left}).decode() + "\n")
-    if left:
-        raise TrackoptError(f"{directory}: not everything arrived in {' and '.join(left)}; mend that, then sync again")
+        result = {"path": str(directory), "delivered": not failed, "failed": failed}
+        sys.stdout.write(orjson.dumps(result).decode() + "\n")
+    if failed:
+        sinks = " and ".join(failed)
+        raise TrackoptError(f"{directory}: delivery to {sinks} is incomplete; fix the cause and sync again")
     if not as_json:
         click.echo(f"{directory.name}: everything is delivered")
 
@@ -44,8 +47,8 @@ def _deliver(directory: Path) -> list[str]:
     from trackopt.recorder.progress import progress_bar
     from trackopt.recorder.recorder import Recorder
 
-    def tell(message: str) -> None:
+    def warn(message: str) -> None:
         click.echo(f"trackopt: {message}", err=True)
 
-    with Recorder(directory, tell) as recorder, progress_bar(directory) as show:
+    with Recorder(directory, warn) as recorder, progress_bar(directory) as show:
         return recorder.drain(show)

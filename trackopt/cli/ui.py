@@ -1,4 +1,4 @@
-"""``trackopt ui``: TensorBoard and the MLflow UI for the runs below a directory."""
+"""``trackopt ui``: start TensorBoard and the MLflow UI for the runs below a directory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 import orjson
@@ -18,7 +18,7 @@ import orjson
 from trackopt.cli import console, servers
 from trackopt.cli.ls import is_running
 from trackopt.errors import RunError
-from trackopt.rundir.directory import IDENTITY, read_identity
+from trackopt.rundir.identity import IDENTITY, read_identity
 from trackopt.utils.mlflow_uri import redact_credentials
 
 if TYPE_CHECKING:
@@ -26,13 +26,21 @@ if TYPE_CHECKING:
 
     from rich.text import Text
 
-_NAMED = 3  # runs that are named
+_MAX_NAMES = 3  # running runs listed by name
+
+
+@dataclass(frozen=True)
+class _Store:
+    """An MLflow store and the directory to which its URI is relative."""
+
+    uri: str
+    home: Path
 
 
 @dataclass(frozen=True)
 class _Run:
     path: Path
-    identity: dict[str, Any]
+    store: _Store | None
 
 
 @click.command("ui")
@@ -41,103 +49,120 @@ class _Run:
 def command(directory: Path, as_json: bool) -> None:
     r"""Start TensorBoard and the MLflow UI for the runs below DIRECTORY (runs), on free ports of this machine.
 
-    Both can be reached from this machine only, and stop with Ctrl-C. Where the runs are on an MLflow server already,
-    its address is told.
+    Both listen on this machine only; Ctrl-C stops them. If the runs are on an MLflow server already, prints its
+    address instead of starting one.
 
     \b
     Example:
       trackopt ui runs
     """
-    runs = _find(directory)
-    going = [str(run.path) for run in runs if is_running(run.path)]
+    runs = _find_runs(directory)
+    running = [str(run.path) for run in runs if is_running(run.path)]
     if not as_json:  # the servers take a while
-        console.show([_summary(directory, len(runs), going)])
-    stop = Event()
-    for ending in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # a shell starts background jobs with SIGINT ignored
-        if ending != signal.SIGHUP or signal.getsignal(ending) is not signal.SIG_IGN:  # by nohup
-            signal.signal(ending, lambda *_: stop.set())
+        console.show([_format_summary(directory, len(runs), running)])
+    stop = _catch_signals()
     with contextlib.ExitStack() as stack:
-        logs = directory.absolute()
-        started = [stack.enter_context(servers.serve("TensorBoard", _tensorboard(logs), health="/", directory=logs))]
-        addresses = {"tensorboard": started[0].address, "mlflow": None}
-        if store := _store(runs):
-            uri, home = store
-            if uri.startswith(("http://", "https://")):
-                addresses["mlflow"] = shown = redact_credentials(uri)
-                if not servers.is_reachable(uri):
-                    click.echo(f"trackopt: {console.sanitize(shown)} does not answer; is that server up?", err=True)
-            else:
-                mlflow = servers.serve("the MLflow UI", _mlflow(uri), health="/health", directory=home)
-                started.append(stack.enter_context(mlflow))
-                addresses["mlflow"] = started[-1].address
+        started, addresses = _start_servers(directory.absolute(), _choose_store(runs), stack)
         servers.wait_until_ready(started, stop)
         if stop.is_set():
             raise click.Abort
         if as_json:
-            sys.stdout.write(orjson.dumps({**addresses, "runs": len(runs), "going": going}).decode() + "\n")
+            sys.stdout.write(orjson.dumps({**addresses, "runs": len(runs), "going": running}).decode() + "\n")
             sys.stdout.flush()
         else:
-            console.show(_lines(addresses))
+            console.show(_render_addresses(addresses))
         servers.watch(started, stop)
 
 
-def _find(directory: Path) -> list[_Run]:
-    """The runs below a directory, at any depth; one that cannot be read is told, and left out."""
+def _catch_signals() -> Event:
+    """Return the event that SIGINT, SIGTERM and SIGHUP set; a shell starts background jobs with SIGINT ignored."""
+    stop = Event()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # by nohup
+            signal.signal(number, lambda *_: stop.set())
+    return stop
+
+
+def _start_servers(
+    directory: Path, store: _Store | None, stack: contextlib.ExitStack
+) -> tuple[list[servers.Server], dict[str, str | None]]:
+    """Start TensorBoard, and the MLflow UI unless the store is on a server; return both addresses as well."""
+    tensorboard = servers.serve("TensorBoard", _tensorboard_command(directory), health="/", directory=directory)
+    started = [stack.enter_context(tensorboard)]
+    addresses: dict[str, str | None] = {"tensorboard": started[0].address, "mlflow": None}
+    if store is None:
+        return started, addresses
+    if store.uri.startswith(("http://", "https://")):
+        addresses["mlflow"] = shown = redact_credentials(store.uri)
+        if not servers.is_reachable(store.uri):
+            click.echo(f"trackopt: {console.sanitize(shown)} does not answer; is that server up?", err=True)
+    else:
+        home = store.home if store.home.is_dir() else Path.cwd()
+        mlflow = servers.serve("the MLflow UI", _mlflow_command(store.uri), health="/health", directory=home)
+        started.append(stack.enter_context(mlflow))
+        addresses["mlflow"] = started[-1].address
+    return started, addresses
+
+
+def _find_runs(directory: Path) -> list[_Run]:
+    """Return the runs below a directory, at any depth; skip unreadable ones with a warning."""
     if not directory.is_dir():
-        raise RunError(f"{directory}: there is no such directory; name the one that holds your runs")
-    found = []
-    for place, folders, files in os.walk(directory):
+        raise RunError(f"{directory}: no such directory; name the directory of your runs")
+    runs = []
+    for folder, folders, files in os.walk(directory):
         folders.sort()
         if IDENTITY in files:
             folders.clear()
             try:
-                found.append(_Run(Path(place), read_identity(Path(place))))
+                runs.append(_read_run(Path(folder)))
             except RunError as error:
                 click.echo(f"trackopt: {console.sanitize(error)}", err=True)
-    if not found:
-        raise RunError(f"{directory}: holds no run; name the directory that wrap(dir=…) was given, or one above it")
-    return found
+    if not runs:
+        raise RunError(f"{directory}: contains no run; name the directory given to wrap(dir=…), or a parent")
+    return runs
 
 
-def _store(runs: Sequence[_Run]) -> tuple[str, Path] | None:
-    """MLflow's store, and where its address is meant from; of several, the one with most of the runs."""
-    stores = [
-        (str(run.identity["mlflow"]["tracking_uri"]), Path(run.identity["working_directory"]))
-        for run in runs
-        if "mlflow" in run.identity.get("sinks", ())
-    ]
+def _read_run(path: Path) -> _Run:
+    identity = read_identity(path)
+    if "mlflow" not in (identity.sinks or ()):
+        return _Run(path, None)
+    return _Run(path, _Store(str(identity.mlflow.tracking_uri), Path(identity.working_directory)))
+
+
+def _choose_store(runs: Sequence[_Run]) -> _Store | None:
+    """Return the MLflow store with most of the runs."""
+    stores = [run.store for run in runs if run.store is not None]
     if not stores:
         return None
-    (uri, count), *_ = Counter(uri for uri, _ in stores).most_common()
+    (uri, count), *_ = Counter(store.uri for store in stores).most_common()
     if count < len(stores):
         shown = console.sanitize(redact_credentials(uri))
         click.echo(f"trackopt: the runs are in several MLflow stores; showing {shown}", err=True)
-    home = next(home for each, home in stores if each == uri)
-    return uri, home if home.is_dir() else Path.cwd()
+    return next(store for store in stores if store.uri == uri)
 
 
-def _summary(directory: Path, count: int, going: Sequence[str]) -> str:
-    names = [Path(path).name for path in going[:_NAMED]] + ["…"] * (len(going) > _NAMED)
-    state = f"{len(going)} still going: {', '.join(names)}" if going else "none still going"
+def _format_summary(directory: Path, count: int, running: Sequence[str]) -> str:
+    names = [Path(path).name for path in running[:_MAX_NAMES]] + ["…"] * (len(running) > _MAX_NAMES)
+    state = f"{len(running)} running: {', '.join(names)}" if running else "none running"
     return console.sanitize(f"{count} run{'s' * (count > 1)} below {directory}, {state}")
 
 
-def _lines(addresses: dict[str, str | None]) -> Iterator[Text]:
+def _render_addresses(addresses: dict[str, str | None]) -> Iterator[Text]:
     from rich.text import Text
 
     for name, key in (("TensorBoard", "tensorboard"), ("MLflow", "mlflow")):
-        shown = Text(console.sanitize(addresses[key] or "none of them is there"), style="cyan")
+        shown = Text(console.sanitize(addresses[key] or "no run uses it"), style="cyan")
         yield Text(f"{name:13}", style="bold").append_text(shown)
     yield Text("Ctrl-C stops both.", style="dim")
 
 
-def _tensorboard(directory: Path) -> list[str]:
+def _tensorboard_command(directory: Path) -> list[str]:
     # Each attempt of a run has its own event file: without --reload_multifile only the newest is read on.
-    where = ["--logdir", str(directory), "--host", servers.HOST, "--port", "{port}"]
+    address = ["--logdir", str(directory), "--host", servers.HOST, "--port", "{port}"]
     options = ["--reload_multifile=true", "--reload_interval=5", "--samples_per_plugin=scalars=10000"]
-    return [sys.executable, "-m", "tensorboard.main", *where, *options]
+    return [sys.executable, "-m", "tensorboard.main", *address, *options]
 
 
-def _mlflow(uri: str) -> list[str]:
-    where = ["--backend-store-uri", uri, "--host", servers.HOST, "--port", "{port}", "--workers", "1"]
-    return [sys.executable, "-m", "mlflow", "server", *where]
+def _mlflow_command(uri: str) -> list[str]:
+    address = ["--backend-store-uri", uri, "--host", servers.HOST, "--port", "{port}", "--workers", "1"]
+    return [sys.executable, "-m", "mlflow", "server", *address]

@@ -1,4 +1,4 @@
-"""``trackopt verify``: whether files are what was written."""
+"""``trackopt verify``: verify checksums and structure of checkpoints."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ if TYPE_CHECKING:
 
     from rich.console import RenderableType
 
-_CODES = {SOUND: 0, DAMAGED: 1, UNREADABLE: 2}
+_EXIT_CODES = {SOUND: 0, DAMAGED: 1, UNREADABLE: 2}
 _LEVELS = {SOUND: "ok", DAMAGED: "error", UNREADABLE: "error"}
-_SHOWN = 20
+_MAX_PROBLEMS = 20
 
 
 @click.command()
 @click.argument("paths", metavar="PATH...", nargs=-1, required=True)
 @click.option("--json", "as_json", is_flag=True, help="Print the same facts as JSON.")
 def command(paths: tuple[str, ...], as_json: bool) -> int:
-    r"""Whether files are what was written: structure, checksums and bounds of every tensor.
+    r"""Verify checksums and structure of checkpoints, and the bounds of every tensor.
 
-    PATH is a file, DIRECTORY@STEP, or a run's directory: then every checkpoint in it and its journal are
-    checked. Of a file that was cut short it says what can still be saved.
+    PATH is a file, DIRECTORY@STEP, or a run's directory, whose checkpoints and journal are all checked. For a
+    truncated file, prints what can still be recovered.
 
     \b
     Example:
@@ -35,20 +35,27 @@ def command(paths: tuple[str, ...], as_json: bool) -> int:
 
     Exit codes: 0 sound, 1 damaged, 2 unreadable.
     """
-    found = [one for path in paths for one in verify(path)]
+    reports = [report for path in paths for report in verify(path)]
     if as_json:
-        console.write_json({"sound": all(one.status == SOUND for one in found), "files": [o.as_dict() for o in found]})
+        console.write_json(
+            {
+                "sound": all(report.status == SOUND for report in reports),
+                "files": [report.as_dict() for report in reports],
+            }
+        )
     else:
-        console.show(line for one in found for line in _lines(one))
-    return max(_CODES[one.status] for one in found)
+        console.show(line for report in reports for line in _render_report(report))
+    return max(_EXIT_CODES[report.status] for report in reports)
 
 
-def _lines(one: FileReport) -> Iterator[RenderableType]:
-    about = " · ".join(filter(None, (one.format, console.size(one.bytes) if one.bytes else "")))
-    yield console.finding(_LEVELS[one.status], f"{console.sanitize(one.path)}: {one.status}{about and f'   {about}'}")
-    for problem in one.problems[:_SHOWN]:
-        yield console.indented(problem)
-    if len(one.problems) > _SHOWN:
-        yield console.indented(f"and {len(one.problems) - _SHOWN:,} more problems")
-    if one.salvageable:
-        yield console.indented(one.salvageable)
+def _render_report(report: FileReport) -> Iterator[RenderableType]:
+    facts = " · ".join(filter(None, (report.format, console.format_size(report.bytes) if report.bytes else "")))
+    yield console.render_finding(
+        _LEVELS[report.status], f"{console.sanitize(report.path)}: {report.status}{facts and f'   {facts}'}"
+    )
+    for problem in report.problems[:_MAX_PROBLEMS]:
+        yield console.render_indented(problem)
+    if len(report.problems) > _MAX_PROBLEMS:
+        yield console.render_indented(f"and {len(report.problems) - _MAX_PROBLEMS:,} more problems")
+    if report.salvageable:
+        yield console.render_indented(report.salvageable)

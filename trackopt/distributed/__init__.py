@@ -1,1 +1,1 @@
-"""Several processes: collectives, checks that all run the same, and where all of them stop."""
+"""Several processes: collectives, a check that all run the same, and a common step to stop or save at."""

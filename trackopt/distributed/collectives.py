@@ -1,8 +1,8 @@
-"""What a training knows about being one of several processes, as ``torchrun`` starts them.
+"""Object collectives for the processes of a training, as ``torchrun`` starts them.
 
-The ranks run the same script and come to the same places in it. There they tell each other small things, over a group
-of their own (gloo, whatever the training uses) that takes no part in a training step. Every wait ends with the time
-that ``init_process_group(timeout=…)`` was given.
+The ranks run the same script and make the same calls. There they exchange small objects over a gloo group of their own,
+whatever backend the training uses; no training step uses it. Every wait ends after the ``timeout`` of
+``init_process_group``.
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ if TYPE_CHECKING:
     from datetime import timedelta
 
 T = TypeVar("T")
-_FIXED_MESSAGE_BYTES = 1000  # bytes that a value is expected to have; one collective is enough for these
+_FIXED_MESSAGE_BYTES = 1000  # a larger object needs a second collective
 _SAME_CALLS = "must make the same calls to trackopt"
 _group_ids = itertools.count()
 logger = logging.getLogger("trackopt")
 
 
 class Collectives:
-    """One process, alone: number 0 of 1.
+    """The collectives of a single process.
 
     Attributes:
-        rank: This process's number, from 0.
-        world_size: How many there are.
-        group: Their gloo group, for whoever needs collectives of its own; ``None`` for one process.
-        store: What all ranks can read and write, whatever the others are doing; ``None`` for one process.
+        rank: This process's rank.
+        world_size: The number of ranks.
+        group: Their gloo group, for further collectives; ``None`` for one process.
+        store: A key-value store that a rank can use at any time; ``None`` for one process.
         timeout: Seconds until a wait for another rank ends.
-        is_detached: Whether this process has left the others, or they it.
+        is_detached: Whether this rank no longer takes part in collectives.
     """
 
     rank: int = 0
@@ -58,55 +58,55 @@ class Collectives:
 
     @property
     def is_rank_zero(self) -> bool:
-        """Whether it is the one that writes."""
+        """Whether this is the rank that writes."""
         return self.rank == 0
 
     def all_gather_object(self, value: T) -> list[T]:
-        """The values of all ranks, in order, on each of them; every rank must call this at the same place.
+        """Return the values of all ranks, in order; every rank must make the same call.
 
         Args:
-            value: Whatever pickles, and is small; tensors only on the CPU.
+            value: A small object that can be pickled; tensors only on the CPU.
 
         Raises:
-            RunError: Another rank did not come, or is gone.
+            RunError: Another rank did not make the call in time, or has ended.
         """
         return [value]
 
     def broadcast(self, value: T) -> T:
-        """What rank 0 was given here, on every rank."""
+        """Broadcast rank 0's value to all ranks."""
         return self.all_gather_object(value if self.is_rank_zero else None)[0]  # type: ignore[return-value]  # rank 0's is none of these
 
     def run_on_all(self, action: Callable[[], T]) -> T:
-        """Do ``action`` on every rank; what it returns here.
+        """Run ``action`` on every rank and return its result on this one; an error of one rank is raised on all.
 
         Raises:
-            TrackoptError: It was raised on this rank or on another. One of them has told it then in a line on standard
-                error, and where nobody catches it, each process ends with 2.
-            RunError: Another rank did not come, or is gone.
+            TrackoptError: The action raised it on this rank or on another. The first rank that failed has printed it;
+                if it is not caught, each process exits with code 2.
+            RunError: Another rank did not make the call in time, or has ended.
         """
         return action()
 
     def detach(self) -> None:
-        """From here on this process is on its own: ``all_gather_object`` waits for nobody."""
+        """Take no part in collectives any more: they return this rank's own values."""
 
     def close(self) -> None:
-        """Let go of the group, as all ranks do now; that of a process which is apart goes when it ends."""
+        """Destroy the group, which all ranks do; a detached process keeps it until it exits."""
 
 
 class _GlooCollectives(Collectives):
-    """One of the processes of the default process group."""
+    """The collectives of the default process group's ranks, over a gloo group."""
 
     def __init__(self) -> None:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         store = dist.distributed_c10d._get_default_store()
         self.store = PrefixStore(f"trackopt/{next(_group_ids)}", store)
-        patience: timedelta = store.timeout  # type: ignore[attr-defined]  # torch's stubs lack it
-        self.timeout = patience.total_seconds()
+        timeout: timedelta = store.timeout  # type: ignore[attr-defined]  # torch's stubs lack it
+        self.timeout = timeout.total_seconds()
         self._calls = 0
         self._publish_progress()
         with self._convert_errors():
-            self.group = dist.new_group(backend="gloo", timeout=patience, group_desc="trackopt")
-        # torchrun may keep the store when it starts the processes again: what the earlier ones wrote must not be read
+            self.group = dist.new_group(backend="gloo", timeout=timeout, group_desc="trackopt")
+        # torchrun may keep the store when it restarts the processes: keys of the earlier ones must not be read
         self.store = PrefixStore(self.broadcast(uuid.uuid4().hex), store)
         self._publish_progress()
         atexit.register(_destroy_gloo_at_exit)
@@ -115,18 +115,18 @@ class _GlooCollectives(Collectives):
         if self.is_detached:
             return [value]
         self._publish_progress()
-        place = _public_caller()
-        sent = pickle.dumps((place, value))
+        payload = pickle.dumps((_public_caller(), value))
         with self._convert_errors():
-            found = self._all_gather_bytes(sent, _FIXED_MESSAGE_BYTES)
-            if (largest := max(map(len, found))) > _FIXED_MESSAGE_BYTES:  # all see that, and none has all of it
-                found = self._all_gather_bytes(sent, largest)
-        told = [pickle.loads(each) for each in found]  # noqa: S301 - by the other processes of this very training
-        for rank, (elsewhere, _) in enumerate(told):
-            if elsewhere != told[0][0]:
-                message = f"rank {rank} is in {elsewhere}() and rank 0 in {told[0][0]}(); all {_SAME_CALLS}"
+            payloads = self._all_gather_bytes(payload, _FIXED_MESSAGE_BYTES)
+            if (largest := max(map(len, payloads))) > _FIXED_MESSAGE_BYTES:  # the same on all ranks
+                payloads = self._all_gather_bytes(payload, largest)
+        calls = [pickle.loads(rank_payload) for rank_payload in payloads]  # noqa: S301 - from this very training
+        first_caller = calls[0][0]
+        for rank, (caller, _) in enumerate(calls):
+            if caller != first_caller:
+                message = f"rank {rank} is in {caller}() and rank 0 in {first_caller}(); all {_SAME_CALLS}"
                 raise self._make_exit_error("RunError", message, log=self.is_rank_zero)
-        return [each for _, each in told]
+        return [rank_value for _, rank_value in calls]
 
     def run_on_all(self, action: Callable[[], T]) -> T:
         result, caught = None, None
@@ -135,11 +135,11 @@ class _GlooCollectives(Collectives):
         except TrackoptError as error:
             caught = error
         failures: list[Any] = self.all_gather_object(caught and (type(caught).__name__, str(caught)))
-        first = next((rank for rank, each in enumerate(failures) if each is not None), None)
+        first = next((rank for rank, failure in enumerate(failures) if failure is not None), None)
         if first is None:
-            return result  # type: ignore[return-value]  # nobody failed, so there is one
+            return result  # type: ignore[return-value]  # no rank failed, so there is a result
         kind, message = failures[first]
-        if not all(each == failures[first] for each in failures):
+        if any(failure != failures[first] for failure in failures):
             message = f"rank {first}: {message}"
         raise self._make_exit_error(kind, message, log=self.rank == first) from caught
 
@@ -150,26 +150,29 @@ class _GlooCollectives(Collectives):
         if self.is_detached:
             return
         self.is_detached = True
-        group, self.group = self.group, None  # its threads end with the last one who has it
+        group, self.group = self.group, None  # its threads end with its last reference
         keys = [f"closed/{rank}" for rank in range(self.world_size)]
-        with contextlib.suppress(RuntimeError, ValueError):  # the training has let go of all groups before
+        with contextlib.suppress(RuntimeError, ValueError):  # the training has destroyed all groups already
             self.store.set(keys[self.rank], "")
-            self.store.wait(keys)  # gloo may abort the process that still waits for a message of this one
+            self.store.wait(keys)  # gloo may abort a process that still waits for a message of this one
             dist.destroy_process_group(group)
 
     def _all_gather_bytes(self, payload: bytes, capacity: int) -> list[bytes]:
-        """What every rank sent; of one that sent more than there is room for, its length in bytes that say nothing."""
-        mine = torch.zeros(8 + capacity, dtype=torch.uint8, device="cpu")
-        mine[:8].view(torch.int64)[0] = len(payload)
+        """All-gather payloads of up to ``capacity`` bytes.
+
+        A larger payload comes back as padding of its true length, so that the caller can retry.
+        """
+        message = torch.zeros(8 + capacity, dtype=torch.uint8, device="cpu")
+        message[:8].view(torch.int64)[0] = len(payload)
         if 0 < len(payload) <= capacity:
-            mine[8 : 8 + len(payload)] = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
-        all_of_them = [torch.empty_like(mine) for _ in range(self.world_size)]
-        dist.all_gather(all_of_them, mine, group=self.group)
-        sizes = [int(each[:8].view(torch.int64)[0]) for each in all_of_them]
-        return [each[8:].numpy().tobytes()[:size].ljust(size) for each, size in zip(all_of_them, sizes, strict=True)]
+            message[8 : 8 + len(payload)] = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
+        received = [torch.empty_like(message) for _ in range(self.world_size)]
+        dist.all_gather(received, message, group=self.group)
+        sizes = [int(buffer[:8].view(torch.int64)[0]) for buffer in received]
+        return [buffer[8:].numpy().tobytes()[:size].ljust(size) for buffer, size in zip(received, sizes, strict=True)]
 
     def _publish_progress(self) -> None:
-        """Leave word of how far this rank is, for those that wait for it in vain."""
+        """Publish this rank's call count, so that a timeout can name the stragglers."""
         self._calls += 1
         with self._convert_errors():
             self.store.set(str(self.rank), str(self._calls))
@@ -180,22 +183,27 @@ class _GlooCollectives(Collectives):
             yield
         except (RuntimeError, ValueError) as error:  # torch has no error of its own for a closed group
             late = self._ranks_behind()
-            tells = next(rank for rank in range(self.world_size) if rank not in late) == self.rank
-            raise self._make_exit_error("RunError", self._failure_message(error, late), log=tells) from error
+            log = next(rank for rank in range(self.world_size) if rank not in late) == self.rank
+            raise self._make_exit_error("RunError", self._failure_message(error, late), log=log) from error
 
     def _ranks_behind(self) -> list[int]:
-        """The ranks that did not come as far as this one."""
-        with contextlib.suppress(RuntimeError):  # the process that kept the store is gone too
-            came = [self.store.check([str(rank)]) and int(self.store.get(str(rank))) for rank in range(self.world_size)]
-            return [rank for rank, calls in enumerate(came) if calls < self._calls]
+        """Return the ranks that have made fewer calls than this one."""
+        with contextlib.suppress(RuntimeError):  # the process that kept the store has ended too
+            counts = [
+                self.store.check([str(rank)]) and int(self.store.get(str(rank))) for rank in range(self.world_size)
+            ]
+            return [rank for rank, calls in enumerate(counts) if calls < self._calls]
         return []
 
     def _failure_message(self, error: Exception, late: list[int]) -> str:
         if not dist.is_initialized():
-            return "the process group is gone; call run.close() before torch.distributed.destroy_process_group()"
+            return "the process group is closed; call run.close() before torch.distributed.destroy_process_group()"
         if late:
-            return f"rank {join_names(late)} of {self.world_size} did not come to {_public_caller()}(): it ended, or {_SAME_CALLS}"
-        return f"a rank is gone ({str(error).splitlines()[0]}); start all of them again"
+            return (
+                f"rank {join_names(late)} of {self.world_size} did not call {_public_caller()}() in time: "
+                f"it ended, or all {_SAME_CALLS}"
+            )
+        return f"a rank has ended ({str(error).splitlines()[0]}); start all of them again"
 
     def _make_exit_error(self, kind: str, message: str, *, log: bool) -> TrackoptError:
         self.is_detached = True
@@ -206,9 +214,9 @@ class _GlooCollectives(Collectives):
 
 
 def current_collectives() -> Collectives:
-    """This process among those of the default process group; alone where there is none.
+    """Return the collectives of the default process group, or those of a single process.
 
-    All ranks must call it at the same place.
+    All ranks must make the same call.
 
     Example:
         >>> collectives = current_collectives()
@@ -216,20 +224,20 @@ def current_collectives() -> Collectives:
         (0, 1, ['a'])
 
     Raises:
-        RunError: Another rank did not come.
+        RunError: Another rank did not make the call in time.
     """
     if dist.is_initialized() and dist.get_world_size() > 1:
         return _GlooCollectives()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         logger.warning(
-            "trackopt: torch.distributed is not initialized, so that each of the processes is a training of its own; "
+            "trackopt: torch.distributed is not initialized, so each process is a training of its own; "
             "call torch.distributed.init_process_group() before wrap()"
         )
     return Collectives()
 
 
 def _public_caller() -> str:
-    """The function that the user called: the outermost one of trackopt."""
+    """Return the name of the function that the user called: the outermost frame of trackopt."""
     frame, name = inspect.currentframe(), ""
     while frame is not None:
         if frame.f_globals.get("__name__", "").startswith("trackopt."):
@@ -239,11 +247,11 @@ def _public_caller() -> str:
 
 
 def _destroy_gloo_at_exit() -> None:
-    """A process that ends with a group of gloo still open may abort, and then its exit code is lost."""
+    """Destroy an open gloo group, which may abort the exiting process and change its exit code."""
     if dist.is_initialized() and dist.get_backend() in {"gloo", "cpu:gloo"}:
         dist.destroy_process_group()
 
 
 def _exit_error_type(kind: str) -> Any:
-    """An error that was told already: who does not catch it ends with 2, and without a traceback."""
+    """Return the type of an error that was printed already; uncaught, it exits with 2 and without a traceback."""
     return type(kind, (getattr(errors, kind), SystemExit), {"code": 2})

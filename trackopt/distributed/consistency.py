@@ -1,4 +1,4 @@
-"""Whether every rank runs the same training: a difference is told before it lets one of them wait for the others."""
+"""Check that all ranks run the same training, before a difference makes one of them wait for the others."""
 
 from __future__ import annotations
 
@@ -30,29 +30,29 @@ def check_consistency(
     """Refuse ranks that differ in their script, their objects or their arguments.
 
     Args:
-        collectives: This process among those of the training.
-        training: Its objects.
-        scheduler_configs: The settings of its schedulers.
-        options: The options of ``wrap`` that decide what the loop does.
+        collectives: The processes of the training.
+        training: The live objects.
+        scheduler_configs: The configurations of the schedulers.
+        options: The options of ``wrap`` that change the loop.
 
     Raises:
-        RunError: On every rank, the first difference that there is.
+        RunError: On every rank, for the first difference.
     """
-    found = collectives.all_gather_object(
+    fingerprints = collectives.all_gather_object(
         _fingerprints(training, scheduler_configs, options) if collectives.world_size > 1 else {}
     )
-    collectives.run_on_all(lambda: _compare(found))
+    collectives.run_on_all(lambda: _compare(fingerprints))
 
 
-def _compare(found: list[_Fingerprints]) -> None:
-    first = found[0]
-    for rank, other in enumerate(found):
-        for what in first:
-            if other[what] != first[what]:
-                here, there = first[what][0], other[what][0]
-                how = "in its insides" if here == there else f"{there}, and not {here}"
+def _compare(fingerprints: list[_Fingerprints]) -> None:
+    expected = fingerprints[0]
+    for rank, actual in enumerate(fingerprints):
+        for key in expected:
+            if actual[key] != expected[key]:
+                own, first = actual[key][0], expected[key][0]
+                how = "in its details" if own == first else f"{own} instead of {first}"
                 raise RunError(
-                    f"rank {rank} differs from rank 0 in its {what} ({how}); "
+                    f"rank {rank} differs from rank 0 in its {key} ({how}); "
                     "start the same script with the same arguments on every rank"
                 )
 
@@ -60,7 +60,7 @@ def _compare(found: list[_Fingerprints]) -> None:
 def _fingerprints(
     training: Training, scheduler_configs: Mapping[str, Any], options: Sequence[DataclassInstance]
 ) -> _Fingerprints:
-    """What must be the same, in a word that a reader understands and as a checksum of all of it."""
+    """Return what must be equal on all ranks: for each key a readable text and a checksum of the complete value."""
     script = Path(getattr(sys.modules["__main__"], "__file__", None) or "")
     models = {name: [(key, tuple(p.shape)) for key, p in m.named_parameters()] for name, m in training.models.items()}
     names, optimizers, schedulers = training.parameter_names(), training.optimizers, training.schedulers
@@ -71,13 +71,13 @@ def _fingerprints(
         "optimizer": _fingerprint(", ".join(map(_short_class_name, optimizers.values())), names),
         "scheduler": _fingerprint(", ".join(map(_short_class_name, schedulers.values())), scheduler_configs),
         "objects": _fingerprint(", ".join(training.stateful)),
-        **{name: _fingerprint(str(value)) for each in options for name, value in vars(each).items()},
+        **{name: _fingerprint(str(value)) for group in options for name, value in vars(group).items()},
     }
 
 
-def _fingerprint(word: str, *rest: Any) -> tuple[str, int]:
-    return word, crc32(repr((word, *rest)).encode())
+def _fingerprint(text: str, *details: Any) -> tuple[str, int]:
+    return text, crc32(repr((text, *details)).encode())
 
 
-def _short_class_name(thing: object) -> str:
-    return class_name(thing).rpartition(".")[2]
+def _short_class_name(value: object) -> str:
+    return class_name(value).rpartition(".")[2]

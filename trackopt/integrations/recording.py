@@ -22,9 +22,10 @@ from trackopt.run.attempt import Attempt
 from trackopt.run.options import SINKS, validate_options
 from trackopt.rundir import environment
 from trackopt.rundir.directory import ReadOnlyRunDirectory, RunDirectory
+from trackopt.rundir.identity import RunIdentity
 from trackopt.telemetry.options import StatsOptions
 from trackopt.training.sharding import has_sharded_parameters
-from trackopt.utils.mlflow_uri import default_tracking
+from trackopt.utils.mlflow_uri import MLflowTarget, default_tracking
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("trackopt")
 
-_NO_IDENTITY = {"id": None, "name": "", "attempt": 0}  # of a rank that writes nothing
+_NO_IDENTITY = RunIdentity("", "", 0.0, "", "", MLflowTarget("", ""))  # of a rank that writes nothing
 
 
 @dataclass(frozen=True)
@@ -78,9 +79,9 @@ class TelemetrySession:
 
     def __init__(self, training: Training, options: Options, *, leads: bool = True) -> None:
         sinks = options.sinks if leads and environment.from_environment() is None else ()
-        directory = RunDirectory(options.dir) if leads else ReadOnlyRunDirectory(Path(os.devnull), dict(_NO_IDENTITY))
+        directory = RunDirectory(options.dir) if leads else ReadOnlyRunDirectory(Path(os.devnull), _NO_IDENTITY)
         try:
-            if not directory.identity:
+            if directory.saved_identity is None:
                 directory.initialize(options.name, default_tracking(options.experiment))
             self._attempt = Attempt(directory, training, options.stats_options, sinks)
         except BaseException:
@@ -88,6 +89,7 @@ class TelemetrySession:
             raise
         self._training = training
         self._leads = leads
+        self._run_id = self._attempt.id if leads else None
         self._telemetry = self._attempt.telemetry
         self._already_logged: set[str] = set()  # keys that the journal has at the step that a resumed run begins with
         self._unconfirmed: tuple[str | os.PathLike[str], int] | None = None  # a checkpoint that may be incomplete
@@ -118,7 +120,7 @@ class TelemetrySession:
         details: dict[str, Any] = {}
         if state is not None:
             step = self._load(state)
-            if state["run_id"] == self._attempt.id:
+            if state["run_id"] == self._run_id:
                 offset, later = _history_end(self._attempt.journal.path, state["journal_offset"], step)
                 self._already_logged = {*state["pending"]["recorded"], *later}
                 details["offset"] = offset
@@ -171,7 +173,7 @@ class TelemetrySession:
             self._telemetry.flush()
             self._attempt.journal.sync()
         return {
-            "run_id": self._attempt.id,
+            "run_id": self._run_id,
             "step": self.step,
             "journal_offset": self._attempt.journal.offset,
             **self._telemetry.state_dict(),

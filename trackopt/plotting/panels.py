@@ -1,4 +1,4 @@
-"""From runs to panels: which series stand together, and what band is around them."""
+"""Build panels from runs: choose the series of each panel and the bands around the curves."""
 
 from __future__ import annotations
 
@@ -8,55 +8,57 @@ from collections import defaultdict
 from typing import TYPE_CHECKING
 
 from trackopt.plotting.figure import Curve, Panel
-from trackopt.plotting.run_series import RunSeries, names
+from trackopt.plotting.run_series import RunSeries, display_names
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 _LR = "lr/"
 _MEAN, _STD = ".mean", ".std"
-_NO_BUFFERS = ("grad/", "param/", "update/")
-_MOST = 12  # curves in a panel
+_NOT_BUFFERS = ("grad/", "param/", "update/")
+_MAX_CURVES = 12  # in one panel
 
 
-def wanted(key: str, metrics: Sequence[str]) -> bool:
-    """Whether a series is drawn: a metric, an LR, or the mean or the standard deviation of a buffer."""
+def is_drawn(key: str, metrics: Sequence[str]) -> bool:
+    """Return whether a series is drawn: a metric, an LR, or the mean or standard deviation of a buffer."""
     return key in metrics or key.startswith(_LR) or (_is_buffer(key) and key.endswith((_MEAN, _STD)))
 
 
-def panels(runs: Sequence[RunSeries], metrics: Sequence[str]) -> list[Panel]:
-    """The metrics, the LRs and the buffers of runs; a buffer has a band of one standard deviation around its mean.
+def build_panels(runs: Sequence[RunSeries], metrics: Sequence[str]) -> list[Panel]:
+    """Build panels of metrics, LRs and buffers; a buffer's band is one standard deviation around its mean.
 
     Args:
-        runs: Whose series to draw.
-        metrics: The series to begin with.
+        runs: The runs to draw.
+        metrics: The series of the first panels.
 
     Example:
         >>> series = {"loss": [(1, 0.5)], "exp_avg/group0.mean": [(1, 0.0)], "exp_avg/group0.std": [(1, 0.2)]}
-        >>> run = Tracked("runs/a", "a", None, {}, series, [], frozenset(series))
-        >>> [panel.title for panel in panels([run], ["loss"])]
+        >>> run = RunSeries("runs/a", "a", None, {}, series, [], frozenset(series))
+        >>> [panel.title for panel in build_panels([run], ["loss"])]
         ['loss', 'exp_avg: mean ± std']
     """
-    found = [_panel(title, runs, keys) for title, keys in _layout(runs, metrics)]
-    return [panel.scaled() for panel in found[: len(metrics)]] + found[len(metrics) :]
+    drawn = [_build_panel(title, runs, keys) for title, keys in _list_panels(runs, metrics)]
+    return [panel.with_log_scale() for panel in drawn[: len(metrics)]] + drawn[len(metrics) :]
 
 
-def averaged(runs: Sequence[RunSeries], metrics: Sequence[str]) -> list[Panel]:
-    """The same panels with the mean of all runs, and a band of one standard deviation over the runs.
+def build_mean_panels(runs: Sequence[RunSeries], metrics: Sequence[str]) -> list[Panel]:
+    """Build the same panels with the mean over all runs, in a band of one standard deviation over the runs.
 
-    Only steps that each of them has recorded count.
+    Only steps that every run has recorded count.
     """
-    found = []
-    for title, keys in _layout(runs, metrics):
+    drawn = []
+    for title, keys in _list_panels(runs, metrics):
         several = len(keys) > 1
-        curves = [_average(runs, key, group if several else "") for key, group in list(keys.items())[:_MOST]]
-        if any(curve.points for curve in curves):  # a buffer may be one of some runs only
-            found.append(Panel(f"{title.partition(':')[0]}: mean ± std over {len(runs)} runs", tuple(curves)))
-    return found
+        curves = [
+            _average_curve(runs, key, group if several else "") for key, group in list(keys.items())[:_MAX_CURVES]
+        ]
+        if any(curve.points for curve in curves):  # only some runs may have a buffer
+            drawn.append(Panel(f"{title.partition(':')[0]}: mean ± std over {len(runs)} runs", tuple(curves)))
+    return drawn
 
 
-def _layout(runs: Sequence[RunSeries], metrics: Sequence[str]) -> Iterator[tuple[str, dict[str, str]]]:
-    """The title of each panel and its series, each with what tells it from the others."""
+def _list_panels(runs: Sequence[RunSeries], metrics: Sequence[str]) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yield the title of each panel and its series, each with its label within the panel."""
     for metric in metrics:
         yield metric, {metric: ""}
     known = list(dict.fromkeys(key for run in runs for key in run.series))
@@ -71,54 +73,54 @@ def _layout(runs: Sequence[RunSeries], metrics: Sequence[str]) -> Iterator[tuple
         yield f"{buffer}: mean ± std", keys
 
 
-def _average(runs: Sequence[RunSeries], key: str, name: str) -> Curve:
-    each = [dict(run.series.get(key, [])) for run in runs]
+def _average_curve(runs: Sequence[RunSeries], key: str, name: str) -> Curve:
+    runs_points = [dict(run.series.get(key, [])) for run in runs]
     points, band = [], []
-    for step in sorted(set(each[0]).intersection(*each[1:])):
-        values = [series[step] for series in each]
+    for step in sorted(set(runs_points[0]).intersection(*runs_points[1:])):
+        values = [series[step] for series in runs_points]
         mean = statistics.fmean(values)
-        spread = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / max(len(values) - 1, 1))
+        deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / max(len(values) - 1, 1))
         points.append((step, mean))
-        band.append((step, mean - spread, mean + spread))
+        band.append((step, mean - deviation, mean + deviation))
     return Curve(name, points, band)
 
 
-def _panel(title: str, runs: Sequence[RunSeries], keys: dict[str, str]) -> Panel:
-    """A curve for each run and each of the keys that it has; the values of ``keys`` tell them apart."""
+def _build_panel(title: str, runs: Sequence[RunSeries], keys: dict[str, str]) -> Panel:
+    """Draw one curve per run and series; the values of ``keys`` label the series."""
     curves = []
-    for run, name in zip(runs, names(runs), strict=True):
-        there = [key for key in keys if key in run.series]
-        for same in _is_constant(run, there):
-            groups = "" if len(same) == len(there) else ", ".join(keys[key] for key in same)
+    for run, name in zip(runs, display_names(runs), strict=True):
+        present = [key for key in keys if key in run.series]
+        for same in _group_equal(run, present):
+            groups = "" if len(same) == len(present) else ", ".join(keys[key] for key in same)
             label = " ".join(filter(None, [name if len(runs) > 1 else "", groups]))
-            curves.append(Curve(label, run.series[same[0]], list(_band(run, same[0]))))
+            curves.append(Curve(label, run.series[same[0]], list(_std_band(run, same[0]))))
     if len(curves) == 1 < len(runs):
-        title = f"{title} ({curves[0].name})"  # a lone curve has no legend, and could be of any of them
-    if len(curves) > _MOST:
-        title, curves = f"{title} ({_MOST} of {len(curves)})", curves[:_MOST]
+        title = f"{title} ({curves[0].name})"  # a single curve has no legend that names its run
+    if len(curves) > _MAX_CURVES:
+        title, curves = f"{title} ({_MAX_CURVES} of {len(curves)})", curves[:_MAX_CURVES]
     return Panel(title, tuple(curves))
 
 
-def _is_constant(run: RunSeries, keys: Sequence[str]) -> list[list[str]]:
-    """The LRs of groups are often the same; they are one curve."""
-    found: list[list[str]] = []
+def _group_equal(run: RunSeries, keys: Sequence[str]) -> list[list[str]]:
+    """Group the keys whose LRs are equal; they share one curve."""
+    groups: list[list[str]] = []
     for key in keys:
-        same = next((each for each in found if run.series[each[0]] == run.series[key] and key.startswith(_LR)), None)
+        same = next((keys for keys in groups if run.series[keys[0]] == run.series[key] and key.startswith(_LR)), None)
         if same is None:
-            found.append([key])
+            groups.append([key])
         else:
             same.append(key)
-    return found
+    return groups
 
 
-def _band(run: RunSeries, key: str) -> Iterator[tuple[float, float, float]]:
+def _std_band(run: RunSeries, key: str) -> Iterator[tuple[float, float, float]]:
     if not key.endswith(_MEAN):
         return
-    spread = dict(run.series.get(key.removesuffix(_MEAN) + _STD, []))
+    deviations = dict(run.series.get(key.removesuffix(_MEAN) + _STD, []))
     for step, mean in run.series[key]:
-        if step in spread:
-            yield step, mean - spread[step], mean + spread[step]
+        if step in deviations:
+            yield step, mean - deviations[step], mean + deviations[step]
 
 
 def _is_buffer(key: str) -> bool:
-    return "/" in key and not key.startswith((_LR, *_NO_BUFFERS))
+    return "/" in key and not key.startswith((_LR, *_NOT_BUFFERS))

@@ -1,6 +1,6 @@
-"""What the journals of runs say, for curves and tables: the wanted series, the hyperparameters, the time of each step.
+"""Read selected series, hyperparameters and step times from the journals of runs, for curves and tables.
 
-``metrics.jsonl`` → `RunReader` → `RunSeries`. A long journal is read once, and only what is wanted of it is kept.
+``metrics.jsonl`` → `RunReader` → `RunSeries`. A journal is read once and only the selected series are kept.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ _SECONDS = "seconds"
 
 @dataclass(frozen=True)
 class RunSeries:
-    """A run, as far as it has come.
+    """The series of a run so far.
 
     Attributes:
-        path: As it was named.
-        name: Its directory's name.
+        path: The path that the user gave.
+        name: The name of the run's directory.
         status: ``finished``, ``failed`` or ``killed``; ``None`` while it has not been closed.
-        params: What it was started with: ``optimizer``, ``group0.lr``, ``scheduler.step_size``, ….
-        series: The effective points ``(step, value)`` of the wanted series.
-        seconds: For each step the time that it took, from the line before; pauses between attempts do not count.
-        keys: The names of all its series.
+        params: The run's parameters: ``optimizer``, ``group0.lr``, ``scheduler.step_size``, ….
+        series: The effective points ``(step, value)`` of the selected series.
+        seconds: ``(step, seconds since the previous line)``; pauses between attempts do not count.
+        keys: The names of all series of the run.
     """
 
     path: str
@@ -45,19 +45,19 @@ class RunSeries:
 
     @property
     def steps(self) -> int:
-        """The last step that was recorded; 0 for none."""
+        """The last recorded step; 0 if there is none."""
         return self.seconds[-1][0] if self.seconds else 0
 
 
 class RunReader:
-    """Reads the journal of a run, and goes on where it stopped.
+    """Incremental reader of a run's journal.
 
     Args:
-        place: A run's directory, or its ``metrics.jsonl``.
-        select: Whether a series is to be kept.
+        path: A run's directory, or its ``metrics.jsonl``.
+        select: Returns whether to keep a series.
 
     Raises:
-        RunError: There is no journal.
+        RunError: The path has no journal.
 
     Example:
         >>> import tempfile
@@ -68,47 +68,47 @@ class RunReader:
         ...     writer.close()
         ...     reader = RunReader(folder, select=lambda key: key == "loss")
         ...     reader.update()
-        ...     reader.run().series
+        ...     reader.build_series().series
         True
         {'loss': [(1, 0.5)]}
     """
 
-    def __init__(self, place: str | Path, select: Callable[[str], bool]) -> None:
-        self.place = Path(place)
-        self.journal = _journal(self.place)
+    def __init__(self, path: str | Path, select: Callable[[str], bool]) -> None:
+        self.path = Path(path)
+        self.journal = _find_journal(self.path)
         self.directory = self.journal.parent
         self.closed = False
-        self._wanted = select
-        self._known: dict[str, bool] = {}
+        self._select = select
+        self._selected: dict[str, bool] = {}
         self._lines: list[Line] = []
         self._params: dict[str, Any] = {}
         self._status: str | None = None
         self._offset = 0
-        self._before: float | None = None  # when the line before was written, in the same attempt
+        self._previous_time: float | None = None  # of the previous line of the same attempt
 
     def update(self, progress: Callable[[int, int], None] | None = None) -> bool:
-        """Read what was appended since; whether there was anything.
+        """Read the lines appended since the last call; return whether there were any.
 
         Args:
-            progress: Told now and then how many bytes are read, and of how many.
+            progress: Called every 1000 lines with the bytes read and the size of the file.
 
         Raises:
-            RunError: It cannot be read.
+            RunError: The journal cannot be read.
         """
         start = self._offset
         try:
             size = self.journal.stat().st_size
             for number, line in enumerate(journal.read(self.journal, self._offset)):
                 self._offset = line.end_offset
-                self._take(line)
+                self._add_line(line)
                 if progress is not None and number % 1000 == 0:
                     progress(self._offset, size)
         except OSError as error:
             raise RunError(f"{self.journal}: cannot be read ({error.strerror}); check its permissions") from error
         return self._offset > start
 
-    def run(self) -> RunSeries:
-        """The run, as far as it was read."""
+    def build_series(self) -> RunSeries:
+        """Return the series of all lines read so far."""
         series: dict[str, list[tuple[int, float]]] = {}
         seconds: list[tuple[int, float]] = []
         for record in journal.effective(self._lines):
@@ -116,65 +116,67 @@ class RunReader:
                 series.setdefault(key, []).append((record.step, value))
             if not seconds or record.step > seconds[-1][0]:
                 seconds.append((record.step, record.details.get(_SECONDS, 0.0)))
-        path, keys = str(self.place), frozenset(self._known)
+        path, keys = str(self.path), frozenset(self._selected)
         return RunSeries(path, self.directory.absolute().name, self._status, self._params, series, seconds, keys)
 
-    def _take(self, line: Line) -> None:
+    def _add_line(self, line: Line) -> None:
         if line.event in {"start", "resume"}:
             params = line.details.get("params")
             self._params = params if isinstance(params, dict) else self._params
-            self._status, self._before = None, None
+            self._status, self._previous_time = None, None
         if line.event == "close":
             self._status = str(line.details.get("status", "finished")).lower()
         self.closed = self._status is not None
         if line.event == "resume":
             self._lines.append(line)
         elif line.event is None and line.metrics:
-            seconds = {} if self._before is None else {_SECONDS: max(0.0, line.time - self._before)}
+            seconds = {} if self._previous_time is None else {_SECONDS: max(0.0, line.time - self._previous_time)}
             metrics = {key: value for key, value in line.metrics.items() if self._is_selected(key)}
             self._lines.append(replace(line, metrics=metrics, details=seconds))
         if not line.histograms and line.event != "checkpoint":
-            self._before = line.time
+            self._previous_time = line.time
 
     def _is_selected(self, key: str) -> bool:
-        if key not in self._known:
-            self._known[key] = self._wanted(key)
-        return self._known[key]
+        if key not in self._selected:
+            self._selected[key] = self._select(key)
+        return self._selected[key]
 
 
 def require_series(runs: Sequence[RunSeries], key: str) -> None:
-    """Insist that each run has a series.
+    """Check that every run has a series.
 
     Raises:
-        UsageError: One of them has not; the nearest right name is told.
+        UsageError: A run lacks the series; the message suggests the nearest name.
     """
     for run in runs:
         if key not in run.series:
-            own = [other for other in run.keys if "/" not in other] or run.keys
-            there = suggest(key, own) if own else "nothing is recorded yet"
-            raise UsageError(f"{run.path}: has no series {key} (--metric names one); {there}")
+            candidates = [name for name in run.keys if "/" not in name] or run.keys
+            hint = suggest(key, candidates) if candidates else "nothing is recorded yet"
+            raise UsageError(f"{run.path}: no series {key!r}; {hint} (choose with --metric)")
 
 
-def names(runs: Sequence[RunSeries]) -> list[str]:
-    """What to call each run: its directory's name, or its path where two have the same."""
+def display_names(runs: Sequence[RunSeries]) -> list[str]:
+    """Return a name for each run: its directory's name, or its path if two directories share a name."""
     short = [run.name for run in runs]
     return [run.name if short.count(run.name) == 1 else run.path for run in runs]
 
 
-def _journal(place: Path) -> Path:
-    file = place / journal.NAME if place.is_dir() else place
+def _find_journal(path: Path) -> Path:
+    file = path / journal.NAME if path.is_dir() else path
     if file.is_file() and file.name == journal.NAME:
         return file
-    inside = _runs_in(place)
-    if inside:
-        raise RunError(f"{place}: no run, but a directory with {len(inside)}; name runs, as {place / inside[0]}")
-    problem = f"has no journal ({journal.NAME})" if place.exists() else "there is no such run"
-    others = _runs_in(place.parent)
-    there = suggest(place.name, others, within=place.parent) if others else "name a directory of wrap()"
-    raise RunError(f"{place}: {problem}; {there}")
+    run_names = _list_runs(path)
+    if run_names:
+        raise RunError(
+            f"{path}: not a run, but a directory of {len(run_names)} runs; name a run, such as {path / run_names[0]}"
+        )
+    problem = f"has no journal ({journal.NAME})" if path.exists() else "no such run"
+    siblings = _list_runs(path.parent)
+    hint = suggest(path.name, siblings, within=path.parent) if siblings else "name the directory given to wrap(dir=…)"
+    raise RunError(f"{path}: {problem}; {hint}")
 
 
-def _runs_in(directory: Path) -> list[str]:
+def _list_runs(directory: Path) -> list[str]:
     try:
         return sorted(child.name for child in directory.iterdir() if (child / journal.NAME).is_file())
     except OSError:

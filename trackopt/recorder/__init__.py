@@ -1,5 +1,5 @@
-"""The recorder: a process of its own that carries the journal into TensorBoard and MLflow.
+"""The recorder: a separate process that delivers the journal to TensorBoard and MLflow.
 
-It tails the journal, keeps a cursor for each sink, and outlives the training process, so that whatever that one wrote
-before it died still arrives.
+It tails the journal and keeps a cursor per sink. It outlives the training process, so that the records of a killed
+run are still delivered.
 """

@@ -1,4 +1,4 @@
-"""The training process's end of the recorder: start it, hear from it, start it anew when it dies, wait for it."""
+"""The training process's side of the recorder: start it, read its messages, restart it, wait for it."""
 
 from __future__ import annotations
 
@@ -18,127 +18,130 @@ from trackopt.recorder.progress import delivered_fraction, progress_bar
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-LOG = "recorder.log"
-_POLL_INTERVAL_S = 1.0  # seconds between two looks at what the recorder has to say, and whether it lives
-_WAIT_INTERVAL_S = 0.2  # seconds between two looks at how far it is, while it is waited for
-_NOTICE_AFTER_S = 10.0  # seconds of waiting after which it is told what is waited for
-_STABLE_AFTER_S = 60.0  # seconds that a recorder lives which does not die at once
-_MAX_RESTARTS = 5  # of recorders that die at once, one after the other: then none is started until the end
-_THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")  # of libraries that start one for each core
+LOG_NAME = "recorder.log"
+_POLL_INTERVAL_S = 1.0
+_WAIT_INTERVAL_S = 0.2
+_NOTICE_AFTER_S = 10.0
+_STABLE_AFTER_S = 60.0  # a recorder that exits sooner counts as an early exit
+_MAX_EARLY_EXITS = 5  # consecutive ones, after which no recorder is started until the run closes
+_RECEIVE_BYTES = 1 << 16
+_THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")  # default: a thread per core
 
 
 class RecorderProcess:
-    """A running ``python -m trackopt.recorder DIR``, and the next one where it dies before its work is done.
+    """A running ``python -m trackopt.recorder DIR``, restarted if it exits early.
 
-    One socket joins the two: the recorder reads its end of file when the training process ends, however it ends,
-    and writes a line when the user should know something.
+    A socket connects the two processes: the recorder reads its end of file when the training process exits, in
+    whatever way, and writes messages for the user to it, one per line.
 
     Args:
         directory: The run's directory.
     """
 
     def __init__(self, directory: Path) -> None:
-        self._log = directory / LOG
+        self._directory = directory
+        self._log_path = directory / LOG_NAME
         self._receive_buffer = b""
-        self._deaths = 0
-        self._told = False
-        self._next = time.monotonic()
+        self._early_exits = 0
+        self._exit_reported = False
+        self._next_poll = time.monotonic()
         self._start()
         # A forked data worker would keep the socket open after its parent was killed.
         os.register_at_fork(after_in_child=self._close_socket)
 
     def messages(self) -> list[str]:
-        """What the recorder said since the last call, and whether it died; that is looked at once a second."""
+        """Return the recorder's new messages, at most once a second, and restart it if it has exited."""
         now = time.monotonic()
-        if now < self._next:
+        if now < self._next_poll:
             return []
-        self._next = now + _POLL_INTERVAL_S
+        self._next_poll = now + _POLL_INTERVAL_S
         return [*self._read_messages(), *self._maybe_restart(now)]
 
     def finish(self, *, wait: bool) -> Iterator[str]:
-        """Tell the recorder that nothing more comes; its last messages, as they come.
+        """Let the recorder deliver the rest and exit; yield its last messages.
 
-        One that is dead, or dies while it delivers the rest, is started once more.
+        A recorder that has exited, or exits with an error meanwhile, is restarted once.
 
         Args:
-            wait: Whether to wait until it has delivered; a terminal shows how far it is, and Ctrl-C ends the waiting.
-                It goes on in any case, if it is let.
+            wait: Wait until everything is delivered, with a progress bar on a terminal. Ctrl-C ends the waiting; the
+                recorder then continues in the background, as it does without ``wait``.
         """
-        for dead in (self._ended(), True):
-            if dead:
+        for restart in (self._has_exited(), True):
+            if restart:
                 yield from self._report_exit()
                 self._close_socket()
                 self._start()
             yield from self._shutdown(wait=wait)
-            if not self._ended() or self._succeeded():
+            if not self._has_exited() or self._has_succeeded():
                 break
         else:
-            yield f"{self._exit_message()}; `trackopt sync {self._log.parent}` delivers what is missing"
+            yield f"{self._exit_message()}; to deliver the missing records, run `trackopt sync {self._directory}`"
         self._close_socket()
 
     def _start(self) -> None:
-        self._started_at, self._due = time.monotonic(), math.inf
+        self._started_at, self._restart_at = time.monotonic(), math.inf
         self._process: subprocess.Popen[bytes] | None = None
-        self._socket, theirs = socket.socketpair()
+        self._socket, child_socket = socket.socketpair()
         self._socket.setblocking(False)
         try:
-            with theirs, self._log.open("ab") as log:
+            with child_socket, self._log_path.open("ab") as log:
                 self._process = subprocess.Popen(
-                    [sys.executable, "-m", "trackopt.recorder", str(self._log.parent)],
-                    stdin=theirs.fileno(),
+                    [sys.executable, "-m", "trackopt.recorder", str(self._directory)],
+                    stdin=child_socket.fileno(),
                     stdout=log,
                     stderr=log,
-                    env=_environment(),
+                    env=_make_environment(),
                 )
-        except OSError as error:  # no memory, no processes: as if it had died at once
+        except OSError as error:  # out of memory or processes: handled like an early exit
             self._spawn_error = error.strerror
 
     def _close_socket(self) -> None:
         self._socket.close()
 
-    def _ended(self) -> bool:
+    def _has_exited(self) -> bool:
         return self._process is None or self._process.poll() is not None
 
-    def _succeeded(self) -> bool:
+    def _has_succeeded(self) -> bool:
         return self._process is not None and self._process.poll() == 0
 
     def _exit_message(self) -> str:
         if self._process is None:
             return f"the recorder cannot be started ({self._spawn_error})"
-        return f"the recorder ended with code {self._process.returncode} (see {self._log})"
+        return f"the recorder exited with code {self._process.returncode} (see {self._log_path})"
 
     def _maybe_restart(self, now: float) -> Iterator[str]:
-        """Start a recorder that has died anew, each time after a longer pause; one that keeps dying is left."""
-        if self._due < math.inf:
-            if now >= self._due:
+        """Restart a recorder that has exited, after a pause that doubles with each consecutive early exit."""
+        if self._restart_at < math.inf:
+            if now >= self._restart_at:
                 self._close_socket()
                 self._start()
-        elif self._deaths < _MAX_RESTARTS and self._ended():
-            self._deaths = self._deaths + 1 if now - self._started_at < _STABLE_AFTER_S else 1
-            if self._deaths < _MAX_RESTARTS:
-                self._due = now + 2 ** (self._deaths - 1)
+        elif self._early_exits < _MAX_EARLY_EXITS and self._has_exited():
+            self._early_exits = self._early_exits + 1 if now - self._started_at < _STABLE_AFTER_S else 1
+            if self._early_exits < _MAX_EARLY_EXITS:
+                self._restart_at = now + 2 ** (self._early_exits - 1)
                 yield from self._report_exit()
             else:
                 yield (
-                    f"{self._exit_message()}, as did those before it: none is started until the end; training goes on, the "
-                    f"journal keeps everything, `trackopt sync {self._log.parent}` delivers later"
+                    f"{self._exit_message()}, {_MAX_EARLY_EXITS} times in a row; it is not restarted until the run "
+                    "closes; training continues and the journal keeps all records; to deliver them later, run "
+                    f"`trackopt sync {self._directory}`"
                 )
 
     def _report_exit(self) -> Iterator[str]:
-        if not self._told:
-            self._told = True
-            yield f"{self._exit_message()}; it is started anew, and nothing is lost"
+        if not self._exit_reported:
+            self._exit_reported = True
+            yield f"{self._exit_message()}; it is restarted, and no records are lost"
 
     def _read_messages(self) -> list[str]:
-        with contextlib.suppress(OSError):  # nothing more to read, or the recorder is gone
-            while data := self._socket.recv(65536):
+        with contextlib.suppress(OSError):  # no more messages, or the recorder has exited
+            while data := self._socket.recv(_RECEIVE_BYTES):
                 self._receive_buffer += data
         *lines, self._receive_buffer = self._receive_buffer.split(b"\n")
         return [line.decode(errors="replace") for line in lines]
 
     def _shutdown(self, *, wait: bool) -> Iterator[str]:
-        """Let the recorder deliver the rest and end, and say what it says meanwhile."""
-        with contextlib.suppress(OSError):  # it is dead
+        """Signal the end of the journal, and yield the messages until the recorder exits or the waiting ends."""
+        with contextlib.suppress(OSError):  # the recorder has exited
             self._socket.shutdown(socket.SHUT_WR)
         if (process := self._process) is None:
             return
@@ -146,33 +149,33 @@ class RecorderProcess:
             if wait:
                 yield from self._wait(process)
         except KeyboardInterrupt:
-            yield f"the recorder goes on delivering in the background (process {process.pid})"
+            yield f"the recorder continues in the background (process {process.pid})"
         yield from self._read_messages()
-        if process.poll() is None:  # it becomes no zombie when it ends
-            waiting = threading.Thread(target=process.wait, name="trackopt-recorder", daemon=True)
-            with contextlib.suppress(RuntimeError):  # nor where python ends, and starts no thread any more
-                waiting.start()
+        if process.poll() is None:  # reap it when it exits, so that it leaves no zombie
+            reaper = threading.Thread(target=process.wait, name="trackopt-recorder", daemon=True)
+            with contextlib.suppress(RuntimeError):  # the interpreter is exiting and starts no more threads
+                reaper.start()
 
     def _wait(self, process: subprocess.Popen[bytes]) -> Iterator[str]:
-        begin, told = time.monotonic(), False
-        with progress_bar(self._log.parent) as show:
+        notice_at = time.monotonic() + _NOTICE_AFTER_S
+        with progress_bar(self._directory) as update:
             while True:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(_WAIT_INTERVAL_S)
                     return
-                show()
+                update()
                 yield from self._read_messages()
-                if not told and time.monotonic() - begin > _NOTICE_AFTER_S:
-                    told = True
+                if time.monotonic() > notice_at:
+                    notice_at = math.inf
                     yield (
-                        f"waiting until everything is delivered ({delivered_fraction(self._log.parent):.0%} is); "
-                        "Ctrl-C leaves the rest to the background"
+                        f"waiting for the recorder ({delivered_fraction(self._directory):.0%} delivered); "
+                        "press Ctrl-C to let it continue in the background"
                     )
 
 
-def _environment() -> dict[str, str]:
-    """The recorder's: it needs one thread, and must find this very trackopt, also where it runs from a checkout."""
-    environment = os.environ | dict.fromkeys(_THREADS, "1")
+def _make_environment() -> dict[str, str]:
+    """Return the recorder's environment: one thread, and this very trackopt, even if run from a checkout."""
+    environment = os.environ | dict.fromkeys(_THREAD_VARIABLES, "1")
     home = Path(__file__).resolve().parents[2]
     if "site-packages" not in home.parts:
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(home), environment.get("PYTHONPATH")]))

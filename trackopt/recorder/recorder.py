@@ -1,4 +1,4 @@
-"""The recorder's work: every sink of a run kept up with its journal, each on its own."""
+"""Keep every sink of a run up to date with its journal, independently of the other sinks."""
 
 from __future__ import annotations
 
@@ -8,54 +8,64 @@ import os
 import threading
 import time
 import traceback
-from typing import TYPE_CHECKING, Any
-
-import orjson
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from trackopt import journal
-from trackopt.errors import RunError, TrackoptError
-from trackopt.recorder.child_process import LOG
+from trackopt.errors import TrackoptError
+from trackopt.recorder.child_process import LOG_NAME
+from trackopt.recorder.cursor import Cursor, CursorFile, UploadCursor
 from trackopt.recorder.delivery import Delivery
-from trackopt.recorder.progress import CURSORS
-from trackopt.rundir.directory import atomic_write, read_identity
+from trackopt.rundir.identity import read_identity
 from trackopt.utils.mlflow_uri import redact_credentials
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
     from types import TracebackType
 
     from trackopt.recorder.sinks.base import Sink
     from trackopt.recorder.sinks.mlflow_artifacts import ArtifactUploader
 
-_MAX_BACKOFF_S = 60.0  # seconds between two tries of a sink that fails
+_MIN_BACKOFF_S, _MAX_BACKOFF_S = 1.0, 60.0
+
+
+@dataclass(frozen=True)
+class _Backoff:
+    """The pause of a failing sink."""
+
+    until: float
+    seconds: float
 
 
 class Recorder:
-    """Delivers one run. Only one recorder works on a run at a time; a second waits for the first.
+    """Deliver one run. A second recorder of the same run waits for the first to end.
 
     Args:
         directory: The run's directory.
-        notify: Called with a line that the user should see: a sink that fails, or works again.
+        notify: Called with messages for the user, for example when a sink fails or works again.
     """
 
     def __init__(self, directory: Path, notify: Callable[[str], None]) -> None:
         self._directory = directory
-        self._tell = notify
-        self._log = (directory / LOG).open("ab", buffering=0)
+        self._notify = notify
+        self._log = (directory / LOG_NAME).open("ab", buffering=0)
         fcntl.flock(self._log, fcntl.LOCK_EX)
         identity = read_identity(directory)
-        # Relative addresses (of an SQLite file, of artifacts) are meant from where the training ran.
+        # Relative paths (of an SQLite file, of artifacts) are relative to the training's working directory.
         try:
-            os.chdir(identity["working_directory"])
-        except OSError:  # the run was brought here from elsewhere
-            self._tell(f"{identity['working_directory']} is gone; what is relative to it is taken to be here")
-        self._names: list[str] = identity.get("sinks", [])  # it was killed before it had any
+            os.chdir(identity.working_directory)
+        except OSError:  # the run was copied from another machine
+            self._notify(
+                f"working directory {identity.working_directory} does not exist; "
+                f"relative paths are resolved in {Path.cwd()}"
+            )
+        self._names: list[str] = list(identity.sinks or ())  # absent if killed before the first attempt began
         self._journal = directory / journal.NAME
         self._deliveries: dict[str, Delivery | ArtifactUploader] = {}
-        self._backoff: dict[str, tuple[float, float]] = {}  # until when, and how long, a failing sink is left alone
-        self._cursors = self._load()
-        self._saving = threading.Lock()
+        self._backoffs: dict[str, _Backoff] = {}
+        self._cursors = CursorFile(directory)
+        self._save_lock = threading.Lock()
 
     def __enter__(self) -> Recorder:
         return self
@@ -68,101 +78,100 @@ class Recorder:
         self._log.close()
 
     def deliver(self) -> bool:
-        """Send each sink the next of what is new for it; whether there is more.
+        """Send each sink its next batch of records; return whether there are more.
 
-        A sink that fails is told once, and left alone for a while.
+        The first failure of a sink is reported, and the sink is retried after a pause.
         """
         size = self._journal.stat().st_size
-        more = [
+        has_more = [
             self._try(name, lambda delivery: delivery.deliver(size))
             for name in self._names
-            if time.monotonic() >= self._backoff.get(name, (0.0, 0.0))[0]
+            if name not in self._backoffs or time.monotonic() >= self._backoffs[name].until
         ]
-        self._save()
-        return any(more)
+        self._save_cursors()
+        return any(has_more)
 
     def drain(self, on_progress: Callable[[], None] = lambda: None, *, timeout: float = 0.0) -> list[str]:
-        """Send what is left, and how the run ended; the names of the sinks that still lack something.
+        """Send all remaining records and the run's status; return the sinks that did not take everything.
 
         Args:
-            on_progress: Called now and then, when there is some progress.
-            timeout: For how many seconds a sink that fails is tried again.
+            on_progress: Called after each batch.
+            timeout: How many seconds to retry a sink that fails.
         """
         size = self._journal.stat().st_size
-        until = time.monotonic() + timeout
-        left = self._names
+        end = time.monotonic() + timeout
+        remaining = self._names
         while True:
-            left = [name for name in left if not self._flush_sink(name, size, on_progress)]
-            now = time.monotonic()
-            due = min((self._backoff[name][0] for name in left), default=until)
-            if due >= until:
-                return left
-            time.sleep(max(0.0, due - now))
+            remaining = [name for name in remaining if not self._flush_sink(name, size, on_progress)]
+            next_retry = min((self._backoffs[name].until for name in remaining), default=end)
+            if next_retry >= end:
+                return remaining
+            time.sleep(max(0.0, next_retry - time.monotonic()))
 
     def _flush_sink(self, name: str, size: int, on_progress: Callable[[], None]) -> bool:
-        """Send a sink what is left of the journal's first ``size`` bytes, and the end; whether it has it all."""
+        """Send a sink the rest of the journal's first ``size`` bytes and the status; return whether it took all."""
 
-        def rest(delivery: Delivery | ArtifactUploader) -> bool:
-            more = bool(delivery.deliver(size))
-            if not more:
+        def deliver_or_finish(delivery: Delivery | ArtifactUploader) -> bool:
+            has_more = bool(delivery.deliver(size))
+            if not has_more:
                 delivery.finish()
-            return more
+            return has_more
 
-        while self._try(name, rest):
-            self._save()
+        while self._try(name, deliver_or_finish):
+            self._save_cursors()
             on_progress()
-        self._save()
-        return name not in self._backoff
+        self._save_cursors()
+        return name not in self._backoffs
 
     def _try(self, name: str, action: Callable[[Delivery | ArtifactUploader], bool | None]) -> bool:
+        """Run an action on a sink and return its result; a failure is logged and starts the sink's next pause."""
         try:
-            more = action(self._delivery(name))
-        except Exception as error:  # noqa: BLE001 - whatever one sink raises must not keep the others from theirs
-            with contextlib.suppress(OSError):  # the disk may be what is full
-                self._log.write(redact_credentials(traceback.format_exc()).encode())
-            if name not in self._backoff:
-                self._tell(
-                    f"the {name} sink fails ({_first_line(error)}); training goes on, the journal keeps everything, "
-                    f"`trackopt sync {self._directory}` delivers later"
-                )
-            pause = min(2 * self._backoff.get(name, (0.0, 0.5))[1], _MAX_BACKOFF_S)
-            self._backoff[name] = (time.monotonic() + pause, pause)
+            has_more = action(self._get_delivery(name))
+        except Exception as error:  # noqa: BLE001 - a failing sink must not stop the others
+            self._handle_failure(name, error)
             return False
-        if more is not None and name in self._backoff:
-            del self._backoff[name]
-            self._tell(f"the {name} sink works again")
-        return bool(more)
+        if has_more is not None and name in self._backoffs:
+            del self._backoffs[name]
+            self._notify(f"the {name} sink works again")
+        return bool(has_more)
 
-    def _delivery(self, name: str) -> Delivery | ArtifactUploader:
-        if name not in self._deliveries and name == "artifacts":
-            _set_mlflow_timeouts()
-            from trackopt.recorder.sinks.mlflow_artifacts import ArtifactUploader
+    def _handle_failure(self, name: str, error: Exception) -> None:
+        with contextlib.suppress(OSError):  # the disk may be full
+            self._log.write(redact_credentials(traceback.format_exc()).encode())
+        previous = self._backoffs.get(name)
+        if previous is None:
+            self._notify(
+                f"the {name} sink fails ({_first_line(error)}); training continues and the journal keeps all records; "
+                f"to deliver them later, run `trackopt sync {self._directory}`"
+            )
+        seconds = min(2 * previous.seconds, _MAX_BACKOFF_S) if previous else _MIN_BACKOFF_S
+        self._backoffs[name] = _Backoff(time.monotonic() + seconds, seconds)
 
-            self._deliveries[name] = ArtifactUploader(self._directory, self._cursors.get(name), self._tell, self._save)
-        elif name not in self._deliveries:
-            connect = _connector(name, self._directory)
-            self._deliveries[name] = Delivery(self._journal, connect, self._cursors.get(name), self._tell)
+    def _get_delivery(self, name: str) -> Delivery | ArtifactUploader:
+        if name not in self._deliveries:
+            self._deliveries[name] = self._make_delivery(name)
         return self._deliveries[name]
 
-    def _load(self) -> dict[str, Any]:
-        try:
-            cursors = orjson.loads((self._directory / CURSORS).read_bytes())
-        except (FileNotFoundError, ValueError):
-            return {}
-        return dict(cursors)
+    def _make_delivery(self, name: str) -> Delivery | ArtifactUploader:
+        if name != "artifacts":
+            connect = _load_sink(name, self._directory)
+            return Delivery(self._journal, connect, self._cursors.load(name, Cursor), self._notify)
+        _set_mlflow_timeouts()
+        from trackopt.recorder.sinks.mlflow_artifacts import ArtifactUploader
 
-    def _save(self) -> None:
-        """Keep the cursors. Where that fails, what they stand for will be sent once more, which changes nothing."""
-        with self._saving:  # uploads save theirs at once
-            cursors = self._cursors | {name: delivery.cursor for name, delivery in self._deliveries.items()}
-            if cursors != self._cursors:
-                with contextlib.suppress(RunError):
-                    atomic_write(self._directory / CURSORS, orjson.dumps(cursors))
-                    self._cursors = cursors
+        cursor = self._cursors.load(name, UploadCursor)
+        return ArtifactUploader(self._directory, cursor, self._notify, self._save_cursors)
+
+    def _save_cursors(self) -> None:
+        with self._save_lock:  # the upload thread saves, too
+            self._cursors.save({name: delivery.cursor for name, delivery in self._deliveries.items()})
 
 
-def _connector(name: str, directory: Path) -> Callable[[int], Sink]:
-    """A backend is imported when its sink is first made, so that the one that is missing does not stop the other."""
+def _load_sink(name: str, directory: Path) -> Callable[[int], Sink]:
+    """Import the backend of a sink, and return a function that opens it.
+
+    Each backend is imported separately, so that a missing one does not stop the other.
+    """
     if name == "tensorboard":
         from trackopt.recorder.sinks.tensorboard import TensorBoardSink
 
@@ -172,17 +181,17 @@ def _connector(name: str, directory: Path) -> Callable[[int], Sink]:
         from trackopt.recorder.sinks.mlflow import MLflowSink
 
         return lambda _: MLflowSink(directory)
-    raise TrackoptError(f"{name}: no such sink; choose tensorboard or mlflow")
+    raise TrackoptError(f"unknown sink '{name}'; choose from tensorboard, mlflow")
 
 
 def _set_mlflow_timeouts() -> None:
-    """The recorder has a back-off of its own: MLflow's would keep it for minutes at a server that is down.
+    """Limit MLflow's retries, which would wait minutes for a server that is down: the recorder retries itself.
 
-    One retry is for a connection that the server had closed.
+    One retry remains, for a connection that the server has closed.
     """
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-    os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"  # it belongs to the result of `trackopt sync`
+    os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"  # stdout belongs to `trackopt sync`
 
 
 def _first_line(error: Exception) -> str:

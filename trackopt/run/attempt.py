@@ -68,14 +68,12 @@ class Attempt:
     @property
     def id(self) -> str:
         """The id of the run."""
-        identifier: str = self.directory.identity["id"]
-        return identifier
+        return self.directory.identity.id
 
     @property
     def name(self) -> str:
         """The name of the run."""
-        name: str = self.directory.identity["name"]
-        return name
+        return self.directory.identity.name
 
     @property
     def step(self) -> int:

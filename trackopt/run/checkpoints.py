@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
+from trackopt.checkpoint.meta import RunProgress
 from trackopt.checkpoint.resume import gather_rank_states
 from trackopt.checkpoint.saver import CheckpointSaver
 from trackopt.run.data_position import DataPosition
@@ -67,27 +68,27 @@ class RunCheckpoints:
             pending: The checkpoint.
             **details: What else the marker says.
         """
-        meta, attempt = pending.meta, self._attempt
+        progress, attempt = pending.meta.progress, self._attempt
         self._pending = pending
-        attempt.telemetry.load_state_dict(meta)
+        attempt.telemetry.load_state_dict(progress.telemetry)
         self.position.load_state_dict(
-            meta["position"], self._on_position_restored, world_size_changed=pending.world_size_changed
+            progress.position, self._on_position_restored, world_size_changed=pending.world_size_changed
         )
-        self.saver.latest = (meta["step"], meta["position"])
-        if meta["run_id"] == attempt.id:
+        self.saver.latest = progress
+        if progress.run_id == attempt.id:
             if self._collectives.is_rank_zero:
-                self._store.discard_after(meta["step"])
-            details["offset"] = meta["journal_offset"]
+                self._store.folder.discard_after(progress.step)
+            details["offset"] = progress.journal_offset
         else:  # the first attempt of this run
             details["params"] = attempt.hyperparameters()
-        attempt.mark_resume(meta["step"], checkpoint=str(pending.path), **details)
-        at = (meta["step"], meta["epoch"], meta["batch"])
+        attempt.mark_resume(progress.step, checkpoint=str(pending.path), **details)
+        at = (progress.step, progress.epoch, progress.batch)
         logger.warning("trackopt: resumed %s at step %d (epoch %d, batch %d)", attempt.name, *at)
         if pending.world_size_changed:
             logger.warning(
                 "trackopt: saved with world size %d, resumed with %d: weights, optimizers and schedulers are the same, "
                 "batches and random numbers are others from here on",
-                meta.get("world", 1),
+                progress.world_size,
                 self._collectives.world_size,
             )
 
@@ -103,14 +104,14 @@ class RunCheckpoints:
 
     def save(self, *, epoch_done: bool = False) -> None:
         """Take a checkpoint now, on all ranks."""
-        metadata = self._metadata(epoch_done=epoch_done)
-        self._collectives.run_on_all(lambda: self.saver.save(metadata))
+        progress = self._progress(epoch_done=epoch_done)
+        self._collectives.run_on_all(lambda: self.saver.save(progress))
 
     def save_final(self) -> None:
         """Take the last checkpoint and wait for it, on all ranks, if rank 0 has anything that is not saved."""
         if self._collectives.broadcast(self._has_unsaved_progress()):
-            metadata = self._metadata()
-            self._collectives.run_on_all(lambda: self.saver.save_final(metadata))
+            progress = self._progress()
+            self._collectives.run_on_all(lambda: self.saver.save_final(progress))
 
     def close(self) -> None:
         """Leave the process group, if the ranks are still together."""
@@ -122,37 +123,34 @@ class RunCheckpoints:
         """Undo what the epoch's first lines did, and logged, a second time."""
         assert self._pending is not None  # noqa: S101 - for mypy: there was a checkpoint
         self._pending.reapply()
-        self._attempt.telemetry.load_pending(self._pending.meta)
+        self._attempt.telemetry.load_pending(self._pending.meta.progress.telemetry)
 
     def _has_unsaved_progress(self) -> bool:
         if self.position.is_fast_forwarding:
             return False
-        step, saved = self.saver.latest
-        if self.saver.due or self._attempt.step != step:
+        saved = self.saver.latest
+        if self.saver.due or self._attempt.step != saved.step:
             return True
         position = self.position.state_dict(epoch_done=False)
-        return step > 0 and any(position[key] != saved[key] for key in ("epoch", "pass", "batch"))
+        return saved.step > 0 and any(position[key] != saved.position[key] for key in ("epoch", "pass", "batch"))
 
-    def _metadata(self, *, epoch_done: bool = False) -> dict[str, Any]:
-        """Return what the checkpoint holds under ``trackopt``; all ranks call it together."""
+    def _progress(self, *, epoch_done: bool = False) -> RunProgress:
+        """Return where the run stands, for a checkpoint; all ranks call it together."""
         position = self.position.state_dict(epoch_done=epoch_done)
         self._attempt.telemetry.flush()
         telemetry = self._attempt.telemetry.state_dict()
-        ranks: dict[str, Any] = {}
-        if (world_size := self._collectives.world_size) > 1:
-            states = gather_rank_states(self._collectives, self._training, position, telemetry)
-            ranks = {"world": world_size, "ranks": states}
-        return {
-            "run_id": self._attempt.id,
-            "name": self._attempt.name,
-            "step": self._attempt.step,
-            "epoch": position["epoch"],
-            "batch": position["batch"],
-            "attempt": self._attempt.number,
-            "journal_offset": self._attempt.journal.offset,
-            "position": position,
-            "groups": self._group_counts,
-            "settings": self._scheduler_configs,
-            **telemetry,
-            **ranks,
-        }
+        several = self._collectives.world_size > 1
+        return RunProgress(
+            run_id=self._attempt.id,
+            name=self._attempt.name,
+            step=self._attempt.step,
+            epoch=position["epoch"],
+            batch=position["batch"],
+            attempt=self._attempt.number,
+            journal_offset=self._attempt.journal.offset,
+            position=position,
+            groups=self._group_counts,
+            scheduler_configs=self._scheduler_configs,
+            telemetry=telemetry,
+            ranks=gather_rank_states(self._collectives, self._training, position, telemetry) if several else (),
+        )

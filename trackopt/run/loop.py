@@ -111,7 +111,7 @@ class TrackedLoop:
             ranks = {"world": self._collectives.world_size, "restarts": restart_count()}
         self.stop = StopController(self._collectives)
         if leads:
-            self._store.remove_partial()
+            self._store.folder.remove_partial()
         if pending is not None:
             self.checkpoints.resume(pending, **ranks)
         else:
@@ -200,7 +200,7 @@ class TrackedLoop:
     def leave(self) -> NoReturn:
         """Close the run and end the process for a signal."""
         self.close("KILLED")
-        newest = self._saver.latest[0]
+        newest = self._saver.latest.step
         logger.warning("trackopt: stopped at step %d; the newest checkpoint is of step %d", self.attempt.step, newest)
         raise SystemExit(self.stop.exit_code)
 
@@ -256,7 +256,7 @@ class TrackedLoop:
             batches=self._pass_length,
             step=self.attempt.step,
             metrics=self._telemetry.latest,
-            saved=self._saver.latest[0],
+            saved=self._saver.latest.step,
         )
 
     def _close_at_exit(self, error: BaseException | None) -> None:

@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from torch.nn.parallel import DistributedDataParallel
 
 from trackopt import remote
+from trackopt.checkpoint.meta import KEY, CheckpointMeta
+from trackopt.checkpoint.reader import load_unverified
 from trackopt.checkpoint.resume import PendingRestore, find_resume_checkpoint, select_rank_state
 from trackopt.checkpoint.retention import Retention
 from trackopt.checkpoint.saver import SaveOptions
-from trackopt.checkpoint.store import CheckpointStore, load_unverified
+from trackopt.checkpoint.store import CheckpointStore
 from trackopt.distributed.collectives import Collectives, current_collectives
 from trackopt.distributed.consistency import check_consistency
 from trackopt.errors import RunError, UsageError
@@ -178,14 +180,15 @@ def wrap(
     except BaseException as error:
         loop.close("FAILED", error)
         raise
-    return Run(loop, None if pending is None else pending.meta["step"])
+    return Run(loop, None if pending is None else pending.meta.progress.step)
 
 
 def _open_directory(collectives: Collectives, chosen: str | os.PathLike[str] | None) -> RunDirectory:
     """Open and lock the run's directory on rank 0; the other ranks get its path and identity."""
     directory = _run_on_all(collectives, lambda: RunDirectory(chosen) if collectives.is_rank_zero else None)
-    path, identity = collectives.broadcast(("", {}) if directory is None else (str(directory.path), directory.identity))
-    return directory or ReadOnlyRunDirectory(Path(path), identity)
+    own = (Path(), None) if directory is None else (directory.path, directory.saved_identity)
+    path, identity = collectives.broadcast(own)
+    return directory or ReadOnlyRunDirectory(path, identity)
 
 
 def _find_checkpoint(
@@ -209,7 +212,8 @@ def _restore(
         return None, []
     path, contents = checkpoint
     tree = select_rank_state(contents, training, collectives)
-    pending = PendingRestore(training, path, tree["trackopt"], collectives=collectives, strict=strict)
+    meta = CheckpointMeta.from_dict(tree[KEY])
+    pending = PendingRestore(training, path, meta, collectives=collectives, strict=strict)
     return pending, _run_on_all(collectives, partial(pending.apply, tree))
 
 
@@ -217,13 +221,13 @@ def _initialize_directory(
     collectives: Collectives, directory: RunDirectory, name: str | None, experiment: str | None
 ) -> None:
     """Write ``run.json`` in the directory of a new run."""
-    if directory.identity:
+    if directory.saved_identity is not None:
         return
     _run_on_all(
         collectives,
         lambda: directory.initialize(name, default_tracking(experiment)) if collectives.is_rank_zero else None,
     )
-    directory.identity = collectives.broadcast(directory.identity)
+    directory.saved_identity = collectives.broadcast(directory.saved_identity)
 
 
 def _make_absolute(path: Path) -> Path:

@@ -1,1 +1,1 @@
-"""A run's directory: identity, lock, and what the environment overrides."""
+"""A run's directory: identity, lock, and overrides by the environment."""

@@ -1,4 +1,4 @@
-"""What a rehearsal tells the training processes it starts, in one environment variable."""
+"""The plan that a rehearsal hands to the training processes it starts, in one environment variable."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 VARIABLE = "TRACKOPT_REHEARSAL"
-UNNAMED_PREFIX = "unnamed-"  # what a run is called for which the script names no directory
-KILLED = ".killed"  # the file below ``root`` that says that the kill was the planned one
+UNNAMED_PREFIX = "unnamed-"  # begins the name of a run whose script names no directory
+KILLED = ".killed"  # the file below ``root`` that marks a kill as the planned one
 
 _unnamed = itertools.count(1)
 
 
 @dataclass(frozen=True)
 class ResumeCheckPlan:
-    """Where the runs of a training process go, and when it dies.
+    """Where the runs of a training process go, and when it is killed.
 
     Attributes:
         root: Every run has its directory below it, and nowhere else.
-        kill: The step after whose record the process kills itself, by the name of the run's directory.
+        kill: By the name of a run's directory, the step after whose record the process kills itself.
         observer: The class that records the inputs of every step in the training process, as ``module:name``. The plan
             names it because the training does not know what checks it.
     """
@@ -36,7 +36,7 @@ class ResumeCheckPlan:
     observer: str = ""
 
     def environment(self) -> dict[str, str]:
-        """The variable that hands the plan to a process."""
+        """Return the environment variable that hands the plan to a process."""
         return {
             VARIABLE: json.dumps({"root": str(self.root), "kill": dict(self.kill) or None, "observer": self.observer})
         }
@@ -47,7 +47,7 @@ class ResumeCheckPlan:
         return getattr(import_module(module), name)
 
     def directory(self, chosen: str | os.PathLike[str] | None) -> Path:
-        """The run's directory in place of the one that the script chose, the same at each start of the script.
+        """Return the directory that replaces the script's choice; every start of the script gets the same.
 
         Example:
             >>> ResumeCheckPlan(Path("/tmp/x")).directory("runs/digits")
@@ -59,9 +59,9 @@ class ResumeCheckPlan:
 
 
 def from_environment() -> ResumeCheckPlan | None:
-    """The plan that this process was started with; ``None`` outside of a rehearsal."""
+    """Return the plan that this process was started with; ``None`` outside of a rehearsal."""
     text = os.environ.get(VARIABLE)
     if text is None:
         return None
-    given = json.loads(text)
-    return ResumeCheckPlan(Path(given["root"]), given["kill"] or {}, given["observer"])
+    plan = json.loads(text)
+    return ResumeCheckPlan(Path(plan["root"]), plan["kill"] or {}, plan["observer"])

@@ -1,1 +1,1 @@
-"""Schedules without a training: what is written, which class it is, and the learning rates it gives."""
+"""Preview LR schedules without training: parse an expression, build the scheduler, compute the learning rates."""

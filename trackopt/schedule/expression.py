@@ -1,6 +1,6 @@
-"""A schedule as it is written on the command line: a call of calls with plain values, parsed and never evaluated.
+"""Parse a schedule of the command line, a call with plain values and nested calls; nothing is evaluated.
 
-``text`` → `parse` → `Call`; what the names in it stand for is decided where the call is carried out.
+``text`` → `parse` → `Call`; ``classes`` looks up the names in it.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from typing import Any
 from trackopt.errors import UsageError
 
 _REFERENCE = re.compile(r"([A-Za-z_][\w.]*):([A-Za-z_]\w*)")
-_LONGEST = 2000  # characters; nested deeper than this, the parser itself would give up
+_MAX_LENGTH = 2000  # characters; Python's parser fails on deeper nesting than fits here
 
 
 @dataclass(frozen=True)
 class Call:
-    """A class called with plain values, references and other calls.
+    """A call of a class with plain values, references and nested calls.
 
     Attributes:
-        name: The last part of a dotted name.
-        arguments: Those given by position.
-        keywords: Those given by name.
+        name: The class name, without its module.
+        arguments: Positional arguments.
+        keywords: Keyword arguments.
     """
 
     name: str
@@ -33,11 +33,11 @@ class Call:
 
 @dataclass(frozen=True)
 class Reference:
-    """A function in a module, named but not looked up.
+    """The name of a function in a module, not yet imported.
 
     Attributes:
-        module: Its dotted name.
-        name: The function's name in it.
+        module: The module's dotted name.
+        name: The function's name.
     """
 
     module: str
@@ -45,13 +45,13 @@ class Reference:
 
 
 def parse(text: str) -> Call:
-    """The call that a text is.
+    """Parse the text of a call.
 
     Values are numbers, strings, ``True``, ``False``, ``None``, lists and tuples, further calls, and functions as
     ``package.module:function``.
 
     Raises:
-        UsageError: It is something else.
+        UsageError: The text is not such a call.
 
     Example:
         >>> parse("StepLR(50, gamma=0.5)")
@@ -60,57 +60,57 @@ def parse(text: str) -> Call:
         (Reference(module='my.schedules', name='warmup'),)
     """
     try:
-        # A colon can stand nowhere else; with a dot the text is python.
-        body = ast.parse(_REFERENCE.sub(r"\1.\2", text[:_LONGEST].strip()), mode="eval").body
+        # A colon is valid nowhere else; with a dot instead the text is Python.
+        body = ast.parse(_REFERENCE.sub(r"\1.\2", text[:_MAX_LENGTH].strip()), mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise UsageError(f'{text}: not a call such as "StepLR(50, gamma=0.5)"; check brackets and quotes') from error
     if isinstance(body, ast.Name):
         body = ast.Call(body, [], [])
     if not isinstance(body, ast.Call):
-        raise _more_than_a_call(body)
-    return _call(body)
+        raise _unsupported(body)
+    return _parse_call(body)
 
 
-def _call(node: ast.Call) -> Call:
-    name = _dotted(node.func)
+def _parse_call(node: ast.Call) -> Call:
+    name = _dotted_name(node.func)
     if name is None:
-        raise _more_than_a_call(node)
+        raise _unsupported(node)
     if any(isinstance(argument, ast.Starred) for argument in node.args):
-        raise _more_than_a_call(node)
-    keywords = {keyword.arg: _value(keyword.value) for keyword in node.keywords if keyword.arg is not None}
+        raise _unsupported(node)
+    keywords = {keyword.arg: _parse_value(keyword.value) for keyword in node.keywords if keyword.arg is not None}
     if len(keywords) < len(node.keywords):
-        raise _more_than_a_call(node)
-    return Call(name.rpartition(".")[2], tuple(map(_value, node.args)), keywords)
+        raise _unsupported(node)
+    return Call(name.rpartition(".")[2], tuple(map(_parse_value, node.args)), keywords)
 
 
-def _value(node: ast.expr) -> Any:
+def _parse_value(node: ast.expr) -> Any:
     if isinstance(node, ast.Constant) and isinstance(node.value, int | float | str | None):
         return node.value
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub | ast.UAdd):
-        number = _value(node.operand)
+        number = _parse_value(node.operand)
         if isinstance(number, int | float):
             return -number if isinstance(node.op, ast.USub) else number
     if isinstance(node, ast.List | ast.Tuple):
-        return [_value(part) for part in node.elts]
+        return [_parse_value(part) for part in node.elts]
     if isinstance(node, ast.Call):
-        return _call(node)
-    if (name := _dotted(node)) is not None:
+        return _parse_call(node)
+    if (name := _dotted_name(node)) is not None:
         module, dot, function = name.rpartition(".")
         if not dot:
             raise UsageError(f'{name}: put text in quotes, as "{name}", and name a function as package.module:function')
         return Reference(module, function)
-    raise _more_than_a_call(node)
+    raise _unsupported(node)
 
 
-def _dotted(node: ast.expr) -> str | None:
+def _dotted_name(node: ast.expr) -> str | None:
     if isinstance(node, ast.Name):
         return node.id
-    if isinstance(node, ast.Attribute) and (front := _dotted(node.value)) is not None:
+    if isinstance(node, ast.Attribute) and (front := _dotted_name(node.value)) is not None:
         return f"{front}.{node.attr}"
     return None
 
 
-def _more_than_a_call(node: ast.expr) -> UsageError:
+def _unsupported(node: ast.expr) -> UsageError:
     return UsageError(
         f"{ast.unparse(node)}: more than a call with plain values; it is read, not evaluated, so write numbers out, "
         "and name a function as package.module:function"

@@ -1,4 +1,4 @@
-"""What ``last_epoch`` does: a schedule that is resumed by it, beside the same schedule from the start."""
+"""Compare a schedule that is resumed by ``last_epoch`` with the same schedule from the start."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from trackopt.errors import UsageError
-from trackopt.schedule.classes import factory, last_epoch, without_last_epoch
+from trackopt.schedule.classes import get_last_epoch, make_factory, without_last_epoch
 from trackopt.schedule.preview import Preview, dummy_optimizer, preview
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from trackopt.schedule.expression import Call
 
-_LATEST = 1_000_000
+_MAX_LAST_EPOCH = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -25,10 +25,10 @@ class ResumeComparison:
     """Three previews of one schedule.
 
     Attributes:
-        completed_steps: Steps before it is resumed: ``last_epoch`` counts them from 0, so there is one more.
-        uninterrupted: From the start, as if it had never stopped.
+        completed_steps: Steps before the resume: ``last_epoch`` + 1, since it counts from 0.
+        uninterrupted: From the start, without an interruption.
         restored: Resumed on an optimizer whose state was loaded first.
-        restarted: Resumed on a new optimizer, with the LR that it was built with.
+        restarted: Resumed on a new optimizer with its initial LR.
     """
 
     completed_steps: int
@@ -37,54 +37,51 @@ class ResumeComparison:
     restarted: Preview
 
     def first_difference(self, resumed: Preview) -> tuple[int, float, float] | None:
-        """Where a resumed schedule first has another LR than the whole one: the step, its LR, and the right one.
-
-        ``None`` if it never has.
-        """
-        found = [
-            (step, rate, right)
+        """Return the first step at which a resumed schedule has a wrong LR, that LR and the right one, or ``None``."""
+        differences = [
+            (step, rate, expected)
             for name, rates in resumed.lr.items()
-            for step, rate, right in zip(
+            for step, rate, expected in zip(
                 resumed.steps, rates, self.uninterrupted.lr[name][self.completed_steps :], strict=True
             )
-            if not math.isclose(rate, right, rel_tol=1e-9)
+            if not math.isclose(rate, expected, rel_tol=1e-9)
         ]
-        return min(found, default=None)
+        return min(differences, default=None)
 
 
-def resumption(call: Call, steps: int, lr: Sequence[float]) -> ResumeComparison:
-    """Resume a schedule by its ``last_epoch``, for so many steps.
+def compare_resume(call: Call, steps: int, lr: Sequence[float]) -> ResumeComparison:
+    """Resume a schedule by its ``last_epoch`` and compare it with the uninterrupted one.
 
     Args:
         call: The schedule; its ``last_epoch`` is 0 or more.
-        steps: How many to preview after it was resumed.
-        lr: Of each parameter group; it is their ``initial_lr``, too.
+        steps: Steps to preview after the resume.
+        lr: The LR of each parameter group, also its ``initial_lr``.
 
     Raises:
-        UsageError: torch refuses the schedule, or ``last_epoch`` is beyond a million.
+        UsageError: torch refuses the schedule, or ``last_epoch`` is over a million.
 
     Example:
         >>> from trackopt.schedule.expression import parse
-        >>> found = resumption(parse("ExponentialLR(0.5, last_epoch=1)"), 2, [0.8])
-        >>> found.uninterrupted.lr["group0"], found.restored.lr["group0"], found.restarted.lr["group0"]
-        ([0.8, 0.4, 0.2, 0.1], [0.2, 0.1], [0.8, 0.4])
+        >>> comparison = compare_resume(parse("ExponentialLR(0.5, last_epoch=1)"), 2, [0.8])
+        >>> [run.lr["group0"] for run in (comparison.uninterrupted, comparison.restored, comparison.restarted)]
+        [[0.8, 0.4, 0.2, 0.1], [0.2, 0.1], [0.8, 0.4]]
     """
-    done = last_epoch(call) + 1
-    if done > _LATEST:
-        raise UsageError(f"last_epoch={done - 1}: too far to show; a million is the most")
-    build, begin = factory(call), factory(without_last_epoch(call))
+    completed_steps = get_last_epoch(call) + 1
+    if completed_steps > _MAX_LAST_EPOCH:
+        raise UsageError(f"last_epoch={completed_steps - 1}: too far to show; a million is the most")
+    build, build_from_start = make_factory(call), make_factory(without_last_epoch(call))
     optimizer = dummy_optimizer(lr)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # torch misses the steps of the optimizer
-        scheduler = begin(optimizer)
-        for _ in range(done):
+        warnings.simplefilter("ignore", UserWarning)  # torch warns that the optimizer was not stepped
+        scheduler = build_from_start(optimizer)
+        for _ in range(completed_steps):
             scheduler.step()
-    new = copy.deepcopy(optimizer)
-    for group, rate in zip(new.param_groups, lr, strict=True):
+    restarted = copy.deepcopy(optimizer)
+    for group, rate in zip(restarted.param_groups, lr, strict=True):
         group["lr"] = rate
     return ResumeComparison(
-        done,
-        preview(begin, done + steps, lr=lr),
+        completed_steps,
+        preview(build_from_start, completed_steps + steps, lr=lr),
         preview(build, steps, optimizer=optimizer),
-        preview(build, steps, optimizer=new),
+        preview(build, steps, optimizer=restarted),
     )

@@ -1,4 +1,4 @@
-"""``trackopt.preview``: what a schedule does to the LR, without training and without touching what is live."""
+"""``trackopt.preview``: compute the LRs of a schedule without training and without touching live objects."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ import torch
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from trackopt.errors import UsageError
-from trackopt.telemetry.hyperparameters import label, numeric
+from trackopt.training.param_groups import label, numeric
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from torch.optim import Optimizer
 
-MOMENTUM = 0.9  # of the stand-in; where a schedule cycles momentum, it must have one
+MOMENTUM = 0.9  # of the dummy optimizer; schedules that cycle momentum need one
 
 
 @dataclass(frozen=True)
 class Preview:
-    """The numbers that each step would use.
+    """The LR and other hyperparameters of each step.
 
     Attributes:
-        steps: The steps; the first one of a training is step 1.
-        lr: For each parameter group, by name (``group0``), the LR that each of the steps uses.
-        hyper: The same for every other hyperparameter that moves, by names like ``group0.momentum``.
+        steps: The step numbers; training starts with step 1.
+        lr: The LRs of all steps for each parameter group, by name (``group0``).
+        hyper: The same for every other hyperparameter that changes, by names like ``group0.momentum``.
     """
 
     steps: range
@@ -41,7 +41,7 @@ class Preview:
     hyper: dict[str, list[float]]
 
     def series(self) -> dict[str, list[tuple[int, float]]]:
-        """The points ``(step, value)``, under the names that they have in a journal: ``lr/group0``."""
+        """Return the points ``(step, value)`` under their names in a journal: ``lr/group0``."""
         named = {f"lr/{name}": values for name, values in self.lr.items()}
         named |= {f"hyper/{name}": values for name, values in self.hyper.items()}
         return {name: list(zip(self.steps, values, strict=True)) for name, values in named.items()}
@@ -55,22 +55,22 @@ def preview(
     optimizer: Optimizer | None = None,
     metric: Sequence[float] | Callable[[int], float] | None = None,
 ) -> Preview:
-    """The LR, and the momentum where the schedule moves it, over steps: without training.
+    """Compute the LR over steps, and the momentum if the schedule changes it, without training.
 
-    Nothing live is touched. A step is an optimizer step followed by ``scheduler.step()``; for a scheduler that is
-    stepped once in an epoch, read "epoch" for "step".
+    Live objects are not touched. A step is an optimizer step followed by ``scheduler.step()``; for a scheduler that is
+    stepped once per epoch, read "epoch" for "step".
 
     Args:
-        scheduler: A factory, which is given a throw-away optimizer and returns a scheduler on it; or a live
-            scheduler, of which a copy goes on from where it stands.
-        steps: How many steps.
-        lr: For a factory: the LR of the throw-away optimizer (SGD with momentum 0.9), or one for each group.
-        optimizer: For a factory: an optimizer to be like, in class and groups, instead of ``lr``.
-        metric: What ReduceLROnPlateau goes by: the value after each step, or a function of the step.
+        scheduler: A function that builds a scheduler on the optimizer that it receives; or a live scheduler, of which
+            a copy continues from its current state.
+        steps: The number of steps.
+        lr: For a function: the LR of its optimizer (SGD with momentum 0.9), or a list with one LR per group.
+        optimizer: For a function: an optimizer whose class and groups to copy, instead of ``lr``.
+        metric: The metric of ReduceLROnPlateau: the value after each step, or a function of the step.
 
     Raises:
-        UsageError: ``steps`` is less than 1, ``lr`` is no such number, a metric is missing or too short, or the
-            scheduler cannot be copied or has no ``step()``.
+        UsageError: ``steps`` is less than 1, ``lr`` is invalid, a metric is missing or too short, or the scheduler
+            cannot be copied or has no ``step()``.
 
     Example:
         >>> import torch, trackopt
@@ -79,47 +79,47 @@ def preview(
         {'group0': [0.4, 0.4, 0.2, 0.2, 0.1]}
     """
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise UsageError(f"preview(): steps must be a whole number from 1 on, not {steps!r}")
+        raise UsageError(f"preview(): steps must be an integer >= 1, not {steps!r}")
     with warnings.catch_warnings():
-        # torch warns of a scheduler that is stepped without its optimizer, and of its own nested ones.
+        # torch warns of a scheduler that is stepped without its optimizer, and of its own nested schedulers.
         warnings.simplefilter("ignore", UserWarning)
         if isinstance(scheduler, type) or not hasattr(scheduler, "step"):
-            built = _built(scheduler, dummy_optimizer(lr) if optimizer is None else _clone(optimizer, optimizer))
+            built = _build(scheduler, dummy_optimizer(lr) if optimizer is None else _clone(optimizer, optimizer))
         else:
-            built = _clone(scheduler, _optimizer_of(scheduler))
+            built = _clone(scheduler, _get_optimizer(scheduler))
         return _simulate(built, steps, metric)
 
 
 def dummy_optimizer(lr: float | Sequence[float]) -> Optimizer:
-    """An optimizer with nothing to optimize: one group for each LR."""
+    """Build an optimizer without parameters to optimize: one group for each LR."""
     rates: list[Any] = list(lr) if isinstance(lr, Iterable) else [lr]
     if not rates or not all(isinstance(rate, Real) and 0.0 <= float(rate) < math.inf for rate in rates):
-        raise UsageError(f"preview(): lr must be a number from 0 on, or one for each parameter group, not {lr!r}")
+        raise UsageError(f"preview(): lr must be a number >= 0, or one for each parameter group, not {lr!r}")
     groups = [{"params": [torch.nn.Parameter(torch.zeros(0))], "lr": rate} for rate in rates]
     return torch.optim.SGD(groups, lr=rates[0], momentum=MOMENTUM)
 
 
-def _built(factory: Any, optimizer: Optimizer) -> Any:
+def _build(factory: Any, optimizer: Optimizer) -> Any:
     if not callable(factory):
         raise UsageError(f"preview(): {factory!r} is neither a scheduler nor a function that builds one")
     scheduler = factory(optimizer)
-    if _optimizer_of(scheduler) is not optimizer:
-        raise UsageError("preview(): the factory must build its scheduler on the optimizer that it is given")
+    if _get_optimizer(scheduler) is not optimizer:
+        raise UsageError("preview(): the factory must build its scheduler on the optimizer that it receives")
     return scheduler
 
 
-def _optimizer_of(scheduler: Any) -> Any:
+def _get_optimizer(scheduler: Any) -> Any:
     optimizer = getattr(scheduler, "optimizer", None)
     if not callable(getattr(scheduler, "step", None)) or not hasattr(optimizer, "param_groups"):
         raise UsageError(
-            f"preview(): {type(scheduler).__name__} has no step() or no optimizer; pass a scheduler as torch's are, or "
-            "a function that builds one on the optimizer that it is given"
+            f"preview(): {type(scheduler).__name__} has no step() or no optimizer; pass a scheduler of torch, or a "
+            "function that builds one on the optimizer that it receives"
         )
     return optimizer
 
 
 def _clone(original: Any, optimizer: Optimizer) -> Any:
-    """A deep copy of a scheduler or an optimizer, without what is large: parameters and the optimizer's state."""
+    """Deep-copy a scheduler or an optimizer without its large parts: parameters and the optimizer's state."""
     memo: dict[int, Any] = {id(optimizer.state): defaultdict(dict)}
     for group in optimizer.param_groups:
         memo |= {id(parameter): torch.nn.Parameter(torch.zeros(0)) for parameter in group["params"]}
@@ -132,23 +132,23 @@ def _clone(original: Any, optimizer: Optimizer) -> Any:
 
 def _simulate(scheduler: Any, steps: int, metric: Sequence[float] | Callable[[int], float] | None) -> Preview:
     first = _steps_taken(scheduler) + 1
-    values = _metric(scheduler, range(first, first + steps), metric)
-    rates: dict[str, list[float]] = {}
-    others: dict[str, list[float]] = {}
+    values = _metric_arguments(scheduler, range(first, first + steps), metric)
+    lr: dict[str, list[float]] = {}
+    hyper: dict[str, list[float]] = {}
     for left in reversed(range(steps)):
         for index, group in enumerate(scheduler.optimizer.param_groups):
             name = label(index, group)
-            rates.setdefault(name, []).append(float(group["lr"]))
+            lr.setdefault(name, []).append(float(group["lr"]))
             for key, value in numeric(group).items():
-                others.setdefault(f"{name}.{key}", []).append(value)
+                hyper.setdefault(f"{name}.{key}", []).append(value)
         if left:
             scheduler.step(*next(values))
-    moved = {name: series for name, series in others.items() if min(series) != max(series)}
-    return Preview(range(first, first + steps), rates, moved)
+    changed = {name: series for name, series in hyper.items() if min(series) != max(series)}
+    return Preview(range(first, first + steps), lr, changed)
 
 
 def _steps_taken(scheduler: Any) -> int:
-    """How often a scheduler was stepped; one that chains others leaves the counting to them."""
+    """Return how often a scheduler was stepped; ChainedScheduler leaves the counting to its parts."""
     inner = getattr(scheduler, "_schedulers", None)
     count = getattr(scheduler, "last_epoch", None)
     if count is None and inner:
@@ -156,23 +156,25 @@ def _steps_taken(scheduler: Any) -> int:
     return max(0, int(count or 0))
 
 
-def _metric(
+def _metric_arguments(
     scheduler: Any, steps: range, metric: Sequence[float] | Callable[[int], float] | None
 ) -> Iterator[tuple[float, ...]]:
-    """What to hand to each call of ``scheduler.step``."""
-    wanted = isinstance(scheduler, ReduceLROnPlateau) or any(
+    """Yield the arguments of each call of ``scheduler.step``."""
+    needs_metric = isinstance(scheduler, ReduceLROnPlateau) or any(
         parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
         for parameter in inspect.signature(scheduler.step).parameters.values()
     )
     name = type(scheduler).__name__
-    if not wanted:
+    if not needs_metric:
         return iter(lambda: (), None)
     if metric is None:
-        raise UsageError(f"{name}: goes by a metric; pass metric, the values after each step or a function of the step")
+        raise UsageError(f"{name}: needs a metric; pass metric=, the values after each step or a function of the step")
     if callable(metric):
         return ((float(metric(step)),) for step in steps)
     if not hasattr(metric, "__len__"):
         raise UsageError(f"{name}: metric must be the values after each step or a function of the step, not {metric!r}")
     if len(metric) < len(steps) - 1:
-        raise UsageError(f"{name}: the metric has {len(metric)} values, which are enough for {len(metric) + 1} steps")
+        raise UsageError(
+            f"{name}: the metric has {len(metric)} values, enough for {len(metric) + 1} steps; pass more values"
+        )
     return ((float(value),) for value in metric)

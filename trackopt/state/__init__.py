@@ -1,55 +1,54 @@
-"""The tree of a checkpoint as training state: models, optimizers, schedulers, random states, progress.
+"""Read a checkpoint's tree as training state: models, optimizers, schedulers, random generators, progress.
 
-The middle of the reading flow: `read` takes an open archive and finds what a trainer would look for, in
-trackopt's own checkpoints by their contract, in everybody else's by the usual spellings and by shape. How
-something was found out, where that was not certain, is said beside it.
+The middle of the reading flow: `read` takes an open archive and finds the training state in it, in trackopt's own
+checkpoints by their format, in other files by the usual keys and by shape. Every inference states its evidence.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from trackopt.archive.tree import Path, Tensor
 from trackopt.errors import ArchiveError
-from trackopt.state.frameworks import counters, recognize
-from trackopt.state.layout import Entry, label, top_level_entries
+from trackopt.state.frameworks import find_counters, recognize
+from trackopt.state.layout import Entry, make_label, top_level_entries
 from trackopt.state.models import Model, find_models, is_state_dict
 from trackopt.state.optimizers import Buffer, Group, Optimizer, Parameter, is_optimizer, read_optimizer
-from trackopt.state.rng import generators, is_rng_key
+from trackopt.state.rng import is_rng_key, list_generators
 from trackopt.state.schedulers import Scheduler, is_scheduler, read_scheduler
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from trackopt.archive import Archive
 
 __all__ = ["Buffer", "Group", "Model", "Optimizer", "Parameter", "Scheduler", "TrainingState", "read"]
 
 META = "trackopt"
-_MOST_KEYS = 250_000  # no checkpoint has more at its top; such a file is not searched for a training state
-_FEW = 1_000  # entries at the top of which the scalars are read
-_SCALER = frozenset({"scale", "growth_factor", "backoff_factor"})
+_MAX_TOP_LEVEL_KEYS = 250_000  # a file with more is not searched for a training state
+_MAX_SCALAR_ENTRIES = 1_000  # at the top, up to which scalars are read
+_SCALER_KEYS = frozenset({"scale", "growth_factor", "backoff_factor"})
 
 
 @dataclass(frozen=True)
 class TrainingState:
-    """What a checkpoint says about a training run.
+    """The training state in a checkpoint.
 
     Attributes:
-        models: State dicts of weights; averages of them too.
+        models: State dicts of weights, and of averages of them.
         optimizers: With groups, buffers and parameter names.
-        schedulers: With their position.
-        rng: The random generators whose states are there.
-        extras: Whatever else stands at the top, by its name.
-        step: Optimizer steps completed, if that is said.
-        epoch: As the writer counts it, if that is said; of a fraction the whole ones.
-        batch: Batches of the epoch that were used up; only trackopt says it.
-        meta: trackopt's own entry; empty for everybody else's files.
-        framework: Who wrote it, as ``"Lightning"``; None where nothing tells.
-        evidence: What the framework was told from.
-        scaler: Name and state of a gradient scaler; it is among the extras too.
+        schedulers: With their positions.
+        rng: The random generators whose states are saved.
+        extras: All other entries at the top, by name.
+        step: Optimizer steps completed, if saved.
+        epoch: As the writer counts it, if saved; of a fraction the completed ones.
+        batch: Batches of the epoch that were consumed; only trackopt saves it.
+        meta: trackopt's own entry; None in other files.
+        framework: The writer, as ``"Lightning"``; None if it is unknown.
+        evidence: What the framework was recognized by.
+        scaler: Name and state of a gradient scaler, which is among the extras too.
     """
 
     models: tuple[Model, ...] = ()
@@ -67,12 +66,12 @@ class TrainingState:
 
     @property
     def weights(self) -> tuple[Model, ...]:
-        """The models without the averages of them, unless there is nothing else."""
+        """The models without averages, unless there are only averages."""
         return tuple(model for model in self.models if not model.averaged) or self.models
 
     @property
     def is_trackopt(self) -> bool:
-        """Whether trackopt wrote it."""
+        """True if trackopt wrote it."""
         return self.meta is not None
 
 
@@ -80,7 +79,7 @@ def read(archive: Archive) -> TrainingState:
     """Find the training state in a checkpoint.
 
     Args:
-        archive: An open archive; only single numbers (step counters) are read from its tensors.
+        archive: An open archive; of its tensors only single numbers (step counters) are read.
 
     Example:
         >>> import tempfile, torch
@@ -95,7 +94,7 @@ def read(archive: Archive) -> TrainingState:
         (3, 'SGD', 3)
     """
     tree = archive.tree
-    if isinstance(tree, dict) and len(tree) > _MOST_KEYS:
+    if isinstance(tree, dict) and len(tree) > _MAX_TOP_LEVEL_KEYS:
         return TrainingState(extras=(("the file", tree),))
     if is_state_dict(tree) or not isinstance(tree, dict):
         models = find_models("model", (), tree)
@@ -105,99 +104,114 @@ def read(archive: Archive) -> TrainingState:
     if is_scheduler(tree):
         return TrainingState(schedulers=(read_scheduler("scheduler", (), tree, (), None),))
     meta = tree.get(META)
-    return _Reader(archive, tree, meta if isinstance(meta, dict) and "format" in meta else None).state()
+    return _Reader(archive, tree, meta if isinstance(meta, dict) and "format" in meta else None).read_state()
 
 
 class _Reader:
-    """Sorts what stands at the top of a checkpoint."""
+    """Sorts the entries at the top of a checkpoint."""
 
     def __init__(self, archive: Archive, tree: dict[Any, Any], meta: dict[str, Any] | None) -> None:
         self._archive = archive
         self._tree = {str(key): value for key, value in tree.items()}
         self._meta = meta
-        self._framework, self._evidence, self._places = recognize(archive.format, self._tree)
+        self._framework, self._evidence, self._counter_dicts = recognize(archive.format, self._tree)
+        self._entries: list[Entry]
         if meta is not None:
             self._framework, self._evidence = META, f"its key {META}"
-        own: list[Entry] = [(key, (key,), node) for key, node in self._tree.items()]
-        self._entries = own if meta is not None else top_level_entries(self._tree)
+            self._entries = [(key, (key,), node) for key, node in self._tree.items()]
+        else:
+            self._entries = top_level_entries(self._tree)
         self._used: set[Path] = {(META,)} if meta is not None else set()
 
-    def state(self) -> TrainingState:
-        models = tuple(self._models())
-        told = self._declared_classes()
+    def read_state(self) -> TrainingState:
+        models = tuple(self._find_models())
+        classes = self._declared_classes()
         optimizers = tuple(
-            read_optimizer(self._archive, name, path, node, (models, told))
-            for name, path, node in self._named("optim", is_optimizer, "optimizer")
+            read_optimizer(self._archive, name, path, node, (models, classes))
+            for name, path, node in self._find_named("optim", is_optimizer, "optimizer")
         )
         schedulers = tuple(
-            read_scheduler(name, path, node, optimizers, told)
-            for name, path, node in self._named("sched", is_scheduler, "scheduler")
+            read_scheduler(name, path, node, optimizers, classes)
+            for name, path, node in self._find_named("sched", is_scheduler, "scheduler")
         )
-        rng = tuple(dict.fromkeys(self._rng()))
-        found = TrainingState(models, optimizers, schedulers, rng, meta=self._meta)
-        found = replace(found, framework=self._framework, evidence=self._evidence, **self._progress())
-        extras = tuple((".".join(path), self._plain(node)) for _, path, node in self._entries if path not in self._used)
-        return replace(found, extras=extras, scaler=next((extra for extra in extras if _is_scaler(extra[1])), None))
+        rng = tuple(dict.fromkeys(self._find_generators()))
+        progress = self._read_progress()
+        extras = tuple(
+            (".".join(path), self._unwrap_scalar(node)) for _, path, node in self._entries if path not in self._used
+        )
+        return TrainingState(
+            models=models,
+            optimizers=optimizers,
+            schedulers=schedulers,
+            rng=rng,
+            extras=extras,
+            step=progress.get("step"),
+            epoch=progress.get("epoch"),
+            batch=progress.get("batch"),
+            meta=self._meta,
+            framework=self._framework,
+            evidence=self._evidence,
+            scaler=next((extra for extra in extras if _is_scaler(extra[1])), None),
+        )
 
     def _declared_classes(self) -> dict[str, Any] | None:
-        """What was written down about classes: by trackopt, or by Composer, whose keys are class names."""
+        """Return the saved classes: trackopt's entry, or Composer's keys, which are class names."""
         if self._framework != "Composer":
             return self._meta
-        named = {str(part): str(part) for _, _, node in self._entries if isinstance(node, dict) for part in node}
-        return {"optimizer_class": named, "scheduler_class": named}
+        names = {str(part): str(part) for _, _, node in self._entries if isinstance(node, dict) for part in node}
+        return {"optimizer_class": names, "scheduler_class": names}
 
-    def _models(self) -> Iterator[Model]:
+    def _find_models(self) -> Iterator[Model]:
         for key, path, node in self._entries:
             if path in self._used or (self._meta is not None and key != "model") or is_rng_key(key):
                 continue
-            found = find_models(key, path, node)
-            if found:
+            models = find_models(key, path, node)
+            if models:
                 self._used.add(path)
-                yield from found
+                yield from models
 
-    def _named(self, word: str, is_kind: Any, name: str) -> list[Entry]:
-        """Nodes of one kind, alone or in a dict or a list: name, path and node."""
+    def _find_named(self, word: str, is_kind: Callable[[Any], bool], name: str) -> list[Entry]:
+        """Return the nodes of one kind, alone or in a dict or a list: name, path and node."""
         found: list[Entry] = []
         for key, path, node in self._entries:
             if path in self._used:
                 continue
             if is_kind(node):
-                found.append((label(key, name) if self._meta is None else name, path, node))
-            elif inner := _all_of_kind(node, is_kind):
-                found.extend((_part_name(part, name, len(inner)), (*path, part), child) for part, child in inner)
+                found.append((make_label(key, name) if self._meta is None else name, path, node))
+            elif parts := _all_of_kind(node, is_kind):
+                found.extend((_part_name(part, name, len(parts)), (*path, part), child) for part, child in parts)
             elif word not in key.lower() or node:
                 continue
-            self._used.add(path)  # its kind, or none, or an empty state
+            self._used.add(path)  # of this kind, or an empty state under its key
         return found
 
-    def _rng(self) -> Iterator[str]:
+    def _find_generators(self) -> Iterator[str]:
         for key, path, node in self._entries:
             if path not in self._used and is_rng_key(key):
                 self._used.add(path)
-                yield from generators(key, node)
+                yield from list_generators(key, node)
 
-    def _progress(self) -> dict[str, Any]:
+    def _read_progress(self) -> dict[str, int]:
         if self._meta is not None:
-            said = {name: self._meta.get(name) for name in ("step", "epoch", "batch")}
-            return {name: value for name, value in said.items() if isinstance(value, int)}
-        found: dict[str, int] = {}
-        for which, key, value in counters(self._places):
-            number = self._number(value)
-            if which in found or number is None or (which == "step" and number != int(number)):
+            saved = {name: self._meta.get(name) for name in ("step", "epoch", "batch")}
+            return {name: value for name, value in saved.items() if isinstance(value, int)}
+        progress: dict[str, int] = {}
+        for kind, key, value in find_counters(self._counter_dicts):
+            number = self._as_finite_number(value)
+            if kind in progress or number is None or (kind == "step" and number != int(number)):
                 continue
-            found[which] = int(number)
+            progress[kind] = int(number)
             if self._tree.get(key) is value:
                 self._used.add((key,))
-        return found
+        return progress
 
-    def _plain(self, node: Any) -> Any:
-        """What is a tensor of no dimension (a loss may be) as its number."""
-        scalar = isinstance(node, Tensor) and not node.shape and len(self._entries) <= _FEW
-        number = self._number(node) if scalar else None
+    def _unwrap_scalar(self, node: Any) -> Any:
+        """Return the number of a tensor without dimensions, as a loss may be, and other nodes as they are."""
+        is_scalar = isinstance(node, Tensor) and not node.shape and len(self._entries) <= _MAX_SCALAR_ENTRIES
+        number = self._as_finite_number(node) if is_scalar else None
         return node if number is None else number
 
-    def _number(self, value: Any) -> float | None:
-        """A finite count."""
+    def _as_finite_number(self, value: Any) -> float | None:
         if isinstance(value, Tensor) and value.elements == 1:
             try:
                 value = self._archive.scalar(value)
@@ -209,18 +223,18 @@ class _Reader:
 
 
 def _is_scaler(node: Any) -> bool:
-    return isinstance(node, dict) and set(node) >= _SCALER
+    return isinstance(node, dict) and set(node) >= _SCALER_KEYS
 
 
 def _part_name(part: str, name: str, count: int) -> str:
-    """What to call one of a dict's or a list's parts."""
+    """Return the name of one part of a dict or a list."""
     if not part.isdecimal():
         return part
     return name if count == 1 else name + part
 
 
-def _all_of_kind(node: Any, is_kind: Any) -> list[tuple[str, Any]]:
-    """The parts of a dict or list whose values are all of a kind."""
+def _all_of_kind(node: Any, is_kind: Callable[[Any], bool]) -> list[tuple[str, Any]]:
+    """Return the parts of a dict or a list if all of them are of a kind."""
     pairs = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list | tuple) else ()
-    found = [(str(key), value) for key, value in pairs]
-    return found if found and all(is_kind(value) for _, value in found) else []
+    parts = [(str(key), value) for key, value in pairs]
+    return parts if parts and all(is_kind(value) for _, value in parts) else []

@@ -1,4 +1,4 @@
-"""Which framework wrote a checkpoint, and where that one keeps what a trainer looks for."""
+"""Recognize the framework that wrote a checkpoint, and find its step and epoch counters."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-#: Containers that only one program writes, by the archive's format, and the file that gives each away.
+#: Containers that only one program writes, by the archive's format, and the files that identify each.
 _FORMATS = {
     "Hugging Face Trainer": "its file trainer_state.json",
     "Accelerate": "its files random_states or optimizer.bin",
@@ -22,110 +22,127 @@ _STEP_KEYS = (
 _EPOCH_KEYS = ("epoch", "current_epoch", "last_epoch", "epochs", "epoch_idx", "epoch_num")
 
 
+Tree = dict[str, Any]
+
+
 @dataclass(frozen=True)
 class Framework:
-    """A framework, by the keys at the top of its checkpoints.
+    """A framework, recognized by the keys at the top of its checkpoints.
 
     Attributes:
-        name: As its users say it.
-        evidence: The keys that give it away.
-        fits: Told the tree, whether it wrote that.
-        progress: Dictionaries that say the step and the epoch, besides the top.
+        name: As its users write it.
+        evidence: The keys that identify it.
+        matches: Returns True for a tree that it wrote.
+        counters: Returns the dictionaries besides the top that may hold the step and the epoch.
     """
 
     name: str
     evidence: str
-    fits: Callable[[dict[str, Any]], bool]
-    progress: Callable[[dict[str, Any]], tuple[Any, ...]] = lambda _: ()
+    matches: Callable[[Tree], bool]
+    counters: Callable[[Tree], tuple[Any, ...]] = lambda _: ()
 
 
-def _by_keys(name: str, *keys: str) -> Framework:
+def _framework_by_keys(name: str, *keys: str) -> Framework:
     evidence = f"its key{'s' if len(keys) > 1 else ''} {', '.join(keys)}"
     return Framework(name, evidence, lambda tree: all(key in tree for key in keys))
 
 
-def _in(tree: Any, *path: str) -> Any:
-    """What stands at a path through dictionaries, or None."""
+def _get_path(tree: Any, *path: str) -> Any:
+    """Return the value at a path through dictionaries, or None."""
     for key in path:
         tree = tree.get(key) if isinstance(tree, dict) else None
     return tree
 
 
-def _holds(tree: Any, key: str) -> bool:
+def _has_key(tree: Any, key: str) -> bool:
     return isinstance(tree, dict) and key in tree
 
 
-def _last(value: Any) -> Any:
+def _last_item(value: Any) -> Any:
     return value[-1] if isinstance(value, list) and value else None
 
 
-def _engines(tree: dict[str, Any]) -> tuple[Any, ...]:
-    """States of ignite's engines, with the epoch that the iteration is in the middle or at the end of."""
+def _ignite_engines(tree: Tree) -> tuple[Any, ...]:
+    """Return the states of ignite's engines, each with the epoch that its iteration is in or has just completed."""
     engines = []
     for node in tree.values():
-        length = _in(node, "epoch_length")
-        if _holds(node, "max_epochs") and isinstance(length, int) and length > 0:
-            done = _in(node, "iteration")
-            engines.append({"epoch": done // length, **node} if isinstance(done, int) else node)
+        length = _get_path(node, "epoch_length")
+        if _has_key(node, "max_epochs") and isinstance(length, int) and length > 0:
+            iteration = _get_path(node, "iteration")
+            engines.append({"epoch": iteration // length, **node} if isinstance(iteration, int) else node)
     return tuple(engines)
 
 
-def _timestamp(tree: dict[str, Any]) -> tuple[Any, ...]:
-    """Composer's clock: its batches are optimizer steps."""
-    found = _in(tree, "state", "timestamp")
-    found = _in(found, "Timestamp") if _holds(found, "Timestamp") else found
-    return ({"step": _in(found, "batch"), "epoch": _in(found, "epoch")},)
+def _composer_timestamp(tree: Tree) -> tuple[Any, ...]:
+    """Return Composer's counters; its batches are optimizer steps."""
+    timestamp = _get_path(tree, "state", "timestamp")
+    timestamp = _get_path(timestamp, "Timestamp") if _has_key(timestamp, "Timestamp") else timestamp
+    return ({"step": _get_path(timestamp, "batch"), "epoch": _get_path(timestamp, "epoch")},)
 
 
 _FRAMEWORKS = (
-    _by_keys("Lightning", "pytorch-lightning_version"),
-    Framework("Composer", "its key state.timestamp", lambda tree: _holds(_in(tree, "state"), "timestamp"), _timestamp),
+    _framework_by_keys("Lightning", "pytorch-lightning_version"),
+    Framework(
+        "Composer",
+        "its key state.timestamp",
+        lambda tree: _has_key(_get_path(tree, "state"), "timestamp"),
+        _composer_timestamp,
+    ),
     Framework(
         "MMEngine",
         "its keys message_hub or meta.mmengine_version",
-        lambda tree: "message_hub" in tree or _holds(_in(tree, "meta"), "mmengine_version"),
-        lambda tree: (_in(tree, "meta"),),
+        lambda tree: "message_hub" in tree or _has_key(_get_path(tree, "meta"), "mmengine_version"),
+        lambda tree: (_get_path(tree, "meta"),),
     ),
     Framework(
         "fairseq",
         "its keys optimizer_history or last_optimizer_state",
         lambda tree: "optimizer_history" in tree or "last_optimizer_state" in tree,
-        lambda tree: (_last(_in(tree, "optimizer_history")), _in(tree, "extra_state", "train_iterator")),
+        lambda tree: (
+            _last_item(_get_path(tree, "optimizer_history")),
+            _get_path(tree, "extra_state", "train_iterator"),
+        ),
     ),
-    _by_keys("Ultralytics", "train_args", "ema"),
-    _by_keys("timm", "arch", "state_dict", "args"),
-    _by_keys("torchvision", "model", "optimizer", "lr_scheduler", "epoch", "args"),
-    Framework("ignite", "its engine's keys epoch_length, max_epochs", lambda tree: bool(_engines(tree)), _engines),
+    _framework_by_keys("Ultralytics", "train_args", "ema"),
+    _framework_by_keys("timm", "arch", "state_dict", "args"),
+    _framework_by_keys("torchvision", "model", "optimizer", "lr_scheduler", "epoch", "args"),
+    Framework(
+        "ignite",
+        "its engine's keys epoch_length, max_epochs",
+        lambda tree: bool(_ignite_engines(tree)),
+        _ignite_engines,
+    ),
 )
-_DIRECTORIES = {
-    "Hugging Face Trainer": lambda tree: (_in(tree, "trainer_state"),),
-    "DeepSpeed": lambda tree: (_in(tree, "client"),),
+_DIRECTORY_COUNTERS = {
+    "Hugging Face Trainer": lambda tree: (_get_path(tree, "trainer_state"),),
+    "DeepSpeed": lambda tree: (_get_path(tree, "client"),),
 }
 
 
-def recognize(form: str, tree: dict[str, Any]) -> tuple[str | None, str, tuple[Any, ...]]:
-    """The framework's name, what it was told from, and the dictionaries in which it counts, first ones first.
+def recognize(archive_format: str, tree: Tree) -> tuple[str | None, str, tuple[Any, ...]]:
+    """Return the framework's name, the evidence for it, and the dictionaries of its counters, most reliable first.
 
     Args:
-        form: The archive's format.
-        tree: What stands at the top.
+        archive_format: The archive's format.
+        tree: The top level.
 
     Example:
         >>> recognize("torch zip", {"epoch": 3, "pytorch-lightning_version": "2.6.6"})[0]
         'Lightning'
     """
-    if form in _FORMATS:
-        return form, _FORMATS[form], (*_DIRECTORIES.get(form, lambda _: ())(tree), tree)
-    for one in _FRAMEWORKS:
-        if one.fits(tree):
-            return one.name, one.evidence, (*one.progress(tree), tree)
+    if archive_format in _FORMATS:
+        counters = _DIRECTORY_COUNTERS.get(archive_format, lambda _: ())(tree)
+        return archive_format, _FORMATS[archive_format], (*counters, tree)
+    for framework in _FRAMEWORKS:
+        if framework.matches(tree):
+            return framework.name, framework.evidence, (*framework.counters(tree), tree)
     return None, "", (tree,)
 
 
-def counters(places: tuple[Any, ...]) -> Iterator[tuple[str, str, Any]]:
-    """What may say the step or the epoch: ``(which, key, value)``, the likeliest first."""
-    for which, keys in (("step", _STEP_KEYS), ("epoch", _EPOCH_KEYS)):
-        for place in places:
+def find_counters(dictionaries: tuple[Any, ...]) -> Iterator[tuple[str, str, Any]]:
+    """Yield what may be the step or the epoch as ``(kind, key, value)``, the likeliest first."""
+    for kind, keys in (("step", _STEP_KEYS), ("epoch", _EPOCH_KEYS)):
+        for dictionary in dictionaries:
             for key in keys:
-                if isinstance(place, dict) and key in place:
-                    yield which, key, place[key]
+                if isinstance(dictionary, dict) and key in dictionary:
+                    yield kind, key, dictionary[key]

@@ -1,20 +1,23 @@
-"""Optimizer state: which class it is of, whose buffers they are, and what they weigh."""
+"""Read the state dicts of optimizers: class, groups, parameter names, buffers, step counters."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from trackopt.archive.tree import Path, Tensor, tensors
 from trackopt.errors import ArchiveError
-from trackopt.state.inference import infer
-from trackopt.state.matching import flat, match, same_shape_tensors
+from trackopt.state.inference import InferredClass, infer_class
+from trackopt.state.matching import find_same_shape_buffer, flatten_groups, match_names
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from trackopt.archive import Archive
     from trackopt.state.models import Model
 
-#: Tensors in a parameter's state that count or scale, and are no buffers.
+#: Tensors in a parameter's state that are counters or scalars, and not buffers.
 _COUNTERS = frozenset({"step", "eta", "mu", "mu_product", "H_diag", "t"})
 _NO_HYPERPARAMETERS = frozenset({"params", "param_names", "name"})
 
@@ -34,13 +37,13 @@ class Buffer:
 
 @dataclass(frozen=True)
 class Parameter:
-    """A parameter that an optimizer moves.
+    """A parameter of an optimizer.
 
     Attributes:
-        id: As its groups and its state call it.
-        name: In the model; None where it is not known.
+        id: Its id in the groups and the state.
+        name: Its name in the model; None if it is unknown.
         group: The name of its group.
-        shape: None where it is not known.
+        shape: None if it is unknown.
         buffers: Names of the buffers that the optimizer keeps for it.
     """
 
@@ -58,7 +61,7 @@ class Group:
     Attributes:
         name: Its own, else ``"group0"`` and so on.
         parameters: Names of its parameters, in order.
-        elements: Elements of all of them; None where their shapes are not known.
+        elements: Elements of all of them; None if a shape is unknown.
         hyperparameters: ``lr`` and the others; tensors of one element are given as numbers.
     """
 
@@ -74,18 +77,18 @@ class Optimizer:
 
     Attributes:
         name: ``"optimizer"``, or its own where there are several.
-        path: Where it stands in the tree.
-        cls: Its class, as ``"AdamW"``; empty where it cannot be told.
-        evidence: What the class was told from.
+        path: Its path in the tree.
+        cls: Its class, as ``"AdamW"``; empty if it is unknown.
+        evidence: What the class was inferred from, as text.
         unknown: Hyperparameters and buffers that the class is not known to have.
         groups: The parameter groups.
         parameters: Those of all groups, in order.
         buffers: By name.
-        steps: Smallest and largest step counter; None where there is none.
+        steps: Smallest and largest step counter; None without counters.
         names: Parameter names by id.
-        matching: How the names were found; empty where they were not.
+        matching: How the names were found; empty if they were not.
         stateful: Parameters that have a state.
-        unmatched: Ids in the state that belong to no group, or that no name was found for.
+        unmatched: Ids in the state without a group or without a name.
     """
 
     name: str
@@ -104,12 +107,12 @@ class Optimizer:
 
 
 def is_optimizer(node: Any) -> bool:
-    """Whether a node is an optimizer's state dict."""
+    """Return True if a node is an optimizer's state dict."""
     return (
         isinstance(node, dict)
         and isinstance(node.get("state"), dict)
         and isinstance(node.get("param_groups"), list | tuple)
-        and all(isinstance(group, dict) and _ids(group) is not None for group in node["param_groups"])
+        and all(isinstance(group, dict) and _parameter_ids(group) is not None for group in node["param_groups"])
     )
 
 
@@ -118,105 +121,106 @@ def read_optimizer(
     name: str,
     path: Path,
     node: Any,
-    context: tuple[tuple[Model, ...], dict[str, Any] | None],
+    context: tuple[tuple[Model, ...], Mapping[str, Any] | None],
 ) -> Optimizer:
-    """Understand an optimizer's state dict.
+    """Read an optimizer's state dict.
 
     Args:
-        archive: Where step counters are read from.
-        name: What to call it.
-        path: Where it stands.
+        archive: The archive to read step counters from.
+        name: Its name.
+        path: Its path in the tree.
         node: The state dict.
-        context: The models beside it, and trackopt's own entry if there is one.
+        context: The models of the checkpoint, and trackopt's own entry if there is one.
     """
     models, meta = context
-    groups, state = node["param_groups"], _keyed(node["state"], node["param_groups"])
-    known, matching = match(groups, state, models, _told(meta, "param_names", name))
+    groups, state = node["param_groups"], _restore_ids(node["state"], node["param_groups"])
+    known, matching = match_names(groups, state, models, _saved_entry(meta, "param_names", name))
     names = {key: known.get(key, str(key)) for group in groups for key in group["params"]}
-    guess = infer(groups, state)
-    told = _told(meta, "optimizer_class", name)
-    if isinstance(told, str):
-        guess = replace(guess, cls=told.rpartition(".")[2], evidence="saved beside it")
-    shapes = _shapes(groups, state, names, models, _told(meta, "param_shapes", name))
-    unmatched = [str(key) for key in state if key not in known]
-    parts = tuple(_group(archive, i, group, names, shapes) for i, group in enumerate(groups))
+    inferred = _find_class(groups, state, _saved_entry(meta, "optimizer_class", name))
+    shapes = _find_shapes(groups, state, names, models, _saved_entry(meta, "param_shapes", name))
+    parts = tuple(_read_group(archive, i, group, names, shapes) for i, group in enumerate(groups))
+    parameters = tuple(
+        Parameter(key, known.get(key), part.name, shapes.get(key), _buffer_names(state.get(key)))
+        for part, group in zip(parts, groups, strict=True)
+        for key in group["params"]
+    )
     return Optimizer(
         name=name,
         path=path,
-        cls=guess.cls,
-        evidence=guess.evidence,
-        unknown=guess.unknown,
+        cls=inferred.cls,
+        evidence=inferred.evidence,
+        unknown=inferred.unknown,
         groups=parts,
-        parameters=tuple(
-            Parameter(key, known.get(key), part.name, shapes.get(key), _kept(state.get(key)))
-            for part, group in zip(parts, groups, strict=True)
-            for key in group["params"]
-        ),
-        buffers=_buffers(state, names),
-        steps=_steps(archive, state),
+        parameters=parameters,
+        buffers=_collect_buffers(state, names),
+        steps=_step_range(archive, state),
         names=names,
         matching=matching,
         stateful=tuple(names[key] for key, entry in state.items() if key in names and entry),
-        unmatched=tuple(unmatched),
+        unmatched=tuple(str(key) for key in state if key not in known),
     )
 
 
-def _keyed(state: dict[Any, Any], groups: Any) -> dict[Any, Any]:
-    """The state by the groups' own ids; formats that know only text for keys have made text of numbers."""
+def _find_class(groups: Any, state: Any, saved_class: Any) -> InferredClass:
+    inferred = infer_class(groups, state)
+    if isinstance(saved_class, str):
+        return replace(inferred, cls=saved_class.rpartition(".")[2], evidence="saved beside it")
+    return inferred
+
+
+def _restore_ids(state: dict[Any, Any], groups: Any) -> dict[Any, Any]:
+    """Return the state by the groups' own ids; some formats convert them to text."""
     ids = {str(key): key for group in groups for key in group["params"]}
     return {ids.get(key, key) if isinstance(key, str) else key: entry for key, entry in state.items()}
 
 
-def _told(meta: dict[str, Any] | None, key: str, name: str) -> Any:
-    """What trackopt wrote down about one optimizer."""
+def _saved_entry(meta: Mapping[str, Any] | None, key: str, name: str) -> Any:
+    """Return what trackopt saved under a key for one optimizer."""
     entry = meta.get(key) if meta else None
     return entry.get(name) if isinstance(entry, dict) else None
 
 
-def _ids(group: dict[Any, Any]) -> list[Any] | None:
-    """A group's parameter ids; None if they are not numbers or names."""
+def _parameter_ids(group: dict[Any, Any]) -> list[Any] | None:
+    """Return a group's parameter ids; None if they are not numbers or names."""
     ids = group.get("params")
     if isinstance(ids, list | tuple) and all(isinstance(key, int | str) for key in ids):
         return list(ids)
     return None
 
 
-def _shapes(groups: Any, state: Any, names: dict[Any, str], models: Any, told: Any) -> dict[Any, tuple[int, ...]]:
-    """The parameters' shapes by id, as far as they are known."""
-    shapes: dict[Any, tuple[int, ...]] = {}
-    given = flat(told, groups)
+def _find_shapes(
+    groups: Any, state: Any, names: dict[Any, str], models: tuple[Model, ...], saved_shapes: Any
+) -> dict[Any, tuple[int, ...]]:
+    """Return the known shapes of the parameters by id."""
     ids = [key for group in groups for key in group["params"]]
-    if given is not None and all(isinstance(shape, list | tuple) for shape in given):
-        return {key: tuple(shape) for key, shape in zip(ids, given, strict=True)}
-    known = {name: tensor.shape for model in models for name, tensor in model.tensors.items()}
+    saved = flatten_groups(saved_shapes, groups)
+    if saved is not None and all(isinstance(shape, list | tuple) for shape in saved):
+        return {key: tuple(shape) for key, shape in zip(ids, saved, strict=True)}
+    in_models = {name: tensor.shape for model in models for name, tensor in model.tensors.items()}
+    shapes: dict[Any, tuple[int, ...]] = {}
     for key in ids:
-        like = same_shape_tensors(state.get(key))
-        if like is not None:
-            shapes[key] = like.shape
-        elif names[key] in known:
-            shapes[key] = known[names[key]]
+        buffer = find_same_shape_buffer(state.get(key))
+        if buffer is not None:
+            shapes[key] = buffer.shape
+        elif names[key] in in_models:
+            shapes[key] = in_models[names[key]]
     return shapes
 
 
-def _group(archive: Archive, index: int, group: Any, names: dict[Any, str], shapes: dict[Any, Any]) -> Group:
+def _read_group(archive: Archive, index: int, group: Any, names: dict[Any, str], shapes: dict[Any, Any]) -> Group:
     ids = group["params"]
-    elements = None
-    if all(key in shapes for key in ids):
-        elements = sum(_product(shapes[key]) for key in ids)
-    own = group.get("name")
-    values = {str(key): _number(archive, value) for key, value in group.items() if key not in _NO_HYPERPARAMETERS}
-    return Group(own if isinstance(own, str) else f"group{index}", tuple(names[key] for key in ids), elements, values)
+    elements = sum(_count_elements(shapes[key]) for key in ids) if all(key in shapes for key in ids) else None
+    name = group.get("name")
+    values = {str(key): _as_number(archive, value) for key, value in group.items() if key not in _NO_HYPERPARAMETERS}
+    return Group(name if isinstance(name, str) else f"group{index}", tuple(names[key] for key in ids), elements, values)
 
 
-def _product(shape: tuple[Any, ...]) -> int:
-    result = 1
-    for size in shape:
-        result *= size if isinstance(size, int) else 0
-    return result
+def _count_elements(shape: tuple[Any, ...]) -> int:
+    return math.prod(size if isinstance(size, int) else 0 for size in shape)
 
 
-def _number(archive: Archive, value: Any) -> Any:
-    """A hyperparameter; what is a tensor of one element (``lr`` may be) as its number."""
+def _as_number(archive: Archive, value: Any) -> Any:
+    """Return the number of a tensor of one element, as ``lr`` may be, and other values as they are."""
     if isinstance(value, Tensor) and value.elements == 1:
         try:
             return archive.scalar(value)
@@ -225,7 +229,7 @@ def _number(archive: Archive, value: Any) -> Any:
     return value
 
 
-def _buffers(state: Any, names: dict[Any, str]) -> dict[str, Buffer]:
+def _collect_buffers(state: Any, names: dict[Any, str]) -> dict[str, Buffer]:
     found: dict[str, dict[str, Tensor]] = {}
     for key, entry in state.items():
         for buffer, value in entry.items() if isinstance(entry, dict) else ():
@@ -237,13 +241,13 @@ def _buffers(state: Any, names: dict[Any, str]) -> dict[str, Buffer]:
     return {name: Buffer(name, parts) for name, parts in found.items()}
 
 
-def _kept(entry: Any) -> tuple[str, ...]:
-    """Names of the buffers in one parameter's state."""
+def _buffer_names(entry: Any) -> tuple[str, ...]:
+    """Return the names of the buffers in one parameter's state."""
     inside = entry.items() if isinstance(entry, dict) else ()
     return tuple(str(key) for key, value in inside if key not in _COUNTERS and next(tensors(value), None))
 
 
-def _steps(archive: Archive, state: Any) -> tuple[float, float] | None:
-    counts = [_number(archive, entry.get("step")) for entry in state.values() if isinstance(entry, dict)]
+def _step_range(archive: Archive, state: Any) -> tuple[float, float] | None:
+    counts = [_as_number(archive, entry.get("step")) for entry in state.values() if isinstance(entry, dict)]
     numbers = [count for count in counts if isinstance(count, int | float)]
     return (min(numbers), max(numbers)) if numbers else None

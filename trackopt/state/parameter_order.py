@@ -1,7 +1,7 @@
-"""The order in which an optimizer was given a model's parameters, where neither groups nor files keep it.
+"""Recover the order in which an optimizer was given a model's parameters.
 
-Trainers deal parameters out to groups by what they are (weights, scales of norms, biases), and some formats
-sort names. Both are undone by trial: an order counts if every shape agrees.
+Trainers assign parameters to groups by kind (weights, scales of norms, biases), and some formats sort names. Both are
+undone by trial: an order is possible if every shape agrees.
 """
 
 from __future__ import annotations
@@ -15,14 +15,16 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 Shape = tuple[int, ...]
+Names = dict[Any, str]
+Positions = tuple[int, ...]  # one in each group
 Sequence = list[tuple[Any, Shape]]  # the ids of a group and their shapes, in order
 _MAX_GROUPS = 4
 _MAX_PARAMETERS = 20_000
-_MAX_WORK = 300_000  # names looked at: half a second
+_MAX_WORK = 300_000  # names compared: half a second
 _MAX_DEPTH = 40
 _MAX_SIBLINGS = 300
 _NUMBERED = re.compile(r"(.*?)(\d{1,9})")
-#: Siblings in the order in which modules that have all of them define them; PyTorch's, and families of transformers.
+#: Children in the order of their definition, in modules of PyTorch and of families of transformers that have all.
 _SIBLING_ORDERS = tuple(
     line.split()
     for line in (
@@ -43,8 +45,8 @@ _SIBLING_ORDERS = tuple(
 )
 
 
-def assignments(groups: list[Sequence], shapes: dict[str, Shape]) -> Iterator[list[dict[str, Shape]]]:
-    """The ways to give each kind of parameter to one group so that each group has the shapes that it has.
+def find_assignments(groups: list[Sequence], shapes: dict[str, Shape]) -> Iterator[list[dict[str, Shape]]]:
+    """Yield the ways to assign each kind of parameter to one group so that every group's shapes agree.
 
     Args:
         groups: The optimizer's.
@@ -52,48 +54,48 @@ def assignments(groups: list[Sequence], shapes: dict[str, Shape]) -> Iterator[li
     """
     if len(groups) > _MAX_GROUPS or len(shapes) != sum(map(len, groups)) or len(shapes) > _MAX_PARAMETERS:
         return
-    kinds = {name: _kind(name, shape) for name, shape in shapes.items()}
+    kinds = {name: _parameter_kind(name, shape) for name, shape in shapes.items()}
     present = sorted(set(kinds.values()))
     wanted = [Counter(shape for _, shape in group) for group in groups]
-    for places in product(range(len(groups)), repeat=len(present)):
-        place = dict(zip(present, places, strict=True))
-        hands: list[dict[str, Shape]] = [{} for _ in groups]
+    for indices in product(range(len(groups)), repeat=len(present)):
+        index_of_kind = dict(zip(present, indices, strict=True))
+        assignment: list[dict[str, Shape]] = [{} for _ in groups]
         for name, shape in shapes.items():
-            hands[place[kinds[name]]][name] = shape
-        if [Counter(hand.values()) for hand in hands] == wanted:
-            yield hands
+            assignment[index_of_kind[kinds[name]]][name] = shape
+        if [Counter(assigned.values()) for assigned in assignment] == wanted:
+            yield assignment
 
 
-def _kind(name: str, shape: Shape) -> str:
+def _parameter_kind(name: str, shape: Shape) -> str:
     if "bias" in name.lower():
         return "bias"
     return "weight" if len(shape) > 1 else "scale"
 
 
-def in_order(groups: list[Sequence], assignment: list[dict[str, Shape]]) -> dict[Any, str] | None:
-    """Names by id if each group takes its parameters as they come; None if the shapes say that it does not."""
+def match_in_order(groups: list[Sequence], assignment: list[dict[str, Shape]]) -> dict[Any, str] | None:
+    """Return the names by id if each group has its parameters in the model's order; None if shapes contradict it."""
     names: dict[Any, str] = {}
-    for group, hand in zip(groups, assignment, strict=True):
-        if [shape for _, shape in group] != list(hand.values()):
+    for group, assigned in zip(groups, assignment, strict=True):
+        if [shape for _, shape in group] != list(assigned.values()):
             return None
-        names.update(zip((key for key, _ in group), hand, strict=True))
+        names.update(zip((key for key, _ in group), assigned, strict=True))
     return names
 
 
-def reordered(groups: list[Sequence], assignment: list[dict[str, Shape]]) -> dict[Any, str] | None:
-    """Names by id if each group takes its parameters module by module, in whatever order of siblings.
+def match_reordered(groups: list[Sequence], assignment: list[dict[str, Shape]]) -> dict[Any, str] | None:
+    """Return the names by id if each group has its parameters module by module, with siblings in any order.
 
     Returns:
-        The names that all orders agree on which the shapes allow; None if they allow none, or it takes too long.
+        The names on which all orders agree that the shapes allow; None if they allow none, or the search is too long.
     """
-    where = {name: (index, shape) for index, hand in enumerate(assignment) for name, shape in hand.items()}
-    if any(name.count(".") > _MAX_DEPTH for name in where):
+    parameters = {name: (index, shape) for index, assigned in enumerate(assignment) for name, shape in assigned.items()}
+    if any(name.count(".") > _MAX_DEPTH for name in parameters):
         return None
     try:
-        found = _OrderSearch(groups, where).of(tuple(where), 0, (0,) * len(groups))
+        names = _OrderSearch(groups, parameters).search(tuple(parameters), 0, (0,) * len(groups))
     except _TooLongError:
         return None
-    return {key: name for key, name in found.items() if name} if found is not None else None
+    return {key: name for key, name in names.items() if name} if names is not None else None
 
 
 class _TooLongError(Exception):
@@ -101,75 +103,81 @@ class _TooLongError(Exception):
 
 
 class _OrderSearch:
-    """All walks through a model's modules, depth first, that meet the shapes of the groups."""
+    """Depth-first search of the orders of a model's modules that agree with the shapes of the groups."""
 
-    def __init__(self, groups: list[Sequence], where: dict[str, tuple[int, Shape]]) -> None:
+    def __init__(self, groups: list[Sequence], parameters: dict[str, tuple[int, Shape]]) -> None:
         self._groups = groups
-        self._where = where
-        self._known: dict[Any, dict[Any, str] | None] = {}
+        self._parameters = parameters  # name: index of the group, shape
+        self._results: dict[Any, Names | None] = {}
         self._work = 0
 
-    def of(self, names: tuple[str, ...], depth: int, at: tuple[int, ...]) -> dict[Any, str] | None:
-        """Names by id of one module's parameters, from a position in each group on; empty where orders differ."""
-        if len(names) == 1:
-            group, shape = self._where[names[0]]
-            key, wanted = self._groups[group][at[group]]
-            return {key: names[0]} if shape == wanted else None
-        question = (names[0], depth, at)
-        if question not in self._known:
-            self._known[question] = self._walked(_children(names, depth), depth, at)
-        return self._known[question]
+    def search(self, names: tuple[str, ...], depth: int, positions: Positions) -> Names | None:
+        """Match one module's parameters, starting at a position in each group.
 
-    def _walked(self, children: dict[str, tuple[str, ...]], depth: int, at: tuple[int, ...]) -> dict[Any, str] | None:
-        """What all orders of a module's children agree on: those that took the same ones so far are one way."""
+        Returns:
+            The names by id, empty where several orders disagree; None if no order agrees with the shapes.
+        """
+        if len(names) == 1:
+            group, shape = self._parameters[names[0]]
+            key, wanted = self._groups[group][positions[group]]
+            return {key: names[0]} if shape == wanted else None
+        subproblem = (names[0], depth, positions)
+        if subproblem not in self._results:
+            self._results[subproblem] = self._search_children(_group_by_child(names, depth), depth, positions)
+        return self._results[subproblem]
+
+    def _search_children(self, children: dict[str, tuple[str, ...]], depth: int, positions: Positions) -> Names | None:
+        """Match a module's children in all orders; orders that have placed the same children so far are merged."""
         if len(children) > _MAX_SIBLINGS:
             raise _TooLongError
-        earlier = _earlier(list(children))
-        ways: dict[frozenset[str], tuple[tuple[int, ...], dict[Any, str]]] = {frozenset(): (at, {})}
+        predecessors = _find_predecessors(list(children))
+        partial: dict[frozenset[str], tuple[Positions, Names]] = {frozenset(): (positions, {})}
         for _ in children:
-            after: dict[frozenset[str], tuple[tuple[int, ...], dict[Any, str]]] = {}
-            for taken, (here, found) in ways.items():
+            following: dict[frozenset[str], tuple[Positions, Names]] = {}
+            for placed, (reached, names) in partial.items():
                 self._spend(len(children))
-                for child in [part for part in children if part not in taken and earlier[part] <= taken]:
-                    self._spend(len(children[child]) + len(found) + len(taken))
-                    own = self.of(children[child], depth + 1, here)
-                    if own is not None:
-                        known = after[taken | {child}][1] if taken | {child} in after else None
-                        after[taken | {child}] = self._after(here, children[child]), _agreed(known, found | own)
-            ways = after
-        return next((found for _, found in ways.values()), None)
+                for child in [part for part in children if part not in placed and predecessors[part] <= placed]:
+                    self._spend(len(children[child]) + len(names) + len(placed))
+                    child_names = self.search(children[child], depth + 1, reached)
+                    if child_names is not None:
+                        known = following[placed | {child}][1] if placed | {child} in following else None
+                        merged = _keep_agreement(known, names | child_names)
+                        following[placed | {child}] = self._advance(reached, children[child]), merged
+            partial = following
+        return next((names for _, names in partial.values()), None)
 
     def _spend(self, names: int) -> None:
         self._work += names
         if self._work > _MAX_WORK:
             raise _TooLongError
 
-    def _after(self, at: tuple[int, ...], names: tuple[str, ...]) -> tuple[int, ...]:
-        taken = Counter(self._where[name][0] for name in names)
-        return tuple(position + taken[index] for index, position in enumerate(at))
+    def _advance(self, positions: Positions, names: tuple[str, ...]) -> Positions:
+        count = Counter(self._parameters[name][0] for name in names)
+        return tuple(position + count[index] for index, position in enumerate(positions))
 
 
-def _children(names: tuple[str, ...], depth: int) -> dict[str, tuple[str, ...]]:
-    """A module's parameters by the child that they are in."""
-    inside: dict[str, list[str]] = {}
+def _group_by_child(names: tuple[str, ...], depth: int) -> dict[str, tuple[str, ...]]:
+    """Return a module's parameters by the child that they are in."""
+    children: dict[str, list[str]] = {}
     for name in names:
-        inside.setdefault(".".join(name.split(".")[depth : depth + 1]), []).append(name)
-    return {child: tuple(below) for child, below in inside.items()}
+        children.setdefault(".".join(name.split(".")[depth : depth + 1]), []).append(name)
+    return {child: tuple(below) for child, below in children.items()}
 
 
-def _agreed(one: dict[Any, str] | None, other: dict[Any, str]) -> dict[Any, str]:
-    return other if one is None else {key: name if other[key] == name else "" for key, name in one.items()}
+def _keep_agreement(known: Names | None, names: Names) -> Names:
+    """Return the names that two orders share, and empty ones where they differ."""
+    return names if known is None else {key: name if names[key] == name else "" for key, name in known.items()}
 
 
-def _earlier(siblings: list[str]) -> dict[str, set[str]]:
-    """For each sibling those that come before it: numbers rise, and some orders are usual."""
+def _find_predecessors(siblings: list[str]) -> dict[str, set[str]]:
+    """Return for each sibling those that come before it: numbers rise, and some orders are usual."""
     before: dict[str, set[str]] = {part: set() for part in siblings}
     numbered = [match for part in siblings if (match := _NUMBERED.fullmatch(part))]
-    for one, other in product(numbered, repeat=2):
-        if one[1] == other[1] and int(one[2]) < int(other[2]):
-            before[other[0]].add(one[0])
-    for usual in _SIBLING_ORDERS:
-        if before.keys() >= set(usual):
-            for index, part in enumerate(usual):
-                before[part].update(usual[:index])
+    for a, b in product(numbered, repeat=2):
+        if a[1] == b[1] and int(a[2]) < int(b[2]):
+            before[b[0]].add(a[0])
+    for order in _SIBLING_ORDERS:
+        if before.keys() >= set(order):
+            for index, part in enumerate(order):
+                before[part].update(order[:index])
     return before

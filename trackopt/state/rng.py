@@ -1,4 +1,4 @@
-"""Which random generators' states a checkpoint holds, under one name each whoever wrote them."""
+"""List the random generators whose states a checkpoint holds, with one name for each in all frameworks."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ _NAMES = {
     "torch_cuda_manual_seed": "cuda",
     "cpu": "torch",
 }
-_NO_GENERATORS = frozenset({"step"})
+_NOT_GENERATORS = frozenset({"step"})
 
 
 def is_rng_key(key: str) -> bool:
-    """Whether an entry holds states of random generators, by its key."""
+    """Return True if an entry of this key holds states of random generators."""
     return any(word in key.lower() for word in _WORDS)
 
 
-def generators(key: str, node: Any) -> list[str]:
-    """The generators whose states an entry holds; of several processes those of the first."""
+def list_generators(key: str, node: Any) -> list[str]:
+    """Return the generators whose states an entry holds; for several processes those of the first."""
     if isinstance(node, list | tuple) and node and isinstance(node[0], dict):
         node = node[0]
     if isinstance(node, dict):
-        return [_NAMES.get(str(part), str(part)) for part in node if part not in _NO_GENERATORS]
+        return [_NAMES.get(str(part), str(part)) for part in node if part not in _NOT_GENERATORS]
     return [key]

@@ -1,4 +1,4 @@
-"""Learning-rate schedulers: which class a state is of, where it stands, and whether the optimizer agrees."""
+"""Read the state of learning-rate schedulers: class, position, and agreement with the optimizer."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from trackopt.archive.tree import Path
     from trackopt.state.optimizers import Optimizer
 
-#: A class of torch.optim.lr_scheduler, keys that its state has, and keys that it may have. The first that fits counts.
+#: Classes of torch.optim.lr_scheduler, with the required and the optional keys of their states. The first match counts.
 _SIGNATURES: tuple[tuple[str, frozenset[str], frozenset[str]], ...] = tuple(
-    (name, frozenset(needs.split()), frozenset(others.split()))
-    for name, needs, others in (
+    (name, frozenset(required.split()), frozenset(optional.split()))
+    for name, required, optional in (
         ("SequentialLR", "_schedulers _milestones", ""),
         ("ChainedScheduler", "_schedulers", ""),
         ("OneCycleLR", "total_steps _schedule_phases",
@@ -37,7 +39,7 @@ _SIGNATURES: tuple[tuple[str, frozenset[str], frozenset[str]], ...] = tuple(
 _COMMON = frozenset({
     "base_lrs", "last_epoch", "verbose", "_step_count", "_is_initial", "_get_lr_called_within_step", "_last_lr",
 })  # fmt: skip
-_MARKS = frozenset({"last_epoch", "_last_lr", "_last_value", "_schedulers", "lr_lambdas", "base_lrs"})
+_IDENTIFYING_KEYS = frozenset({"last_epoch", "_last_lr", "_last_value", "_schedulers", "lr_lambdas", "base_lrs"})
 
 
 @dataclass(frozen=True)
@@ -46,13 +48,13 @@ class Scheduler:
 
     Attributes:
         name: ``"scheduler"``, or its own where there are several.
-        path: Where it stands in the tree.
-        cls: Its class, as ``"StepLR"``; empty where it cannot be told.
-        evidence: What the class was told from.
+        path: Its path in the tree.
+        cls: Its class, as ``"StepLR"``; empty if it is unknown.
+        evidence: What the class was inferred from, as text.
         unknown: Keys that the class is not known to have.
         last_epoch: Its position: the number of times it was stepped.
-        last_lr: The learning rates that it set last, one per group.
-        lr_matches_optimizer: Whether an optimizer's groups have these; None where there is nothing to compare.
+        last_lr: The learning rates that it set last, one for each group.
+        lr_matches_optimizer: True if an optimizer's groups have these; None if there is nothing to compare.
     """
 
     name: str
@@ -66,64 +68,73 @@ class Scheduler:
 
 
 def is_scheduler(node: Any) -> bool:
-    """Whether a node is a scheduler's state dict."""
-    return isinstance(node, dict) and any(key in node for key in _MARKS) and "param_groups" not in node
+    """Return True if a node is a scheduler's state dict."""
+    return isinstance(node, dict) and any(key in node for key in _IDENTIFYING_KEYS) and "param_groups" not in node
 
 
 def read_scheduler(
-    name: str, path: Path, node: Any, optimizers: tuple[Optimizer, ...], meta: dict[str, Any] | None
+    name: str, path: Path, node: Any, optimizers: tuple[Optimizer, ...], meta: Mapping[str, Any] | None
 ) -> Scheduler:
-    """Understand a scheduler's state dict.
+    """Read a scheduler's state dict.
 
     Args:
-        name: What to call it.
-        path: Where it stands.
+        name: Its name.
+        path: Its path in the tree.
         node: The state dict.
-        optimizers: Those beside it.
+        optimizers: The optimizers of the checkpoint.
         meta: trackopt's own entry if there is one.
     """
     classes = meta.get("scheduler_class") if meta else None
-    told = classes.get(name) if isinstance(classes, dict) else None
-    cls, evidence, unknown = _class(node)
-    if isinstance(told, str):
-        cls, evidence = told.rpartition(".")[2], "saved beside it"
-    last_lr = _numbers(node.get("_last_lr")) or _numbers(node.get("_last_value"))
+    saved_class = classes.get(name) if isinstance(classes, dict) else None
+    cls, evidence, unknown = _infer_class(node)
+    if isinstance(saved_class, str):
+        cls, evidence = saved_class.rpartition(".")[2], "saved beside it"
+    last_lr = _as_numbers(node.get("_last_lr")) or _as_numbers(node.get("_last_value"))
     last_epoch = node.get("last_epoch", node.get("last_step", _inner_epoch(node)))
-    position = last_epoch if isinstance(last_epoch, int) else None
-    return Scheduler(name, path, cls, evidence, unknown, position, last_lr, _agrees(name, last_lr, optimizers))
+    return Scheduler(
+        name=name,
+        path=path,
+        cls=cls,
+        evidence=evidence,
+        unknown=unknown,
+        last_epoch=last_epoch if isinstance(last_epoch, int) else None,
+        last_lr=last_lr,
+        lr_matches_optimizer=_matches_optimizer(name, last_lr, optimizers),
+    )
 
 
-def _class(node: dict[Any, Any]) -> tuple[str, str, tuple[str, ...]]:
-    """The class, what it was told from, and the keys that it is not known to have."""
-    for name, needs, others in _SIGNATURES:
-        if needs <= set(node):
-            unknown = tuple(str(key) for key in node if key not in needs | others | _COMMON)
+def _infer_class(node: dict[Any, Any]) -> tuple[str, str, tuple[str, ...]]:
+    """Return the class, the evidence for it, and the keys that it is not known to have."""
+    for name, required, optional in _SIGNATURES:
+        if required <= set(node):
+            unknown = tuple(str(key) for key in node if key not in required | optional | _COMMON)
             both = "; the two save the same keys" if " or " in name else ""
-            return name, f"its keys: {', '.join(sorted(needs))}{both}", unknown
+            return name, f"its keys: {', '.join(sorted(required))}{both}", unknown
     keys = tuple(map(str, node))
     return "", f"unknown keys: {', '.join(keys)}", keys
 
 
 def _inner_epoch(node: dict[Any, Any]) -> Any:
-    """A chain has no position of its own: that of its first member."""
-    inner = node.get("_schedulers")
-    if isinstance(inner, list | tuple) and inner and isinstance(inner[0], dict):
-        return inner[0].get("last_epoch")
+    """Return the position of a chain's first member, since a chain has none of its own."""
+    members = node.get("_schedulers")
+    if isinstance(members, list | tuple) and members and isinstance(members[0], dict):
+        return members[0].get("last_epoch")
     return None
 
 
-def _numbers(value: Any) -> tuple[float, ...]:
+def _as_numbers(value: Any) -> tuple[float, ...]:
     if isinstance(value, list | tuple) and all(isinstance(number, int | float) for number in value):
         return tuple(value)
     return ()
 
 
-def _agrees(name: str, last_lr: tuple[float, ...], optimizers: tuple[Optimizer, ...]) -> bool | None:
-    same = [optimizer for optimizer in optimizers if optimizer.name == name]
-    candidates = same or [one for one in optimizers if len(one.groups) == len(last_lr)]
-    rates = [[group.hyperparameters.get("lr") for group in one.groups] for one in candidates]
-    if not last_lr or not rates:
+def _matches_optimizer(name: str, last_lr: tuple[float, ...], optimizers: tuple[Optimizer, ...]) -> bool | None:
+    """Compare with the optimizer of the same name, or with those of as many groups."""
+    same_name = [optimizer for optimizer in optimizers if optimizer.name == name]
+    candidates = same_name or [optimizer for optimizer in optimizers if len(optimizer.groups) == len(last_lr)]
+    if not last_lr or not candidates:
         return None
+    rates = [[group.hyperparameters.get("lr") for group in optimizer.groups] for optimizer in candidates]
     return any(
         len(lrs) == len(last_lr)
         and all(isinstance(lr, int | float) and math.isclose(lr, last) for lr, last in zip(lrs, last_lr, strict=True))

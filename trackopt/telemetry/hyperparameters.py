@@ -7,33 +7,18 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from trackopt.training.param_groups import NOT_HYPERPARAMETERS, label, numeric, split_sequence, to_float
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from torch.optim import Optimizer
 
-_NOT_HYPERPARAMETERS = {"params", "param_names", "lr", "initial_lr"}
 _PROGRESS = {"last_epoch", "best", "num_bad_epochs", "cooldown_counter", "total_steps_done", "T_cur", "mode_worse"}
 _JSON_INT_BITS = 64  # of the integers that the journal's JSON can hold
 
 #: Any other value (a tensor) may change in place, so it is read at every step.
 _IMMUTABLE = (int, float, str, type(None))
-
-
-def label(index: int, group: Mapping[str, Any], prefix: str = "") -> str:
-    """Return the name of a parameter group in metric names: its own ``name``, else ``group0``."""
-    return f"{prefix}{group.get('name') or f'group{index}'}"
-
-
-def numeric(group: Mapping[str, Any]) -> dict[str, float]:
-    """Return the numeric hyperparameters of a parameter group without its LR; ``betas`` become ``beta1`` and ``beta2``.
-
-    Example:
-        >>> numeric({"lr": 0.1, "betas": (0.9, 0.999), "amsgrad": False, "eps": 1e-08})
-        {'beta1': 0.9, 'beta2': 0.999, 'eps': 1e-08}
-    """
-    parts = (part for key, value in group.items() if key not in _NOT_HYPERPARAMETERS for part in _parts(key, value))
-    return {name: _float(value) for name, value in parts if _is_number(value)}
 
 
 class Hyperparameters:
@@ -69,8 +54,8 @@ class Hyperparameters:
             yield label(index, group, self._prefix), group
 
     def _changed(self, name: str, group: dict[str, Any]) -> dict[str, float]:
-        keys = [key for key in group if key not in _NOT_HYPERPARAMETERS]
-        plain = all(isinstance(part, _IMMUTABLE) for key in keys for _, part in _parts(key, group[key]))
+        keys = [key for key in group if key not in NOT_HYPERPARAMETERS]
+        plain = all(isinstance(part, _IMMUTABLE) for key in keys for _, part in split_sequence(key, group[key]))
         values_now = [tuple(v) if isinstance(v := group[key], list) else v for key in keys]
         self._raw[name] = (len(group) if plain else 0, keys, values_now)
         values = numeric(group)
@@ -94,7 +79,7 @@ def params(
         result[name] = type(optimizer).__name__
         prefix = "" if len(optimizers) == 1 else f"{name}."
         for index, group in enumerate(optimizer.param_groups):
-            values = {**({"lr": _float(group["lr"])} if "lr" in group else {}), **numeric(group)}
+            values = {**({"lr": to_float(group["lr"])} if "lr" in group else {}), **numeric(group)}
             result |= {f"{label(index, group, prefix)}.{key}": value for key, value in values.items()}
     for name, scheduler in schedulers.items():
         result[name] = type(scheduler).__name__
@@ -114,22 +99,5 @@ def _text(value: object) -> str:
     return str(value).encode(errors="replace").decode()  # a path may hold bytes that are not text
 
 
-def _parts(key: str, value: Any) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, (tuple, list)):
-        yield from ((f"{key.removesuffix('s')}{i}", part) for i, part in enumerate(value, 1))
-    else:
-        yield key, value
-
-
 def _copy_lr(value: float | Tensor) -> float | Tensor:
-    return value.detach().clone() if isinstance(value, Tensor) and not value.is_cpu else _float(value)
-
-
-def _float(value: float | Tensor) -> float:
-    return float(value.detach() if isinstance(value, Tensor) else value)  # torch warns if it requires grad
-
-
-def _is_number(value: object) -> bool:
-    if isinstance(value, Tensor):
-        return value.numel() == 1
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return value.detach().clone() if isinstance(value, Tensor) and not value.is_cpu else to_float(value)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from trackopt.telemetry.hyperparameters import label
+from trackopt.training.param_groups import label
 from trackopt.training.sharding import is_dtensor
 
 if TYPE_CHECKING:

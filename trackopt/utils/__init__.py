@@ -1,1 +1,1 @@
-"""What every room may use: files, names, log lines."""
+"""Helpers for every room: files, names, log lines."""

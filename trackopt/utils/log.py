@@ -12,6 +12,6 @@ logger = logging.getLogger("trackopt")
 
 
 def log_warnings(messages: Iterable[str]) -> None:
-    """Tell the user, a line each."""
+    """Log each message as a warning."""
     for message in messages:
         logger.warning("trackopt: %s", message)

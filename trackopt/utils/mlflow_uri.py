@@ -1,17 +1,52 @@
-"""Where MLflow's data goes; decided in the training process, which knows what the user has set."""
+"""Where MLflow's data goes. The training process decides it, since it knows what the user has set."""
 
 from __future__ import annotations
 
 import os
 import re
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+@dataclass(frozen=True)
+class MLflowTarget:
+    """The place of a run in MLflow.
+
+    Attributes:
+        tracking_uri: MLflow's tracking URI.
+        experiment: The experiment's name.
+        run_id: MLflow's id of the run; ``None`` until the recorder has created it.
+        unknown: Keys of a later version, kept as they are.
+    """
+
+    tracking_uri: str
+    experiment: str
+    run_id: str | None = None
+    unknown: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_dict(cls, entry: Mapping[str, Any]) -> MLflowTarget:
+        """Read the entry ``mlflow`` of ``run.json``."""
+        unknown = dict(entry)
+        return cls(unknown.pop("tracking_uri"), unknown.pop("experiment"), unknown.pop("run_id", None), unknown)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the entry ``mlflow`` of ``run.json``."""
+        entry: dict[str, Any] = {"tracking_uri": self.tracking_uri, "experiment": self.experiment}
+        if self.run_id is not None:
+            entry["run_id"] = self.run_id
+        return entry | dict(self.unknown)
 
 
 def tracking_uri() -> str:
-    """What the user has set, else a store in ``mlruns`` here.
+    """Return the tracking URI that the user has set; the default is a store in ``mlruns`` of the working directory.
 
-    MLflow is not imported for it; but where the user's own code has, what ``mlflow.set_tracking_uri`` was told holds.
+    ``mlflow.set_tracking_uri`` counts where the user's own code has imported mlflow; this function does not import it.
     """
     mlflow = sys.modules.get("mlflow")
     if mlflow is not None and mlflow.tracking.is_tracking_uri_set():
@@ -19,14 +54,13 @@ def tracking_uri() -> str:
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path.cwd() / 'mlruns' / 'mlflow.db'}"
 
 
-def default_tracking(experiment: str | None) -> dict[str, str]:
-    """The tracking URI and the experiment of a new run."""
-    name = experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME") or "Default"
-    return {"tracking_uri": tracking_uri(), "experiment": name}
+def default_tracking(experiment: str | None) -> MLflowTarget:
+    """Return the tracking URI and the experiment of a new run."""
+    return MLflowTarget(tracking_uri(), experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME") or "Default")
 
 
 def redact_credentials(text: str) -> str:
-    """A text whose URLs have no user and no password any more; a password may have an ``@`` in it.
+    """Remove user and password from the URLs in a text; a password may contain an ``@``.
 
     Example:
         >>> redact_credentials("GET http://someone:se@cret@host/api failed")

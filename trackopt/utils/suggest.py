@@ -1,4 +1,4 @@
-"""The nearest right name, for messages about a wrong one."""
+"""Suggestions for a name that does not exist."""
 
 from __future__ import annotations
 
@@ -8,39 +8,39 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
 
-_CLOSE = 0.5  # of 1: how alike two names must be
-_SHOWN = 8
+_MIN_SIMILARITY = 0.5  # of 1
+_MAX_LISTED = 8
 
 
 def suggest(name: str, names: Iterable[str], *, within: Path | None = None) -> str:
-    """The nearest right name as the end of a message, or the names that there are.
+    """Return the end of a message about a wrong name: the most similar right name, or the list of right names.
 
     Args:
-        name: The wrong one.
-        names: The right ones.
-        within: The directory that they are in, if they are files; it is shown with them, and makes none alike.
+        name: The wrong name.
+        names: The right names.
+        within: The directory of the names, if they are files. It is shown but does not count for the similarity.
 
     Example:
         >>> suggest("StepLr", ["StepLR", "ConstantLR"])
         'did you mean StepLR?'
         >>> suggest("x", ["loss", "accuracy"])
-        'there is accuracy, loss'
+        'available: accuracy, loss'
     """
     import difflib  # only a mistake needs it
 
-    known = {each.lower(): str(within / each) if within else each for each in names}
-    found = difflib.get_close_matches(name.lower(), known, n=1, cutoff=_CLOSE)
-    if found:
-        return f"did you mean {known[found[0]]}?"
+    known = {right.lower(): str(within / right) if within else right for right in names}
+    similar = difflib.get_close_matches(name.lower(), known, n=1, cutoff=_MIN_SIMILARITY)
+    if similar:
+        return f"did you mean {known[similar[0]]}?"
     listed = sorted(known.values())
-    more = f", … {len(listed)} in all" if len(listed) > _SHOWN else ""
-    return f"there is {', '.join(listed[:_SHOWN])}{more}" if listed else "there is none"
+    more = f", … {len(listed)} in all" if len(listed) > _MAX_LISTED else ""
+    return f"available: {', '.join(listed[:_MAX_LISTED])}{more}" if listed else "none is available"
 
 
 def suggest_path(path: Path) -> str:
-    """``; did you mean …?`` for a path that is not there, by the names beside it; nothing where none is alike."""
+    """Return ``; did you mean …?`` for a path that does not exist, or nothing if no sibling is similar."""
     try:
-        told = suggest(path.name, [each.name for each in path.parent.iterdir()], within=path.parent)
+        hint = suggest(path.name, [sibling.name for sibling in path.parent.iterdir()], within=path.parent)
     except OSError:
         return ""
-    return f"; {told}" if told.startswith("did") else ""
+    return f"; {hint}" if hint.startswith("did") else ""

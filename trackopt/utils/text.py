@@ -1,4 +1,4 @@
-"""Short texts that messages are made of."""
+"""Short texts for messages."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ if TYPE_CHECKING:
 
 
 def join_names(names: Iterable[Any], most: int = 3) -> str:
-    """``a, b, c and 4 more``."""
+    """Format names as ``a, b, c and 4 more``."""
     names = sorted(map(str, names))
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def format_shape_dtype(shape: tuple[int, ...], dtype: str) -> str:
-    """``8×4 float32``."""
+    """Format as ``8×4 float32``."""
     return f"{'×'.join(map(str, shape)) or 'a scalar'} {dtype}"

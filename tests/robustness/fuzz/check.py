@@ -145,11 +145,11 @@ def _looked(before: Path, path: Path, number: int) -> str:
     list(verify(path))
     with locations.open(path) as opened:
         summary = summarize(opened, tensors=True, statistics=True)
-        console.plain(summary.as_dict())
-        deque(outline.outline(opened.tree), maxlen=0)
+        console.to_plain(summary.as_dict())
+        deque(outline.format_outline(opened.tree), maxlen=0)
         if draw:
-            console.lines(inspect.drawn(summary))
-            console.lines(inspect.drawn(replace(summary, tensors=None)))
+            console.render_lines(inspect.render(summary))
+            console.render_lines(inspect.render(replace(summary, tensors=None)))
         readable = _read(opened)
     if draw or number % _COMPARED == 0:
         _compare(before, path, draw=draw)
@@ -170,7 +170,7 @@ def _read(opened: archive.Archive) -> bool:
 
 def _compare(before: Path, path: Path, *, draw: bool) -> None:
     try:
-        console.plain(diff_checkpoints(before, path).as_dict())
+        console.to_plain(diff_checkpoints(before, path).as_dict())
         if draw:
             with redirect_stdout(io.StringIO()):
                 diff.command.main([str(before), str(path), "--tensors"], standalone_mode=False)

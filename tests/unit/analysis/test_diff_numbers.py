@@ -40,9 +40,10 @@ def numbers(a: torch.Tensor, b: torch.Tensor, folder: Path, **terms: Any) -> Any
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that small tensors take as many pieces and blocks as large ones do."""
-    monkeypatch.setattr(compare, "_PIECE", 64)
-    monkeypatch.setattr(compare, "_BLOCK", 24)
-    monkeypatch.setattr(compare, "_STRETCH", 80)
+    monkeypatch.setattr(compare, "_PIECE_ELEMENTS", 64)
+    monkeypatch.setattr(compare, "_BLOCK_ELEMENTS", 24)
+    monkeypatch.setattr(compare, "_CHUNK_BYTES", 80)
+    monkeypatch.setattr(compare, "_MAX_PIECES", 1)
 
 
 def agrees_with_torch(found: Any, a: torch.Tensor, b: torch.Tensor) -> None:
@@ -131,7 +132,7 @@ def test_units_in_the_last_place_are_steps_to_the_next_number(value: float, step
     with np.errstate(over="ignore"):
         for _ in range(steps):
             there = np.nextafter(there, np.float32(np.inf))
-    reached = elements.ulps(np.float32(value).tobytes(), there.tobytes(), "float32", "little")
+    reached = elements.max_ulp_distance(np.float32(value).tobytes(), there.tobytes(), "float32", "little")
     assert reached == steps or np.isinf(there)
 
 
@@ -169,7 +170,7 @@ def test_another_dtype_compares_values_and_tells_the_cast(to: str, tmp_path: Pat
 def test_a_cast_is_torchs(values: list[float]) -> None:
     wide = torch.tensor(values)
     for to in ("bfloat16", "float16", "float64"):
-        ours = elements.cast(wide.numpy(), to)
+        ours = elements.cast_to(wide.numpy(), to)
         assert np.array_equal(ours.astype("f8"), wide.to(getattr(torch, to)).double().numpy(), equal_nan=True)
 
 
@@ -181,7 +182,7 @@ def test_tolerances_call_small_differences_equal(tmp_path: Path) -> None:
     assert not compared(a, b, tmp_path, rtol=0.01).equal
     for x, y in ((a, b), (b, a)):
         found = compared(x, y, tmp_path, atol=0.002, rtol=0.002)
-        assert (found.equal, found.tally.within_tolerance) == (True, 1)
+        assert (found.equal, found.totals.within_tolerance) == (True, 1)
     assert not compared(torch.tensor([1.0]), torch.tensor([math.inf]), tmp_path, atol=9.0, rtol=9.0).equal
     assert not compared(torch.tensor([1.0]), torch.tensor([math.nan]), tmp_path, atol=9.0, rtol=9.0).equal
 
@@ -191,7 +192,7 @@ def test_tolerances_hold_for_plain_numbers(tmp_path: Path) -> None:
         return trackopt.diff(saved({"x": a}, tmp_path / "a"), saved({"x": b}, tmp_path / "b"), **terms).equal
 
     assert equal([0.1, 5], [0.1001, 5], atol=0.001)
-    assert trackopt.diff(tmp_path / "a", tmp_path / "b", atol=0.001).tally.within_tolerance == 1
+    assert trackopt.diff(tmp_path / "a", tmp_path / "b", atol=0.001).totals.within_tolerance == 1
     assert not equal(0.1, 0.2, atol=0.001)
     assert not equal("a", "b", atol=1.0)
     assert not equal(False, True, atol=1.0)
@@ -228,7 +229,7 @@ def test_fast_believes_checksums_that_were_written_and_only_those(tmp_path: Path
     tree = {"w": torch.randn(100), "v": torch.randn(100)}
     a, b = saved(tree, tmp_path / "a.pt"), saved(tree, tmp_path / "b.pt")
     found = trackopt.diff(a, b, fast=True)
-    assert (found.equal, found.tally.skipped_by_checksum) == (True, 2)
+    assert (found.equal, found.totals.skipped_by_checksum) == (True, 2)
     data = bytearray(b.read_bytes())
     at = data.find(tree["w"].numpy().tobytes())
     data[at] ^= 1
@@ -240,7 +241,7 @@ def test_fast_believes_checksums_that_were_written_and_only_those(tmp_path: Path
         a, b = saved(tree, tmp_path / "a.pt"), saved(tree, tmp_path / "b.pt")
     finally:
         torch.serialization.set_crc32_options(True)
-    assert trackopt.diff(a, b, fast=True).tally.skipped_by_checksum == 0
+    assert trackopt.diff(a, b, fast=True).totals.skipped_by_checksum == 0
 
 
 def test_fast_finds_what_differs(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ TREES: dict[str, Any] = {
 
 def facts(path: Path) -> Any:
     with trackopt.open(path) as archive:
-        return json.loads(json.dumps(console.plain(summarize(archive, tensors=True, statistics=True).as_dict())))
+        return json.loads(json.dumps(console.to_plain(summarize(archive, tensors=True, statistics=True).as_dict())))
 
 
 @pytest.mark.parametrize("name", TREES)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 
 from tests.helpers.checkpoints import saved, trained
+from tests.helpers.command import trackopt
 from trackopt.analysis.salvage.salvage import salvage
 from trackopt.archive import verify
 from trackopt.errors import ArchiveError, UsageError
@@ -110,8 +109,7 @@ def test_a_directory_is_one_line(tmp_path: Path) -> None:
 
 def command(*arguments: object, code: int = 0) -> str:
     """What the command says, on stdout or else on stderr."""
-    program = [sys.executable, "-m", "trackopt", "salvage", *map(str, arguments)]
-    done = subprocess.run(program, capture_output=True, text=True, check=False)
+    done = trackopt("salvage", *arguments)
     assert done.returncode == code, done.stderr
     return done.stdout or done.stderr
 

@@ -81,6 +81,7 @@ def test_what_cannot_be_read_is_a_problem_and_no_error(content: bytes, tmp_path:
     assert str(path) not in problem
 
 
+@pytest.mark.integration
 def test_it_needs_neither_torch_nor_numpy(tmp_path: Path) -> None:
     path = saved(trained(), tmp_path / "t.pt")
     program = (
@@ -92,6 +93,7 @@ def test_it_needs_neither_torch_nor_numpy(tmp_path: Path) -> None:
     assert done.stdout.strip() == ""
 
 
+@pytest.mark.integration
 def test_memory_stays_bounded_on_a_large_file(tmp_path: Path) -> None:
     path = saved({"t": torch.zeros(64 << 20, dtype=torch.uint8)}, tmp_path / "t.pt")
     program = (

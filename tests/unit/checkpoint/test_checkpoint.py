@@ -12,11 +12,11 @@ import trackopt
 from tests.helpers.processes import run_script
 from tests.helpers.training import make_training, train_step
 from trackopt import CheckpointError, MismatchError, UsageError, journal
-from trackopt.checkpoint.apply import restore
-from trackopt.checkpoint.retention import Retention
+from trackopt.checkpoint.apply import apply
+from trackopt.checkpoint.folder import CheckpointFolder
+from trackopt.checkpoint.meta import RunProgress
 from trackopt.checkpoint.saved_state import from_run
 from trackopt.checkpoint.snapshot import capture
-from trackopt.checkpoint.store import CheckpointStore
 from trackopt.training import rng
 from trackopt.training.objects import Training
 
@@ -77,7 +77,7 @@ def test_a_damaged_checkpoint_is_set_aside(caplog):
     with trackopt.wrap(optimizer, scheduler, model=model, dir="run", sinks=()) as run:
         assert run.resumed_from == 4
     assert "step-00000006.pt.damaged" in names()
-    assert "set aside" in caplog.text
+    assert "it was renamed to" in caplog.text
 
 
 def test_no_sound_checkpoint_left():
@@ -87,7 +87,7 @@ def test_no_sound_checkpoint_left():
         path.write_bytes(path.read_bytes()[:1000])
     before = names()
     model, optimizer, scheduler = make_training()
-    with pytest.raises(CheckpointError, match="no sound checkpoint is left") as raised:
+    with pytest.raises(CheckpointError, match="no valid checkpoint is left") as raised:
         trackopt.wrap(optimizer, scheduler, model=model, dir="run", sinks=())
     assert "\n" not in str(raised.value)
     assert names() == before
@@ -141,7 +141,7 @@ def test_a_full_disk_stops_neither_training_nor_the_earlier_checkpoint(tmp_path,
 def state_of(training, directory):
     """Everything that a refused restore must leave alone: objects, generators, files."""
     files = {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
-    return copy.deepcopy((capture(training, {"time": 0}), files))
+    return copy.deepcopy((capture(training, RunProgress(time=0)), files))
 
 
 def equal(one, two):
@@ -255,10 +255,10 @@ def test_optimizer_state_finds_its_parameter_by_name():
     model, optimizer, _ = make_training()
     for _ in range(3):
         train_step(model, optimizer)
-    tree = capture(Training(model, optimizer), {})
+    tree = capture(Training(model, optimizer), RunProgress())
     other, _, _ = make_training()
     reversed_optimizer = torch.optim.AdamW(reversed(list(other.named_parameters())))
-    restore(Training(other, reversed_optimizer), from_run(tree), Path("x.pt"))
+    apply(Training(other, reversed_optimizer), from_run(tree), Path("x.pt"))
     for (name, one), (_, two) in zip(model.named_parameters(), other.named_parameters(), strict=True):
         saved, loaded = optimizer.state[one], reversed_optimizer.state[two]
         assert torch.equal(saved["exp_avg"], loaded["exp_avg"]), name
@@ -273,9 +273,9 @@ def test_moments_keep_the_dtype_they_had():
     optimizer.step()
     for state in optimizer.state.values():
         state["exp_avg"] = state["exp_avg"].float() + 1e-4
-    tree = copy.deepcopy(capture(Training(model, optimizer), {}))
+    tree = copy.deepcopy(capture(Training(model, optimizer), RunProgress()))
     other = torch.optim.AdamW(model.parameters())
-    restore(Training(model, other), from_run(tree), Path("x.pt"))
+    apply(Training(model, other), from_run(tree), Path("x.pt"))
     for parameter in model.parameters():
         assert torch.equal(other.state[parameter]["exp_avg"], optimizer.state[parameter]["exp_avg"])
 
@@ -303,8 +303,8 @@ def test_a_state_that_no_checkpoint_can_hold_is_refused():
 
     model, optimizer, _ = make_training()
     with pytest.raises(UsageError, match=r"odd.deep\[1\] is a builtins.object"):
-        capture(Training(model, optimizer, stateful={"odd": Odd({"deep": [1, object()]})}), {})
-    tree = capture(Training(model, optimizer, stateful={"fine": Odd({"x": np.float64(2.5)})}), {})
+        capture(Training(model, optimizer, stateful={"odd": Odd({"deep": [1, object()]})}), RunProgress())
+    tree = capture(Training(model, optimizer, stateful={"fine": Odd({"x": np.float64(2.5)})}), RunProgress())
     assert type(tree["fine"]["x"]) is float
 
 
@@ -343,7 +343,7 @@ def test_a_newer_format_is_refused():
     tree["trackopt"]["format"] = 99
     torch.save(tree, "run/checkpoints/step-00000006.pt")
     with pytest.raises(MismatchError, match="newer trackopt"):
-        CheckpointStore(Path("run/checkpoints"), Retention()).load_latest()
+        CheckpointFolder(Path("run/checkpoints")).load_latest()
 
 
 def test_what_an_optimizer_keeps_beside_its_parameters_is_put_back(training):

@@ -10,6 +10,7 @@ from torch.optim import lr_scheduler
 import trackopt
 from tests.helpers.training import make_training, train_step
 from trackopt import ArchiveError, MismatchError, UsageError
+from trackopt.checkpoint.meta import RunProgress
 from trackopt.checkpoint.snapshot import capture
 from trackopt.training.objects import Training
 
@@ -47,7 +48,7 @@ def fresh(**options):
 
 
 def state_of(*objects):
-    return copy.deepcopy(capture(Training(objects[0], objects[1], objects[2]), {"time": 0}))
+    return copy.deepcopy(capture(Training(objects[0], objects[1], objects[2]), RunProgress(time=0)))
 
 
 def same(one, two):

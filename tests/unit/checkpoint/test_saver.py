@@ -20,6 +20,7 @@ from tests.helpers.processes import run_script
 from tests.helpers.training import make_training, train_step
 from trackopt import UsageError, journal
 from trackopt.archive import verify
+from trackopt.checkpoint import folder
 from trackopt.checkpoint import store as stores
 from trackopt.checkpoint import writer as writing
 
@@ -141,9 +142,9 @@ def test_what_fails_beside_the_training_is_told_at_the_next_step(error, monkeypa
         run.save()
         while run._loop.checkpoints.saver._in_flight.is_alive():
             time.sleep(0.001)
-    assert "training goes on" not in caplog.text
+    assert "training continues" not in caplog.text
     step()
-    assert caplog.text.count("not written") == caplog.text.count("training goes on") == 1
+    assert caplog.text.count("not written") == caplog.text.count("training continues") == 1
     assert events() == [("checkpoint_failed", 1)]
     run.close()
     assert names() == ["step-00000002.pt"]
@@ -159,7 +160,7 @@ def test_a_directory_that_cannot_be_listed_stops_no_training(monkeypatch, caplog
 
     run.save(wait=True)
     with monkeypatch.context() as broken:
-        broken.setattr(stores, "list_checkpoints", fail)
+        broken.setattr(folder, "list_checkpoints", fail)
         step()
         run.save()
     assert "Input/output error" in caplog.text

@@ -73,7 +73,7 @@ def test_tensors_are_listed_by_a_glob(run_directory: Path) -> None:
     assert "bias" not in done.stdout
     facts = json.loads(trackopt("inspect", run_directory, "--tensors", "optimizer.*.exp_avg", "--json").stdout)
     assert [one["name"] for one in facts["tensors"]] == [f"optimizer.state.{index}.exp_avg" for index in range(6)]
-    assert "no tensor of such a name" in trackopt("inspect", run_directory, "--tensors", "nothing.*").stdout
+    assert "no tensor matches" in trackopt("inspect", run_directory, "--tensors", "nothing.*").stdout
 
 
 def test_the_tree_is_an_outline_with_plain_lists_on_one_line(run_directory: Path) -> None:
@@ -341,6 +341,8 @@ def test_each_command_has_help_with_an_example(name: str) -> None:
     assert (
         f"\b\n    Example:\n      trackopt {name}" in command.help or f"\b\nExample:\n  trackopt {name}" in command.help
     )
+    assert command.help.split()[0] == cli._COMMANDS[name].split()[0]  # the same verb
+    assert all(parameter.help for parameter in command.params if parameter.param_type_name == "option")
     examples = [line.strip() for line in command.help.splitlines() if line.strip().startswith("trackopt ")]
     assert max(map(len, examples)) <= 76  # they are not wrapped, and stand 4 to the right
 
@@ -354,7 +356,7 @@ def test_the_version_is_printed() -> None:
     [(0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (1 << 30, "1.0 GiB"), (5 << 40, "5.0 TiB")],
 )
 def test_sizes_have_units(count: int, text: str) -> None:
-    assert console.size(count) == text
+    assert console.format_size(count) == text
 
 
 @pytest.mark.parametrize(

@@ -62,9 +62,9 @@ def test_the_story_comes_first(changed: Any) -> None:
 
     files = changed(train_on, 6)
     text = trackopt("diff", *files, COLUMNS="120").stdout
-    story = text[: text.index("most changed")].splitlines()
-    assert story[0] == "step 3 → 6 · epoch 1 · 3 steps apart · same run"
-    labels = [line[2:14].strip() for line in story[2:] if line[2:3].strip()]
+    training = text[: text.index("most changed")].splitlines()
+    assert training[0] == "step 3 → 6 · epoch 1 · 3 steps apart · same run"
+    labels = [line[2:14].strip() for line in training[2:] if line[2:3].strip()]
     assert labels == ["weights", "lr", "settings", "exp_avg", "exp_avg_sq", "scheduler", "loss scale", "rng"]
     assert "scheduler   StepLR   last_epoch 3 → 6" in text
     assert "loss scale  unknown → 1024" in text
@@ -83,7 +83,7 @@ def test_a_lost_optimizer_is_one_line(tmp_path: Path) -> None:
     assert len(re.findall(r"^  optimizer +removed: 18 tensors and 27 other values$", text, re.MULTILINE)) == 1
     assert "optimizer.state" not in text
     assert "the whole file in B is compared with model in A" in text
-    assert " more names are folded like" in text
+    assert " more names differ in the same way" in text
     assert "0 of 28 tensors changed, 0 added, 19 removed" in text
 
 
@@ -192,7 +192,7 @@ def test_lines_fit_the_columns(columns: int, option: str, changed: Any) -> None:
 
 def test_long_ones_show_a_bar_on_a_terminal(changed: Any) -> None:
     pty = pytest.importorskip("pty")
-    program = "from trackopt.cli import diff, main; diff._LONG = 0; main()"
+    program = "from trackopt.cli import diff, main; diff._PROGRESS_BAR_MIN_BYTES = 0; main()"
     command = [sys.executable, "-c", program, "diff", *map(str, changed(nothing, 6))]
     lead, follow = pty.openpty()
     env = {**os.environ, "TERM": "xterm-256color"}

@@ -157,6 +157,6 @@ def test_hyperparameters_of_groups_are_one_entry_where_they_agree():
 def test_runs_with_different_metrics_are_refused(runs, tmp_path, run_cli):
     """In one line, with the nearest right name."""
     train(tmp_path / "other", metric="train_loss", steps=3)
-    with pytest.raises(UsageError, match=r"other: has no series loss.*did you mean train_loss\?"):
+    with pytest.raises(UsageError, match=r"other: no series 'loss'.*did you mean train_loss\?"):
         run_cli("compare", runs / "adamw", tmp_path / "other")
     assert "did you mean loss?" in fails("compare", runs / "adamw", "--metric", "los")

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trackopt.plotting.figure import Curve, Panel, downsample, smooth, ticks
-from trackopt.plotting.matplotlib import _families, save
-from trackopt.plotting.terminal import draw
+from trackopt.plotting.figure import Curve, Panel, compute_ticks, downsample, smooth
+from trackopt.plotting.matplotlib import _font_families, save
+from trackopt.plotting.terminal import render
 
 VALUES = st.lists(st.floats(), min_size=0, max_size=60)
 
@@ -16,7 +16,7 @@ POSITIVE = st.lists(st.floats(5e-324, 1e308), min_size=20, max_size=60)
 
 
 def shown(panel, width=80, height=8, **options):
-    return draw(panel, width=width, height=height, coloured=False, **options).plain.split("\n")
+    return render(panel, width=width, height=height, coloured=False, **options).plain.split("\n")
 
 
 @settings(deadline=None, max_examples=300)
@@ -24,7 +24,7 @@ def shown(panel, width=80, height=8, **options):
 def test_any_numbers_can_be_drawn(series, width):
     """NaN, infinities, the largest floats, one point or none: no error, and no line is too wide."""
     curves = [Curve(f"c{i}", list(enumerate(ys, 1)), [(1, y, y) for y in ys]) for i, ys in enumerate(series)]
-    lines = shown(Panel("loss", tuple(curves)).downsampled().scaled(), width)
+    lines = shown(Panel("loss", tuple(curves)).downsample().with_log_scale(), width)
     assert max(len(line.rstrip()) for line in lines) <= width
 
 
@@ -32,7 +32,7 @@ def test_a_spike_stays_visible():
     """One value in a hundred thousand, on a terminal of 80 columns."""
     points = [(step, 9.0 if step == 54_321 else step % 2) for step in range(1, 100_001)]
     for panel in (Panel("loss", (Curve("a", points),)), Panel("loss", (Curve("a", points), Curve("b", points[:9])))):
-        top = shown(panel.downsampled())[2 if len(panel.curves) > 1 else 1]
+        top = shown(panel.downsample())[2 if len(panel.curves) > 1 else 1]
         assert any(0x2800 < ord(char) < 0x2900 for char in top)
     assert max(y for piece in downsample(points, 100) for _, y in piece) == 9.0
     assert max(high for *_, high in smooth(Curve("a", points), 100).band) == 9.0
@@ -62,7 +62,7 @@ def test_many_noisy_curves_are_drawn_as_their_medians():
 )
 def test_values_over_decades_get_a_logarithmic_axis(ys, log, tmp_path):
     """If all are positive: on a terminal the decades are equally far apart."""
-    panel = Panel("loss", (Curve("a", list(enumerate(ys, 1))),)).scaled()
+    panel = Panel("loss", (Curve("a", list(enumerate(ys, 1))),)).with_log_scale()
     assert panel.log == log
     save([panel], tmp_path / "a.png", "png", title="")
     if log:
@@ -76,7 +76,7 @@ def test_a_gap_stays_a_gap():
     points = [(step, math.nan if 40 < step < 60 else 1.0 + step % 2) for step in range(1, 101)]
     (first, second) = downsample(points, 1000)
     assert (first[-1][0], second[0][0]) == (40, 60)
-    lines = shown(Panel("loss", (Curve("a", points),)).downsampled(), height=4)
+    lines = shown(Panel("loss", (Curve("a", points),)).downsample(), height=4)
     assert all(line[42:46].strip() == "" for line in lines[1:5])
 
 
@@ -97,7 +97,7 @@ def test_curves_have_letters_where_there_is_no_colour():
 )
 def test_ticks_are_few_round_numbers_within(low, high):
     """Whatever the scale."""
-    found = ticks(low, high, 6)
+    found = compute_ticks(low, high, 6)
     assert 1 <= len(found) <= 14
     room = (high / 2 - low / 2) / 1000
     assert all(low - room <= tick <= high + room for tick in found)
@@ -110,7 +110,7 @@ def test_any_numbers_can_be_printed(ys, tmp_path):
     """The largest floats and none at all."""
     points = list(enumerate(ys, 1))
     save(
-        [Panel("loss", (Curve("a", points, [(x, y, y) for x, y in points]),)).downsampled().scaled()],
+        [Panel("loss", (Curve("a", points, [(x, y, y) for x, y in points]),)).downsample().with_log_scale()],
         tmp_path / "a.png",
         "png",
         title="",
@@ -122,13 +122,13 @@ def test_the_same_panels_are_the_same_svg(tmp_path):
     """No date is in it; a name with a dollar is a name."""
     panel = Panel("loss $x", (Curve("_a$b", [(1, 1.0), (2, math.nan), (3, 2.0)]), Curve("b", [])))
     for name in ("a.svg", "b.svg"):
-        save([panel.downsampled()], tmp_path / name, "svg", title="$")
+        save([panel.downsample()], tmp_path / name, "svg", title="$")
     assert b"dc:date" not in (tmp_path / "a.svg").read_bytes()
 
 
 def test_chinese_is_written_where_a_font_for_it_is_installed(tmp_path):
     """The glyphs of the SVG come from it; before, they were boxes."""
-    chinese = _families()[1:]
+    chinese = _font_families()[1:]
     if not chinese:
         pytest.skip("no font with Chinese is installed")
     save([Panel("准确率", (Curve("", [(1, 0.5), (2, 0.7)]),))], tmp_path / "a.svg", "svg", title="手写数字")

@@ -20,9 +20,10 @@ from tests.helpers.stores import mlflow_run, without_warnings
 from tests.helpers.training import make_training, train_step
 from trackopt import journal
 from trackopt.errors import RunError, UsageError
-from trackopt.plotting.panels import panels
+from trackopt.plotting.panels import build_panels
 from trackopt.plotting.run_series import RunReader, RunSeries
 from trackopt.rundir.directory import RunDirectory
+from trackopt.utils.mlflow_uri import default_tracking
 
 STEPS = 30
 
@@ -84,7 +85,7 @@ def test_a_lone_curve_of_several_runs_says_whose_it_is():
     """As of a buffer that only one of two optimizers has."""
     curves = {"loss": [(1, 0.5)]}, {"loss": [(1, 0.4)], "exp_avg/group0.mean": [(1, 0.0)]}
     runs = [RunSeries(name, name, None, {}, found, [], frozenset()) for name, found in zip("ab", curves, strict=True)]
-    assert [panel.title for panel in panels(runs, ["loss"])] == ["loss", "exp_avg: mean ± std (b)"]
+    assert [panel.title for panel in build_panels(runs, ["loss"])] == ["loss", "exp_avg: mean ± std (b)"]
 
 
 def test_pictures_can_be_opened(runs, run_cli, tmp_path):
@@ -102,13 +103,13 @@ def test_pictures_can_be_opened(runs, run_cli, tmp_path):
     ("arguments", "words"),
     [
         (["seed-9"], "did you mean"),
-        (["."], "directory with 4"),
-        (["quite-another"], "there is"),
+        (["."], "directory of 4"),
+        (["quite-another"], "no such run; did you mean"),
         (["seed-0/checkpoints"], r"has no journal \(metrics.jsonl\)"),
         (["seed-0/run.json"], "has no journal"),
-        (["seed-0", "other"], "has no series loss"),
+        (["seed-0", "other"], "no series 'loss'"),
         (["seed-0", "--metric", "los"], r"did you mean loss\?"),
-        (["other"], "there is error"),
+        (["other"], "available: error"),
     ],
 )
 def test_bad_input_is_told_in_one_line(arguments, words, runs, run_cli):
@@ -163,7 +164,7 @@ def test_a_resumed_run_is_what_counts(tmp_path):
     reader = RunReader(tmp_path, select=lambda key: key == "loss")
     assert reader.update()
     assert not reader.update()
-    tracked = reader.run()
+    tracked = reader.build_series()
     assert tracked.series == {"loss": [(1, 2.0), (2, 1.0), (3, 0.5)]}
     assert tracked.seconds == [(1, 1.0), (2, 1.0), (3, 2.0)]
     assert (tracked.status, tracked.keys) == (None, {"loss", "other"})
@@ -173,7 +174,7 @@ def test_a_resumed_run_is_what_counts(tmp_path):
 def test_a_run_that_is_going_on_is_followed(tmp_path):
     """A pipe gets what there is when the run is closed."""
     going = RunDirectory(tmp_path / "live")  # its lock says that somebody trains
-    going.initialize("live", {})
+    going.initialize("live", default_tracking(None))
     writer = journal.Journal(going.journal)
     writer.mark("start", 0, params={})
     writer.record(1, {"loss": 1.0})
@@ -196,7 +197,7 @@ def test_ctrl_c_ends_the_following(command, tmp_path):
     """On a terminal: drawn again as lines come, and left with the cursor on."""
     pty = pytest.importorskip("pty")
     going = RunDirectory(tmp_path / "live")
-    going.initialize("live", {})
+    going.initialize("live", default_tracking(None))
     writer = journal.Journal(going.journal)
     writer.mark("start", 0, params={})
     writer.record(1, {"loss": 1.0})

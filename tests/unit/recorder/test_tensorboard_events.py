@@ -42,11 +42,11 @@ def test_every_byte_is_as_the_package_writes_it():
         bucket=HISTOGRAM.counts,
     )
     values.append(Summary.Value(tag="grad/group0", histo=histogram))
-    assert tensorboard_events.version(1.5) == theirs(Event(wall_time=1.5, file_version="brain.Event:2"))
+    assert tensorboard_events.encode_version(1.5) == theirs(Event(wall_time=1.5, file_version="brain.Event:2"))
     started = Event(wall_time=2.5, step=300, session_log=SessionLog(status=SessionLog.START))
-    assert tensorboard_events.start(2.5, 300) == theirs(started)
+    assert tensorboard_events.encode_session_start(2.5, 300) == theirs(started)
     written = Event(wall_time=3.5, step=10**9, summary=Summary(value=values))
-    assert tensorboard_events.summary(3.5, 10**9, scalars, {"grad/group0": HISTOGRAM}) == theirs(written)
+    assert tensorboard_events.encode_summary(3.5, 10**9, scalars, {"grad/group0": HISTOGRAM}) == theirs(written)
 
 
 @pytest.mark.parametrize(("content", "text"), [(b"abc", None), (b"", b"xyz")])
@@ -62,7 +62,7 @@ def test_every_byte_for_a_plugin_is_as_the_package_writes_it(content, text):
     metadata = SummaryMetadata(plugin_data=data, data_class=DATA_CLASS_TENSOR)
     value = Summary.Value(tag="a", metadata=metadata, tensor=tensor)
     event = Event(wall_time=1.5, summary=Summary(value=[value]))
-    assert tensorboard_events.plugin_summary(1.5, "some", "a", content=content, text=text) == theirs(event)
+    assert tensorboard_events.encode_plugin_summary(1.5, "some", "a", content=content, text=text) == theirs(event)
 
 
 @pytest.fixture

@@ -15,7 +15,6 @@ import trackopt
 from tests.helpers.training import make_training, train_step
 from trackopt import CheckpointError, RunError, UsageError, journal
 from trackopt.checkpoint import resume
-from trackopt.checkpoint import store as stores
 from trackopt.checkpoint.sharded import CpuStateDict
 from trackopt.training import rng
 
@@ -155,7 +154,7 @@ def test_resume_must_and_never():
 def test_a_run_that_died_before_its_first_checkpoint_starts_again():
     """Its records are superseded, so that no step is there twice."""
     code = (
-        "import os, trackopt\nfrom tests.conftest import make_training, train_step\n"
+        "import os, trackopt\nfrom tests.helpers.training import make_training, train_step\n"
         "m, o, s = make_training()\nrun = trackopt.wrap(o, s, model=m, dir='run', sinks=())\n"
         "for _ in range(3): run.step(loss=train_step(m, o, s))\nos._exit(1)"
     )
@@ -169,7 +168,7 @@ def test_a_run_that_died_before_its_first_checkpoint_starts_again():
     assert [s for s, _ in journal.series("run")["loss"]] == [1]
 
 
-@pytest.mark.parametrize("place", ["os.open", "rundir.list_checkpoints", "verify.find_problems"])
+@pytest.mark.parametrize("place", ["os.open", "folder.list_checkpoints", "reader.verify.find_problems"])
 def test_a_disk_that_cannot_read_now_costs_no_checkpoint(place, monkeypatch):
     """A run that cannot be opened for that says so in one line, and the next attempt goes on from the newest."""
     run, step = wrapped(save_every=1)
@@ -180,13 +179,12 @@ def test_a_disk_that_cannot_read_now_costs_no_checkpoint(place, monkeypatch):
     def fail(*_):
         raise OSError(5, "Input/output error")
 
-    room, name = place.split(".")
     with monkeypatch.context() as broken:
         if place == "os.open":
             broken.setattr(os, "open", refusing(os.open, ".pt"))
             broken.setattr(Path, "open", refusing(Path.open, ".pt"))
         else:
-            broken.setattr(getattr(stores, room, stores), name, fail)
+            broken.setattr(f"trackopt.checkpoint.{place}", fail)
         with pytest.raises(CheckpointError, match="Input/output error"):
             wrapped()
     run, _ = wrapped()

@@ -141,12 +141,12 @@ def test_a_metric_may_be_a_series_or_a_function():
 @pytest.mark.parametrize(
     ("scheduler", "options", "words"),
     [
-        (lambda o: lr_scheduler.StepLR(o, 2), {"steps": 0}, "from 1 on"),
+        (lambda o: lr_scheduler.StepLR(o, 2), {"steps": 0}, "integer >= 1"),
         *((lambda o: lr_scheduler.StepLR(o, 2), {"lr": lr}, "lr must be") for lr in ([], "0.1", math.nan, [0.1, -1])),
         (lr_scheduler.ReduceLROnPlateau, {"metric": 0.5}, "metric must be the values"),
-        (lr_scheduler.ReduceLROnPlateau, {}, "goes by a metric"),
+        (lr_scheduler.ReduceLROnPlateau, {}, "needs a metric"),
         (lr_scheduler.ReduceLROnPlateau, {"metric": [1.0]}, "1 values"),
-        (lambda o: lr_scheduler.StepLR(make_training()[1], 2), {}, "optimizer that it is given"),
+        (lambda o: lr_scheduler.StepLR(make_training()[1], 2), {}, "optimizer that it receives"),
         (lambda o: None, {}, "no step"),
         ("StepLR", {}, "neither a scheduler nor a function"),
     ],

@@ -329,10 +329,10 @@ def test_groups_by_kind_are_named_where_shapes_alone_allow_two_ways(tmp_path: Pa
 
 def reordered(shapes: dict[str, tuple[int, ...]], groups: list[list[str]]) -> dict[str, str] | None:
     """Names for ids that are the true names, told from the shapes alone."""
-    (hands,) = parameter_order.assignments(
+    (hands,) = parameter_order.find_assignments(
         [[(name, shapes[name]) for name in group] for group in groups], dict(sorted(shapes.items()))
     )
-    return parameter_order.reordered([[(name, shapes[name]) for name in group] for group in groups], hands)
+    return parameter_order.match_reordered([[(name, shapes[name]) for name in group] for group in groups], hands)
 
 
 def test_an_order_that_a_file_has_lost_is_found_again_from_shapes() -> None:

@@ -16,10 +16,11 @@ from trackopt import journal
 from trackopt.telemetry import statistics_device, statistics_dtensor
 from trackopt.telemetry import vectors as vectors_module
 from trackopt.telemetry.hooks import OptimizerObserver
-from trackopt.telemetry.hyperparameters import numeric, params
+from trackopt.telemetry.hyperparameters import params
 from trackopt.telemetry.options import StatsOptions
 from trackopt.telemetry.statistics import measure
 from trackopt.telemetry.update import cosine_terms
+from trackopt.training.param_groups import numeric
 
 OPTIMIZERS = sorted(
     name

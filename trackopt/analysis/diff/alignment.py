@@ -1,7 +1,7 @@
-"""What belongs together in two checkpoints, whatever the two call it and in which order they keep it.
+"""Match the parts of two checkpoints, whatever each calls them and in whatever order it keeps them.
 
-Models, optimizers and schedulers go together by name, or because each file has but one; parameters by name,
-with the prefixes that wrappers add folded; parameter groups by the parameters in them.
+Models, optimizers and schedulers are matched by name, or because each file has only one; parameters by name without
+the prefixes that wrappers add; parameter groups by their parameters.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from trackopt.archive.tree import Path
 from trackopt.errors import UsageError
-from trackopt.state.frameworks import counters
+from trackopt.state.frameworks import find_counters
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
     from trackopt.state import TrainingState
     from trackopt.state.models import Model
     from trackopt.state.optimizers import Group, Optimizer
     from trackopt.state.schedulers import Scheduler
 
-#: What DistributedDataParallel, FSDP, checkpointing and torch.compile put into names, anywhere …
+#: Name parts that FSDP, activation checkpointing and torch.compile insert anywhere.
 _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
-#: … and what stands in front of them.
+#: Name parts that DistributedDataParallel and trainers put in front.
 _PREFIXES = ("module", "model")
 
 _Part = TypeVar("_Part", "Model", "Optimizer", "Scheduler")
@@ -32,12 +32,12 @@ _Part = TypeVar("_Part", "Model", "Optimizer", "Scheduler")
 
 @dataclass(frozen=True)
 class Slot:
-    """What one part of a checkpoint is known by in both.
+    """The keys of one part of a checkpoint, which are the same in both.
 
     Attributes:
         key: Of the part.
-        names: Of its parameters, by the name in the file, where that is another one.
-        groups: Of its parameter groups, by the index in the file.
+        names: Shared names of its parameters by their names in the file.
+        groups: Shared keys of its parameter groups by their indices in the file.
     """
 
     key: tuple[Any, ...]
@@ -50,16 +50,16 @@ Slots = dict[Path, Slot]
 
 @dataclass(frozen=True)
 class Alignment:
-    """Two checkpoints side by side.
+    """The matching parts of two checkpoints.
 
     Attributes:
-        a: What the first one's parts are known by.
-        b: What the second one's are.
-        models: Those that go together.
-        optimizers: The same.
-        schedulers: The same.
-        groups: For each pair of optimizers the indices of the groups that go together, in the first one's order.
-        notes: What was folded, renamed or guessed to bring them together; one line each.
+        a: The slots of the first one's parts, by path.
+        b: The slots of the second one's parts, by path.
+        models: The pairs of models.
+        optimizers: The pairs of optimizers.
+        schedulers: The pairs of schedulers.
+        groups: For each pair of optimizers the pairs of group indices, in the first one's order.
+        notes: One line for each name that was normalized, renamed or guessed.
     """
 
     a: Slots
@@ -70,8 +70,8 @@ class Alignment:
     groups: tuple[tuple[tuple[int, int], ...], ...]
     notes: tuple[str, ...]
 
-    def shared(self, optimizer: Optimizer) -> tuple[tuple[str, ...], ...]:
-        """The names that both know an optimizer's parameters by, for each group of the second checkpoint's."""
+    def shared_names(self, optimizer: Optimizer) -> tuple[tuple[str, ...], ...]:
+        """Return the shared parameter names of each group of one of the second checkpoint's optimizers."""
         names = self.b[optimizer.path].names
         return tuple(tuple(str(names.get(name, name)) for name in group.parameters) for group in optimizer.groups)
 
@@ -79,126 +79,124 @@ class Alignment:
 def align(
     a: TrainingState, b: TrainingState, trees: tuple[Any, Any], renamed: Mapping[str, str] | None = None
 ) -> Alignment:
-    """Bring two checkpoints together.
+    """Match the parts of two checkpoints.
 
     Args:
         a: The state in the first one.
-        b: In the second one.
-        trees: Both as they were read.
-        renamed: Parameters of the first one, or the beginnings of their names, and what the second calls them.
+        b: The state in the second one.
+        trees: The trees of both.
+        renamed: Parameters of the first one, or prefixes of their names, and their names in the second.
 
     Raises:
         UsageError: No parameter of the first one has such a name.
     """
     renamed = renamed or {}
-    _check(renamed, a)
-    models, optimizers, schedulers = (
-        _match_pairs(a.models, b.models), _match_pairs(a.optimizers, b.optimizers), _match_pairs(a.schedulers,
-        b.schedulers)
-    )  # fmt: skip
-    left: Slots = {}
-    right: Slots = {}
-    notes: list[str] = []
+    _check_renamed(renamed, a)
+    models = _match_pairs(a.models, b.models)
+    optimizers = _match_pairs(a.optimizers, b.optimizers)
+    schedulers = _match_pairs(a.schedulers, b.schedulers)
+    notes = _path_notes((*models, *optimizers, *schedulers))
+    a_slots: Slots = {}
+    b_slots: Slots = {}
     groups = []
-    for pairs in (models, optimizers, schedulers):
-        for x, y in pairs:
-            if x.path != y.path:
-                notes.append(f"{_place(y.path)} in B is compared with {_place(x.path)} in A")
-    for index, (model, other) in enumerate(models):
-        names = _match(list(model.tensors), list(other.tensors), renamed)
-        left[model.path], right[other.path] = Slot(("model", index)), Slot(("model", index), names)
-    for index, (one, another) in enumerate(optimizers):
-        names = _parameters(one, another, renamed, notes)
-        together = _groups(one.groups, another.groups, names)
+    for index, (a_model, b_model) in enumerate(models):
+        names = _match(list(a_model.tensors), list(b_model.tensors), renamed)
+        a_slots[a_model.path], b_slots[b_model.path] = Slot(("model", index)), Slot(("model", index), names)
+    for index, (a_optimizer, b_optimizer) in enumerate(optimizers):
+        names = _match_parameters(a_optimizer, b_optimizer, renamed, notes)
+        pairs = _match_groups(a_optimizer.groups, b_optimizer.groups, names)
         key = ("optimizer", index)
-        left[one.path], right[another.path] = Slot(key), Slot(key, names, _indices(another.groups, together))
-        groups.append(together)
-    for index, (scheduler, its) in enumerate(schedulers):
-        left[scheduler.path] = right[its.path] = Slot(("scheduler", index))
-    for places, tree in zip((left, right), trees, strict=True):
-        places.update({path: Slot(("progress", which)) for which, path in _counters(tree) if path not in places})
-    notes += _wrapped(right.values())
-    return Alignment(left, right, models, optimizers, schedulers, tuple(groups), tuple(notes))
+        a_slots[a_optimizer.path] = Slot(key)
+        b_slots[b_optimizer.path] = Slot(key, names, _group_keys(b_optimizer.groups, pairs))
+        groups.append(pairs)
+    for index, (a_scheduler, b_scheduler) in enumerate(schedulers):
+        a_slots[a_scheduler.path] = b_slots[b_scheduler.path] = Slot(("scheduler", index))
+    for slots, tree in zip((a_slots, b_slots), trees, strict=True):
+        slots.update({path: Slot(("progress", kind)) for kind, path in _counter_paths(tree) if path not in slots})
+    notes += _wrapper_notes(b_slots.values())
+    return Alignment(a_slots, b_slots, models, optimizers, schedulers, tuple(groups), tuple(notes))
 
 
-def _check(renamed: Mapping[str, str], a: TrainingState) -> None:
+def _check_renamed(renamed: Mapping[str, str], a: TrainingState) -> None:
     names = {name for model in a.models for name in model.tensors}
-    names |= {name for one in a.optimizers for name in one.names.values()}
+    names |= {name for optimizer in a.optimizers for name in optimizer.names.values()}
     for old in renamed:
-        if not any(_renamed(name, {old: ""}) != name for name in names):
-            raise UsageError(f"no parameter of the first checkpoint is named {old!r}, or below it; look at its names "
-                             "with trackopt inspect --tensors")  # fmt: skip
+        if not any(_apply_renames(name, {old: ""}) != name for name in names):
+            raise UsageError(
+                f"no parameter of the first checkpoint is named {old!r}, or below it; list names with "
+                "`trackopt inspect --tensors`"
+            )
 
 
-def _place(path: Path) -> str:
-    return ".".join(path) or "the whole file"
+def _path_notes(
+    pairs: Iterable[tuple[Model, Model] | tuple[Optimizer, Optimizer] | tuple[Scheduler, Scheduler]],
+) -> list[str]:
+    paths = [[".".join(part.path) or "the whole file" for part in pair] for pair in pairs]
+    return [f"{b_path} in B is compared with {a_path} in A" for a_path, b_path in paths if a_path != b_path]
 
 
-def _match_pairs(a_names: Sequence[_Part], b_names: Sequence[_Part]) -> tuple[tuple[_Part, _Part], ...]:
-    """Parts with the same name; and if one is left on each side, these two."""
-    named = {other.name: other for other in b_names}
-    pairs = [(one, named[one.name]) for one in a_names if one.name in named]
-    taken = {one.name for one, _ in pairs}
-    rest = [[part for part in side if part.name not in taken] for side in (a_names, b_names)]
-    if len(rest[0]) == len(rest[1]) == 1:
-        pairs.append((rest[0][0], rest[1][0]))
+def _match_pairs(a_parts: Sequence[_Part], b_parts: Sequence[_Part]) -> tuple[tuple[_Part, _Part], ...]:
+    """Pair parts of the same name; if one is left on each side, pair these two."""
+    b_by_name = {part.name: part for part in b_parts}
+    pairs = [(part, b_by_name[part.name]) for part in a_parts if part.name in b_by_name]
+    matched = {part.name for part, _ in pairs}
+    a_left, b_left = ([part for part in parts if part.name not in matched] for parts in (a_parts, b_parts))
+    if len(a_left) == len(b_left) == 1:
+        pairs.append((a_left[0], b_left[0]))
     return tuple(pairs)
 
 
-def _counters(tree: Any) -> Iterable[tuple[str, Path]]:
-    """Where the step and the epoch stand at the top of a checkpoint, whatever they are called."""
-    found: dict[str, Path] = {}
-    for which, key, _ in counters((tree,)):
-        found.setdefault(which, (key,))
-    return found.items()
+def _counter_paths(tree: Any) -> Iterable[tuple[str, Path]]:
+    """Return the paths of the step and the epoch at the top of a checkpoint."""
+    paths: dict[str, Path] = {}
+    for kind, key, _ in find_counters((tree,)):
+        paths.setdefault(kind, (key,))
+    return paths.items()
 
 
-def _wrapped(places: Iterable[Slot]) -> Iterable[str]:
-    """What to say of names that are the same but for wrappers."""
-    pairs = dict.fromkeys(pair for place in places for pair in place.names.items() if is_wrapped(*pair))
-    for other, one in list(pairs)[:1]:
-        more = f", and {len(pairs) - 1:,} more names are folded like it" if len(pairs) > 1 else ""
-        yield f"{other} in B is {one} in A{more}"
+def _wrapper_notes(slots: Iterable[Slot]) -> Iterator[str]:
+    pairs = list(dict.fromkeys(pair for slot in slots for pair in slot.names.items() if is_wrapped(*pair)))
+    for b_name, a_name in pairs[:1]:
+        more = f", and {len(pairs) - 1:,} more names differ in the same way" if len(pairs) > 1 else ""
+        yield f"{b_name} in B is {a_name} in A{more}"
 
 
 def is_wrapped(name: str, shared: object) -> bool:
-    """Whether two names of a parameter are the same but for wrappers."""
+    """Return True if two names of a parameter differ only in what wrappers add."""
     return isinstance(shared, str) and name != shared and normalize_name(name) == normalize_name(shared)
 
 
 def _match(a_names: list[str], b_names: list[str], renamed: Mapping[str, str]) -> dict[str, Any]:
-    """What the first one calls the parameters of the second one: told, the same, or the same but for wrappers."""
-    left, right = dict.fromkeys(a_names), dict.fromkeys(b_names)
-    found: dict[str, Any] = {}
+    """Return the shared name of each of the second one's: renamed, the same, or the same without wrappers."""
+    a_left, b_left = dict.fromkeys(a_names), dict.fromkeys(b_names)
+    matched: dict[str, Any] = {}
 
-    def pair(one: str, other: str) -> None:
-        found[other] = one
-        del left[one], right[other]
+    def pair(a_name: str, b_name: str) -> None:
+        matched[b_name] = a_name
+        del a_left[a_name], b_left[b_name]
 
-    for one in a_names:
-        told = _renamed(one, renamed)
-        if told != one and told in right:
-            pair(one, told)
-    for one in [one for one in left if one in right]:
-        pair(one, one)
-    bare = {name: one for name, one in _unique(left).items() if one is not None}
-    for other in [name for name in _unique(right).values() if name is not None and normalize_name(name) in bare]:
-        pair(bare[normalize_name(other)], other)
-    taken = set(found.values())
-    return {other: found.get(other, ("b", other) if other in taken else other) for other in b_names}
+    for a_name in a_names:
+        new = _apply_renames(a_name, renamed)
+        if new != a_name and new in b_left:
+            pair(a_name, new)
+    for name in [name for name in a_left if name in b_left]:
+        pair(name, name)
+    a_normalized = _unique_normalized(a_left)
+    for normalized, b_name in _unique_normalized(b_left).items():
+        if normalized in a_normalized:
+            pair(a_normalized[normalized], b_name)
+    shared = set(matched.values())
+    return {name: matched.get(name, ("b", name) if name in shared else name) for name in b_names}
 
 
-def _unique(names: Iterable[str]) -> dict[str, str | None]:
-    """Names by what is left without wrappers; None where several have the same left."""
-    found: dict[str, str | None] = {}
-    for name in names:
-        bare = normalize_name(name)
-        found[bare] = None if bare in found else name
-    return found
+def _unique_normalized(names: Collection[str]) -> dict[str, str]:
+    """Return the names by their normalized form, without those whose forms coincide."""
+    count = Counter(map(normalize_name, names))
+    return {normalized: name for name in names if count[normalized := normalize_name(name)] == 1}
 
 
 def normalize_name(name: str) -> str:
-    """A parameter's name without what wrappers put into it.
+    """Remove from a parameter's name what wrappers add.
 
     Example:
         >>> normalize_name("module.encoder._orig_mod.weight"), normalize_name("model.weight"), normalize_name("model")
@@ -210,8 +208,8 @@ def normalize_name(name: str) -> str:
     return ".".join(parts) or name
 
 
-def _renamed(name: str, renamed: Mapping[str, str]) -> str:
-    """A name, or its beginning up to a dot, replaced by what it is told to be; the longest one counts."""
+def _apply_renames(name: str, renamed: Mapping[str, str]) -> str:
+    """Replace a name, or its longest prefix up to a dot that is renamed."""
     for old in sorted(renamed, key=len, reverse=True):
         if name == old:
             return renamed[old]
@@ -220,35 +218,35 @@ def _renamed(name: str, renamed: Mapping[str, str]) -> str:
     return name
 
 
-def _parameters(one: Optimizer, other: Optimizer, renamed: Mapping[str, str], notes: list[str]) -> dict[str, Any]:
-    """What the first optimizer calls the parameters of the second one; by their order where one has no names."""
-    ones, others = ([name for group in side.groups for name in group.parameters] for side in (one, other))
-    if bool(one.matching) != bool(other.matching) and len(ones) == len(others) == len({*ones}) == len({*others}):
-        which = "B" if one.matching else "A"
-        notes.append(f"{which}'s {other.name} names no parameters: they are taken to be the other one's, in its order")
-        return dict(zip(others, ones, strict=True))
-    return _match(ones, others, renamed)
+def _match_parameters(a: Optimizer, b: Optimizer, renamed: Mapping[str, str], notes: list[str]) -> dict[str, Any]:
+    """Return the shared names of the second optimizer's parameters; by order if one has no names."""
+    a_names, b_names = ([name for group in side.groups for name in group.parameters] for side in (a, b))
+    if bool(a.matching) != bool(b.matching) and len(a_names) == len(b_names) == len({*a_names}) == len({*b_names}):
+        which = "B" if a.matching else "A"
+        notes.append(f"{which}'s {b.name} names no parameters: they are taken to be the other one's, in its order")
+        return dict(zip(b_names, a_names, strict=True))
+    return _match(a_names, b_names, renamed)
 
 
-def _groups(
-    a_names: Sequence[Group], b_names: Sequence[Group], names: Mapping[str, Any]
+def _match_groups(
+    a_groups: Sequence[Group], b_groups: Sequence[Group], names: Mapping[str, Any]
 ) -> tuple[tuple[int, int], ...]:
-    """The groups that go together: those that share most parameters, then those that are left, in order."""
-    at = {name: index for index, group in enumerate(a_names) for name in group.parameters}
+    """Pair the groups that share the most parameters, then the remaining ones in order."""
+    a_index = {name: index for index, group in enumerate(a_groups) for name in group.parameters}
     shared: Counter[tuple[int, int]] = Counter()
-    for index, group in enumerate(b_names):
-        shared.update((at[names[name]], index) for name in group.parameters if names.get(name) in at)
+    for index, group in enumerate(b_groups):
+        shared.update((a_index[names[name]], index) for name in group.parameters if names.get(name) in a_index)
     pairs: dict[int, int] = {}
     for i, j in sorted(shared, key=lambda pair: (-shared[pair], abs(pair[0] - pair[1]), pair)):
         if i not in pairs and j not in pairs.values():
             pairs[i] = j
-    left = [i for i in range(len(a_names)) if i not in pairs]
-    right = [j for j in range(len(b_names)) if j not in set(pairs.values())]
-    pairs.update(zip(left, right, strict=False))
+    a_left = [i for i in range(len(a_groups)) if i not in pairs]
+    b_left = [j for j in range(len(b_groups)) if j not in set(pairs.values())]
+    pairs.update(zip(a_left, b_left, strict=False))
     return tuple(sorted(pairs.items()))
 
 
-def _indices(groups: Sequence[Group], pairs: Iterable[tuple[int, int]]) -> dict[int, Any]:
-    """What the second one's groups are known by: the first one's index, or one that it does not have."""
-    of = {j: i for i, j in pairs}
-    return {j: of.get(j, ("b", j)) for j in range(len(groups))}
+def _group_keys(groups: Sequence[Group], pairs: Iterable[tuple[int, int]]) -> dict[int, Any]:
+    """Return the shared keys of the second one's groups: the first one's index, or a key of their own."""
+    a_index = {j: i for i, j in pairs}
+    return {j: a_index.get(j, ("b", j)) for j in range(len(groups))}

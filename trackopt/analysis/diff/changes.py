@@ -1,4 +1,4 @@
-"""The stream of changes: every value of two checkpoints that belongs together, one pair after the other."""
+"""Yield the changes between two checkpoints, one pair of corresponding values at a time."""
 
 from __future__ import annotations
 
@@ -16,25 +16,26 @@ from trackopt.errors import ArchiveError
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+    from trackopt.analysis import JsonObject
     from trackopt.analysis.diff.alignment import Alignment, Slots
     from trackopt.analysis.diff.compare import TensorComparer
     from trackopt.analysis.diff.flatten import Key, Role
     from trackopt.archive import Archive
     from trackopt.state import TrainingState
 
-_LONGEST_VALUE = 16
+_MAX_LISTED_ITEMS = 16
 
 
 @dataclass(frozen=True)
 class DiffOptions:
-    """What is compared, and what counts as a difference.
+    """Selection of values and criteria of equality.
 
     Attributes:
-        only: Patterns, as ``"head.*"``, of paths and parameter names; if there are any, nothing else is compared.
-        ignore: Patterns of what is left out.
-        renamed: Parameters of the first checkpoint, or the beginnings of their names, and what the second calls them.
-        tolerance: How far apart numbers may be.
-        fast: Whether records with the same size and checksum are taken as equal.
+        only: Patterns, as ``"head.*"``, of the paths and parameter names to compare; all without a pattern.
+        ignore: Patterns of paths and parameter names to skip.
+        renamed: Parameters of the first checkpoint, or prefixes of their names, and their names in the second.
+        tolerance: The largest difference of equal numbers.
+        fast: Take records of the same size and checksum as equal.
     """
 
     only: tuple[str, ...] = ()
@@ -44,7 +45,7 @@ class DiffOptions:
     fast: bool = False
 
     def matches(self, *leaves: Leaf) -> bool:
-        """Whether leaves that belong together are compared; a pattern stands for what is below, too."""
+        """Return True if corresponding leaves are selected; a pattern selects everything below a path, too."""
         names = [name for leaf in leaves for name in (leaf.path, leaf.role.parameter if leaf.role else "") if name]
 
         def fits(patterns: tuple[str, ...]) -> bool:
@@ -55,19 +56,19 @@ class DiffOptions:
 
 @dataclass(frozen=True)
 class Change:
-    """One pair of values.
+    """One pair of corresponding values.
 
     Attributes:
-        path: Where, with parameter names.
+        path: Its path in the first, with parameter names.
         kind: ``added removed value shape dtype tensor``, or ``same``.
-        a: What stands in the first; None if it is added.
-        b: What stands in the second; None if it is removed.
-        numbers: How far two tensors are apart, if they were read and differ.
+        a: The value in the first; None if it is added.
+        b: The value in the second; None if it is removed.
+        numbers: The distance of two tensors, if they were read and differ.
         part: The model, the optimizer or the entry of the checkpoint that it belongs to.
-        role: The part it plays in training, if it plays one.
-        path_b: Where in the second, if it is called something else there.
-        unread: Whether two tensors were taken as equal by their checksums.
-        close: Whether they are called equal although they differ, by no more than the tolerance.
+        role: Its role in training, if it has one.
+        path_b: Its path in the second, if that is different.
+        skipped_by_checksum: True if two tensors were taken as equal by their checksums.
+        within_tolerance: True if the values differ, but by no more than the tolerance.
     """
 
     path: str
@@ -78,25 +79,25 @@ class Change:
     part: str = ""
     role: Role | None = None
     path_b: str | None = None
-    unread: bool = False
-    close: bool = False
+    skipped_by_checksum: bool = False
+    within_tolerance: bool = False
 
     @property
     def is_tensor(self) -> bool:
-        """Whether it is one in either."""
+        """True if either value is a tensor."""
         return isinstance(self.a, Tensor) or isinstance(self.b, Tensor)
 
     @property
     def cast(self) -> str | None:
-        """Of two dtypes: whether the values are ``"equal"``, equal ``"rounded"`` to the other dtype, or not."""
+        """``"equal"``, ``"rounded"`` (equal after the cast) or ``"different"``; None unless the dtype changed."""
         if self.kind != "dtype" or self.numbers is None:
             return None
         if not self.numbers.differing:
             return "equal"
-        return "different" if self.numbers.uncast is None or self.numbers.uncast else "rounded"
+        return "rounded" if self.numbers.differing_after_cast == 0 else "different"
 
-    def as_dict(self) -> dict[str, Any]:
-        """The change under the keys of ``diff --json``."""
+    def as_dict(self) -> JsonObject:
+        """Return the change under the keys of ``diff --json``."""
         result = {
             "path": self.path,
             "kind": self.kind,
@@ -112,67 +113,68 @@ class Change:
         return result
 
 
-def changes(
+def iter_changes(
     archives: tuple[Archive, Archive],
     states: tuple[TrainingState, TrainingState],
     alignment: Alignment,
-    terms: DiffOptions,
-    comparison: TensorComparer,
+    options: DiffOptions,
+    comparer: TensorComparer,
 ) -> Iterator[Change]:
-    """Every pair of values of two open archives; equal ones are of kind ``same``.
+    """Yield every pair of values of two open archives; equal ones are of kind ``same``.
 
-    They come in the first one's order, what is added at the end.
+    They come in the first one's order, added ones at the end.
     """
-    one = _flattened(archives[0], states[0], alignment.a)
-    other = _flattened(archives[1], states[1], alignment.b)
-    if terms.only or terms.ignore:
-        kept = {key for key in (*one, *other) if terms.matches(*(side[key] for side in (one, other) if key in side))}
-        one, other = ({key: leaf for key, leaf in side.items() if key in kept} for side in (one, other))
-    readable = {
-        key: pair
-        for key, leaf in one.items()
-        if key in other and (pair := _pair(archives, leaf.value, other[key].value)) is not None
-    }
-    unread = {key for key, pair in readable.items() if terms.fast and pair.one_checksum}
-    numbers = comparison.numbers([pair for key, pair in readable.items() if key not in unread])
-    for key, leaf in one.items():
-        if key not in other:
+    a = _flatten(archives[0], states[0], alignment.a)
+    b = _flatten(archives[1], states[1], alignment.b)
+    if options.only or options.ignore:
+        selected = {key for key in (*a, *b) if options.matches(*(side[key] for side in (a, b) if key in side))}
+        a, b = ({key: leaf for key, leaf in side.items() if key in selected} for side in (a, b))
+    pairs = _readable_pairs(archives, a, b)
+    skipped = {key for key, pair in pairs.items() if options.fast and pair.has_same_checksum}
+    results = comparer.compare([pair for key, pair in pairs.items() if key not in skipped])
+    for key, leaf in a.items():
+        if key not in b:
             yield Change(leaf.path, "removed", leaf.value, None, None, leaf.part, leaf.role)
-        elif key in unread:
-            yield _change(leaf, other[key], "same", unread=True)
-        elif key in readable:
-            found = next(numbers)
-            kind = _tensor_kind(leaf.value, other[key].value, found)
-            yield _change(leaf, other[key], kind, found, close=kind == "same" and found is not None)
+        elif key in skipped:
+            yield _make_change(leaf, b[key], "same", skipped_by_checksum=True)
+        elif key in pairs:
+            numbers = next(results)
+            kind = _tensor_kind(leaf.value, b[key].value, numbers)
+            is_close = kind == "same" and numbers is not None
+            yield _make_change(leaf, b[key], kind, numbers, within_tolerance=is_close)
         else:
-            x, y = leaf.value, other[key].value
-            kind = _kind(x, y, terms.tolerance)
-            exact = kind if not terms.tolerance else _kind(x, y, Tolerance())
-            yield _change(leaf, other[key], kind, close=kind != exact)
-    yield from _group_order_changes(alignment, terms)
-    for key, leaf in other.items():
-        if key not in one:
+            x, y = leaf.value, b[key].value
+            kind = _kind(x, y, options.tolerance)
+            exact_kind = kind if not options.tolerance else _kind(x, y, Tolerance())
+            yield _make_change(leaf, b[key], kind, within_tolerance=kind != exact_kind)
+    yield from _group_order_changes(alignment, options)
+    for key, leaf in b.items():
+        if key not in a:
             yield Change(leaf.path, "added", None, leaf.value, None, leaf.part, leaf.role)
 
 
-def _flattened(archive: Archive, state: TrainingState, places: Slots) -> dict[Key, Leaf]:
+def _flatten(archive: Archive, state: TrainingState, slots: Slots) -> dict[Key, Leaf]:
     try:
-        return flatten(archive.tree, state, places)
+        return flatten(archive.tree, state, slots)
     except ArchiveError as error:
         raise ArchiveError(f"{archive.path}: {error}") from error
 
 
-def _change(one: Leaf, other: Leaf, kind: str, numbers: Numbers | None = None, **how: bool) -> Change:
-    path_b = other.path if other.path != one.path else None
-    return Change(one.path, kind, one.value, other.value, numbers, one.part, one.role or other.role, path_b, **how)
+def _readable_pairs(archives: tuple[Archive, Archive], a: dict[Key, Leaf], b: dict[Key, Leaf]) -> dict[Key, Pair]:
+    """Return the pairs of tensors of one shape whose elements can be compared."""
+    pairs = {}
+    for key, leaf in a.items():
+        x, y = leaf.value, b[key].value if key in b else None
+        if isinstance(x, Tensor) and isinstance(y, Tensor) and x.shape == y.shape and not (x.is_meta or y.is_meta):
+            pair = Pair(TensorReader(archives[0].source, x), TensorReader(archives[1].source, y))
+            if x.dtype == y.dtype or pair.is_numeric:
+                pairs[key] = pair
+    return pairs
 
 
-def _pair(archives: tuple[Archive, Archive], x: Any, y: Any) -> Pair | None:
-    """Two tensors whose values are to be compared."""
-    if not (isinstance(x, Tensor) and isinstance(y, Tensor)) or x.shape != y.shape or x.is_meta or y.is_meta:
-        return None
-    pair = Pair(TensorReader(archives[0].source, x), TensorReader(archives[1].source, y))
-    return pair if x.dtype == y.dtype or pair.numeric else None
+def _make_change(a: Leaf, b: Leaf, kind: str, numbers: Numbers | None = None, **flags: bool) -> Change:
+    path_b = b.path if b.path != a.path else None
+    return Change(a.path, kind, a.value, b.value, numbers, a.part, a.role or b.role, path_b, **flags)
 
 
 def _tensor_kind(x: Tensor, y: Tensor, numbers: Numbers | None) -> str:
@@ -182,26 +184,26 @@ def _tensor_kind(x: Tensor, y: Tensor, numbers: Numbers | None) -> str:
 
 
 def _kind(x: Any, y: Any, tolerance: Tolerance) -> str:
-    """What becomes of two values that are not both tensors to be read."""
+    """Return the kind of change between two values that are not tensors of comparable elements."""
     if isinstance(x, Tensor) and isinstance(y, Tensor):
         if x.shape != y.shape:
             return "shape"
         return "dtype" if x.dtype != y.dtype else "same" if x.is_meta == y.is_meta else "value"
     if isinstance(x, Tensor) or isinstance(y, Tensor):
         return "value"
-    return "same" if same(x, y, tolerance) else "value"
+    return "same" if is_same(x, y, tolerance) else "value"
 
 
-def same(a: Any, b: Any, tolerance: Tolerance | None = None) -> bool:
-    """Whether two values that are no tensors mean the same; NaN equals NaN, a list equals a tuple.
+def is_same(a: Any, b: Any, tolerance: Tolerance | None = None) -> bool:
+    """Return True if two values other than tensors are equivalent; NaN equals NaN, a list equals a tuple.
 
     Example:
-        >>> same((0.9, 0.999), [0.9, 0.999]), same(1, True), same(float("nan"), float("nan"))
+        >>> is_same((0.9, 0.999), [0.9, 0.999]), is_same(1, True), is_same(float("nan"), float("nan"))
         (True, False, True)
     """
     if isinstance(a, list | tuple) and isinstance(b, list | tuple):
-        return len(a) == len(b) and all(same(x, y, tolerance) for x, y in zip(a, b, strict=True))
-    if isinstance(a, UnknownObject) and isinstance(b, UnknownObject):  # sets, whose order means nothing
+        return len(a) == len(b) and all(is_same(x, y, tolerance) for x, y in zip(a, b, strict=True))
+    if isinstance(a, UnknownObject) and isinstance(b, UnknownObject):  # sets, which have no order
         return a.name == b.name and sorted(map(repr, a.items)) == sorted(map(repr, b.items))
     if isinstance(a, bool) or isinstance(b, bool):
         return a is b
@@ -210,22 +212,22 @@ def same(a: Any, b: Any, tolerance: Tolerance | None = None) -> bool:
     return bool(a == b or (a != a and b != b))
 
 
-def _group_order_changes(alignment: Alignment, terms: DiffOptions) -> Iterator[Change]:
-    """The order of an optimizer's groups, where it is not the same: torch goes by it when it loads."""
-    for (one, other), pairs in zip(alignment.optimizers, alignment.groups, strict=True):
+def _group_order_changes(alignment: Alignment, options: DiffOptions) -> Iterator[Change]:
+    """Yield the optimizers whose groups are in another order, since torch loads groups by position."""
+    for (a, b), pairs in zip(alignment.optimizers, alignment.groups, strict=True):
         order = [i for i, _ in sorted(pairs, key=lambda pair: pair[1])]
         if order != sorted(order):
-            path, path_b = (".".join((*side.path, "param_groups", "order")) for side in (one, other))
-            a, b = ([one.groups[i].name for i in some] for some in (sorted(order), order))
-            leaf, its = Leaf((), path, one.name, a), Leaf((), path_b, other.name, b)
-            if terms.matches(leaf, its):
-                yield _change(leaf, its, "value")
+            a_path, b_path = (".".join((*side.path, "param_groups", "order")) for side in (a, b))
+            a_names, b_names = ([a.groups[i].name for i in indices] for indices in (sorted(order), order))
+            a_leaf, b_leaf = Leaf((), a_path, a.name, a_names), Leaf((), b_path, b.name, b_names)
+            if options.matches(a_leaf, b_leaf):
+                yield _make_change(a_leaf, b_leaf, "value")
 
 
 def _as_json(value: Any, kind: str) -> Any:
-    """A value as JSON takes it: short ones themselves, tensors and long ones in words."""
+    """Return a value as JSON takes it: short ones as they are, tensors and long ones as text."""
     if isinstance(value, Tensor):
         return {"shape": list(value.shape), "dtype": value.dtype}.get(kind, describe(value))
-    if isinstance(value, list | tuple) and len(value) > _LONGEST_VALUE:
+    if isinstance(value, list | tuple) and len(value) > _MAX_LISTED_ITEMS:
         return describe(value)
     return value

@@ -1,4 +1,4 @@
-"""Single elements of tensors: which differ, by how many units in the last place, and what a cast makes of them."""
+"""Compare single elements of tensors: bits, units in the last place, values after a cast."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from trackopt.archive.decode import Array
 
-#: Bits of an element of every dtype whose bits, but for the sign, grow with its value.
-_FLOATS = {
+#: Bits per real number of the dtypes whose bits, without the sign, grow with the value.
+_FLOAT_BITS = {
     "float64": 64, "float32": 32, "float16": 16, "bfloat16": 16, "float8_e4m3fn": 8, "float8_e5m2": 8,
     "complex128": 64, "complex64": 32, "complex32": 16,
 }  # fmt: skip
-#: From most to least: what is cast to what, where two dtypes differ.
+#: From most to least precise.
 _PRECISION = ("float64", "float32", "float16", "bfloat16")
 _ORDERS = {"little": "<", "big": ">"}
 Bytes = bytes | memoryview
 
 
-def differing(x: Bytes, y: Bytes, itemsize: int) -> Array:
-    """Which elements differ in a bit."""
+def find_differing(x: Bytes, y: Bytes, itemsize: int) -> Array:
+    """Return a mask of the elements that differ in any bit."""
     import numpy as np
 
     word = min(itemsize, 8)
@@ -27,30 +27,30 @@ def differing(x: Bytes, y: Bytes, itemsize: int) -> Array:
     return different if word == itemsize else np.asarray(different.reshape(-1, itemsize // word).any(axis=1))
 
 
-def ulps(x: Bytes, y: Bytes, dtype: str, byteorder: str) -> int | None:
-    """The largest distance of two elements, counted in numbers of their dtype; None for what is no float.
+def max_ulp_distance(x: Bytes, y: Bytes, dtype: str, byteorder: str) -> int | None:
+    """Return the largest distance of two elements in units in the last place; None for other dtypes than floats.
 
-    -0 and 0 are the same number. Elements that are not a number count as far away.
+    -0 and 0 have no distance. NaN counts as further away than infinity.
 
     Example:
         >>> import numpy as np
-        >>> ulps(np.float32([1, -1]).tobytes(), np.float32([1 + 2**-23, -1]).tobytes(), "float32", "little")
+        >>> max_ulp_distance(np.float32([1, -1]).tobytes(), np.float32([1 + 2**-23, -1]).tobytes(), "float32", "little")
         1
     """
     import numpy as np
 
-    if dtype not in _FLOATS:
+    if dtype not in _FLOAT_BITS:
         return None
-    width = _FLOATS[dtype]
+    width = _FLOAT_BITS[dtype]
     kind = f"{_ORDERS[byteorder]}i{width // 8}"
-    a, b = (_ordered(np.frombuffer(data, kind), width) for data in (x, y))
+    a, b = (_to_ordered_integers(np.frombuffer(data, kind), width) for data in (x, y))
     distance = np.maximum(a, b).view(f"u{width // 8}")
     distance -= np.minimum(a, b).view(f"u{width // 8}")
     return int(distance.max(initial=0))
 
 
-def _ordered(bits: Array, width: int) -> Array:
-    """Integers in the order of the numbers that they are the bits of: of negative ones the magnitude, negated."""
+def _to_ordered_integers(bits: Array, width: int) -> Array:
+    """Map the bits of floats to integers of the same order: those of negative floats to their negated magnitude."""
     import numpy as np
 
     kind = np.dtype(f"i{width // 8}").type
@@ -61,7 +61,7 @@ def _ordered(bits: Array, width: int) -> Array:
 
 
 def narrower(a: str, b: str) -> str | None:
-    """Which of two dtypes the other one loses precision to; None where that cannot be said.
+    """Return the less precise of two floating dtypes; None if one of them is another dtype.
 
     Example:
         >>> narrower("float32", "bfloat16"), narrower("int8", "float32")
@@ -70,12 +70,12 @@ def narrower(a: str, b: str) -> str | None:
     return max(a, b, key=_PRECISION.index) if {a, b} <= {*_PRECISION} else None
 
 
-def cast(values: Array, dtype: str) -> Array:
-    """What torch's ``.to(dtype)`` makes of floats: the nearest number, of two the even one.
+def cast_to(values: Array, dtype: str) -> Array:
+    """Cast floats as torch's ``.to(dtype)`` does: to the nearest number, ties to even.
 
     Args:
-        values: Of float64, float32 or float16.
-        dtype: One of those, or ``"bfloat16"``, which is given as float32.
+        values: An array of float64, float32 or float16.
+        dtype: One of these, or ``"bfloat16"``, which is returned as float32.
     """
     import numpy as np
 
@@ -88,17 +88,17 @@ def cast(values: Array, dtype: str) -> Array:
         return result
 
 
-def same_values(x: Array, y: Array) -> Array:
-    """Which elements are the same number, or both none."""
+def equal_values(x: Array, y: Array) -> Array:
+    """Return a mask of the elements that are the same number, or both NaN."""
     same: Array = (x == y) | ((x != x) & (y != y))
     return same
 
 
-def uncast(x: Array, y: Array, dtypes: tuple[str, str]) -> int | None:
-    """How many elements differ after the more precise ones are cast to the other dtype; None where none is."""
+def count_differing_after_cast(x: Array, y: Array, dtypes: tuple[str, str]) -> int | None:
+    """Count the elements that differ after a cast to the less precise dtype; None if neither is less precise."""
     import numpy as np
 
-    to = narrower(*dtypes)
-    if to is None:
+    dtype = narrower(*dtypes)
+    if dtype is None:
         return None
-    return int(np.count_nonzero(~same_values(cast(x, to), cast(y, to))))
+    return int(np.count_nonzero(~equal_values(cast_to(x, dtype), cast_to(y, dtype))))

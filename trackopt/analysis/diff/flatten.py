@@ -1,7 +1,7 @@
-"""A checkpoint's tree as flat rows: where it stands, its value, and what part it plays in training.
+"""Flatten a checkpoint's tree into leaves: path, value and role in training.
 
-Each row has a key that is the same for what belongs together in two checkpoints, whatever the files call it:
-parameters by their names and not by their ids, groups by their members (see `trackopt.analysis.diff.alignment`).
+The key of a leaf is the same for corresponding values of two checkpoints: parameters are identified by their names and
+not by their ids, groups by their members (see `trackopt.analysis.diff.alignment`).
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from trackopt.archive.tree import Global, Path, Tensor, TensorSubclass, UnknownO
 from trackopt.errors import ArchiveError
 from trackopt.state import META
 from trackopt.state.layout import unflatten
-from trackopt.state.matching import flat
-from trackopt.state.rng import generators, is_rng_key
+from trackopt.state.matching import flatten_groups
+from trackopt.state.rng import is_rng_key, list_generators
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -26,21 +26,21 @@ if TYPE_CHECKING:
 
 _SCALARS = (int, float, complex, str, bytes, type(None), Global)
 _SETS = ("builtins.set", "builtins.frozenset")
-_NAMES = "param_names"
-_NOTED = (_NAMES, "param_shapes", "param_dtypes")
-_MOST = 250_000  # leaves: a trillion parameters with their moments have fewer
+_NAMES_KEY = "param_names"
+_PER_PARAMETER_KEYS = (_NAMES_KEY, "param_shapes", "param_dtypes")
+_MAX_LEAVES = 250_000  # a trillion parameters with their moments have fewer
 Key = tuple[Any, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Role:
-    """The part that a tensor plays in training.
+    """The role of a tensor in training.
 
     Attributes:
         kind: ``"weight"``, ``"average"`` (a weight of an averaged model), ``"statistic"`` (of a model, and not
             trained), ``"buffer"``, ``"counter"`` (of an optimizer) or ``"rng"``.
         owner: The model, the optimizer or the generator.
-        parameter: Its name, or that of the parameter that it is kept for.
+        parameter: Name of the parameter that it is, or that it is kept for.
         buffer: As ``"exp_avg"`` or ``"step"``.
     """
 
@@ -55,11 +55,11 @@ class Leaf:
     """One value of a checkpoint.
 
     Attributes:
-        key: What it is known by in both checkpoints.
+        key: Its identity, which is the same in both checkpoints.
         path: Dotted, as in the file, but with parameter names where they are known.
         part: The model, the optimizer or the entry of the checkpoint that it belongs to.
-        value: A plain value, a flat sequence of such, or a node.
-        role: The part it plays in training, if it plays one.
+        value: A plain value, a flat sequence of plain values, or a node.
+        role: Its role in training, if it has one.
     """
 
     key: Key
@@ -69,126 +69,139 @@ class Leaf:
     role: Role | None = None
 
 
-def flatten(tree: Any, state: TrainingState, places: Slots) -> dict[Key, Leaf]:
-    """All leaves by key, in the order they were saved.
+def flatten(tree: Any, state: TrainingState, slots: Slots) -> dict[Key, Leaf]:
+    """Return all leaves by key, in the order they were saved.
 
     Args:
         tree: The archive's.
         state: The training state in it.
-        places: What its parts and parameters are known by.
+        slots: The keys of its parts and parameters.
 
     Raises:
         ArchiveError: There are more than a comparison can hold.
     """
-    found: dict[Key, Leaf] = {}
-    for leaf in _Flattener(state, places).leaves(tree, ()):
-        key, path, again = leaf.key, leaf.path, 1
-        while key in found:  # the keys 0 and "0"
-            again += 1
-            key, path = (*leaf.key, again), f"{leaf.path} ({again})"
-        if len(found) == _MOST:
-            raise ArchiveError(f"it holds more than {_MOST:,} values, which is more than `diff` compares")
-        found[key] = leaf if again == 1 else Leaf(key, path, leaf.part, leaf.value, leaf.role)
-    return found
+    leaves: dict[Key, Leaf] = {}
+    for leaf in _Flattener(state, slots).iter_leaves(tree, ()):
+        key, path, number = leaf.key, leaf.path, 1
+        while key in leaves:  # the keys 0 and "0"
+            number += 1
+            key, path = (*leaf.key, number), f"{leaf.path} ({number})"
+        if len(leaves) == _MAX_LEAVES:
+            raise ArchiveError(f"it holds more than {_MAX_LEAVES:,} values, which is more than `diff` compares")
+        leaves[key] = leaf if number == 1 else Leaf(key, path, leaf.part, leaf.value, leaf.role)
+    return leaves
 
 
 class _Flattener:
-    def __init__(self, state: TrainingState, places: Slots) -> None:
-        self._places = places
+    def __init__(self, state: TrainingState, slots: Slots) -> None:
+        self._slots = slots
         self._models = {model.path: model for model in state.models}
-        self._optimizers = {one.path: one for one in state.optimizers}
-        self._scheduler_paths = {(META, what, one.name): one for one in state.optimizers for what in _NOTED}
-        self._sole_optimizer = len(state.models) == 1
+        self._optimizers = {optimizer.path: optimizer for optimizer in state.optimizers}
+        self._per_parameter = {
+            (META, key, optimizer.name): optimizer for optimizer in state.optimizers for key in _PER_PARAMETER_KEYS
+        }
+        self._has_sole_model = len(state.models) == 1
         self._has_rng = bool(state.rng)
 
-    def leaves(self, node: Any, path: Path) -> Iterator[Leaf]:
-        """The leaves at and below a node, part by part."""
+    def iter_leaves(self, node: Any, path: Path) -> Iterator[Leaf]:
+        """Yield the leaves at and below a node."""
         if path in self._optimizers and isinstance(node, dict):
-            yield from self._optimizer(unflatten(node), self._optimizers[path])
+            yield from self._optimizer_leaves(unflatten(node), self._optimizers[path])
         elif path in self._models:
-            yield from self._model(node, self._models[path])
-        elif path in self._scheduler_paths and (given := self._by_name(node, self._scheduler_paths[path])) is not None:
-            place = self._places.get(self._scheduler_paths[path].path)
-            for name, value in given.items():
-                shared = place.names.get(name, name) if place else name
+            yield from self._model_leaves(node, self._models[path])
+        elif path in self._per_parameter and (named := _name_values(node, self._per_parameter[path])) is not None:
+            slot = self._slots.get(self._per_parameter[path].path)
+            for name, value in named.items():
+                shared = slot.names.get(name, name) if slot else name
                 yield Leaf(("", *path, shared), ".".join((*path, name)), META, value)
-        elif path in self._places or _is_leaf(node):
-            key = self._places[path].key if path in self._places else ("", *path)
-            part = ".".join(path) if path in self._places else ".".join(path[:1])
-            for inner, value in values(node):
-                whole = (*path, *inner)
-                yield Leaf((*key, *inner), ".".join(whole), part, value, self._random(whole))
+        elif path in self._slots or _is_leaf(node):
+            key = self._slots[path].key if path in self._slots else ("", *path)
+            part = ".".join(path) if path in self._slots else ".".join(path[:1])
+            for below, value in walk_leaves(node):
+                full_path = (*path, *below)
+                yield Leaf((*key, *below), ".".join(full_path), part, value, self._rng_role(full_path))
         else:
             if isinstance(node, UnknownObject):
                 yield Leaf(("", *path, "class"), ".".join((*path, "class")), ".".join(path[:1]), node.name)
             for name, child in children(node):
-                yield from self.leaves(child, (*path, name))
+                yield from self.iter_leaves(child, (*path, name))
 
-    def _random(self, path: Path) -> Role | None:
-        at = next((i for i, part in enumerate(path[:2]) if is_rng_key(part)), None) if self._has_rng else None
-        if at is None:
+    def _rng_role(self, path: Path) -> Role | None:
+        if not self._has_rng:
             return None
-        inside = [part for part in path[at + 1 :] if not part.isdecimal()][:1]
-        names = generators(path[at], dict.fromkeys(inside) or None)
-        return Role("rng", names[0]) if names else None
+        for i, part in enumerate(path[:2]):
+            if is_rng_key(part):
+                below = [part for part in path[i + 1 :] if not part.isdecimal()][:1]
+                names = list_generators(part, dict.fromkeys(below) or None)
+                return Role("rng", names[0]) if names else None
+        return None
 
-    def _by_name(self, node: Any, one: Optimizer) -> dict[str, Any] | None:
-        """What trackopt noted about each parameter besides its name; None if that does not fit the groups."""
-        groups = [{"params": group.parameters} for group in one.groups]
-        given = flat(node, groups)
-        if given is None:
-            return None
-        names = [name for group in one.groups for name in group.parameters]
-        return {} if given == names else dict(zip(names, given, strict=True))
-
-    def _model(self, node: Any, model: Model) -> Iterator[Leaf]:
-        place = self._places.get(model.path)
-        kind = "average" if model.averaged and not self._sole_optimizer else "weight"
+    def _model_leaves(self, node: Any, model: Model) -> Iterator[Leaf]:
+        slot = self._slots.get(model.path)
+        kind = "average" if model.averaged and not self._has_sole_model else "weight"
         trainable = model.trainable
-        for inner, value in values(node):
-            name, whole = ".".join(inner), (*model.path, *inner)
-            shared = place.names.get(name, name) if place else name
-            key = (*place.key, shared) if place else ("", *whole)
+        for below, value in walk_leaves(node):
+            name, full_path = ".".join(below), (*model.path, *below)
+            shared = slot.names.get(name, name) if slot else name
+            key = (*slot.key, shared) if slot else ("", *full_path)
             role = Role(kind if name in trainable else "statistic", model.name, str(shared))
-            yield Leaf(key, ".".join(whole), model.name, value, role)
+            yield Leaf(key, ".".join(full_path), model.name, value, role)
 
-    def _optimizer(self, node: Any, one: Optimizer) -> Iterator[Leaf]:
-        place = self._places.get(one.path)
-        ids = {str(key): name for key, name in one.names.items()}
-        for number, entry in node["state"].items():
-            name = ids.get(str(number), str(number))
-            shared = place.names.get(name, name) if place else name
-            base = (*place.key, "state", shared) if place else ("", *one.path, "state", str(number))
-            for inner, value in values(entry):
-                kind = "buffer" if inner[:1] and inner[0] in one.buffers else "counter"
-                role = Role(kind, one.name, str(shared), "".join(inner[:1]))
-                yield Leaf((*base, *inner), ".".join((*one.path, "state", name, *inner)), one.name, value, role)
-        for index, group in enumerate(node["param_groups"]):
-            at = place.groups.get(index, index) if place else index
-            base = (*place.key, "param_groups", at) if place else ("", *one.path, "param_groups", str(index))
-            for inner, value in self._group(group, one):
-                dotted = ".".join((*one.path, "param_groups", str(index), *inner))
-                if place and inner == ("params",):
-                    value = [place.names.get(name, name) for name in value]
-                yield Leaf((*base, *inner), dotted, one.name, value)
+    def _optimizer_leaves(self, node: Any, optimizer: Optimizer) -> Iterator[Leaf]:
+        slot = self._slots.get(optimizer.path)
+        base = slot.key if slot else ("", *optimizer.path)
+        yield from self._state_leaves(node["state"], optimizer)
+        yield from self._group_leaves(node["param_groups"], optimizer)
         for name, child in node.items():
             if name not in ("state", "param_groups"):
-                base = place.key if place else ("", *one.path)
-                for inner, value in values(child):
-                    whole = (str(name), *inner)
-                    yield Leaf((*base, *whole), ".".join((*one.path, *whole)), one.name, value)
+                for below, value in walk_leaves(child):
+                    path = (str(name), *below)
+                    yield Leaf((*base, *path), ".".join((*optimizer.path, *path)), optimizer.name, value)
 
-    def _group(self, group: dict[Any, Any], one: Optimizer) -> Iterator[tuple[Path, Any]]:
-        names = [one.names[key] for key in group["params"]]
-        yield ("params",), names
-        for key, value in group.items():
-            if key != "params" and not (key == _NAMES and value == names):
-                for inner, part in values(value):
-                    yield (str(key), *inner), part
+    def _state_leaves(self, state: dict[Any, Any], optimizer: Optimizer) -> Iterator[Leaf]:
+        slot = self._slots.get(optimizer.path)
+        names = {str(key): name for key, name in optimizer.names.items()}
+        for param_id, entry in state.items():
+            name = names.get(str(param_id), str(param_id))
+            shared = slot.names.get(name, name) if slot else name
+            base = (*slot.key, "state", shared) if slot else ("", *optimizer.path, "state", str(param_id))
+            for below, value in walk_leaves(entry):
+                kind = "buffer" if below[:1] and below[0] in optimizer.buffers else "counter"
+                role = Role(kind, optimizer.name, str(shared), "".join(below[:1]))
+                path = ".".join((*optimizer.path, "state", name, *below))
+                yield Leaf((*base, *below), path, optimizer.name, value, role)
+
+    def _group_leaves(self, groups: Any, optimizer: Optimizer) -> Iterator[Leaf]:
+        slot = self._slots.get(optimizer.path)
+        for index, group in enumerate(groups):
+            group_key = slot.groups.get(index, index) if slot else index
+            base = (*slot.key, "param_groups", group_key) if slot else ("", *optimizer.path, "param_groups", str(index))
+            for below, value in _group_values(group, optimizer):
+                shared = [slot.names.get(name, name) for name in value] if slot and below == ("params",) else value
+                path = ".".join((*optimizer.path, "param_groups", str(index), *below))
+                yield Leaf((*base, *below), path, optimizer.name, shared)
 
 
-def values(node: Any) -> Iterator[tuple[Path, Any]]:
-    """The leaves below a node, each with its path from there."""
+def _name_values(node: Any, optimizer: Optimizer) -> dict[str, Any] | None:
+    """Return what trackopt saved per parameter, by name, without the names; None if it does not fit the groups."""
+    values = flatten_groups(node, [{"params": group.parameters} for group in optimizer.groups])
+    if values is None:
+        return None
+    names = [name for group in optimizer.groups for name in group.parameters]
+    return {} if values == names else dict(zip(names, values, strict=True))
+
+
+def _group_values(group: dict[Any, Any], optimizer: Optimizer) -> Iterator[tuple[Path, Any]]:
+    names = [optimizer.names[key] for key in group["params"]]
+    yield ("params",), names
+    for key, value in group.items():
+        if key != "params" and not (key == _NAMES_KEY and value == names):
+            for below, leaf in walk_leaves(value):
+                yield (str(key), *below), leaf
+
+
+def walk_leaves(node: Any) -> Iterator[tuple[Path, Any]]:
+    """Yield the leaves at and below a node, each with its path from there."""
     if _is_leaf(node):
         yield (), node
         if isinstance(node, Tensor) and node.quantizer is not None:
@@ -198,12 +211,12 @@ def values(node: Any) -> Iterator[tuple[Path, Any]]:
     if isinstance(node, UnknownObject):
         yield ("class",), node.name
     for name, child in children(node):
-        for inner, value in values(child):
-            yield (name, *inner), value
+        for below, value in walk_leaves(child):
+            yield (name, *below), value
 
 
 def _is_leaf(node: Any) -> bool:
-    """Whether a node is compared as a whole: what is flat, empty, a set or a tensor."""
+    """Return True if a node is compared as one value: a scalar, a tensor, a set, a flat sequence, an empty dict."""
     if isinstance(node, list | tuple):
         return all(isinstance(item, _SCALARS) for item in node)
     if isinstance(node, dict):

@@ -1,21 +1,24 @@
-"""How far two tensors are apart, in sums that can be taken piece by piece.
+"""Distance of two tensors, as float64 sums that can be accumulated piece by piece.
 
-Sums are kept in float64. Elements whose bits are equal are equal, NaN and infinity too.
+Elements with equal bits are equal, NaN and infinity too.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from trackopt.analysis import JsonObject
     from trackopt.archive.decode import Array
 
 
 @dataclass(frozen=True, slots=True)
 class Tolerance:
-    """What is called equal: ``|a - b| <= atol + rtol * max(|a|, |b|)``."""
+    """Numbers are equal if ``|a - b| <= atol + rtol * max(|a|, |b|)``."""
 
     atol: float = 0.0
     rtol: float = 0.0
@@ -24,7 +27,7 @@ class Tolerance:
         return bool(self.atol or self.rtol)
 
     def covers(self, a: float, b: float) -> bool:
-        """Whether two numbers are equal by it."""
+        """Return True if two numbers are equal within the tolerance."""
         try:
             return math.isfinite(a) and math.isfinite(b) and abs(a - b) <= self.atol + self.rtol * max(abs(a), abs(b))
         except OverflowError:  # integers beyond any float
@@ -33,21 +36,21 @@ class Tolerance:
 
 @dataclass(frozen=True, slots=True)
 class Numbers:
-    """What comparing tensors adds up to; that of several tensors is the sum of theirs.
+    """Sums of a comparison of tensors; add them for several tensors.
 
     Attributes:
-        sum_sq_a: Sum of squares of the one.
-        sum_sq_b: Sum of squares of the other.
+        sum_sq_a: Sum of squares of the first.
+        sum_sq_b: Sum of squares of the second.
         dot: Sum of their products.
         sum_sq_diff: Sum of squares of their difference.
-        max_abs: Largest difference of an element; NaN if one became NaN.
+        max_abs: Largest absolute difference of an element; NaN if one became NaN.
         differing: Elements that differ: in a bit if the dtype is the same, in value if not.
-        elements: All elements.
+        elements: Number of elements.
         beyond_tolerance: Elements that differ by more than the tolerance.
-        ulp: Largest distance in units in the last place; None where the dtype is none of floats, or not the same.
-        uncast: Elements that still differ when one is cast to the other's dtype; None where nothing was cast.
-        nan: How many appeared, and how many vanished.
-        inf: The same of infinite ones.
+        ulp: Largest distance in units in the last place; None unless both have the same floating dtype.
+        differing_after_cast: Elements that differ after the cast to the less precise dtype; None without a cast.
+        nan: Number of NaN elements that appeared, and that vanished.
+        inf: The same of infinite elements.
     """
 
     sum_sq_a: float = 0.0
@@ -59,13 +62,13 @@ class Numbers:
     elements: int = 0
     beyond_tolerance: int = 0
     ulp: int | None = None
-    uncast: int | None = None
+    differing_after_cast: int | None = None
     nan: tuple[int, int] = (0, 0)
     inf: tuple[int, int] = (0, 0)
 
     @property
     def rel_l2(self) -> float:
-        """Length of the difference over the length of the first; infinite if that is zero."""
+        """Norm of the difference relative to the norm of the first; infinite if that is zero."""
         if self.sum_sq_a == 0:
             return math.inf if self.sum_sq_diff else 0.0
         return math.sqrt(self.sum_sq_diff / self.sum_sq_a)
@@ -80,11 +83,11 @@ class Numbers:
 
     @property
     def share(self) -> float:
-        """The part of the elements that differ."""
+        """Fraction of the elements that differ."""
         return self.differing / self.elements if self.elements else 0.0
 
-    def as_dict(self) -> dict[str, Any]:
-        """The numbers under the keys of ``diff --json``."""
+    def as_dict(self) -> JsonObject:
+        """Return the numbers under the keys of ``diff --json``."""
         result = {name: getattr(self, name) for name in ("max_abs", "rel_l2", "cosine", "differing", "elements")}
         result |= {"share": self.share, "ulp": self.ulp}
         for name, (appeared, vanished) in (("nan", self.nan), ("inf", self.inf)):
@@ -102,54 +105,59 @@ class Numbers:
             self.elements + other.elements,
             self.beyond_tolerance + other.beyond_tolerance,
             other.ulp if self.ulp is None else max(self.ulp, other.ulp or 0),
-            other.uncast if self.uncast is None else self.uncast + (other.uncast or 0),
+            other.differing_after_cast
+            if self.differing_after_cast is None
+            else self.differing_after_cast + (other.differing_after_cast or 0),
             (self.nan[0] + other.nan[0], self.nan[1] + other.nan[1]),
             (self.inf[0] + other.inf[0], self.inf[1] + other.inf[1]),
         )
 
 
 def measure_one(x: Array) -> Numbers:
-    """The numbers of values compared with themselves."""
-    x = _wide(x)
-    length = _dot(x, x)
-    return Numbers(length, length, length, elements=x.size)
+    """Return the numbers of an array compared with itself."""
+    x = _to_float64(x)
+    sum_sq = _dot(x, x)
+    return Numbers(sum_sq, sum_sq, sum_sq, elements=x.size)
 
 
 def measure_pair(x: Array, y: Array, different: Array, tolerance: Tolerance) -> Numbers:
-    """The numbers of two flat arrays.
+    """Return the numbers of two flat arrays.
 
     Args:
-        x: The one's values.
-        y: The other's.
-        different: Which of them differ.
-        tolerance: What of that is called equal.
+        x: The first.
+        y: The second.
+        different: Mask of the elements that differ.
+        tolerance: Elements that differ by no more are not counted as beyond it.
     """
     import numpy as np
 
-    count, whole = int(np.count_nonzero(different)), x.size
+    count = int(np.count_nonzero(different))
     with np.errstate(all="ignore"):
-        a, b = _wide(x), _wide(y)
-        aa, bb = _dot(a, a), _dot(b, b)
-        if not count and math.isfinite(aa):
-            return Numbers(aa, bb, aa, elements=whole)
-        gap = np.subtract(b, a)
-        odd = not math.isfinite(aa + bb)
-        if odd:
-            gap[~_parts(different, x)] = 0  # infinity less infinity is no difference
-        far = np.abs(gap.view("c16")) if x.dtype.kind == "c" else gap
-        max_abs = max(float(far.max()), -float(far.min()))
-        beyond = int(np.count_nonzero(different & _outside(x, y, np.abs(far), tolerance))) if tolerance else count
-        nan, inf = _nonfinite(x, y) if odd else ((0, 0), (0, 0))
-        return Numbers(aa, bb, _dot(a, b), _dot(gap, gap), max_abs, count, whole, beyond, nan=nan, inf=inf)
+        a, b = _to_float64(x), _to_float64(y)
+        sum_sq_a, sum_sq_b = _dot(a, a), _dot(b, b)
+        if not count and math.isfinite(sum_sq_a):
+            return Numbers(sum_sq_a, sum_sq_b, sum_sq_a, elements=x.size)
+        difference = np.subtract(b, a)
+        is_finite = math.isfinite(sum_sq_a + sum_sq_b)
+        if not is_finite:
+            difference[~_expand_complex(different, x)] = 0  # inf - inf is NaN
+        distance = np.abs(difference.view("c16")) if x.dtype.kind == "c" else difference
+        max_abs = max(float(distance.max()), -float(distance.min()))
+        beyond = count
+        if tolerance:
+            beyond = int(np.count_nonzero(different & _outside_tolerance(x, y, np.abs(distance), tolerance)))
+        nan, inf = ((0, 0), (0, 0)) if is_finite else (_count_new(np.isnan, x, y), _count_new(np.isinf, x, y))
+        sum_sq_diff = _dot(difference, difference)
+        return Numbers(sum_sq_a, sum_sq_b, _dot(a, b), sum_sq_diff, max_abs, count, x.size, beyond, nan=nan, inf=inf)
 
 
-def _wide(array: Array) -> Array:
-    """As float64; complex numbers as their two parts."""
+def _to_float64(array: Array) -> Array:
+    """Convert to float64, complex numbers to their two parts."""
     return array.astype("c16").view("f8") if array.dtype.kind == "c" else array.astype("f8")
 
 
-def _parts(different: Array, like: Array) -> Array:
-    return different.repeat(2) if like.dtype.kind == "c" else different
+def _expand_complex(mask: Array, like: Array) -> Array:
+    return mask.repeat(2) if like.dtype.kind == "c" else mask
 
 
 def _dot(x: Array, y: Array) -> float:
@@ -159,21 +167,18 @@ def _dot(x: Array, y: Array) -> float:
     return float(np.einsum("i,i->", x, y))
 
 
-def _outside(x: Array, y: Array, far: Array, tolerance: Tolerance) -> Array:
+def _outside_tolerance(x: Array, y: Array, distance: Array, tolerance: Tolerance) -> Array:
     import numpy as np
 
     bound = tolerance.atol + tolerance.rtol * np.maximum(np.abs(x), np.abs(y)).astype("f8")
     finite = np.isfinite(x) & np.isfinite(y)
-    outside: Array = ~(finite & (far <= bound)) & ~(np.isnan(x) & np.isnan(y))
+    outside: Array = ~(finite & (distance <= bound)) & ~(np.isnan(x) & np.isnan(y))
     return outside
 
 
-def _nonfinite(x: Array, y: Array) -> tuple[tuple[int, int], tuple[int, int]]:
-    """How many NaN and how many infinite values appear and vanish."""
+def _count_new(predicate: Callable[[Array], Array], x: Array, y: Array) -> tuple[int, int]:
+    """Count the elements that satisfy a predicate only in ``y``, and only in ``x``."""
     import numpy as np
 
-    found = []
-    for is_odd in (np.isnan, np.isinf):
-        before, after = is_odd(x), is_odd(y)
-        found.append((int(np.count_nonzero(after & ~before)), int(np.count_nonzero(before & ~after))))
-    return found[0], found[1]
+    before, after = predicate(x), predicate(y)
+    return int(np.count_nonzero(after & ~before)), int(np.count_nonzero(before & ~after))

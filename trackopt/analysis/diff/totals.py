@@ -1,18 +1,19 @@
-"""What a stream of changes adds up to, by the part that each value plays in training."""
+"""Sum a stream of changes by the role that each value plays in training."""
 
 from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from trackopt.analysis.diff.compare import TensorReader
 from trackopt.analysis.diff.numbers import Numbers
 from trackopt.archive.tree import Tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
+    from trackopt.analysis import JsonObject
     from trackopt.analysis.diff.changes import Change
     from trackopt.analysis.diff.compare import TensorComparer
     from trackopt.analysis.diff.flatten import Role
@@ -21,13 +22,13 @@ if TYPE_CHECKING:
 
 @dataclass
 class BufferTotals:
-    """One kind of buffer, over all parameters that both checkpoints keep it for.
+    """One kind of buffer, over all parameters for which both checkpoints keep it.
 
     Attributes:
-        numbers: Summed up.
-        tensors: How many there are.
-        reset_to_zero: How many are all 0 in the second, and are not in the first.
-        casts: How many have another dtype, by what it was and what it became.
+        numbers: Their sum.
+        tensors: Number of tensors.
+        reset_to_zero: Number of tensors that are all 0 in the second, and are not in the first.
+        casts: Number of tensors of another dtype, by both dtypes.
     """
 
     numbers: Numbers = field(default_factory=Numbers)
@@ -37,14 +38,14 @@ class BufferTotals:
 
 
 @dataclass
-class Module:
-    """The tensors of one module of a model, of one kind of buffer, or of one other entry.
+class ModuleTotals:
+    """The tensors of one module of a model, of one kind of buffer, or of another entry.
 
     Attributes:
         name: As ``"backbone.0"`` or ``"optimizer exp_avg"``.
-        tensors: How many either has.
-        changed: How many are not the same in both.
-        numbers: Summed up over those that were read in both, statistics of a model left out.
+        tensors: Number of tensors in either.
+        changed: Number of tensors that are not the same in both.
+        numbers: Their sum over tensors that were read in both, without a model's statistics.
     """
 
     name: str
@@ -52,8 +53,8 @@ class Module:
     changed: int = 0
     numbers: Numbers = field(default_factory=Numbers)
 
-    def as_dict(self) -> dict[str, Any]:
-        """The module under the keys of ``diff --json``."""
+    def as_dict(self) -> JsonObject:
+        """Return the module under the keys of ``diff --json``."""
         rel_l2 = self.numbers.rel_l2 if self.numbers.differing else None
         return {"name": self.name, "tensors": self.tensors, "changed": self.changed, "rel_l2": rel_l2}
 
@@ -64,111 +65,110 @@ class Totals:
 
     Attributes:
         weights: Numbers of each parameter that both have, by model and name.
-        moments: By optimizer and buffer.
-        rng: Whether each generator's state changed.
+        buffers: By optimizer and buffer.
+        rng: True for each generator whose state changed.
         parts: For each part of the checkpoints, its values by the kind of their change.
         tensors: Tensors in either, by the kind of their change.
-        modules: What changed where.
-        skipped_by_checksum: Tensors that were taken as equal by their checksums.
-        within_tolerance: Values that differ by no more than the tolerance.
+        modules: By name.
+        skipped_by_checksum: Number of tensors that were taken as equal by their checksums.
+        within_tolerance: Number of values that differ by no more than the tolerance.
     """
 
     weights: dict[tuple[str, str], Numbers] = field(default_factory=dict)
-    moments: dict[tuple[str, str], BufferTotals] = field(default_factory=dict)
+    buffers: dict[tuple[str, str], BufferTotals] = field(default_factory=dict)
     rng: dict[str, bool] = field(default_factory=dict)
     parts: dict[str, Counter[str]] = field(default_factory=dict)
     tensors: Counter[str] = field(default_factory=Counter)
-    modules: dict[str, Module] = field(default_factory=dict)
+    modules: dict[str, ModuleTotals] = field(default_factory=dict)
     skipped_by_checksum: int = 0
     within_tolerance: int = 0
 
 
-def accumulate(changes: Iterable[Change], a: Archive, comparison: TensorComparer) -> Totals:
-    """Sum up.
+def accumulate(changes: Iterable[Change], a: Archive, comparer: TensorComparer) -> Totals:
+    """Sum all changes.
 
-    Unchanged tensors count in what moved overall: they are read for their lengths, but only where others that
-    play the same part changed.
+    The relative change of a role counts unchanged tensors too. They are read for their norms, but only if another
+    tensor of the same role changed.
 
     Args:
         changes: The stream of changes, equal ones too.
         a: The first archive.
-        comparison: What reads them.
+        comparer: Reads the tensors.
     """
-    tally = Totals()
-    still: list[Change] = []
+    totals = Totals()
+    unchanged: list[Change] = []
     for change in changes:
-        tally.parts.setdefault(change.part, Counter())[change.kind] += 1
-        tally.within_tolerance += change.close
-        tally.skipped_by_checksum += change.unread
+        totals.parts.setdefault(change.part, Counter())[change.kind] += 1
+        totals.within_tolerance += change.within_tolerance
+        totals.skipped_by_checksum += change.skipped_by_checksum
         if change.role is not None and change.role.kind == "rng" and change.kind not in ("added", "removed"):
-            tally.rng[change.role.owner] = tally.rng.get(change.role.owner, False) or change.kind != "same"
+            totals.rng[change.role.owner] = totals.rng.get(change.role.owner, False) or change.kind != "same"
         if change.is_tensor:
-            tally.tensors[change.kind] += 1
-            _add(tally, change)
-            if change.kind == "same" and change.numbers is None and _measured(change.role):
-                still.append(change)
-    moved = {kin for kin, numbers in _summed(tally) if numbers.differing}
-    still = [change for change in still if _role_key(change) in moved and not change.a.is_meta]
-    for change, numbers in zip(still, comparison.norms(TensorReader(a.source, one.a) for one in still), strict=True):
-        _sum(tally, replace(change, numbers=numbers))
-    return tally
+            totals.tensors[change.kind] += 1
+            _add_tensor(totals, change)
+            if change.kind == "same" and change.numbers is None and _is_measured(change.role):
+                unchanged.append(change)
+    changed_roles = {role_key for role_key, numbers in _sums_by_role(totals) if numbers.differing}
+    unchanged = [change for change in unchanged if _role_key(change) in changed_roles and not change.a.is_meta]
+    norms = comparer.measure(TensorReader(a.source, change.a) for change in unchanged)
+    for change, numbers in zip(unchanged, norms, strict=True):
+        _add_numbers(totals, replace(change, numbers=numbers))
+    return totals
 
 
-def _measured(role: Role | None) -> bool:
+def _is_measured(role: Role | None) -> bool:
     return role is not None and role.kind in ("weight", "buffer")
 
 
 def _role_key(change: Change) -> tuple[str, ...]:
-    """What plays the same part."""
+    """Return a key that is the same for all tensors of a role."""
     role = change.role
     return () if role is None else (role.kind,) if role.kind == "weight" else (role.kind, role.owner, role.buffer)
 
 
-def _summed(tally: Totals) -> Iterable[tuple[tuple[str, ...], Numbers]]:
-    for numbers in tally.weights.values():
+def _sums_by_role(totals: Totals) -> Iterator[tuple[tuple[str, ...], Numbers]]:
+    for numbers in totals.weights.values():
         yield ("weight",), numbers
-    for (optimizer, buffer), moment in tally.moments.items():
-        yield ("buffer", optimizer, buffer), moment.numbers
+    for (optimizer, buffer), buffer_totals in totals.buffers.items():
+        yield ("buffer", optimizer, buffer), buffer_totals.numbers
 
 
-def _add(tally: Totals, change: Change) -> None:
-    """A tensor, read or not, that either has."""
-    module = tally.modules.setdefault(_module(change), Module(_module(change)))
+def _add_tensor(totals: Totals, change: Change) -> None:
+    """Count a tensor that either has."""
+    module = totals.modules.setdefault(_module_name(change), ModuleTotals(_module_name(change)))
     module.tensors += 1
     module.changed += change.kind != "same"
     role = change.role
-    if role is None or role.kind != "buffer" or not isinstance(change.a, Tensor) or not isinstance(change.b, Tensor):
-        _sum(tally, change)
-        return
-    moment = tally.moments.setdefault((role.owner, role.buffer), BufferTotals())
-    moment.tensors += 1
-    if change.kind == "dtype":
-        moment.casts[change.a.dtype, change.b.dtype] += 1
-    if change.numbers is not None and change.numbers.sum_sq_b == 0 < change.numbers.sum_sq_a:
-        moment.reset_to_zero += 1
-    _sum(tally, change)
+    if role is not None and role.kind == "buffer" and isinstance(change.a, Tensor) and isinstance(change.b, Tensor):
+        buffer = totals.buffers.setdefault((role.owner, role.buffer), BufferTotals())
+        buffer.tensors += 1
+        if change.kind == "dtype":
+            buffer.casts[change.a.dtype, change.b.dtype] += 1
+        if change.numbers is not None and change.numbers.sum_sq_b == 0 < change.numbers.sum_sq_a:
+            buffer.reset_to_zero += 1
+    _add_numbers(totals, change)
 
 
-def _sum(tally: Totals, change: Change) -> None:
-    """The numbers of a tensor that both have, under all that it is a part of."""
+def _add_numbers(totals: Totals, change: Change) -> None:
+    """Add the numbers of a tensor that both have to all sums that it is part of."""
     role, numbers = change.role, change.numbers
     if change.kind not in ("tensor", "dtype", "same") or not isinstance(change.a, Tensor):
         return
     if role is not None and role.kind == "weight":
-        tally.weights[role.owner, role.parameter] = numbers or Numbers()
+        totals.weights[role.owner, role.parameter] = numbers or Numbers()
     if numbers is None:
         return
     if role is None or role.kind != "statistic":
-        tally.modules[_module(change)].numbers += numbers
+        totals.modules[_module_name(change)].numbers += numbers
     if role is not None and role.kind == "buffer":
-        tally.moments[role.owner, role.buffer].numbers += numbers
+        totals.buffers[role.owner, role.buffer].numbers += numbers
 
 
-def _module(change: Change) -> str:
+def _module_name(change: Change) -> str:
     role = change.role
     if role is None or role.kind == "rng":
         return change.part
     if role.buffer:
         return f"{role.owner} {role.buffer}"
-    inside = role.parameter.rpartition(".")[0]
-    return f"{role.owner}.{inside}" if inside else role.owner
+    module = role.parameter.rpartition(".")[0]
+    return f"{role.owner}.{module}" if module else role.owner

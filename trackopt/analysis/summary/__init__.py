@@ -1,43 +1,44 @@
-"""What `inspect` says about a checkpoint: the facts behind its screen and its JSON.
+"""Summarize a checkpoint: the facts of ``trackopt inspect``, for its screen and its JSON.
 
-Neither torch nor NumPy is imported, and nothing is printed.
+Imports neither torch nor NumPy, and prints nothing.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from trackopt import state
-from trackopt.analysis.summary.findings import MAX_LISTED, Finding, findings, of_buffer, parts_of
+from trackopt import state as training_state
+from trackopt.analysis.summary.findings import MAX_LISTED, Finding, buffer_tensors, find_findings, tensors_by_part
 from trackopt.archive.describe import describe
-from trackopt.state.models import dtypes
+from trackopt.state.models import count_dtypes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from trackopt.analysis.summary.statistics import Statistics
+    from trackopt.analysis import JsonObject
+    from trackopt.analysis.summary.statistics import TensorStatistics
     from trackopt.archive import Archive
     from trackopt.archive.tree import Tensor
     from trackopt.state import TrainingState
     from trackopt.state.models import Model
-    from trackopt.state.optimizers import Optimizer, Parameter
+    from trackopt.state.optimizers import Group, Optimizer, Parameter
     from trackopt.state.schedulers import Scheduler
 
 
 @dataclass(frozen=True)
 class Summary:
-    """A checkpoint, summed up.
+    """The facts about a checkpoint.
 
     Attributes:
         path: The file.
-        format: What it is, in words.
+        format: Its format, as text.
         bytes: Its size.
         state: The training state in it.
         globals: Every name of a class or function that it refers to.
-        findings: What a person should know, worst first.
-        tensors: All tensors by path; None unless they were asked for.
-        statistics: Those of the tensors that could be measured, by path; None unless they were asked for.
+        findings: Findings, worst first.
+        tensors: All tensors by path; None unless they were requested.
+        statistics: Statistics of the tensors that could be measured, by path; None unless they were requested.
     """
 
     path: str
@@ -47,38 +48,74 @@ class Summary:
     globals: tuple[str, ...]
     findings: tuple[Finding, ...]
     tensors: dict[str, Tensor] | None
-    statistics: dict[str, Statistics] | None = None
+    statistics: dict[str, TensorStatistics] | None = None
 
-    def as_dict(self) -> dict[str, Any]:
-        """The facts under the keys of ``inspect --json``."""
-        averages = [model for model in self.state.models if model.averaged]
+    def as_dict(self) -> JsonObject:
+        """Return the facts under the keys of ``inspect --json``."""
+        state = self.state
+        averages = [model for model in state.models if model.averaged]
+        framework = {"name": state.framework, "evidence": state.evidence} if state.framework is not None else None
         result = {
             "path": self.path,
             "format": self.format,
-            "framework": _framework(self.state),
+            "framework": framework,
             "bytes": self.bytes,
-            "step": self.state.step,
-            "epoch": self.state.epoch,
-            "model": _weights(self.state.weights),
-            "averages": [{"name": model.name, **_weights((model,))} for model in averages[:MAX_LISTED]],
-            "optimizers": [_optimizer(one, self.statistics) for one in self.state.optimizers],
-            "schedulers": [_scheduler(one) for one in self.state.schedulers],
-            "rng": list(self.state.rng),
-            "extras": [{"name": name, "value": describe(value)} for name, value in self.state.extras[:MAX_LISTED]],
+            "step": state.step,
+            "epoch": state.epoch,
+            "model": _weights_as_dict(state.weights),
+            "averages": [{"name": model.name, **_weights_as_dict((model,))} for model in averages[:MAX_LISTED]],
+            "optimizers": [self._optimizer_as_dict(optimizer) for optimizer in state.optimizers],
+            "schedulers": [_scheduler_as_dict(scheduler) for scheduler in state.schedulers],
+            "rng": list(state.rng),
+            "extras": [{"name": name, "value": describe(value)} for name, value in state.extras[:MAX_LISTED]],
             "globals": list(self.globals[:MAX_LISTED]),
-            "findings": [{"level": one.level, "text": one.text} for one in self.findings],
+            "findings": [{"level": finding.level, "text": finding.text} for finding in self.findings],
         }
         if self.tensors is not None:
-            result["tensors"] = [_tensor(name, tensor, self.statistics) for name, tensor in self.tensors.items()]
+            result["tensors"] = [self._tensor_as_dict(path, tensor) for path, tensor in self.tensors.items()]
         return result
 
-    def merge_statistics(self) -> dict[str, Statistics]:
-        """The statistics of each model's and each buffer's tensors, as if they were one."""
+    def merge_statistics(self) -> dict[str, TensorStatistics]:
+        """Return the statistics of each model's and each buffer's tensors, as if they were one."""
         from trackopt.analysis.summary.statistics import merge
 
         measured = self.statistics or {}
-        parts = {what: [measured[name] for name in names] for what, names in parts_of(self.state, measured).items()}
-        return {what: merge(some) for what, some in parts.items() if some}
+        parts = tensors_by_part(self.state, measured)
+        return {name: merge(measured[path] for path in paths) for name, paths in parts.items() if paths}
+
+    def _optimizer_as_dict(self, optimizer: Optimizer) -> JsonObject:
+        return {
+            "name": optimizer.name,
+            "class": optimizer.cls or None,
+            "evidence": optimizer.evidence,
+            "unknown": list(optimizer.unknown[:MAX_LISTED]),
+            "groups": [_group_as_dict(group) for group in optimizer.groups],
+            "buffers": {name: self._buffer_as_dict(optimizer, name) for name in optimizer.buffers},
+            "steps": {"min": optimizer.steps[0], "max": optimizer.steps[1]} if optimizer.steps else None,
+            "matching": optimizer.matching or None,
+            "parameters": [_parameter_as_dict(parameter) for parameter in optimizer.parameters[:MAX_LISTED]],
+            "unmatched": list(optimizer.unmatched[:MAX_LISTED]),
+        }
+
+    def _buffer_as_dict(self, optimizer: Optimizer, name: str) -> JsonObject:
+        tensors = optimizer.buffers[name].tensors.values()
+        facts = {
+            "tensors": len(tensors),
+            "elements": sum(tensor.elements for tensor in tensors),
+            "bytes": sum(tensor.nbytes for tensor in tensors),
+            "dtypes": count_dtypes(tensors),
+        }
+        if self.statistics is None:
+            return facts
+        from trackopt.analysis.summary.statistics import merge
+
+        paths = buffer_tensors(optimizer, name, self.statistics)
+        return facts | merge(self.statistics[path] for path in paths).as_dict()
+
+    def _tensor_as_dict(self, path: str, tensor: Tensor) -> JsonObject:
+        facts = {"name": path, "shape": list(tensor.shape), "dtype": tensor.dtype, "bytes": tensor.nbytes}
+        measured = (self.statistics or {}).get(path)
+        return facts | measured.as_dict() if measured is not None else facts
 
 
 def summarize(
@@ -88,15 +125,15 @@ def summarize(
     statistics: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Summary:
-    """Sum up a checkpoint.
+    """Summarize a checkpoint.
 
-    Checksums are read too if the file is small; of a large one only the structure is, in milliseconds.
+    Checksums are read only if the file is small; otherwise it takes milliseconds.
 
     Args:
         archive: An open archive.
-        tensors: Whether to list every tensor.
-        statistics: Whether to read every tensor and measure its values.
-        progress: Told the bytes that are measured and the bytes in all, from time to time.
+        tensors: List every tensor.
+        statistics: Read every tensor and measure its values.
+        progress: Called with the bytes measured and the bytes in all, from time to time.
 
     Example:
         >>> import tempfile, torch
@@ -107,7 +144,7 @@ def summarize(
         ...     summarize(archive).as_dict()["model"]
         {'tensors': 1, 'parameters': 6, 'bytes': 24, 'dtypes': {'float32': 6}}
     """
-    found, measured = state.read(archive), None
+    state, measured = training_state.read(archive), None
     if statistics:
         from trackopt.analysis.summary.statistics import measure
 
@@ -116,91 +153,50 @@ def summarize(
         path=str(archive.path),
         format=archive.format,
         bytes=archive.bytes,
-        state=found,
+        state=state,
         globals=archive.globals,
-        findings=tuple(findings(archive, found, measured)),
+        findings=tuple(find_findings(archive, state, measured)),
         tensors=dict(archive.tensors()) if tensors else None,
         statistics=measured,
     )
 
 
-def _framework(found: TrainingState) -> dict[str, str] | None:
-    return {"name": found.framework, "evidence": found.evidence} if found.framework is not None else None
-
-
-def _weights(models: tuple[Model, ...]) -> dict[str, Any]:
-    every = [tensor for model in models for tensor in model.tensors.values()]
+def _weights_as_dict(models: tuple[Model, ...]) -> JsonObject:
+    tensors = [tensor for model in models for tensor in model.tensors.values()]
     return {
-        "tensors": len(every),
+        "tensors": len(tensors),
         "parameters": sum(model.parameters for model in models),
         "bytes": sum(model.nbytes for model in models),
-        "dtypes": dtypes(every),
+        "dtypes": count_dtypes(tensors),
     }
 
 
-def _optimizer(one: Optimizer, statistics: dict[str, Statistics] | None) -> dict[str, Any]:
+def _group_as_dict(group: Group) -> JsonObject:
     return {
-        "name": one.name,
-        "class": one.cls or None,
-        "evidence": one.evidence,
-        "unknown": list(one.unknown[:MAX_LISTED]),
-        "groups": [
-            {
-                "name": group.name,
-                "parameters": group.elements,
-                "tensors": len(group.parameters),
-                **group.hyperparameters,
-            }
-            for group in one.groups
-        ],
-        "buffers": {
-            name: {
-                "tensors": len(buffer.tensors),
-                "elements": sum(tensor.elements for tensor in buffer.tensors.values()),
-                "bytes": sum(tensor.nbytes for tensor in buffer.tensors.values()),
-                "dtypes": dtypes(buffer.tensors.values()),
-                **_merge_statistics(one, name, statistics),
-            }
-            for name, buffer in one.buffers.items()
-        },
-        "steps": {"min": one.steps[0], "max": one.steps[1]} if one.steps else None,
-        "matching": one.matching or None,
-        "parameters": [_parameter(parameter) for parameter in one.parameters[:MAX_LISTED]],
-        "unmatched": list(one.unmatched[:MAX_LISTED]),
+        "name": group.name,
+        "parameters": group.elements,
+        "tensors": len(group.parameters),
+        **group.hyperparameters,
     }
 
 
-def _parameter(one: Parameter) -> dict[str, Any]:
+def _parameter_as_dict(parameter: Parameter) -> JsonObject:
     return {
-        "id": one.id,
-        "name": one.name,
-        "group": one.group,
-        "shape": list(one.shape) if one.shape is not None else None,
-        "buffers": list(one.buffers),
+        "id": parameter.id,
+        "name": parameter.name,
+        "group": parameter.group,
+        "shape": list(parameter.shape) if parameter.shape is not None else None,
+        "buffers": list(parameter.buffers),
     }
 
 
-def _scheduler(one: Scheduler) -> dict[str, Any]:
+def _scheduler_as_dict(scheduler: Scheduler) -> JsonObject:
     return {
-        "name": one.name,
-        "class": one.cls or None,
-        "evidence": one.evidence,
-        "unknown": list(one.unknown[:MAX_LISTED]),
-        "last_epoch": one.last_epoch,
-        "last_lr": list(one.last_lr),
-        "agrees": one.lr_matches_optimizer,
+        "name": scheduler.name,
+        "class": scheduler.cls or None,
+        "evidence": scheduler.evidence,
+        "unknown": list(scheduler.unknown[:MAX_LISTED]),
+        "last_epoch": scheduler.last_epoch,
+        "last_lr": list(scheduler.last_lr),
+        "agrees": scheduler.lr_matches_optimizer,
     }
-
-
-def _tensor(name: str, tensor: Tensor, statistics: dict[str, Statistics] | None) -> dict[str, Any]:
-    facts = {"name": name, "shape": list(tensor.shape), "dtype": tensor.dtype, "bytes": tensor.nbytes}
-    return facts | (statistics[name].as_dict() if statistics and name in statistics else {})
-
-
-def _merge_statistics(one: Optimizer, buffer: str, statistics: dict[str, Statistics] | None) -> dict[str, float]:
-    """The statistics of all of a buffer's tensors, as if they were one."""
-    if statistics is None:
-        return {}
-    from trackopt.analysis.summary.statistics import merge
-
-    return merge(statistics[name] for name in of_buffer(one, buffer, statistics)).as_dict()

@@ -1,1 +1,1 @@
-"""The backends that a journal is delivered to, one in each file."""
+"""The backends that a journal is delivered to, one per file."""

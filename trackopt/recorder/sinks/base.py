@@ -1,4 +1,4 @@
-"""What a sink is: the place where one backend receives a run's records."""
+"""The interface of a sink: a backend that receives a run's records."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ if TYPE_CHECKING:
 
 
 class Sink(ABC):
-    """One backend. Whatever it raises is told to the user once; delivery is tried again from the last cursor.
+    """A backend. If a method raises, the user is warned, and the delivery is repeated from the last cursor.
 
     Attributes:
-        supports_truncation: Whether it can take back what it was given, as a resumed run needs it. A sink that cannot
-            is given each point once, and is told when a replayed value differs.
+        supports_truncation: Whether the sink can drop what it received, as a resume requires. Any other sink must
+            store a repeated record once, and receives no superseding values.
     """
 
     supports_truncation: bool
 
     @abstractmethod
     def begin(self, marker: Line) -> None:
-        """An attempt begins at a ``start`` or ``resume``; a sink that rewinds forgets what is behind its step."""
+        """Begin an attempt at a ``start`` or ``resume`` marker; a sink that truncates drops later steps."""
 
     @abstractmethod
     def write(self, records: Sequence[Line]) -> None:
-        """Take records in the order of the journal; they are safe in the backend on return."""
+        """Store records, in the order of the journal, before returning."""
 
     @abstractmethod
     def finish(self, status: str) -> None:
-        """Nothing more comes for now: the run is ``FINISHED``, ``FAILED`` or ``KILLED``."""
+        """Store the run's status: ``FINISHED``, ``FAILED`` or ``KILLED``. A resume may follow."""
 
     def diverged(self, step: int) -> None:
-        """A resumed run measured another value at ``step`` than the one that was delivered and cannot be taken back."""
+        """Note that a resumed run measured other values at ``step`` than those that were delivered."""
 
     def close(self) -> None:
-        """Let go of files and connections; what was written stays."""
+        """Close files and connections."""

@@ -1,9 +1,10 @@
-"""Checkpoints on their way to the artifacts of the run's MLflow run, beside what the sinks get."""
+"""Upload checkpoints to the artifacts of the run's MLflow run, in the background of the sinks."""
 
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from mlflow import MlflowClient
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
@@ -14,7 +15,7 @@ from mlflow.utils.rest_utils import http_request
 
 from trackopt import journal
 from trackopt.errors import RunError
-from trackopt.rundir.directory import read_identity
+from trackopt.rundir.identity import read_identity
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -22,61 +23,70 @@ if TYPE_CHECKING:
 
     from mlflow.store.artifact.artifact_repo import ArtifactRepository
 
-_CONNECT_TIMEOUT_S = 20.0  # seconds in which a server takes nothing
-_MIN_BYTES_PER_S = 4 << 20  # bytes in a second with which it puts away what it took, before it answers
+    from trackopt.recorder.cursor import UploadCursor
+
+_CONNECT_TIMEOUT_S = 20.0
+_MIN_BYTES_PER_S = 4 << 20  # at which a server stores a file before it answers
 
 
 class ArtifactUploader:
-    """One thread at a time uploads what the journal says was committed, in that order.
+    """Upload committed checkpoints in the order of the journal, in one background thread.
 
-    The cursor's ``offset`` moves, and is saved, when a checkpoint has arrived. One that is broken off begins anew, and
-    takes the place of what has come of it.
+    The cursor moves, and is saved, after each checkpoint. An interrupted upload is repeated and replaces the partial
+    one.
 
     Args:
         directory: The run's directory.
         cursor: Where an earlier recorder stopped.
-        tell: Called with a line that the user should see.
-        save: Called when the cursor has moved.
+        notify: Called with messages for the user.
+        save_cursor: Called when the cursor has moved.
+
+    Attributes:
+        cursor: What has been uploaded.
     """
 
     def __init__(
-        self, directory: Path, cursor: dict[str, Any] | None, tell: Callable[[str], None], save: Callable[[], None]
+        self, directory: Path, cursor: UploadCursor, notify: Callable[[str], None], save_cursor: Callable[[], None]
     ) -> None:
-        self.cursor: dict[str, Any] = {"offset": 0, "finished": False, **(cursor or {})}
+        self.cursor = cursor
         self._directory = directory
-        self._tell = tell
-        self._save = save
-        self._limit = 0
+        self._notify = notify
+        self._save_cursor = save_cursor
+        self._until = 0
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
 
-    def deliver(self, limit: int) -> bool | None:
-        """Upload what is committed in the first ``limit`` bytes of the journal; ``False`` once an upload went well.
+    def deliver(self, until: int) -> bool | None:
+        """Start to upload the checkpoints committed before the journal's offset ``until``.
 
-        ``None`` says that one goes on. What it raised comes from the next call.
+        Returns:
+            ``None`` while an upload is running, ``False`` when the previous one has succeeded.
+
+        Raises:
+            Exception: Whatever the previous upload raised.
         """
-        self._limit = limit
+        self._until = until
         result = None
         if self._thread is not None:
             if self._thread.is_alive():
                 return None
             self._join()
             result = False
-        if self.cursor["offset"] >= limit:
+        if self.cursor.offset >= until:
             return False
-        self._thread = threading.Thread(target=self._run, args=(limit,), name="trackopt-upload", daemon=True)
+        self._thread = threading.Thread(target=self._run, args=(until,), name="trackopt-upload", daemon=True)
         self._thread.start()
         return result
 
     def finish(self) -> None:
-        """Wait for what is on its way, and upload what has come to it meanwhile."""
+        """Wait for the running upload, and upload the checkpoints committed meanwhile."""
         self._join()
-        if self.cursor["offset"] < self._limit:
-            self._upload_all(self._limit)
-        self.cursor = {**self.cursor, "finished": True}
+        if self.cursor.offset < self._until:
+            self._upload_all(self._until)
+        self.cursor = replace(self.cursor, finished=True)
 
     def close(self) -> None:
-        """Leave what is on its way to itself; it ends with the process."""
+        """Abandon the running upload, which ends with the process."""
 
     def _join(self) -> None:
         thread, self._thread = self._thread, None
@@ -86,73 +96,74 @@ class ArtifactUploader:
         if error is not None:
             raise error
 
-    def _run(self, limit: int) -> None:
+    def _run(self, until: int) -> None:
         try:
-            self._upload_all(limit)
-        except Exception as error:  # noqa: BLE001 - it is raised where the recorder hears it
+            self._upload_all(until)
+        except Exception as error:  # noqa: BLE001 - raised again by the recorder's next call
             self._error = error
 
-    def _upload_all(self, limit: int) -> None:
-        waiting, end = self._pending_checkpoints(limit)
-        gone = []
+    def _upload_all(self, until: int) -> None:
+        checkpoints, end_offset = self._pending_checkpoints(until)
+        deleted = []
         try:
-            for path, behind in waiting.items():
+            for path, offset in checkpoints.items():
                 if not self._upload(path):
-                    gone.append(path)
-                self._advance_cursor(behind)
-            self._advance_cursor(end)
+                    deleted.append(path)
+                self._advance_cursor(offset)
+            self._advance_cursor(end_offset)
         finally:
-            if gone:
-                which = f"{gone[0]} and {len(gone) - 1} more" if gone[1:] else gone[0]
-                self._tell(f"{which} had been let go before the upload came to it; a larger `keep` gives it more time")
+            if deleted:
+                names = f"{deleted[0]} and {len(deleted) - 1} more" if deleted[1:] else deleted[0]
+                self._notify(f"{names}: deleted by `keep` before the upload; increase `keep` to allow more time")
 
-    def _pending_checkpoints(self, limit: int) -> tuple[dict[str, int], int]:
-        """Paths of checkpoints, each with the end of the line that told it last; and the end of the last line."""
-        waiting: dict[str, tuple[int, int]] = {}
-        end = self.cursor["offset"]
-        for line in journal.read(self._directory / journal.NAME, end):
-            if line.end_offset > limit:
+    def _pending_checkpoints(self, until: int) -> tuple[dict[str, int], int]:
+        """Return the checkpoints to upload, each with the offset after it, and the offset after the last line."""
+        pending: dict[str, tuple[int, int]] = {}  # step and offset by path
+        end_offset = self.cursor.offset
+        for line in journal.read(self._directory / journal.NAME, end_offset):
+            if line.end_offset > until:
                 break
-            end = line.end_offset
-            if line.event == "resume":  # those behind its step are of a future that was given up
-                waiting = {path: one for path, one in waiting.items() if one[0] <= line.step}
+            end_offset = line.end_offset
+            if line.event == "resume":  # it superseded the checkpoints of later steps
+                pending = {path: (step, offset) for path, (step, offset) in pending.items() if step <= line.step}
             elif line.event == "checkpoint":
-                waiting.pop(line.details["path"], None)
-                waiting[line.details["path"]] = (line.step, line.end_offset)
-        return {path: behind for path, (_, behind) in waiting.items()}, end
+                pending.pop(line.details["path"], None)  # the latest commit decides the order
+                pending[line.details["path"]] = (line.step, line.end_offset)
+        return {path: offset for path, (_, offset) in pending.items()}, end_offset
 
-    def _repository(self) -> ArtifactRepository:
-        target = read_identity(self._directory)["mlflow"]
-        if "run_id" not in target:
-            raise RunError("it has no MLflow run yet")
-        artifacts = MlflowClient(tracking_uri=target["tracking_uri"]).get_run(target["run_id"]).info.artifact_uri
-        return get_artifact_repository(artifacts, tracking_uri=target["tracking_uri"])
+    def _open_repository(self) -> ArtifactRepository:
+        target = read_identity(self._directory).mlflow
+        if target.run_id is None:
+            raise RunError("the MLflow run does not exist yet")
+        artifact_uri = MlflowClient(tracking_uri=target.tracking_uri).get_run(target.run_id).info.artifact_uri
+        return get_artifact_repository(artifact_uri, tracking_uri=target.tracking_uri)
 
     def _upload(self, path: str) -> bool:
-        """Whether it was still there. A directory's files go in the order in which they were written."""
-        place, repository = self._directory / path, self._repository()
+        """Upload a checkpoint; return whether it still exists. A directory's files keep the order of their writing."""
+        checkpoint, repository = self._directory / path, self._open_repository()
         try:
-            files = [one for one in place.rglob("*") if one.is_file()] if place.is_dir() else [place]
-            for file in sorted(files, key=lambda one: one.stat().st_mtime_ns):
-                _put(repository, file, str(file.parent.relative_to(self._directory)))
+            files = [file for file in checkpoint.rglob("*") if file.is_file()] if checkpoint.is_dir() else [checkpoint]
+            for file in sorted(files, key=lambda file: file.stat().st_mtime_ns):
+                _upload_file(repository, file, str(file.parent.relative_to(self._directory)))
         except FileNotFoundError:
-            if place.exists():
+            if checkpoint.exists():
                 raise
             return False
         return bool(files)
 
     def _advance_cursor(self, offset: int) -> None:
-        self.cursor = {**self.cursor, "offset": offset, "finished": False}
-        self._save()
+        self.cursor = replace(self.cursor, offset=offset, finished=False)
+        self._save_cursor()
 
 
-def _put(repository: ArtifactRepository, file: Path, folder: str) -> None:
+def _upload_file(repository: ArtifactRepository, file: Path, folder: str) -> None:
     if not isinstance(repository, HttpArtifactRepository):
         repository.log_artifact(str(file), folder)
         return
-    # The time-out that the recorder has set for MLflow is one for metrics: a server that hands a file on to a store
-    # answers when it has.
-    patience = (_CONNECT_TIMEOUT_S, _CONNECT_TIMEOUT_S + file.stat().st_size / _MIN_BYTES_PER_S)
+    # The timeout that the recorder sets for MLflow suits metrics: a server that forwards a file to a store answers
+    # only after it has stored it.
+    read_timeout = _CONNECT_TIMEOUT_S + file.stat().st_size / _MIN_BYTES_PER_S
+    credentials, endpoint = get_default_host_creds(repository.artifact_uri), f"/{folder}/{file.name}"
     with file.open("rb") as data:
-        creds, place = get_default_host_creds(repository.artifact_uri), f"/{folder}/{file.name}"
-        augmented_raise_for_status(http_request(creds, place, "PUT", data=data, timeout=patience))
+        response = http_request(credentials, endpoint, "PUT", data=data, timeout=(_CONNECT_TIMEOUT_S, read_timeout))
+    augmented_raise_for_status(response)

@@ -1,39 +1,45 @@
-"""What MLflow says about a run: where it is, and the command lines that resume it, repeat it and show it."""
+"""The description of a run in MLflow: its directory, and the commands that resume, reproduce and inspect it."""
 
 from __future__ import annotations
 
 import shlex
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-_LONGEST = 2000  # letters of a command line; MLflow takes 8,000 for the whole
+    from trackopt.rundir.identity import RunIdentity
+
+_MAX_COMMAND_CHARS = 2000  # MLflow takes 8,000 for the whole description
 
 
-def run_description(directory: Path, identity: dict[str, Any]) -> str:
-    """A run's description, in Markdown. Of its environment it tells nothing.
+def run_description(directory: Path, identity: RunIdentity) -> str:
+    """Return a run's description in Markdown. It contains no environment variables of the run.
 
     Args:
         directory: The run's directory.
-        identity: What its ``run.json`` says.
+        identity: The contents of its ``run.json``.
     """
-    home = f"cd {shlex.quote(identity['working_directory'])}"
-    command = identity["command"]
-    if len(command) > _LONGEST:
-        command = f"{command[:_LONGEST]} …"
-    there, again, above = (
+    change_directory = f"cd {shlex.quote(identity.working_directory)}"
+    command = identity.command
+    if len(command) > _MAX_COMMAND_CHARS:
+        command = f"{command[:_MAX_COMMAND_CHARS]} …"
+    run, fresh, parent = (
         shlex.quote(str(path)) for path in (directory, directory.with_name(f"{directory.name}-again"), directory.parent)
     )
     return "\n".join(
         [
-            f"The training **{identity['name']}**, logged at every step by trackopt from `{directory}`.",
-            *_code_block("Resume it from its newest checkpoint:", home, f"TRACKOPT_DIR={there} {command}"),
-            *_code_block("Reproduce it from the start, in a fresh directory:", home, f"TRACKOPT_DIR={again} {command}"),
-            *_code_block("Look at it:", f"trackopt inspect {there}", f"trackopt plot {there}", f"trackopt ui {above}"),
+            f"The training **{identity.name}**, logged at every step by trackopt from `{directory}`.",
+            *_code_block("Resume it from its newest checkpoint:", change_directory, f"TRACKOPT_DIR={run} {command}"),
+            *_code_block(
+                "Reproduce it from the start, in a fresh directory:",
+                change_directory,
+                f"TRACKOPT_DIR={fresh} {command}",
+            ),
+            *_code_block("Inspect it:", f"trackopt inspect {run}", f"trackopt plot {run}", f"trackopt ui {parent}"),
         ]
     )
 
 
-def _code_block(head: str, *lines: str) -> list[str]:
-    return ["", head, "", "```", *lines, "```"]
+def _code_block(heading: str, *lines: str) -> list[str]:
+    return ["", heading, "", "```", *lines, "```"]

@@ -1,108 +1,86 @@
-"""TensorBoard's event file, written byte by byte: many values in one event, and a checksum that the processor computes.
+"""Encode event records: TensorBoard's own messages, framed as its event files frame them.
 
-The package's own writer takes 76 µs for the checksum of an event of 20 scalars, and importing it costs memory. The
-format is that of TensorFlow's ``event.proto``, ``summary.proto`` and ``record_writer.h``: each record is its length
-(u64), the length's masked CRC-32C, the data, and the data's.
+A record is the length of its data (u64), the masked CRC-32C of that length, the data, and the masked CRC-32C of the
+data (TensorFlow's ``record_writer.h``). TensorBoard's own writer computes the checksum in Python: 76 µs for an event
+of 20 scalars.
 """
 
 from __future__ import annotations
 
-import math
 import struct
-from functools import cache
 from typing import TYPE_CHECKING
 
 import google_crc32c
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import DATA_CLASS_TENSOR, HistogramProto, Summary, SummaryMetadata
+from tensorboard.compat.proto.tensor_pb2 import TensorProto
+from tensorboard.compat.proto.types_pb2 import DT_FLOAT, DT_STRING
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from trackopt.journal import Histogram
 
-_VERSION = b"\x1a\x0dbrain.Event:2"
-_START = b"\x3a\x02\x08\x01"  # SessionLog.START
-_NO_TENSOR = b"\x08\x01\x12\x02\x12\x00"  # float32, of shape (0,)
-_TEXT = b"\x08\x07\x12\x00"  # a single string
-_IS_TENSOR = b"\x20\x02"  # DATA_CLASS_TENSOR
+_EMPTY_TENSOR = TensorProto(dtype=DT_FLOAT, tensor_shape={"dim": [{"size": 0}]})
+_UINT32_MAX = 0xFFFFFFFF
 
 
-def version(when: float) -> bytes:
-    """The record that a file begins with."""
-    return _record(_event(when, 0, _VERSION))
+def encode_version(time: float) -> bytes:
+    """Return the first record of an event file."""
+    return _frame(Event(wall_time=time, file_version="brain.Event:2"))
 
 
-def start(when: float, step: int) -> bytes:
-    """A record at whose sight readers drop what earlier files hold from ``step`` on."""
-    return _record(_event(when, step, _START))
+def encode_session_start(time: float, step: int) -> bytes:
+    """Return a record that makes readers drop what earlier files hold from ``step`` on."""
+    return _frame(Event(wall_time=time, step=step, session_log=SessionLog(status=SessionLog.START)))
 
 
-def summary(when: float, step: int, scalars: Mapping[str, float], histograms: Mapping[str, Histogram]) -> bytes:
-    """The record with all values of one step."""
-    values = [_scalar(tag) + _float32(value) for tag, value in scalars.items()]
-    values += [field(0x0A, field(0x0A, tag.encode()) + field(0x2A, _histogram(h))) for tag, h in histograms.items()]
-    return _record(_event(when, step, field(0x2A, b"".join(values))))
+def encode_summary(
+    time: float, step: int, scalars: Mapping[str, float], histograms: Mapping[str, Histogram] | None = None
+) -> bytes:
+    """Return one record with all scalars and histograms of a step."""
+    event = Event(wall_time=time, step=step)
+    values = event.summary.value
+    for tag, number in scalars.items():
+        value = values.add()  # setting the fields takes half the time of passing them as arguments
+        value.tag = tag
+        value.simple_value = number
+    for tag, histogram in (histograms or {}).items():
+        values.add(tag=tag, histo=_make_histogram(histogram))
+    return _frame(event)
 
 
-def plugin_summary(when: float, plugin: str, tag: str, *, content: bytes = b"", text: bytes | None = None) -> bytes:
-    """The record that a plugin is configured by, at step 0.
+def encode_plugin_summary(
+    time: float, plugin: str, tag: str, *, content: bytes = b"", text: bytes | None = None
+) -> bytes:
+    """Return a record of step 0 that configures a plugin.
 
-    Readers keep the first ``content`` of a tag for good, and the latest ``text``.
+    Readers keep the first ``content`` of a tag and the latest ``text``.
     """
-    tensor = _NO_TENSOR if text is None else _TEXT + field(0x42, text)
-    data = field(0x0A, plugin.encode()) + (field(0x12, content) if content else b"")
-    metadata = field(0x0A, data) + _IS_TENSOR
-    value = field(0x0A, tag.encode()) + field(0x42, tensor) + field(0x4A, metadata)
-    return _record(_event(when, 0, field(0x2A, field(0x0A, value))))
+    tensor = _EMPTY_TENSOR if text is None else TensorProto(dtype=DT_STRING, tensor_shape={}, string_val=[text])
+    plugin_data = SummaryMetadata.PluginData(plugin_name=plugin, content=content)
+    metadata = SummaryMetadata(plugin_data=plugin_data, data_class=DATA_CLASS_TENSOR)
+    return _frame(Event(wall_time=time, summary={"value": [Summary.Value(tag=tag, metadata=metadata, tensor=tensor)]}))
 
 
-def field(key: int, content: bytes) -> bytes:
-    """A field of a message: its key (number and wire type 2), its length, and what is in it."""
-    return bytes([key]) + _varint(len(content)) + content
+def _make_histogram(histogram: Histogram) -> HistogramProto:
+    return HistogramProto(
+        min=histogram.min,
+        max=histogram.max,
+        num=histogram.num,
+        sum=histogram.sum,
+        sum_squares=histogram.sum_squares,
+        bucket_limit=histogram.limits,
+        bucket=histogram.counts,
+    )
 
 
-def _record(data: bytes) -> bytes:
+def _frame(event: Event) -> bytes:
+    data: bytes = event.SerializeToString()
     length = struct.pack("<Q", len(data))
-    return length + _masked_crc(length) + data + _masked_crc(data)
+    return length + _masked_crc32c(length) + data + _masked_crc32c(data)
 
 
-def _masked_crc(data: bytes) -> bytes:
+def _masked_crc32c(data: bytes) -> bytes:
     crc = google_crc32c.value(data)
-    return struct.pack("<L", ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)
-
-
-def _event(when: float, step: int, content: bytes) -> bytes:
-    number = b"\x10" + _varint(step) if step else b""  # zero goes without saying
-    return b"\x09" + struct.pack("<d", when) + number + content
-
-
-@cache
-def _scalar(tag: str) -> bytes:
-    """A value up to its number."""
-    value = field(0x0A, tag.encode()) + b"\x15"
-    return b"\x0a" + _varint(len(value) + 4) + value
-
-
-def _float32(value: float) -> bytes:
-    try:
-        return struct.pack("<f", value)
-    except OverflowError:
-        return struct.pack("<f", math.copysign(math.inf, value))
-
-
-def _histogram(histogram: Histogram) -> bytes:
-    numbers = (histogram.min, histogram.max, histogram.num, histogram.sum, histogram.sum_squares)
-    content = b"".join(struct.pack("<Bd", number << 3 | 1, value) for number, value in enumerate(numbers, 1))
-    return content + field(0x32, _doubles(histogram.limits)) + field(0x3A, _doubles(histogram.counts))
-
-
-def _doubles(values: list[float]) -> bytes:
-    return struct.pack(f"<{len(values)}d", *values)
-
-
-def _varint(number: int) -> bytes:
-    encoded = bytearray()
-    while number > 0x7F:
-        encoded.append(number & 0x7F | 0x80)
-        number >>= 7
-    encoded.append(number)
-    return bytes(encoded)
+    return struct.pack("<L", ((crc >> 15 | crc << 17) + 0xA282EAD8) & _UINT32_MAX)

@@ -1,112 +1,118 @@
-"""What TensorBoard is told beside the series themselves: the charts of its custom scalars, and the table of HPARAMS.
-
-The messages are those of TensorBoard's ``layout.proto`` and ``plugin_data.proto``, encoded like the events.
-"""
+"""Records for TensorBoard's plugins: the charts of Custom Scalars and the table of HParams."""
 
 from __future__ import annotations
 
 import math
 import re
-import struct
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from tensorboard.plugins.custom_scalar.layout_pb2 import (
+    Category,
+    Chart,
+    Layout,
+    MarginChartContent,
+    MultilineChartContent,
+)
+from tensorboard.plugins.hparams.api_pb2 import STATUS_SUCCESS
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData, SessionEndInfo, SessionStartInfo
+
 from trackopt import journal
-from trackopt.recorder.sinks import tensorboard_events
-from trackopt.recorder.sinks.tensorboard_events import field
+from trackopt.recorder.sinks.tensorboard_events import encode_plugin_summary
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
     from pathlib import Path
 
 _MEAN, _STD = ".mean", ".std"
-_LOSS = re.compile("(?i)^[^/]*loss[^/]*$")
-_RATES = "^lr/"
-_SUCCESS = b"\x08\x01"
+_LOSS_PATTERN = re.compile("(?i)^[^/]*loss[^/]*$")
+_LR_PATTERN = "^lr/"
 
 
-def buffers(metrics: Mapping[str, float]) -> Iterator[str]:
-    """The buffers whose mean and standard deviation a record holds, like ``exp_avg/group0``."""
+def find_buffers(metrics: Mapping[str, float]) -> Iterator[str]:
+    """Yield the buffers, like ``exp_avg/group0``, whose mean and standard deviation are in a record."""
     for key in metrics:
         name = key.removesuffix(_MEAN)
         if name != key and "/" in name and name + _STD in metrics:
             yield name
 
 
-def bounds(name: str, metrics: Mapping[str, float]) -> dict[str, float]:
-    """The ends of a buffer's margin: one standard deviation below its mean, and above."""
-    low, high = _ends(name)
-    mean, std = metrics[name + _MEAN], metrics[name + _STD]
-    return {low: mean - std, high: mean + std}
+def compute_margin(buffer: str, metrics: Mapping[str, float]) -> dict[str, float]:
+    """Return the two margin series of a buffer: its mean minus and plus one standard deviation."""
+    lower, upper = _margin_keys(buffer)
+    mean, std = metrics[buffer + _MEAN], metrics[buffer + _STD]
+    return {lower: mean - std, upper: mean + std}
 
 
-def layout(when: float, names: Iterable[str]) -> bytes:
-    """The record that lays out the custom scalars: losses, learning rates, and a margin chart for each buffer."""
-    lines = [_chart("loss", 0x12, field(0x0A, _LOSS.pattern.encode()))]
-    lines.append(_chart("learning rate", 0x12, field(0x0A, _RATES.encode())))
-    margins = [_chart(f"{name}: mean ± std", 0x1A, field(0x0A, _series(name))) for name in names]
-    content = _category("loss and learning rate", lines) + _category("buffers", margins)
-    return tensorboard_events.plugin_summary(when, "custom_scalars", "custom_scalars__config__", text=content)
+def encode_layout(time: float, buffers: Iterable[str]) -> bytes:
+    """Return the record with the Custom Scalars charts: losses, learning rates, and a margin chart per buffer."""
+    lines = [
+        Chart(title=title, multiline=MultilineChartContent(tag=[pattern]))
+        for title, pattern in (("loss", _LOSS_PATTERN.pattern), ("learning rate", _LR_PATTERN))
+    ]
+    categories = [
+        Category(title="loss and learning rate", chart=lines),
+        Category(title="buffers", chart=[_make_margin_chart(buffer) for buffer in buffers]),
+    ]
+    text = Layout(category=categories).SerializeToString()
+    return encode_plugin_summary(time, "custom_scalars", "custom_scalars__config__", text=text)
 
 
-def session_start(when: float, group: str, params: Mapping[str, Any]) -> bytes:
-    """The record with a run's hyperparameters."""
-    known = {key: value for key, value in sorted(params.items()) if isinstance(value, (str, int, float))}
-    entries = (field(0x0A, field(0x0A, key.encode()) + field(0x12, _value(value))) for key, value in known.items())
-    info = b"".join(entries) + field(0x22, group.encode()) + b"\x29" + struct.pack("<d", when)
-    return tensorboard_events.plugin_summary(when, "hparams", "_hparams_/session_start_info", content=field(0x1A, info))
+def encode_hparams_start(time: float, group: str, params: Mapping[str, Any]) -> bytes:
+    """Return the record with a run's hyperparameters; values that are neither number nor string are omitted."""
+    info = SessionStartInfo(group_name=group, start_time_secs=time)
+    for key, value in params.items():
+        if isinstance(value, str):
+            info.hparams[key].string_value = value
+        elif isinstance(value, (int, float)):
+            info.hparams[key].number_value = value
+    return _encode_hparams(time, "session_start_info", info)
 
 
-def session_end(when: float) -> bytes:
-    """The record that says that a run came to its end."""
-    info = _SUCCESS + b"\x11" + struct.pack("<d", when)
-    return tensorboard_events.plugin_summary(when, "hparams", "_hparams_/session_end_info", content=field(0x22, info))
+def encode_hparams_end(time: float) -> bytes:
+    """Return the record that marks a run as finished."""
+    return _encode_hparams(time, "session_end_info", SessionEndInfo(status=STATUS_SUCCESS, end_time_secs=time))
 
 
-def results(path: Path, *, resumed: bool) -> tuple[int, float, dict[str, float]]:
-    """The last step of a journal, its time, and what came of the run: the best and the last value of each loss.
+def summarize_losses(path: Path, *, resumed: bool) -> journal.Line:
+    """Return a record of a run's last step that holds the best and final value of each loss.
 
-    HPARAMS shows the first five series by their names, and so these begin with a capital letter.
+    HParams shows the first five series by name, so these names begin with a capital letter.
 
     Args:
         path: The journal.
-        resumed: Whether there may be records that do not count; a journal without needs next to no memory.
+        resumed: Whether the run was resumed, so that some records may be superseded. Without a resume the journal
+            is read line by line and needs almost no memory.
     """
-    step, when, found = 0, 0.0, dict[str, float]()
-    lines = _losses(path)
+    step, time, scalars = 0, 0.0, dict[str, float]()
+    lines = _read_losses(path)
     for line in journal.effective(lines) if resumed else (line for line in lines if line.event is None):
-        step, when = line.step, line.time
+        step, time = line.step, line.time
         for key, value in line.metrics.items():
-            found[f"Result/final {key}"] = value
+            scalars[f"Result/final {key}"] = value
             if math.isfinite(value):
-                found[f"Result/best {key}"] = min(value, found.get(f"Result/best {key}", math.inf))
-    return step, when, found
+                scalars[f"Result/best {key}"] = min(value, scalars.get(f"Result/best {key}", math.inf))
+    return journal.Line(step, time, scalars)
 
 
-def _losses(path: Path) -> Iterator[journal.Line]:
-    """The lines with nothing but the losses."""
+def _read_losses(path: Path) -> Iterator[journal.Line]:
+    """Yield the journal's lines with their losses only."""
     for line in journal.read(path):
-        losses = {key: value for key, value in line.metrics.items() if _LOSS.match(key)}
+        losses = {key: value for key, value in line.metrics.items() if _LOSS_PATTERN.match(key)}
         yield replace(line, metrics=losses, histograms={})
 
 
-def _ends(name: str) -> tuple[str, str]:
-    stem = f"margin/{name.replace('/', '.')}"
+def _margin_keys(buffer: str) -> tuple[str, str]:
+    stem = f"margin/{buffer.replace('/', '.')}"
     return f"{stem}.mean-std", f"{stem}.mean+std"
 
 
-def _series(name: str) -> bytes:
-    keys = (name + _MEAN, *_ends(name))
-    return b"".join(field(number, key.encode()) for number, key in zip((0x0A, 0x12, 0x1A), keys, strict=True))
+def _make_margin_chart(buffer: str) -> Chart:
+    lower, upper = _margin_keys(buffer)
+    series = MarginChartContent.Series(value=buffer + _MEAN, lower=lower, upper=upper)
+    return Chart(title=f"{buffer}: mean ± std", margin=MarginChartContent(series=[series]))
 
 
-def _chart(title: str, kind: int, content: bytes) -> bytes:
-    return field(0x12, field(0x0A, title.encode()) + field(kind, content))
-
-
-def _category(title: str, charts: Iterable[bytes]) -> bytes:
-    return field(0x12, field(0x0A, title.encode()) + b"".join(charts))
-
-
-def _value(value: str | float) -> bytes:
-    return field(0x1A, value.encode()) if isinstance(value, str) else b"\x11" + struct.pack("<d", value)
+def _encode_hparams(time: float, kind: str, info: SessionStartInfo | SessionEndInfo) -> bytes:
+    content = HParamsPluginData(**{kind: info}).SerializeToString(deterministic=True)  # hyperparameters are a map
+    return encode_plugin_summary(time, "hparams", f"_hparams_/{kind}", content=content)

@@ -1,0 +1,58 @@
+"""Train with FSDP2, tracked and resumable; parameters, gradients and optimizer state are sharded over the ranks.
+
+torchrun --nproc-per-node=2 train_fsdp.py    # on GPUs if there are some; kill it and run it again: it resumes
+"""
+
+import os
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data.distributed import DistributedSampler
+
+import trackopt
+
+
+def circle():
+    """2,000 points in a square, labelled by whether they lie in a circle; the same on every rank."""
+    points = torch.rand(2000, 2, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    return TensorDataset(points, (points.norm(dim=1) < 0.8).long())
+
+
+def main():
+    dist.init_process_group()  # before wrap()
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    torch.manual_seed(0)  # every rank builds the same model, of which it keeps its shard
+    model = nn.Sequential(nn.Linear(2, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 2)).to(device)
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    for layer in model:
+        if isinstance(layer, nn.Linear):
+            fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)  # after fully_shard()
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=160)
+    data = circle()
+    loader = DataLoader(data, batch_size=32, sampler=DistributedSampler(data))
+
+    run = trackopt.wrap(optimizer, scheduler, model=model, dir="runs/fsdp", save_every=20)
+    for epoch in run.epochs(5):
+        loader.sampler.set_epoch(epoch)
+        for points, labels in run.batches(loader):
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(model(points.to(device)), labels.to(device))
+            loss.backward()
+            optimizer.step()
+            scheduler.step()
+            run.log(mean_loss=loss, reduce="mean")  # the mean over all ranks
+    run.close()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

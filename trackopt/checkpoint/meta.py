@@ -1,0 +1,192 @@
+"""The entry ``trackopt`` of a checkpoint: where the run stood, and which objects the states belong to."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from trackopt.training.objects import class_name, dtype_name, versions
+from trackopt.training.sharding import inner_optimizer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch import nn
+
+    from trackopt.training.objects import Training
+
+KEY = "trackopt"
+FORMAT = 1
+_TELEMETRY_KEYS = ("observers", "pending", "turns")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class RankState:
+    """The state of one rank that differs from rank 0's.
+
+    Attributes:
+        rng: Its global random generators.
+        stateful: Its states of the user's objects, by keyword.
+        position: Its position in the data.
+        pending: Its logged metrics that no record holds yet.
+    """
+
+    rng: Mapping[str, Any]
+    stateful: Mapping[str, Any]
+    position: dict[str, Any]
+    pending: Mapping[str, Any]
+
+    @classmethod
+    def from_dict(cls, entry: Mapping[str, Any]) -> RankState:
+        """Read an element of ``ranks``."""
+        return cls(entry["rng"], entry["stateful"], **entry["meta"])
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return an element of ``ranks``."""
+        own = {"position": self.position, "pending": self.pending}
+        return {"rng": self.rng, "stateful": self.stateful, "meta": own}
+
+
+@dataclass(frozen=True)
+class RunProgress:
+    """Where a run stands.
+
+    Attributes:
+        run_id: The run's id.
+        name: The run's name.
+        step: Completed optimizer steps.
+        epoch: The epoch that a resumed loop begins with.
+        batch: Batches taken in the current pass over a loader.
+        attempt: The number of this attempt.
+        journal_offset: Bytes of the journal.
+        position: The position in the data, as ``DataPosition.state_dict`` returns it.
+        groups: For each optimizer the number of its parameter groups when the epoch began.
+        scheduler_configs: For each scheduler the configuration that it was built with.
+        telemetry: The state of the telemetry, as ``MetricsCollector.state_dict`` returns it.
+        ranks: The states of all ranks but rank 0.
+        time: Unix time.
+    """
+
+    run_id: str = ""
+    name: str = ""
+    step: int = 0
+    epoch: int = 0
+    batch: int = 0
+    attempt: int = 1
+    journal_offset: int = 0
+    position: dict[str, Any] = field(default_factory=dict)
+    groups: Mapping[str, int] = field(default_factory=dict)
+    scheduler_configs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    telemetry: Mapping[str, Any] = field(default_factory=dict)
+    ranks: Sequence[RankState] = ()
+    time: float = field(default_factory=time.time)
+
+    @property
+    def world_size(self) -> int:
+        """The number of ranks."""
+        return 1 + len(self.ranks)
+
+
+@dataclass(frozen=True)
+class TrainingLayout:
+    """Which objects the states of a checkpoint belong to.
+
+    Attributes:
+        param_names: For each optimizer and parameter group the names of its parameters, in order.
+        param_shapes: Their shapes.
+        param_dtypes: Their dtypes.
+        frozen: The names of the parameters without gradient.
+        models: The names of the models.
+        named: Those of the keys ``model``, ``optimizer`` and ``scheduler`` that hold a dict of objects by name.
+        optimizer_class: For each optimizer its dotted class.
+        scheduler_class: For each scheduler its dotted class.
+        versions: The versions of trackopt, torch and python.
+    """
+
+    param_names: Mapping[str, list[list[str]]]
+    param_shapes: Mapping[str, list[list[tuple[int, ...]]]]
+    param_dtypes: Mapping[str, list[list[str]]]
+    frozen: Sequence[str]
+    models: Sequence[str]
+    named: Sequence[str]
+    optimizer_class: Mapping[str, str]
+    scheduler_class: Mapping[str, str]
+    versions: Mapping[str, str]
+
+    @classmethod
+    def of(cls, training: Training) -> TrainingLayout:
+        """Describe live objects."""
+        return cls(
+            param_names=training.parameter_names(),
+            param_shapes=_map_parameters(training, lambda parameter: tuple(parameter.shape)),
+            param_dtypes=_map_parameters(training, lambda parameter: dtype_name(parameter.dtype)),
+            frozen=[name for name, parameter in training.named_parameters().items() if not parameter.requires_grad],
+            models=list(training.models),
+            named=[
+                role for role in ("model", "optimizer", "scheduler") if isinstance(getattr(training, role), Mapping)
+            ],
+            optimizer_class={key: class_name(inner_optimizer(value)) for key, value in training.optimizers.items()},
+            scheduler_class={key: class_name(value) for key, value in training.schedulers.items()},
+            versions=versions(),
+        )
+
+
+@dataclass(frozen=True)
+class CheckpointMeta:
+    """The entry ``trackopt`` of a checkpoint.
+
+    Its retention marks stand beside these keys; `trackopt.checkpoint.retention` reads and writes them.
+    """
+
+    progress: RunProgress
+    layout: TrainingLayout
+
+    @classmethod
+    def from_dict(cls, entry: Mapping[str, Any]) -> CheckpointMeta:
+        """Read the entry."""
+        keys = ("run_id", "name", "step", "epoch", "batch", "attempt", "journal_offset", "position", "groups", "time")
+        progress = RunProgress(
+            **{key: entry[key] for key in keys},
+            scheduler_configs=entry["settings"],
+            telemetry={key: entry[key] for key in _TELEMETRY_KEYS if key in entry},
+            ranks=[RankState.from_dict(rank) for rank in entry.get("ranks", ())],
+        )
+        return cls(progress, TrainingLayout(**{key: entry[key] for key in TrainingLayout.__dataclass_fields__}))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the entry; its containers are the live ones."""
+        progress = self.progress
+        entry = {
+            "format": FORMAT,
+            "time": progress.time,
+            **vars(self.layout),
+            "run_id": progress.run_id,
+            "name": progress.name,
+            "step": progress.step,
+            "epoch": progress.epoch,
+            "batch": progress.batch,
+            "attempt": progress.attempt,
+            "journal_offset": progress.journal_offset,
+            "position": progress.position,
+            "groups": progress.groups,
+            "settings": progress.scheduler_configs,
+            **progress.telemetry,
+        }
+        if progress.ranks:
+            entry |= {"world": progress.world_size, "ranks": [rank.as_dict() for rank in progress.ranks]}
+        return entry
+
+    def of_rank(self, position: dict[str, Any], pending: Mapping[str, Any]) -> CheckpointMeta:
+        """Replace what differs between ranks."""
+        telemetry = {**self.progress.telemetry, "pending": pending}
+        return replace(self, progress=replace(self.progress, position=position, telemetry=telemetry))
+
+
+def _map_parameters(training: Training, function: Callable[[nn.Parameter], T]) -> dict[str, list[list[T]]]:
+    return {
+        key: [[function(parameter) for parameter in group["params"]] for group in optimizer.param_groups]
+        for key, optimizer in training.optimizers.items()
+    }

@@ -1,0 +1,71 @@
+"""Read the checkpoints of runs, after checking every byte."""
+
+from __future__ import annotations
+
+import contextlib
+import pickle
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from trackopt import locations, remote
+from trackopt.archive import verify
+from trackopt.checkpoint import sharded
+from trackopt.checkpoint.meta import FORMAT, KEY
+from trackopt.errors import ArchiveError, CheckpointError, MismatchError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Verify and read a run's checkpoint; an artifact of an MLflow run is downloaded.
+
+    Raises:
+        CheckpointError: The checkpoint is missing or damaged.
+        MismatchError: It is valid, but not a checkpoint of a run.
+    """
+    path = _ensure_local(path)
+    if problems := _find_problems(path):
+        raise CheckpointError(f"{path}: cannot be used ({problems[0]})")
+    with contextlib.suppress(CheckpointError):  # the bytes are valid, so a disk that failed may not fail again
+        return load_unverified(path)
+    return load_unverified(path)
+
+
+def load_unverified(path: Path) -> dict[str, Any]:
+    """Read a run's checkpoint whose bytes were verified before.
+
+    Raises:
+        CheckpointError: The checkpoint is missing.
+        MismatchError: It is not a checkpoint of a run.
+    """
+    path = _ensure_local(path)
+    try:
+        tree = sharded.load(path) if path.is_dir() else torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"{path}: cannot be loaded ({str(error).splitlines()[0]})") from error
+    if not isinstance(tree, dict) or KEY not in tree:
+        raise MismatchError(f"{path}: not a checkpoint of a trackopt run; resume from one that run.save() wrote")
+    if tree[KEY]["format"] > FORMAT:
+        raise MismatchError(f"{path}: written by a newer trackopt; update this one to resume from it")
+    return tree
+
+
+def _ensure_local(path: Path) -> Path:
+    return remote.fetch(path) if remote.is_remote(path) else path
+
+
+def _find_problems(path: Path) -> list[str]:
+    """Return the problems of a checkpoint's bytes; raise if the disk does not deliver them, which is no damage."""
+    try:
+        with locations.open(path) as opened:
+            return verify.find_problems(opened)
+    except (ArchiveError, OSError) as error:
+        cause = error.__cause__ if isinstance(error, ArchiveError) else error
+        part_missing = isinstance(cause, FileNotFoundError) and path.exists()  # a file of a directory
+        if part_missing or not isinstance(cause, OSError):
+            return [str(error).removeprefix(f"{path}: ")]
+        raise CheckpointError(
+            f"{path}: cannot be read ({cause.strerror}); try again, or move it away to resume from the one before"
+        ) from cause
