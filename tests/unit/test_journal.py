@@ -135,6 +135,7 @@ journal.close()
 """
 
 
+@pytest.mark.integration
 def test_a_full_disk_loses_no_line(path, tmp_path):
     """While the disk is full the lines wait; it is told once; as soon as there is room they are written."""
     script = tmp_path / "full.py"

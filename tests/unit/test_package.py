@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "locations": {"archive", "journal", "remote", "rundir", "utils"},
     "recorder": {"journal", "rundir", "utils"},
     "telemetry": {"journal", "training", "utils"},
-    "analysis": {"archive", "journal", "locations", "remote", "rundir", "state"},
+    "analysis": {"archive", "journal", "locations", "remote", "rundir", "state", "utils"},
     "checkpoint": {"archive", "distributed", "journal", "locations", "remote", "rundir", "state", "training", "utils"},
     "schedule": {"training", "utils"},
     "rehearsal": {"analysis", "archive", "checkpoint", "journal", "locations", "rundir", "state", "training"},
@@ -120,6 +120,7 @@ def loaded_by(*command):
     return done, {line.rpartition("|")[2].strip().split(".")[0] for line in done.stderr.splitlines()}
 
 
+@pytest.mark.integration
 def test_import_is_silent_and_light():
     """`import trackopt` prints nothing, warns of nothing, and loads no torch, MLflow, TensorBoard or NumPy."""
     done, modules = loaded_by("-c", "import trackopt")
@@ -134,6 +135,7 @@ def test_import_is_silent_and_light():
         *(["plot", "nowhere"], ["compare", "nowhere"], ["schedule", "--help"], ["schedule", "StepLR("]),
     ],
 )
+@pytest.mark.integration
 def test_commands_that_do_not_train_are_light(command):
     """None of them imports what only training needs."""
     done, modules = loaded_by("-m", "trackopt", *command)

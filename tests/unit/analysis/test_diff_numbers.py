@@ -266,6 +266,7 @@ def test_what_is_shared_is_read_once(tmp_path: Path) -> None:
     assert found.changes[0].numbers == found.changes[1].numbers
 
 
+@pytest.mark.integration
 def test_memory_does_not_grow_with_the_tensors(tmp_path: Path) -> None:
     big = torch.zeros(32 << 20)
     saved({"w": big}, tmp_path / "a.pt")

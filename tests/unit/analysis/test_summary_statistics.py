@@ -71,6 +71,7 @@ def test_parts_join_to_the_whole(tmp_path: Path) -> None:
     assert together.as_dict() == pytest.approx(found["whole"].as_dict(), rel=1e-12)
 
 
+@pytest.mark.integration
 def test_memory_stays_bounded(tmp_path: Path) -> None:
     path = saved({"t": torch.zeros(64 << 20)}, tmp_path / "t.pt")
     program = (

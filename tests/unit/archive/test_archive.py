@@ -337,6 +337,7 @@ def test_a_hostile_pickle_is_one_line(name: str, tmp_path: Path) -> None:
         b"(" * 4_000_000,
     ],
 )
+@pytest.mark.integration
 def test_a_pickle_that_wants_much_memory_gets_little(operations: bytes, tmp_path: Path) -> None:
     path = zipped(b"\x80\x04}" + operations + b".", tmp_path / "t.pt")
     program = "import sys, trackopt\ntry:\n    trackopt.open(sys.argv[1])\nexcept trackopt.ArchiveError:\n    pass"

@@ -765,6 +765,7 @@ def test_a_file_that_embeds_itself_over_and_over_ends_soon(tmp_path: Path) -> No
     assert "objects" in one_line(lambda: trackopt.open(tmp_path / "t"))
 
 
+@pytest.mark.integration
 def test_a_plain_pickle_of_a_large_tensor_takes_little_memory(tmp_path: Path) -> None:
     path = dumped(4)({"w": torch.zeros(50_000_000), "n": np.zeros(10_000_000)}, tmp_path / "t")
     program = "import sys, trackopt\nfor _, t in trackopt.open(sys.argv[1]).tensors(): print(t.shape)"

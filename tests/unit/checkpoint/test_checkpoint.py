@@ -125,6 +125,7 @@ print(run.global_step)
 """
 
 
+@pytest.mark.integration
 def test_a_full_disk_stops_neither_training_nor_the_earlier_checkpoint(tmp_path, monkeypatch):
     """Saves that fail are told and leave what was there; when there is room again the next one works."""
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[3]))

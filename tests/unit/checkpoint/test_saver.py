@@ -276,6 +276,7 @@ def script(tmp_path, **options):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.integration
 def test_data_workers_fork_while_a_checkpoint_is_written(workers, tmp_path):
     """Every epoch forks workers beside the writer; nothing hangs, and each file is sound."""
     done = run_script(script(tmp_path, width=20_000, workers=workers, epochs=2), tmp_path / "run")
@@ -288,6 +289,7 @@ def test_data_workers_fork_while_a_checkpoint_is_written(workers, tmp_path):
     ("end", "code"),
     [("", 0), ("sys.exit(3)", 3), ("raise ValueError", 1), ("run.save(); sys.exit(3)", 3)],
 )
+@pytest.mark.integration
 def test_the_interpreter_waits_for_the_writer(end, code, tmp_path):
     """A script that ends in the middle of a write leaves a whole file of its last step."""
     done = run_script(script(tmp_path, width=100_000, epochs=1, every=8, end=end), tmp_path / "run")
@@ -297,6 +299,7 @@ def test_the_interpreter_waits_for_the_writer(end, code, tmp_path):
     assert ("checkpoint", 8) in events(tmp_path / "run")
 
 
+@pytest.mark.integration
 def test_a_stop_signal_waits_for_the_writer(tmp_path):
     """It is on its way when SIGTERM comes; the checkpoint of the stop follows it."""
     path = script(tmp_path, width=100_000, epochs=1000, every=3)
@@ -316,6 +319,7 @@ def wait_for_part(directory):
         time.sleep(0.0005)
 
 
+@pytest.mark.integration
 def test_killed_in_the_middle_of_a_write(tmp_path):
     """Nothing incomplete has a checkpoint's name, and the next start clears up and goes on."""
     path = script(tmp_path, width=100_000, epochs=1000, every=2)

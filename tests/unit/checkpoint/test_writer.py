@@ -54,6 +54,7 @@ def test_the_file_is_torchs_own_but_for_its_name():
     assert same[0] == same[1]
 
 
+@pytest.mark.integration
 def test_every_reader_takes_it():
     """torch with and without mmap, Python's zipfile, unzip, and verify."""
     path = written(TREE)

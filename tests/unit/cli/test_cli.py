@@ -177,6 +177,7 @@ def test_trouble_is_one_line_and_2(tmp_path: Path, run_directory: Path) -> None:
     fails("inspect", "evil\x1b[31m\nname")
 
 
+@pytest.mark.integration
 def test_what_the_system_refuses_is_one_line_and_2(run_directory: Path) -> None:
     """A name that no file can have, and a disk that is full."""
     for command in ("plot", "compare", "ls", "sync", "ui", "inspect"):
@@ -284,6 +285,7 @@ def test_nothing_in_a_file_reaches_the_terminal_raw(tmp_path: Path) -> None:
         assert printed.isprintable(), arguments
 
 
+@pytest.mark.integration
 def test_colour_is_for_terminals_and_no_color_is_honoured(run_directory: Path) -> None:
     pty = pytest.importorskip("pty")
 
@@ -301,6 +303,7 @@ def test_colour_is_for_terminals_and_no_color_is_honoured(run_directory: Path) -
     assert f"{ESCAPE}[32m" not in run_cli(NO_COLOR="1")
 
 
+@pytest.mark.integration
 def test_a_reader_that_leaves_is_no_error(run_directory: Path) -> None:
     program = f"{sys.executable} -m trackopt inspect {run_directory} --json --tensors | true; echo ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", program], capture_output=True, text=True, check=False)
@@ -310,6 +313,7 @@ def test_a_reader_that_leaves_is_no_error(run_directory: Path) -> None:
 @pytest.mark.parametrize(
     "command", [["inspect", "PATH"], ["ls", "PATH"], ["--help"], ["--version"], ["inspect", "--help"]]
 )
+@pytest.mark.integration
 def test_looking_imports_no_torch_no_numpy_and_no_backend(command: list[str], run_directory: Path) -> None:
     arguments = [str(run_directory) if part == "PATH" else part for part in command]
     done = subprocess.run(
@@ -323,6 +327,7 @@ def test_looking_imports_no_torch_no_numpy_and_no_backend(command: list[str], ru
     assert not imported & {"torch", "numpy", "mlflow", "tensorboard", "orjson", "zipfile"}
 
 
+@pytest.mark.integration
 def test_diff_imports_no_torch(run_directory: Path) -> None:
     program = (
         "import sys, trackopt; trackopt.diff(sys.argv[1], sys.argv[1]); "

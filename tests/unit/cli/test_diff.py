@@ -190,6 +190,7 @@ def test_lines_fit_the_columns(columns: int, option: str, changed: Any) -> None:
     assert max(map(len, done.stdout.splitlines())) <= columns
 
 
+@pytest.mark.integration
 def test_long_ones_show_a_bar_on_a_terminal(changed: Any) -> None:
     pty = pytest.importorskip("pty")
     program = "from trackopt.cli import diff, main; diff._PROGRESS_BAR_MIN_BYTES = 0; main()"

@@ -127,6 +127,7 @@ def test_bad_input_ends_with_2(runs):
 
 
 @pytest.mark.parametrize("command", ["plot", "compare"])
+@pytest.mark.integration
 def test_torch_and_the_backends_are_not_imported(command, runs):
     """Nor matplotlib, where no picture is asked for."""
     code = [sys.executable, "-X", "importtime", "-m", "trackopt", command, str(runs / "seed-0")]
@@ -193,6 +194,7 @@ def test_a_run_that_is_going_on_is_followed(tmp_path):
 
 
 @pytest.mark.parametrize("command", ["plot", "compare"])
+@pytest.mark.integration
 def test_ctrl_c_ends_the_following(command, tmp_path):
     """On a terminal: drawn again as lines come, and left with the cursor on."""
     pty = pytest.importorskip("pty")
@@ -224,6 +226,7 @@ def test_ctrl_c_ends_the_following(command, tmp_path):
     going.release()
 
 
+@pytest.mark.integration
 def test_the_figure_is_attached_to_the_mlflow_run(tmp_path, run_cli):
     """As an artifact of the run that run.json names; a run without one is told."""
     train(tmp_path / "runs" / "tracked", steps=3, sinks=("mlflow",))

@@ -82,6 +82,7 @@ def test_what_is_no_optimizer_is_refused():
         trackopt.wrap({})
 
 
+@pytest.mark.integration
 def test_a_directory_is_held_by_one_run_at_a_time():
     """A second run in it is refused, in this process as in another, until the first is closed."""
     run, _ = wrapped()
@@ -151,6 +152,7 @@ def test_resume_must_and_never():
         wrapped(resume="nowhere.pt")
 
 
+@pytest.mark.integration
 def test_a_run_that_died_before_its_first_checkpoint_starts_again():
     """Its records are superseded, so that no step is there twice."""
     code = (
