@@ -29,6 +29,7 @@ from trackopt.errors import RunError
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
+
 NAME = "metrics.jsonl"
 
 logger = logging.getLogger("trackopt")

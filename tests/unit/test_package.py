@@ -32,7 +32,9 @@ MAY_IMPORT = {
     "analysis": {"archive", "journal", "locations", "remote", "rundir", "state", "utils"},
     "checkpoint": {"archive", "distributed", "journal", "locations", "remote", "rundir", "state", "training", "utils"},
     "schedule": {"training", "utils"},
-    "rehearsal": {"analysis", "archive", "checkpoint", "journal", "locations", "rundir", "state", "training"},
+    "rehearsal": {
+        *("analysis", "archive", "checkpoint", "journal", "locations", "rundir", "state", "training", "utils"),
+    },
     "run": {
         *("checkpoint", "distributed", "journal", "recorder", "remote", "rundir", "telemetry", "training", "utils"),
     },

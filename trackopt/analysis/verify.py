@@ -14,7 +14,7 @@ from trackopt.rundir.checkpoints import list_checkpoints
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from trackopt.analysis import JsonObject
+    from trackopt.utils.types import JsonObject
 
 SOUND, DAMAGED, UNREADABLE = "sound", "damaged", "unreadable"
 _ZIP_MAGIC = b"PK\x03\x04"

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
     from trackopt.archive.io.byte_ranges import ByteRange
 
+#: An object of a JSON document.
+JsonObject = dict[str, Any]
+
 #: Bytes per element of every dtype that a checkpoint can name, by its name without ``torch.``.
 ITEMSIZE: dict[str, int] = {
     "float64": 8, "float32": 4, "float16": 2, "bfloat16": 2,

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from trackopt.checkpoint.saved_state import SavedGroup, SavedOptimizer
     from trackopt.training.objects import Training
+    from trackopt.utils.types import ParamGroup, StateDict
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,8 @@ class OptimizerCompatibility:
         state: A ``state_dict`` in the order of its own parameters, including those of the added groups.
     """
 
-    added: list[dict[str, Any]]
-    state: dict[str, Any]
+    added: list[ParamGroup]
+    state: StateDict
 
 
 def fit_optimizer(
@@ -59,7 +60,7 @@ def fit_optimizer(
     saved_names = {own: name for name, own in live_names.items()}
     param_names = {name for group in saved.groups for name in group.names}
     state = {key: value for key, value in saved.state.items() if key not in param_names}
-    groups: list[dict[str, Any]] = []
+    groups: list[ParamGroup] = []
     for index, (own, names) in enumerate(zip(own_groups, own_names, strict=True)):
         first = sum(map(len, own_names[:index]))
         groups.append({**_hyperparameters(label, index, own, names, saved, live_names, problems)})
@@ -71,7 +72,7 @@ def fit_optimizer(
     return OptimizerCompatibility(added, {"state": state, "param_groups": groups})
 
 
-def parameters_of(group: dict[str, Any]) -> list[nn.Parameter]:
+def parameters_of(group: ParamGroup) -> list[nn.Parameter]:
     """Return the parameters of a group, which may hold them with their names."""
     return [parameter[1] if isinstance(parameter, tuple) else parameter for parameter in group["params"]]
 
@@ -91,7 +92,7 @@ def _is_positional(groups: list[list[str]]) -> bool:
 
 def _new_group(
     group: SavedGroup, live_names: Mapping[str, str], unused: Mapping[str, nn.Parameter], optimizer: Optimizer
-) -> dict[str, Any] | None:
+) -> ParamGroup | None:
     """Return a saved group as ``add_param_group`` takes it; ``None`` if a parameter of it is not available."""
     names = [live_names.get(name, "") for name in group.names]
     if not all(name in unused for name in names):
@@ -106,12 +107,12 @@ def _new_group(
 def _hyperparameters(
     label: str,
     index: int,
-    own: dict[str, Any],
+    own: ParamGroup,
     names: list[str],
     saved: SavedOptimizer,
     live_names: Mapping[str, str],
     problems: list[str],
-) -> dict[str, Any]:
+) -> ParamGroup:
     """Return the saved group's hyperparameters if it has the same members, else the live group's."""
     if index >= len(saved.groups):
         return own

@@ -16,7 +16,8 @@ from trackopt.utils.files import fsync_directory
 
 if TYPE_CHECKING:
     from pathlib import Path
-    from typing import Any
+
+    from trackopt.utils.types import CheckpointTree
 
 LATEST = "latest"
 
@@ -44,7 +45,7 @@ class CheckpointFolder:
         except OSError as error:
             raise CheckpointError(f"{self.path}: cannot be listed ({error.strerror}); check the disk") from error
 
-    def load_latest(self) -> tuple[Path, dict[str, Any]] | None:
+    def load_latest(self) -> tuple[Path, CheckpointTree] | None:
         """Read the newest valid checkpoint; rename the damaged ones that are newer. ``None`` if there is none at all.
 
         Raises:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from trackopt.training.objects import Training
+    from trackopt.utils.types import JsonObject, StateDict
 
 KEY = "trackopt"
 FORMAT = 1
@@ -36,7 +37,7 @@ class RankState:
 
     rng: Mapping[str, Any]
     stateful: Mapping[str, Any]
-    position: dict[str, Any]
+    position: StateDict
     pending: Mapping[str, Any]
 
     @classmethod
@@ -44,7 +45,7 @@ class RankState:
         """Read an element of ``ranks``."""
         return cls(entry["rng"], entry["stateful"], **entry["meta"])
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> JsonObject:
         """Return an element of ``ranks``."""
         own = {"position": self.position, "pending": self.pending}
         return {"rng": self.rng, "stateful": self.stateful, "meta": own}
@@ -77,7 +78,7 @@ class RunProgress:
     batch: int = 0
     attempt: int = 1
     journal_offset: int = 0
-    position: dict[str, Any] = field(default_factory=dict)
+    position: StateDict = field(default_factory=dict)
     groups: Mapping[str, int] = field(default_factory=dict)
     scheduler_configs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     telemetry: Mapping[str, Any] = field(default_factory=dict)
@@ -156,7 +157,7 @@ class CheckpointMeta:
         )
         return cls(progress, TrainingLayout(**{key: entry[key] for key in TrainingLayout.__dataclass_fields__}))
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> JsonObject:
         """Return the entry; its containers are the live ones."""
         progress = self.progress
         entry = {
@@ -179,7 +180,7 @@ class CheckpointMeta:
             entry |= {"world": progress.world_size, "ranks": [rank.as_dict() for rank in progress.ranks]}
         return entry
 
-    def of_rank(self, position: dict[str, Any], pending: Mapping[str, Any]) -> CheckpointMeta:
+    def of_rank(self, position: StateDict, pending: Mapping[str, Any]) -> CheckpointMeta:
         """Replace what differs between ranks."""
         telemetry = {**self.progress.telemetry, "pending": pending}
         return replace(self, progress=replace(self.progress, position=position, telemetry=telemetry))

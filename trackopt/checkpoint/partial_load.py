@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from trackopt.archive import Archive
     from trackopt.archive.formats.zip_source import ZipSource
     from trackopt.archive.tree import Storage
+    from trackopt.utils.types import CheckpointTree
 
 #: The errors that the unpickler raises for a malformed pickle.
 _UNPICKLING_ERRORS = (
@@ -32,7 +33,7 @@ _UNPICKLING_ERRORS = (
 )
 
 
-def load_keys(opened: Archive, source: ZipSource, keys: Collection[str]) -> dict[str, Any]:
+def load_keys(opened: Archive, source: ZipSource, keys: Collection[str]) -> CheckpointTree:
     """Return some keys of a checkpoint with the values that ``reader.load`` returns.
 
     Raises:
@@ -45,7 +46,7 @@ def load_keys(opened: Archive, source: ZipSource, keys: Collection[str]) -> dict
     unpickler: Any = Unpickler(io.BytesIO(source.read_pickle()), encoding="utf-8")
     unpickler.persistent_load = _Storages(source, wanted).load
     try:
-        tree: dict[str, Any] = unpickler.load()
+        tree: CheckpointTree = unpickler.load()
     except _UNPICKLING_ERRORS as error:
         reason = str(error).partition("\n")[0]
         raise CheckpointError(f"{opened.path}: cannot be loaded ({reason})") from error

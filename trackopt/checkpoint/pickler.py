@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import io
 import pickle
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.serialization import location_tag
 
 from trackopt.errors import UsageError
 
+if TYPE_CHECKING:
+    from trackopt.utils.types import CheckpointTree
+
 _PROTOCOL = 2  # torch.save's
 
 
-def dump_tree(tree: dict[str, Any]) -> tuple[bytes, list[torch.UntypedStorage]]:
+def dump_tree(tree: CheckpointTree) -> tuple[bytes, list[torch.UntypedStorage]]:
     """Return the pickle, and the storages in the order of their keys: the n-th is the record ``data/n``.
 
     Raises:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import pickle
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -17,8 +17,10 @@ from trackopt.errors import ArchiveError, CheckpointError, MismatchError
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from trackopt.utils.types import CheckpointTree
 
-def load(path: Path) -> dict[str, Any]:
+
+def load(path: Path) -> CheckpointTree:
     """Verify and read a run's checkpoint; an artifact of an MLflow run is downloaded.
 
     Raises:
@@ -33,7 +35,7 @@ def load(path: Path) -> dict[str, Any]:
     return load_unverified(path)
 
 
-def load_unverified(path: Path) -> dict[str, Any]:
+def load_unverified(path: Path) -> CheckpointTree:
     """Read a run's checkpoint whose bytes were verified before.
 
     Raises:

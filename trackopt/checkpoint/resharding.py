@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from trackopt import archive
+    from trackopt.utils.types import StateDict
 
 
 class LazyTensor:
@@ -53,7 +54,7 @@ class LazyTensor:
         return torch.frombuffer(data, dtype=self.dtype).reshape(sizes)
 
 
-def state_by_name(optimizer: Optimizer, names: Sequence[Sequence[str]]) -> dict[str, Any]:
+def state_by_name(optimizer: Optimizer, names: Sequence[Sequence[str]]) -> StateDict:
     """Return an optimizer's ``state_dict`` with names for ids; a ``ZeroRedundancyOptimizer``'s holds the local part.
 
     Args:
@@ -61,7 +62,7 @@ def state_by_name(optimizer: Optimizer, names: Sequence[Sequence[str]]) -> dict[
         names: For each group the names of its parameters.
     """
     if is_zero(optimizer):  # its own state_dict would have to be gathered first
-        state_dict: dict[str, Any] = {
+        state_dict: StateDict = {
             "state": inner_optimizer(optimizer).state,
             "param_groups": optimizer.param_groups,
         }

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from trackopt.distributed.collectives import Collectives
     from trackopt.rundir.directory import RunDirectory
     from trackopt.training.objects import Training
+    from trackopt.utils.types import CheckpointTree, ParamGroup, StateDict
 
 
 class PendingRestore:
@@ -59,9 +60,9 @@ class PendingRestore:
         self._training = training
         self._collectives = collectives
         self._strict = strict
-        self._user_hyperparameters: dict[str, list[dict[str, Any]]] = {}
+        self._user_hyperparameters: dict[str, list[ParamGroup]] = {}
 
-    def apply(self, tree: dict[str, Any]) -> list[str]:
+    def apply(self, tree: CheckpointTree) -> list[str]:
         """Apply it to the objects, and return a line for each thing that was skipped.
 
         Args:
@@ -101,7 +102,7 @@ class PendingRestore:
 
 
 def gather_rank_states(
-    collectives: Collectives, training: Training, position: dict[str, Any], telemetry: Mapping[str, Any]
+    collectives: Collectives, training: Training, position: StateDict, telemetry: Mapping[str, Any]
 ) -> Sequence[RankState]:
     """Gather the states of all ranks but rank 0 that differ from rank 0's.
 
@@ -122,7 +123,7 @@ def gather_rank_states(
     return collectives.all_gather_object(state)[1:]
 
 
-def select_rank_state(tree: dict[str, Any], training: Training, collectives: Collectives) -> dict[str, Any]:
+def select_rank_state(tree: CheckpointTree, training: Training, collectives: Collectives) -> CheckpointTree:
     """Return the tree of a checkpoint as this rank restores it.
 
     A rank that did not exist when the checkpoint was saved keeps the generators that the script gave it.
@@ -144,7 +145,7 @@ def select_rank_state(tree: dict[str, Any], training: Training, collectives: Col
 
 def find_resume_checkpoint(
     directory: RunDirectory, store: CheckpointStore, resume: str | os.PathLike[str]
-) -> tuple[Path, dict[str, Any]] | None:
+) -> tuple[Path, CheckpointTree] | None:
     """Find and read the checkpoint to resume from; ``None`` if the run starts from the beginning.
 
     Raises:
@@ -168,7 +169,7 @@ def find_resume_checkpoint(
     return found
 
 
-def _hyperparameters(optimizer: Any) -> list[dict[str, Any]]:
+def _hyperparameters(optimizer: Any) -> list[ParamGroup]:
     return [
         {key: value for key, value in group.items() if key not in ("params", "param_names")}
         for group in optimizer.param_groups

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from trackopt.checkpoint.folder import CheckpointFolder
+    from trackopt.utils.types import JsonObject
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class RetentionMarks:
         metric = entry.get("metric")
         return cls(bool(entry.get("keep")), metric if isinstance(metric, float) else None)
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> JsonObject:
         """Return the keys of the entry ``trackopt``."""
         return {"keep": self.keep, "metric": self.metric}
 

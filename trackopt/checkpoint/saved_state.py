@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from trackopt.utils.types import CheckpointTree, StateDict
+
 
 @dataclass(frozen=True)
 class SavedGroup:
@@ -50,7 +52,7 @@ class SavedScheduler:
     """A scheduler's class, its state, and its configuration if the file has it."""
 
     class_name: str
-    state: dict[str, Any]
+    state: StateDict
     config: Mapping[str, Any] | None = None
 
 
@@ -71,7 +73,7 @@ class SavedState:
     stateful: dict[str, Any]
 
 
-def from_run(tree: dict[str, Any], groups: Mapping[str, int] | None = None) -> SavedState:
+def from_run(tree: CheckpointTree, groups: Mapping[str, int] | None = None) -> SavedState:
     """Return the contents of a run's checkpoint.
 
     Args:
@@ -103,7 +105,7 @@ def from_run(tree: dict[str, Any], groups: Mapping[str, int] | None = None) -> S
     return SavedState(models, optimizers, schedulers, {key: tree[key] for key in tree.keys() - RESERVED})
 
 
-def _optimizer(state: dict[str, Any], layout: TrainingLayout, name: str) -> SavedOptimizer:
+def _optimizer(state: StateDict, layout: TrainingLayout, name: str) -> SavedOptimizer:
     names, shapes, dtypes = layout.param_names[name], layout.param_shapes[name], layout.param_dtypes[name]
     groups: list[SavedGroup] = []
     by_id: dict[int, str] = {}

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
     from trackopt.checkpoint.staging import Staged
     from trackopt.distributed.collectives import Collectives
+    from trackopt.utils.types import CheckpointTree
 
 _BACKUP_SUFFIX = ".before"
 _SHARDED_KEYS = ("model", "optimizer")
@@ -55,7 +56,7 @@ class ShardedCheckpoint:
         error: The error that left this process without a part; the others learn of it when they write.
     """
 
-    parts: dict[str, Any]
+    parts: CheckpointTree
     rest: Staged | None
     error: Exception | None = None
 
@@ -95,7 +96,7 @@ class CpuStateDict:
         return DTensor(buffer, tensor._spec, requires_grad=False)  # type: ignore[no-untyped-call]
 
 
-def split_sharded(tree: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def split_sharded(tree: CheckpointTree) -> tuple[CheckpointTree, CheckpointTree]:
     """Split a captured tree into the keys with sharded state and the rest."""
     parts = {key: value for key, value in tree.items() if key in _SHARDED_KEYS or contains_dtensor(value)}
     return parts, {key: value for key, value in tree.items() if key not in parts}
@@ -171,7 +172,7 @@ def recover_interrupted_commit(folder: Path) -> None:
             backup.rename(path)
 
 
-def load(path: Path) -> dict[str, Any]:
+def load(path: Path) -> CheckpointTree:
     """Return the tree of a checkpoint, with a `LazyTensor` for each sharded tensor.
 
     Raises:
@@ -205,7 +206,7 @@ def _create_directory(part: Path) -> None:
     fsync_directory(part.parent)
 
 
-def _write_parts(parts: dict[str, Any], part: Path, collectives: Collectives) -> None:
+def _write_parts(parts: CheckpointTree, part: Path, collectives: Collectives) -> None:
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.filesystem import FileSystemWriter
     from torch.distributed.checkpoint.state_dict_saver import save

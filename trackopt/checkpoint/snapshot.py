@@ -19,6 +19,7 @@ from trackopt.training.sharding import is_sharded
 
 if TYPE_CHECKING:
     from trackopt.training.objects import Training
+    from trackopt.utils.types import CheckpointTree
 
 _PLAIN = (
     type(None),
@@ -37,13 +38,13 @@ _PLAIN = (
 T = TypeVar("T")
 
 
-def capture(training: Training, progress: RunProgress) -> dict[str, Any]:
+def capture(training: Training, progress: RunProgress) -> CheckpointTree:
     """Return the tree of a checkpoint. Its tensors are the live ones: write or copy it before training continues.
 
     Raises:
         UsageError: A state holds something that ``torch.load(weights_only=True)`` would refuse.
     """
-    tree: dict[str, Any] = {
+    tree: CheckpointTree = {
         "model": _map_named(training.model, lambda module: module.state_dict()),
         "optimizer": _optimizer_states(training),
         "scheduler": _map_named(training.scheduler, lambda scheduler: scheduler.state_dict()),

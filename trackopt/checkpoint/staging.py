@@ -6,7 +6,7 @@ Every save uses the same memory again, since touching fresh pages takes ten time
 from __future__ import annotations
 
 import mmap
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -26,6 +26,8 @@ from trackopt.errors import CheckpointError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from trackopt.utils.types import CheckpointTree
+
 PAGE_BYTES = mmap.PAGESIZE
 _HEADROOM_BYTES = 1 << 20  # a checkpoint may grow by so much before new memory is needed
 
@@ -41,7 +43,7 @@ class Staging:
         memory = self._reserve(size)
         np.frombuffer(memory, np.uint8)[::PAGE_BYTES] = 0
 
-    def stage(self, tree: dict[str, Any]) -> Staged:
+    def stage(self, tree: CheckpointTree) -> Staged:
         """Copy a captured tree, also from GPUs; when this returns, the live objects may change.
 
         Raises:

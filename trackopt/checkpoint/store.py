@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from trackopt.checkpoint import sharded
 from trackopt.checkpoint.folder import CheckpointFolder
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from trackopt.checkpoint.staging import Staged
     from trackopt.distributed.collectives import Collectives
+    from trackopt.utils.types import CheckpointTree
 
 
 class CheckpointStore:
@@ -54,7 +55,7 @@ class CheckpointStore:
             with contextlib.suppress(CheckpointError):  # the save that needs the memory reports it
                 self._staging.prepare(size)
 
-    def stage(self, tree: dict[str, Any], marks: RetentionMarks) -> Staged | ShardedCheckpoint:
+    def stage(self, tree: CheckpointTree, marks: RetentionMarks) -> Staged | ShardedCheckpoint:
         """Copy a captured tree into memory for ``commit``; the checkpoint before it must be committed.
 
         Raises:
@@ -104,5 +105,5 @@ class CheckpointStore:
         if self._collectives is not None:
             self._collectives.close()
 
-    def _mark(self, tree: dict[str, Any], requested: RetentionMarks) -> None:
+    def _mark(self, tree: CheckpointTree, requested: RetentionMarks) -> None:
         tree[KEY] |= self._retained.mark(tree[KEY]["step"], requested).as_dict()

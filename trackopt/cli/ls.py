@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
     from rich.console import RenderableType
 
+    from trackopt.utils.types import JsonObject
+
 _TAIL_BYTES = 256 << 10
 
 
@@ -187,7 +189,7 @@ def _read_name(path: Path) -> str:
     return str(name)
 
 
-def _last_lines(path: Path) -> list[dict[str, Any]]:
+def _last_lines(path: Path) -> list[JsonObject]:
     """Return the last lines of a journal, oldest first, without torn and unknown ones."""
     try:
         with path.open("rb") as file:
@@ -206,7 +208,7 @@ def _last_lines(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def _read_status(path: Path, lines: list[dict[str, Any]]) -> str:
+def _read_status(path: Path, lines: list[JsonObject]) -> str:
     """Return the status of a run from its last marker and its lock."""
     markers = [line for line in lines if isinstance(line.get("event"), str)]
     if markers and markers[-1]["event"] == "close" and lines[-1] is markers[-1]:

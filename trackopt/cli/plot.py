@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from trackopt.plotting.figure import Panel
+    from trackopt.utils.types import JsonObject
 
 _LOSS = "loss"
 
@@ -84,5 +85,5 @@ def _format_title(runs: Sequence[RunSeries]) -> str:
     return console.sanitize(", ".join(run.name for run in runs))
 
 
-def _as_dict(run: RunSeries) -> dict[str, Any]:
+def _as_dict(run: RunSeries) -> JsonObject:
     return {"path": run.path, "name": run.name, "status": run.status, "steps": run.steps, "series": run.series}

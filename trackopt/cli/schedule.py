@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from trackopt.schedule.last_epoch import ResumeComparison
     from trackopt.schedule.preview import Preview
+    from trackopt.utils.types import JsonObject
 
 _DEFAULT_STEPS = 100
 _MAX_STEPS = 1_000_000
@@ -213,7 +214,7 @@ def _explain_last_epoch(comparison: ResumeComparison) -> Iterator[RenderableType
             )
 
 
-def _as_dict(schedule: _Schedule) -> dict[str, Any]:
+def _as_dict(schedule: _Schedule) -> JsonObject:
     return {
         "schedule": schedule.name,
         "first_step": schedule.preview.steps[0],

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.optim import Optimizer
 
+    from trackopt.utils.types import StateDict
+
 
 class TrackoptTracker(GeneralTracker):
     """Records each optimizer step, and the values given to ``accelerator.log``.
@@ -124,7 +126,7 @@ class TrackoptTracker(GeneralTracker):
             for handle in self._handles:
                 handle.remove()
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         """Return the state that ``accelerator.save_state`` saves."""
         if self._session is None:
             return {}
@@ -134,7 +136,7 @@ class TrackoptTracker(GeneralTracker):
         self._session.checkpoint_started(self._checkpoint_folder)
         return state
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         """Resume from the state that ``accelerator.load_state`` loaded."""
         if self._session is not None:
             self._has_begun = True

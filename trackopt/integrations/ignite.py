@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.optim import Optimizer
 
+    from trackopt.utils.types import StateDict
+
 _KEY = "trackopt"
 
 
@@ -84,7 +86,7 @@ class TrackoptHandler:
         self._options = options
         self._checkpoint = checkpoint
         self._session: TelemetrySession | None = None
-        self._state: dict[str, Any] | None = None
+        self._state: StateDict | None = None
         self._was_loaded = False
         self._close_handle: Any = None
         self._output_pending = False  # the output of this iteration is not logged yet
@@ -100,7 +102,7 @@ class TrackoptHandler:
         if self._session is not None:
             self._session.log(metrics)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         """Return the state that ignite's checkpoints hold."""
         if self._session is not None:
             self._end_iteration()
@@ -108,7 +110,7 @@ class TrackoptHandler:
             self._saved_step = self._session.step
         return self._state or {}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         """Keep the state until the engine starts."""
         self._state, self._was_loaded = state or None, True
 

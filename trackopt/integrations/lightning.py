@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
     from torch import Tensor
 
+    from trackopt.utils.types import StateDict
+
 
 class TrackoptCallback(Callback):
     """Records each optimizer step of ``trainer.fit``, its loss, and the metrics that the module logs.
@@ -45,7 +47,7 @@ class TrackoptCallback(Callback):
     def __init__(self, **options: Any) -> None:
         self._options = Options(**options)
         self._session: TelemetrySession | None = None
-        self._saved: dict[str, Any] | None = None
+        self._saved: StateDict | None = None
         self._logged: dict[str, Tensor] = {}  # what Lightning showed at the last call
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -76,14 +78,14 @@ class TrackoptCallback(Callback):
             parts = trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1
             self._session.log({key: value * parts for key, value in numbers({"loss": loss}).items()})
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         """Return the state that Lightning's checkpoints hold."""
         if self._session is None:
             return self._saved or {}
         self._end_iteration()
         return self._session.state_dict()
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: StateDict) -> None:
         """Keep the state until training starts."""
         self._saved = state_dict
 

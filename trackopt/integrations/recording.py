@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from trackopt.training.objects import Training
+    from trackopt.utils.types import JsonObject, StateDict
 
 logger = logging.getLogger("trackopt")
 
@@ -117,7 +118,7 @@ class TelemetrySession:
         """
         self._telemetry.flush()
         self._mark_unconfirmed()
-        details: dict[str, Any] = {}
+        details: JsonObject = {}
         if state is not None:
             step = self._load(state)
             if state["run_id"] == self._run_id:
@@ -166,7 +167,7 @@ class TelemetrySession:
         """Note that the framework is saving to ``path``; its next call to the session means that it is done."""
         self._unconfirmed = path, self.step
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         """Return what a checkpoint of the framework must hold for ``begin``, as plain values."""
         if self._is_open:
             self.end_iteration()

@@ -21,6 +21,8 @@ from trackopt.training.objects import Training
 if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
+    from trackopt.utils.types import StateDict
+
 # The journal has the LR that each step used. The others depend on the attempt: a resumed run would log other values.
 _IGNORED_METRICS = {"epoch", "learning_rate", "train_loss", "total_flos"}
 _TIMES = ("_runtime", "_per_second")
@@ -50,7 +52,7 @@ class TrackoptCallback(TrainerCallback, ExportableState):
         self._options = Options(**options)
         self._session: TelemetrySession | None = None
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> StateDict:
         """Return what ``trainer_state.json`` holds of this callback."""
         saved = {} if self._session is None else {"saved": self._session.state_dict()}
         return {"args": self._arguments, "attributes": saved}
@@ -102,10 +104,10 @@ class TrackoptCallback(TrainerCallback, ExportableState):
             self._session.end_iteration()
             self._session.begin_iteration()
 
-    def _saved(self, state: TrainerState) -> dict[str, Any] | None:
+    def _saved(self, state: TrainerState) -> StateDict | None:
         """Return the state of this callback in the checkpoint; ``None`` if training begins or it holds none."""
         if not state.global_step or state.stateful_callbacks is None:
             return None
         own = state.stateful_callbacks.get(type(self).__name__, {})  # the key that the Trainer uses
-        saved: dict[str, Any] | None = own.get("attributes", {}).get("saved")
+        saved: StateDict | None = own.get("attributes", {}).get("saved")
         return saved

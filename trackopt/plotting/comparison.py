@@ -14,6 +14,8 @@ from trackopt.plotting.run_series import RunSeries, display_names
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from trackopt.utils.types import JsonObject
+
 WINDOW_STEPS = 50  # previous steps that define what is normal
 _MIN_POINTS = 10  # with fewer previous points no step counts as a spike
 SPIKE_IQRS = 3  # interquartile ranges above the median: four standard deviations, if it is normal
@@ -82,7 +84,7 @@ class Comparison:
             label for label in others if label not in _ALWAYS_SHOWN
         ]
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> JsonObject:
         """Return the comparison as plain data."""
         return {
             "metric": self.metric,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import orjson
 
@@ -14,6 +14,8 @@ from trackopt.utils.files import atomic_write
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
+
+    from trackopt.utils.types import JsonObject
 
 CURSORS_NAME = "recorder.json"
 
@@ -70,7 +72,7 @@ class CursorFile:
     def __init__(self, directory: Path) -> None:
         self._path = directory / CURSORS_NAME
         try:
-            self._entries: dict[str, dict[str, Any]] = dict(orjson.loads(self._path.read_bytes()))
+            self._entries: dict[str, JsonObject] = dict(orjson.loads(self._path.read_bytes()))
         except (FileNotFoundError, ValueError):
             self._entries = {}
 
@@ -92,5 +94,5 @@ class CursorFile:
                 self._entries = entries
 
 
-def _to_entry(cursor: UploadCursor) -> dict[str, Any]:
+def _to_entry(cursor: UploadCursor) -> JsonObject:
     return {_DISK_KEYS.get(item.name, item.name): getattr(cursor, item.name) for item in fields(cursor)}

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from trackopt.training.objects import Training
+    from trackopt.utils.types import StateDict
 
 T = TypeVar("T")
 
@@ -74,7 +75,7 @@ class Probe:
             # Like a crash of the machine: the command that started this process must not run its next line.
             os.killpg(0, signal.SIGKILL)
 
-    def _state(self) -> dict[str, Any]:
+    def _state(self) -> StateDict:
         """Return the weights and the optimizers' state, eight digits for each tensor; their names are written once."""
         fingerprints = {"weights": weights(self._training), "optimizer": optimizer_state(self._training)}
         names = {what: list(parts) for what, parts in fingerprints.items()}
@@ -84,7 +85,7 @@ class Probe:
         joined = {what: "".join(f"{crc:08x}" for crc in parts.values()) for what, parts in fingerprints.items()}
         return {**joined, "lr": learning_rates(self._training)}
 
-    def _step_inputs(self) -> dict[str, Any]:
+    def _step_inputs(self) -> StateDict:
         """Return what a step begins with, besides the weights and its batch."""
         return {
             "rng": global_rng(),

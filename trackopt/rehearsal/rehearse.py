@@ -9,7 +9,7 @@ import shutil
 import tempfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from trackopt import journal, locations, state
 from trackopt.analysis.diff import diff
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from trackopt.rehearsal.trace import Trace
+    from trackopt.utils.types import JsonObject
 
     #: Called with the current stage, the completed steps, and the total (``None`` if it is not known yet).
     OnProgress = Callable[[str, int, int | None], None]
@@ -99,7 +100,7 @@ class Rehearsal:
         """True if the killed and resumed training equals the uninterrupted one bit for bit."""
         return self.verdict is None
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> JsonObject:
         """Return the result under the keys of ``rehearse --json``."""
         seconds = dict(zip(("uninterrupted", "killed"), self.seconds, strict=True))
         result = {"exact": self.exact, **asdict(self), "seconds": seconds}

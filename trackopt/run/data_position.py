@@ -21,6 +21,8 @@ from trackopt.training import rng
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
 
+    from trackopt.utils.types import StateDict
+
 T = TypeVar("T")
 
 
@@ -48,11 +50,11 @@ class DataPosition:
         self._stateful_loaders = [value for value in stateful.values() if not rng.is_generator(value)]
         self._pass = 0  # finished passes of this epoch
         self.batch = 0
-        self._epoch_start: dict[str, Any] | None = None  # the generators when the epoch began
-        self._pass_start: dict[str, Any] | None = None  # the generators, and the loader's, when the pass began
+        self._epoch_start: StateDict | None = None  # the generators when the epoch began
+        self._pass_start: StateDict | None = None  # the generators, and the loader's, when the pass began
         self._length: int | None = None  # batches of the pass
         self._loaders: dict[int, object] = {}
-        self._saved: dict[str, Any] | None = None  # a restored position that the loop has not reached yet
+        self._saved: StateDict | None = None  # a restored position that the loop has not reached yet
         self._loader_states: dict[int, Any] = {}  # restored states of loaders that are not known yet
         self._on_restored: Callable[[], None] = lambda: None
         self._world_size_changed = False  # the ranks shared the data differently when it was saved
@@ -115,7 +117,7 @@ class DataPosition:
             self.in_pass = self.in_batch = False
             self._pass, self.batch, self._pass_start = self._pass + 1, 0, None
 
-    def state_dict(self, *, epoch_done: bool) -> dict[str, Any]:
+    def state_dict(self, *, epoch_done: bool) -> StateDict:
         """Return the position as plain values; ``epoch_done`` means that the epoch's last line has run."""
         own = {number: _loader_state(loader) for number, loader in self._loaders.items()}
         if epoch_done or self.is_between_epochs:  # the next epoch's first lines have not run
@@ -125,7 +127,7 @@ class DataPosition:
         return {"epoch": self.epoch, "pass": self._pass, "batch": self.batch, **starts, "own": own}
 
     def load_state_dict(
-        self, state: dict[str, Any], on_restored: Callable[[], None], *, world_size_changed: bool = False
+        self, state: StateDict, on_restored: Callable[[], None], *, world_size_changed: bool = False
     ) -> None:
         """Set a saved position as the one that ``epochs`` and ``batches`` return to.
 
@@ -170,7 +172,7 @@ class DataPosition:
             return int(saved["batch"] * self._length // saved["length"])
         return int(saved["batch"])
 
-    def _capture(self) -> dict[str, Any]:
+    def _capture(self) -> StateDict:
         generators = {name: rng.state_of(generator) for name, generator in self._generators.items()}
         return {"rng": rng.capture(), "handed": generators}
 
@@ -188,7 +190,7 @@ def length(loader: object) -> int | None:
         return None
 
 
-def _loader_state(loader: object) -> dict[str, Any]:
+def _loader_state(loader: object) -> StateDict:
     """Return a loader's own generators, whether its persistent workers run, and its count of passes."""
     generators = [rng.state_of(generator) for generator in rng.find_generators(loader)]
     iteration = getattr(loader, "iteration", None) if hasattr(loader, "set_epoch") else None

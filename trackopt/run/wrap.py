@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from trackopt.training.objects import Generator, Stateful
+    from trackopt.utils.types import CheckpointTree
 
 T = TypeVar("T")
 logger = logging.getLogger("trackopt")
@@ -193,7 +194,7 @@ def _open_directory(collectives: Collectives, chosen: str | os.PathLike[str] | N
 
 def _find_checkpoint(
     collectives: Collectives, directory: RunDirectory, store: CheckpointStore, resume: str | os.PathLike[str]
-) -> tuple[Path, dict[str, Any]] | None:
+) -> tuple[Path, CheckpointTree] | None:
     """Find the checkpoint to resume from on rank 0, and read it on each rank; ``None`` to start at step 0."""
     found = _run_on_all(
         collectives, lambda: find_resume_checkpoint(directory, store, resume) if collectives.is_rank_zero else None
@@ -205,7 +206,7 @@ def _find_checkpoint(
 
 
 def _restore(
-    collectives: Collectives, training: Training, checkpoint: tuple[Path, dict[str, Any]] | None, *, strict: bool
+    collectives: Collectives, training: Training, checkpoint: tuple[Path, CheckpointTree] | None, *, strict: bool
 ) -> tuple[PendingRestore | None, list[str]]:
     """Put a checkpoint into the objects; also return what was skipped because it does not fit."""
     if checkpoint is None:

@@ -20,6 +20,8 @@ from trackopt.utils.mlflow_uri import MLflowTarget
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from trackopt.utils.types import JsonObject
+
 FORMAT = 1
 IDENTITY = "run.json"
 _LOCK = ".run.json.lock"
@@ -69,7 +71,7 @@ class RunIdentity:
             unknown=unknown,
         )
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> JsonObject:
         """Return the content of ``run.json``."""
         content = {
             "format": FORMAT,

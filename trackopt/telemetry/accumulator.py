@@ -13,6 +13,8 @@ from trackopt.errors import UsageError
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from trackopt.utils.types import StateDict
+
     Gather = Callable[[dict[str, tuple[float, int]]], list[dict[str, tuple[float, int]]]]
 
 
@@ -89,12 +91,12 @@ class MetricAccumulator:
                 entries = [sums[key] for sums in ranks if key in sums]
                 self._sums[key] = (math.fsum(total for total, _ in entries), sum(count for _, count in entries))
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         """Return the state from which a resumed run continues with the same means."""
         sums = {key: (float(total), count) for key, (total, count) in self._sums.items()}
         return {"sums": sums, "recorded": sorted(self.recorded), "shared": sorted(self._reduced)}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         """Restore what ``state_dict`` returned."""
         self._sums, self.recorded = dict(state["sums"]), set(state["recorded"])
         self._reduced = set(state.get("shared", ()))

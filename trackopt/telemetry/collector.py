@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from trackopt.telemetry.accumulator import Gather
     from trackopt.telemetry.options import StatsOptions
     from trackopt.training.objects import Training
+    from trackopt.utils.types import StateDict
 
 _WARN_AFTER_STEPS = 100  # steps without the end of an iteration
 
@@ -178,7 +179,7 @@ class MetricsCollector:
             suffix = f" ({event.parameter})" if details else ""
             logger.warning("trackopt: step %d: NaN or infinity in the %s%s", step.number, event.what, suffix)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         """Return the state from which a resumed run continues to record as if it had never stopped.
 
         Call ``flush`` first: the journal must hold all earlier records.

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from trackopt.journal import Histogram
     from trackopt.telemetry.metrics import NonFinite
     from trackopt.telemetry.options import StatsOptions
+    from trackopt.utils.types import StateDict
 
 T = TypeVar("T")
 # Every `step` of every optimizer runs inside this function: it identifies nested calls.
@@ -95,12 +96,12 @@ class OptimizerObserver:
         for handle in self._handles:
             handle.remove()
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         """Return the state from which a resumed run continues to observe as if it had never stopped."""
         seen = self._hyperparameters.seen
         return {"steps": self.steps, "evaluations": self.closure_calls, "hyperparameters": seen}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         """Restore what ``state_dict`` returned."""
         self.steps, self.closure_calls = state["steps"], state["evaluations"]
         self._hyperparameters.seen = state["hyperparameters"]

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
     from torch.optim import Optimizer
 
+    from trackopt.utils.types import ParamGroup
+
 _PROGRESS = {"last_epoch", "best", "num_bad_epochs", "cooldown_counter", "total_steps_done", "T_cur", "mode_worse"}
 _JSON_INT_BITS = 64  # of the integers that the journal's JSON can hold
 
@@ -49,11 +51,11 @@ class Hyperparameters:
                 used |= self._changed(name, group)
         return used
 
-    def _groups(self) -> Iterator[tuple[str, dict[str, Any]]]:
+    def _groups(self) -> Iterator[tuple[str, ParamGroup]]:
         for index, group in enumerate(self._optimizer.param_groups):
             yield label(index, group, self._prefix), group
 
-    def _changed(self, name: str, group: dict[str, Any]) -> dict[str, float]:
+    def _changed(self, name: str, group: ParamGroup) -> dict[str, float]:
         keys = [key for key in group if key not in NOT_HYPERPARAMETERS]
         plain = all(isinstance(part, _IMMUTABLE) for key in keys for _, part in split_sequence(key, group[key]))
         values_now = [tuple(v) if isinstance(v := group[key], list) else v for key in keys]

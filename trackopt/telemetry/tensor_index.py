@@ -15,7 +15,9 @@ from trackopt.training.sharding import is_dtensor
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    Slots = dict[str, list[tuple[dict[str, Any], str]]]
+    from trackopt.utils.types import ParamState, StateDict
+
+    Slots = dict[str, list[tuple[ParamState, str]]]
 
 logger = logging.getLogger("trackopt")
 
@@ -49,7 +51,7 @@ class TensorIndex:
         self._per_parameter = per_parameter
         self._buffers: Slots = {}
         self._list_states: Slots = {}
-        self._known: tuple[list[Tensor], list[dict[str, Any]], int] = ([], [], -1)
+        self._known: tuple[list[Tensor], list[ParamState], int] = ([], [], -1)
         self._is_stable = False
         self._warned: set[str] = set()
 
@@ -115,7 +117,7 @@ class TensorIndex:
         """Return the states of the optimizers, which may share one."""
         return list({id(optimizer.state): optimizer.state for optimizer in self._optimizers}.values())
 
-    def _states_of(self, parameter: Tensor) -> list[dict[str, Any]]:
+    def _states_of(self, parameter: Tensor) -> list[ParamState]:
         candidates = [states.get(parameter) for states in self._states()]
         return [state for state in candidates if isinstance(state, dict)]
 
@@ -135,7 +137,7 @@ class TensorIndex:
                     for name in state:
                         self._add_slot(f"{str(name).replace('/', '_')}/{unit}", state, name)
 
-    def _add_slot(self, key: str, state: dict[str, Any], name: str) -> None:
+    def _add_slot(self, key: str, state: StateDict, name: str) -> None:
         value = state[name]
         if value is None:
             self._is_stable = False  # may be a tensor after the next step

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
     import numpy as np
 
+    from trackopt.utils.types import JsonObject, ParamGroup
+
     Generator = torch.Generator | np.random.Generator | np.random.RandomState | random.Random
 
 RESERVED = frozenset({"model", "optimizer", "scheduler", "rng", "trackopt"})
@@ -132,7 +134,7 @@ def versions() -> dict[str, str]:
     }
 
 
-def _as_dict(role: str, value: Any) -> dict[str, Any]:
+def _as_dict(role: str, value: Any) -> JsonObject:
     if value is None:
         return {}
     return dict(value) if isinstance(value, Mapping) else {role: value}
@@ -150,6 +152,6 @@ def _unwrap_scheduler(scheduler: Any) -> Any:
     return inner if isinstance(inner, LRScheduler) and not isinstance(scheduler, LRScheduler) else scheduler
 
 
-def _group_names(index: int, group: dict[str, Any], names: Mapping[int, str]) -> list[str]:
+def _group_names(index: int, group: ParamGroup, names: Mapping[int, str]) -> list[str]:
     own = group.get("param_names") or positional_names(index, len(group["params"]))
     return [names.get(id(parameter), own[i]) for i, parameter in enumerate(group["params"])]

@@ -18,6 +18,8 @@ from torch import nn
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
+    from trackopt.utils.types import StateDict
+
 _CLASSES = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 _MAX_DEPTH = 6  # a Subset of a Subset of a dataset with a Compose of transforms
 _MAX_ITEMS = 64  # longer containers hold data, not parts
@@ -57,9 +59,9 @@ def set_state(generator: Any, state: Any) -> None:
         generator.setstate((version, tuple(internal), gauss))
 
 
-def capture() -> dict[str, Any]:
+def capture() -> StateDict:
     """Return the state of every global generator; CUDA's once the training uses CUDA."""
-    state: dict[str, Any] = {
+    state: StateDict = {
         "python": random.getstate(),
         "numpy": _to_plain(np.random.get_state(legacy=False)),
         "torch": torch.get_rng_state(),

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from trackopt.utils.types import JsonObject
+
 
 @dataclass(frozen=True)
 class MLflowTarget:
@@ -35,9 +37,9 @@ class MLflowTarget:
         unknown = dict(entry)
         return cls(unknown.pop("tracking_uri"), unknown.pop("experiment"), unknown.pop("run_id", None), unknown)
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> JsonObject:
         """Return the entry ``mlflow`` of ``run.json``."""
-        entry: dict[str, Any] = {"tracking_uri": self.tracking_uri, "experiment": self.experiment}
+        entry: JsonObject = {"tracking_uri": self.tracking_uri, "experiment": self.experiment}
         if self.run_id is not None:
             entry["run_id"] = self.run_id
         return entry | dict(self.unknown)

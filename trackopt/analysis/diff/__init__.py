@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
-    from trackopt.analysis import JsonObject
     from trackopt.state import TrainingState
+    from trackopt.utils.types import JsonObject
 
 __all__ = [
     "Change",

@@ -16,12 +16,12 @@ from trackopt.errors import ArchiveError
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from trackopt.analysis import JsonObject
     from trackopt.analysis.diff.alignment import Alignment, Slots
     from trackopt.analysis.diff.compare import TensorComparer
     from trackopt.analysis.diff.flatten import Key, Role
     from trackopt.archive import Archive
     from trackopt.state import TrainingState
+    from trackopt.utils.types import JsonObject
 
 _MAX_LISTED_ITEMS = 16
 

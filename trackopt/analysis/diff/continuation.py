@@ -18,7 +18,6 @@ from trackopt.analysis.diff.training_summary import pair_hyperparameters
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-    from trackopt.analysis import JsonObject
     from trackopt.analysis.diff.alignment import Alignment
     from trackopt.analysis.diff.totals import Totals
     from trackopt.archive.tree import Path
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
     from trackopt.state.models import Model
     from trackopt.state.optimizers import Optimizer
     from trackopt.state.schedulers import Scheduler
+    from trackopt.utils.types import JsonObject
 
 _Part = TypeVar("_Part", "Model", "Optimizer", "Scheduler")
 

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from trackopt.analysis import JsonObject
     from trackopt.archive.decode import Array
+    from trackopt.utils.types import JsonObject
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,11 +13,11 @@ from trackopt.archive.tree import Tensor
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from trackopt.analysis import JsonObject
     from trackopt.analysis.diff.changes import Change
     from trackopt.analysis.diff.compare import TensorComparer
     from trackopt.analysis.diff.flatten import Role
     from trackopt.archive import Archive
+    from trackopt.utils.types import JsonObject
 
 
 @dataclass

@@ -12,10 +12,10 @@ from trackopt.archive.describe import describe
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from trackopt.analysis import JsonObject
     from trackopt.analysis.diff.alignment import Alignment
     from trackopt.analysis.diff.totals import Totals
     from trackopt.state import TrainingState
+    from trackopt.utils.types import JsonObject
 
 #: The learning rate, which is listed separately, and what schedulers store with it.
 _LEARNING_RATES = ("lr", "initial_lr", "max_lr", "min_lr")

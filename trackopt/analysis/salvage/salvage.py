@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from trackopt import remote
 from trackopt.analysis.salvage.damaged_zip import DamagedZip
@@ -13,6 +13,9 @@ from trackopt.analysis.salvage.pickler import SafePickler
 from trackopt.archive.formats.zip_source import MAX_PICKLE_BYTES
 from trackopt.archive.io.zip_writer import write_zip
 from trackopt.errors import ArchiveError, UsageError
+
+if TYPE_CHECKING:
+    from trackopt.utils.types import JsonObject
 
 _CHUNK_BYTES = 1 << 20
 
@@ -35,7 +38,7 @@ class SalvageResult:
     bytes: int
     lost_tensors: tuple[str, ...]
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> JsonObject:
         """Return the facts under the keys of ``salvage --json``."""
         return {
             "source": self.source,

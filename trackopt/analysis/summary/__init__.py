@@ -16,7 +16,6 @@ from trackopt.state.models import count_dtypes
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from trackopt.analysis import JsonObject
     from trackopt.analysis.summary.statistics import TensorStatistics
     from trackopt.archive import Archive
     from trackopt.archive.tree import Tensor
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
     from trackopt.state.models import Model
     from trackopt.state.optimizers import Group, Optimizer, Parameter
     from trackopt.state.schedulers import Scheduler
+    from trackopt.utils.types import JsonObject
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,10 @@ from trackopt.utils.moments import Moments, merge_moments
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-    from trackopt.analysis import JsonObject
     from trackopt.archive import Archive
     from trackopt.archive.decode import Array
     from trackopt.archive.tree import Tensor
+    from trackopt.utils.types import JsonObject
 
 _PIECE_BYTES = 16 << 20  # of a thread's task
 _BLOCK_ELEMENTS = 1 << 18  # of an array: they fit a cache, and are enough for threads to seldom wait for each other

@@ -16,6 +16,7 @@ from trackopt.errors import ArchiveError
 
 if TYPE_CHECKING:
     from trackopt.archive.io.zip_reader import Record, Zip
+    from trackopt.archive.tree import JsonObject
 
 _MAX_CONFIG_BYTES = 16 << 20
 _MAX_CONFIG_BRACKETS = 2_000_000
@@ -35,7 +36,7 @@ def load(source: ZipSource) -> Contents:
     Raises:
         ArchiveError: A description is malformed.
     """
-    tree: dict[str, dict[str, Any]] = {}
+    tree: dict[str, JsonObject] = {}
     payloads = _Payloads(source)
     for record in source.zipped.records.values():
         for kind in _KINDS:
@@ -50,7 +51,7 @@ def load(source: ZipSource) -> Contents:
     return Contents("torch.export (pt2)", tree, source, tuple(payloads.globals), problems)
 
 
-def _read_config(zipped: Zip, payloads: _Payloads, record: Record, kind: str) -> dict[str, Any]:
+def _read_config(zipped: Zip, payloads: _Payloads, record: Record, kind: str) -> JsonObject:
     if record.size > _MAX_CONFIG_BYTES:
         raise _malformed(zipped, record, f"has {record.size:,} bytes, at most {_MAX_CONFIG_BYTES:,} are read")
     text = zipped.read(record)
@@ -79,7 +80,7 @@ class _Payloads:
         self._unpickled: dict[str, Any] = {}
         self._pickle_bytes = 0
 
-    def read(self, name: str, entry: dict[str, Any], kind: str) -> Any:
+    def read(self, name: str, entry: JsonObject, kind: str) -> Any:
         """Return a weight or a constant."""
         key = f"{kind}/{string(entry['path_name'])}"
         meta = entry.get("tensor_meta")
@@ -109,7 +110,7 @@ class _Payloads:
         self.globals.update(dict.fromkeys(pickled.globals))
         return prefix_storage_keys(pickled.tree, key, source)
 
-    def _tensor(self, key: str, meta: dict[str, Any], is_parameter: bool) -> Any:
+    def _tensor(self, key: str, meta: JsonObject, is_parameter: bool) -> Any:
         dtype = _DTYPES[meta["dtype"]]
         record = self._source.find(f"data/{key}")
         size = 0 if record is None else record.size // ITEMSIZE[dtype] * ITEMSIZE[dtype]

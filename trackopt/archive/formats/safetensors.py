@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from trackopt.archive.io.file import File
+    from trackopt.archive.tree import JsonObject
 
 _MAX_HEADER_BYTES = 64 << 20
 _MAX_CONTAINERS = 1_200_000  # two lists and a dictionary for each tensor
@@ -58,13 +59,13 @@ def load(path: Path, file: File) -> Contents:
     return Contents("safetensors", tree, RangeSource(path), (), problems)
 
 
-def _read_header(path: Path, text: bytes) -> tuple[dict[str, Any], list[str]]:
+def _read_header(path: Path, text: bytes) -> tuple[JsonObject, list[str]]:
     if text.count(b"[") + text.count(b"{") > _MAX_CONTAINERS or text.count(b",") > _MAX_VALUES:
         raise _make_error(path, "its header describes more tensors than are read")
     repeated: list[str] = []
 
-    def mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        result: dict[str, Any] = {}
+    def mapping(pairs: list[tuple[str, Any]]) -> JsonObject:
+        result: JsonObject = {}
         for key, value in pairs:
             if key in result:
                 repeated.append(key)
@@ -84,7 +85,7 @@ def _make_error(path: Path, what: str) -> ArchiveError:
     return ArchiveError(f"{path}: {what}; the safetensors file is damaged, copy it again or use another checkpoint")
 
 
-def _read_tensor(entry: dict[str, Any], data: FileRange) -> tuple[tuple[int, int], Tensor | UnknownObject]:
+def _read_tensor(entry: JsonObject, data: FileRange) -> tuple[tuple[int, int], Tensor | UnknownObject]:
     start, stop = entry["data_offsets"]
     shape = tuple(entry["shape"])
     numbers = (start, stop, *shape)
