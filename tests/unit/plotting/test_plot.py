@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 import xml.etree.ElementTree as ET
 
@@ -15,7 +14,6 @@ from PIL import Image
 
 import trackopt
 from tests.helpers.command import ESCAPE, fails
-from tests.helpers.command import trackopt as run
 from tests.helpers.stores import mlflow_run, without_warnings
 from tests.helpers.training import make_training, train_step
 from trackopt import journal
@@ -172,6 +170,7 @@ def test_a_resumed_run_is_what_counts(tmp_path):
     assert tracked.params == {"optimizer": "SGD"}
 
 
+@pytest.mark.integration
 def test_a_run_that_is_going_on_is_followed(tmp_path):
     """A pipe gets what there is when the run is closed."""
     going = RunDirectory(tmp_path / "live")  # its lock says that somebody trains
@@ -179,17 +178,16 @@ def test_a_run_that_is_going_on_is_followed(tmp_path):
     writer = journal.Journal(going.journal)
     writer.mark("start", 0, params={})
     writer.record(1, {"loss": 1.0})
-    done = []
-    follower = threading.Thread(target=lambda: done.append(run("plot", tmp_path / "live", "--follow", "--json")))
-    follower.start()
+    command = [sys.executable, "-m", "trackopt", "plot", str(tmp_path / "live"), "--follow", "--json"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     time.sleep(1)
     writer.record(2, {"loss": 0.5})
-    assert not done
+    assert process.poll() is None
     writer.mark("close", 2, status="FINISHED")
     writer.close()
-    follower.join(30)
+    output, _ = process.communicate(timeout=60)
     going.release()
-    (found,) = json.loads(done[0].stdout)["runs"]
+    (found,) = json.loads(output)["runs"]
     assert found["series"]["loss"] == [[1, 1.0], [2, 0.5]]
 
 
