@@ -43,7 +43,7 @@ def anatomy():
 
 
 def train(directory, epochs):
-    """A head that is trained alone at first; its backbone joins as a second group in the second epoch."""
+    """Train a head alone, then add its backbone as a second group in the second epoch."""
     torch.manual_seed(0)
     model = nn.ModuleDict({"backbone": nn.Linear(8, 8), "head": nn.Linear(8, 1)})
     optimizer = torch.optim.SGD([{"params": model["head"].parameters(), "name": "head"}], lr=0.05, momentum=0.9)

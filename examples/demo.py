@@ -47,7 +47,7 @@ def train_and_kill(directory):
 
 
 def steps(directory):
-    """Steps that the journal holds."""
+    """Return the number of steps in the journal."""
     return max((line.step for line in journal.read(directory / journal.NAME)), default=0)
 
 

@@ -27,7 +27,7 @@ def datasets():
 
 
 def make_training():
-    """The model and its AdamW: a small LR and weight decay for the backbone, a large LR and none for the head."""
+    """Return a model and its AdamW: a small LR and weight decay for the backbone, a large LR and none for the head."""
     backbone = nn.Sequential(
         nn.Conv2d(1, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(),
         nn.Conv2d(32, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU(),
@@ -46,7 +46,7 @@ def make_training():
 
 @torch.no_grad()
 def accuracy(model, data):
-    """The share of images that the model reads right."""
+    """Return the fraction of images that the model classifies correctly."""
     model.eval()
     images, labels = data.tensors
     share = (model(images).argmax(1) == labels).float().mean()

@@ -32,7 +32,7 @@ def train(directory, steps):
 
 
 def formula(gradients):
-    """The recursion v = β · v + g from v = 0; at step t that is the sum of β^(t-i) · g at step i."""
+    """Compute v = β · v + g from v = 0; at step t that is the sum of β^(t-i) · g at step i."""
     value, found = 0.0, []
     for step, gradient in gradients:
         value = BETA * value + gradient

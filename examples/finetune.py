@@ -17,12 +17,12 @@ from trackopt import journal
 
 
 def warm_up(step):
-    """The backbone's: from nothing to its LR in 60 steps, so that the raw head does not spoil it."""
+    """Warm the backbone up from 0 to its LR in 60 steps, so that the untrained head does not spoil it."""
     return min(1.0, step / 60)
 
 
 def decay(step):
-    """The head's: from its LR down."""
+    """Decay the LR of the head."""
     return 0.98**step
 
 

@@ -55,13 +55,13 @@ def train(directory, name, epochs):
 
 
 def smooth(points, share=0.9):
-    """An exponential average: the loss of single batches jumps."""
+    """Return an exponential average, since the loss of single batches is noisy."""
     mean = points[0][1]
     return [(step, mean := share * mean + (1 - share) * value) for step, value in points]
 
 
 def norms(found, buffers):
-    """The norm of a buffer, where the optimizer has it."""
+    """Return the norms of the buffers that the optimizer has."""
     return {name: found[name][f"{buffer}/group0.norm"] for name, buffer in buffers.items() if name in found}
 
 

@@ -25,7 +25,7 @@ SCHEDULERS = {
 
 
 def train(directory, name, steps):
-    """A line through noise; only the schedule differs from run to run."""
+    """Fit a line to noisy data; only the schedule differs from run to run."""
     torch.manual_seed(0)
     x = torch.randn(200, 5)
     y = x @ torch.arange(1.0, 6.0) + torch.randn(200)
@@ -47,7 +47,7 @@ def train(directory, name, steps):
 
 
 def cosine(last_epoch, steps):
-    """The LRs of a cosine that goes on behind ``last_epoch``; it asks the groups for the LR that all began with."""
+    """Return the LRs of a cosine that continues after ``last_epoch``; it reads ``initial_lr`` from the groups."""
     weight = torch.zeros(1, requires_grad=True)
     optimizer = torch.optim.SGD([{"params": [weight], "initial_lr": 0.1}], lr=0.1)
     scheduler = lr_scheduler.CosineAnnealingLR(optimizer, T_max=40, eta_min=0.02, last_epoch=last_epoch)

@@ -27,7 +27,7 @@ FORMAT = re.sub(r"@font-face \{\{.*?\}\}\s*", "", CONSOLE_SVG_FORMAT, flags=re.D
 
 
 def run_in_pty(command, directory):
-    """What a command writes on a terminal, colours and all."""
+    """Return what a command writes to a terminal, with colours."""
     main, side = pty.openpty()
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     environment = {**os.environ, "PATH": path, "COLUMNS": "80", "TERM": "xterm-256color"}
@@ -46,7 +46,7 @@ def run_in_pty(command, directory):
 
 
 def frame(written):
-    """The two lines that a training showed when most of it was done, without what moves the cursor."""
+    """Return the two progress lines near the end of a training, without cursor movements."""
     text = re.sub(r"\x1b\[[?\d;]*[A-Za-ln-z]", "", written.replace("\r\n", "\n").replace("\r", "\n"))
     found = re.findall(r"^digits  epoch.*it/s.*\n.*saved at.*$", text, flags=re.MULTILINE)
     return found[len(found) * 2 // 3]
