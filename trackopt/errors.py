@@ -6,7 +6,7 @@
     ├── UsageError          an argument, a metric or a call that makes no sense
     ├── RunError            a run's directory: taken, foreign, not writable
     ├── CheckpointError     a checkpoint that cannot be written, or none that can be used
-    │   └── MismatchError   a sound checkpoint of something else: another model, optimizer or scheduler
+    │   └── MismatchError   a valid checkpoint of something else: another model, optimizer or scheduler
     └── ArchiveError        a file that is not a checkpoint, or is damaged
 
 Each message is one line: what, where, and what to do. The command line prints it and exits with 2.
@@ -32,7 +32,7 @@ class CheckpointError(TrackoptError):
 
 
 class MismatchError(CheckpointError):
-    """A sound checkpoint does not fit the live objects; nothing was changed."""
+    """A valid checkpoint does not fit the live objects; nothing was changed."""
 
 
 class ArchiveError(TrackoptError):

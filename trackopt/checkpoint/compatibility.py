@@ -1,4 +1,4 @@
-"""Which parts of a checkpoint fit the live objects, and a line for each that does not. Nothing is changed here."""
+"""The parts of a checkpoint that fit the live objects, and a line for each that does not. Nothing is changed here."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ class RankState:
 
 @dataclass(frozen=True)
 class RunProgress:
-    """Where a run stands.
+    """The position of a run.
 
     Attributes:
         run_id: The run's id.
@@ -93,7 +93,7 @@ class RunProgress:
 
 @dataclass(frozen=True)
 class TrainingLayout:
-    """Which objects the states of a checkpoint belong to.
+    """The objects that the states of a checkpoint belong to.
 
     Attributes:
         param_names: For each optimizer and parameter group the names of its parameters, in order.

@@ -1,4 +1,4 @@
-"""Which checkpoints of a run are kept."""
+"""Retention: the checkpoints of a run that are kept."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class RetentionMarks:
 
 @dataclass(frozen=True)
 class Retention:
-    """How many checkpoints a run keeps, besides those that are marked to be kept for good.
+    """The numbers of checkpoints that a run keeps, besides those marked with ``keep=True``.
 
     Attributes:
         newest: How many of the newest.

@@ -102,7 +102,7 @@ class CheckpointSaver:
 
     @property
     def due(self) -> bool:
-        """Whether to save at the next point between two iterations."""
+        """True if a checkpoint is to be taken before the next iteration."""
         return self._due is not None
 
     def request(self, request: SaveRequest) -> None:

@@ -46,7 +46,7 @@ class CheckpointStore:
 
     @property
     def is_collective(self) -> bool:
-        """Whether all processes write each checkpoint."""
+        """True if all processes write each checkpoint."""
         return self._collectives is not None
 
     def preallocate(self, size: int) -> None:

@@ -58,7 +58,7 @@ class Collectives:
 
     @property
     def is_rank_zero(self) -> bool:
-        """Whether this is the rank that writes."""
+        """True on the rank that writes."""
         return self.rank == 0
 
     def all_gather_object(self, value: T) -> list[T]:

@@ -40,7 +40,7 @@ _NO_IDENTITY = RunIdentity("", "", 0.0, "", "", MLflowTarget("", ""))  # of a ra
 
 @dataclass(frozen=True)
 class Options:
-    """What is recorded, and where; each option as ``trackopt.wrap`` takes it.
+    """The options of an integration; each as ``trackopt.wrap`` takes it.
 
     Raises:
         UsageError: An option is invalid.
@@ -59,7 +59,7 @@ class Options:
 
     @property
     def stats_options(self) -> StatsOptions:
-        """What is measured, and how often."""
+        """The options of the statistics."""
         return StatsOptions(self.stats, self.stats_every, self.histograms_every)
 
 

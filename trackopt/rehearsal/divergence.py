@@ -1,4 +1,4 @@
-"""Where two trainings that should be identical diverge: the first step, and what differs there."""
+"""The first step at which two trainings that should be identical diverge, and the differences there."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What the user holds: `wrap`, `Run` and their options."""
+"""The user's side of a training: `wrap`, `Run` and their options."""

@@ -1,4 +1,4 @@
-"""What else may watch a run: the class that a rehearsal names."""
+"""The interface of the observer that a rehearsal adds to a run."""
 
 from __future__ import annotations
 

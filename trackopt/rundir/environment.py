@@ -22,7 +22,7 @@ _unnamed = itertools.count(1)
 
 @dataclass(frozen=True)
 class ResumeCheckPlan:
-    """Where the runs of a training process go, and when it is killed.
+    """The directories of the runs of a training process, and the steps at which it is killed.
 
     Attributes:
         root: Every run has its directory below it, and nowhere else.

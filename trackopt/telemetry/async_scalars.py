@@ -42,7 +42,7 @@ class AsyncMetrics:
 
     @property
     def is_ready(self) -> bool:
-        """Whether ``metrics`` returns without waiting."""
+        """True if ``metrics`` returns without waiting."""
         return self._finish is None or self._transfer.is_ready
 
     def metrics(self) -> dict[str, float]:
@@ -70,12 +70,12 @@ class DeviceToHostCopy:
 
     @property
     def is_async(self) -> bool:
-        """Whether any copy runs in the background."""
+        """True if a copy runs in the background."""
         return any(event is not None for _, event in self._copies)
 
     @property
     def is_ready(self) -> bool:
-        """Whether ``numbers`` returns without waiting."""
+        """True if ``numbers`` returns without waiting."""
         # torch leaves its events untyped
         return all(event is None or event.query() for _, event in self._copies)  # type: ignore[no-untyped-call]
 

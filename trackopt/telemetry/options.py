@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class StatsOptions:
-    """What is measured of the optimizers, and how often.
+    """The statistics that are taken of the optimizers, and their intervals.
 
     Attributes:
         stats: ``"group"`` for statistics of the parameters, gradients and buffers of each parameter group,

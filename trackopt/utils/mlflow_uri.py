@@ -1,4 +1,4 @@
-"""Where MLflow's data goes. The training process decides it, since it knows what the user has set."""
+"""The destination of MLflow's data. The training process decides it, since it knows what the user has set."""
 
 from __future__ import annotations
 
