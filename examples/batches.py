@@ -7,7 +7,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from digits import build, datasets
+from digits import datasets, make_training
 from draw import curves
 from torch.utils.data import DataLoader
 
@@ -19,7 +19,7 @@ def train(directory, epochs, *, grow):
     """Every second epoch the LR is halved, or the batch is doubled."""
     torch.manual_seed(0)
     data, _ = datasets()
-    model, optimizer = build()
+    model, optimizer = make_training()
     with trackopt.wrap(optimizer, model=model, dir=directory, save_every=20, sinks=["tensorboard"]) as run:
         for epoch in run.epochs(epochs):
             halvings = epoch // 2

@@ -7,7 +7,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from digits import accuracy, build, datasets
+from digits import accuracy, datasets, make_training
 from draw import curves
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
@@ -29,7 +29,7 @@ def decay(step):
 def train(directory, epochs):
     torch.manual_seed(0)
     data, held_out = datasets()
-    model, _ = build()
+    model, _ = make_training()
     optimizer = torch.optim.AdamW(
         [
             {"params": model.backbone.parameters(), "lr": 1e-3, "name": "backbone"},

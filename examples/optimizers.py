@@ -7,7 +7,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from digits import accuracy, build, datasets
+from digits import accuracy, datasets, make_training
 from draw import curves
 from torch import optim
 from torch.utils.data import DataLoader
@@ -38,7 +38,7 @@ SECOND = {
 def train(directory, name, epochs):
     torch.manual_seed(0)
     data, held_out = datasets()
-    model, _ = build()
+    model, _ = make_training()
     optimizer = OPTIMIZERS[name](model.parameters())
     with trackopt.wrap(
         optimizer, model=model, dir=directory / name, save_every=40, keep=1, sinks=["tensorboard"]

@@ -8,8 +8,8 @@ from tests.distributed.test_fsdp import checkpoints, stages
 from tests.integration.test_resume import assert_same
 from tests.scripts import train_sharded
 from trackopt import journal
+from trackopt.checkpoint.reader import load
 from trackopt.checkpoint.resharding import reshard
-from trackopt.checkpoint.store import load
 
 STEPS = 12
 

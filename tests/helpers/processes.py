@@ -36,8 +36,8 @@ class Script:
         stderr: Where its errors go.
     """
 
-    stdout: TextIO
-    stderr: TextIO
+    stdout: TextIO | None = None
+    stderr: TextIO | None = None
 
     def __init__(
         self, script: Path, arguments: tuple[object, ...], environment: dict[str, str], stdout: int, stderr: int
@@ -57,11 +57,20 @@ class Script:
         self._connection.sendall(line[sent:])
         self.pid = int(self._receive())
 
+    def __del__(self) -> None:
+        self._connection.close()
+        for stream in (self.stdout, self.stderr):
+            if stream is not None:
+                stream.close()
+
     def _receive(self) -> bytes:
         """Return the next line of the answers, and take nothing after it, so that `poll` sees whether there is more."""
         line = b""
         while not line.endswith(b"\n"):
-            line += self._connection.recv(1)
+            received = self._connection.recv(1)
+            if not received:
+                raise RuntimeError("the process that forks the scripts has ended")
+            line += received
         return line
 
     def wait(self) -> int:

@@ -144,7 +144,8 @@ def write(tmp_path, text):
 
 
 def trackopt(*words):
-    return subprocess.run([sys.executable, "-m", "trackopt", *words], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "trackopt", *words]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "COLUMNS": "80"})
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)

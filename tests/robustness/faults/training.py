@@ -46,7 +46,7 @@ class Told:
     def begun(self, run: Run) -> None:
         """``wrap`` returned."""
         self._numbers[_RESUMED] = run.resumed_from or 0
-        self._numbers[_CHECKPOINT] = run._loop.checkpoints.saver.latest[0]
+        self._numbers[_CHECKPOINT] = run._loop.checkpoints.saver.latest.step
 
     def done(self, run: Run, losses: dict[int, float]) -> None:
         """These steps are in the journal, unless it keeps lines back, and this checkpoint is on the disk."""
@@ -56,7 +56,7 @@ class Told:
                 self._numbers[_FIRST + 2 * count] = step
                 self._numbers[_FIRST + 2 * count + 1] = losses.pop(step)
                 self._numbers[_RECORDS] = count + 1
-        self._numbers[_CHECKPOINT] = run._loop.checkpoints.saver.latest[0]
+        self._numbers[_CHECKPOINT] = run._loop.checkpoints.saver.latest.step
         if self.aloud:
             with contextlib.suppress(OSError):
                 os.write(-1, json.dumps(self.facts()).encode())
