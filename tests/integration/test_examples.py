@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from tests.helpers.processes import run_script
 from tests.scripts import run_killed
 from trackopt import journal
 
@@ -57,7 +58,7 @@ def test_the_demo_shows_what_it_promises(tmp_path):
 def test_an_example_runs_small(name, size, says):
     """It says what its lesson says, and draws its picture."""
     directory = Path("runs", name)
-    done = python(str(EXAMPLES / f"{name}.py"), str(directory), *size)
+    done = run_script(EXAMPLES / f"{name}.py", directory, *size)
     assert done.returncode == 0, done.stderr
     assert says in done.stdout
     if name not in {"digits", "anatomy"}:
