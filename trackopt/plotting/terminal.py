@@ -31,9 +31,8 @@ _INDENT = 2
 def render(panel: Panel, *, width: int, height: int, coloured: bool, legend: bool = True) -> Text:
     """Render a panel as lines of text.
 
-    With several curves, each has a letter at its end, and also along it if colours cannot distinguish the curves.
-    Noisy curves would cover each other: with several curves, each becomes the median per column in a band from the
-    lowest to the highest value; with many, the median of several columns, without a band.
+    Several curves have letters at their ends, and along them if colours cannot distinguish them. Each is then drawn as
+    the median per column in a band from the lowest to the highest value; many curves as medians of several columns.
 
     Args:
         panel: The panel to draw.

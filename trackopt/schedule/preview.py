@@ -74,8 +74,7 @@ def preview(
 
     Example:
         >>> import torch, trackopt
-        >>> halved = trackopt.preview(lambda o: torch.optim.lr_scheduler.StepLR(o, 2, gamma=0.5), 5, lr=0.4)
-        >>> halved.lr
+        >>> trackopt.preview(lambda o: torch.optim.lr_scheduler.StepLR(o, 2, gamma=0.5), 5, lr=0.4).lr
         {'group0': [0.4, 0.4, 0.2, 0.2, 0.1]}
     """
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:

@@ -136,8 +136,7 @@ def summarize(
         progress: Called with the bytes measured and the bytes in all, from time to time.
 
     Example:
-        >>> import tempfile, torch
-        >>> import trackopt
+        >>> import tempfile, torch, trackopt
         >>> path = tempfile.mktemp(suffix=".pt")
         >>> torch.save({"weight": torch.ones(2, 3)}, path)
         >>> with trackopt.open(path) as archive:
