@@ -2,7 +2,7 @@
 # make test       set up, then run the tests
 # make check      linters, types and unit tests: what to run before a commit
 # make lint       linters and types
-# make matrix     every optimizer with every scheduler, killed and resumed; tests take pairs of them
+# make matrix     every optimizer with every scheduler, and every example, killed and resumed; tests take some
 # make bench      the benchmarks, as ratios
 # make fuzz       100,000 mutated files, each of which must be answered or refused
 # make faults     a training killed, hindered and cut off at every place, each time resumed
@@ -30,7 +30,7 @@ lint: $(VENV)/ready
 	$(BIN)/mypy
 
 matrix: $(VENV)/ready
-	TRACKOPT_MATRIX=full $(PYTEST) --dist worksteal tests/integration/test_resume_matrix.py tests/integration/test_resume.py
+	TRACKOPT_MATRIX=full $(PYTEST) --dist worksteal tests/integration/test_resume_matrix.py tests/integration/test_rehearse.py
 
 bench: $(VENV)/ready
 	$(BIN)/python -m tests.benchmarks

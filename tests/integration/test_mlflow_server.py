@@ -74,7 +74,7 @@ def postgres():
         shutil.chown(folder, "postgres")
         who = ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups"]
     data = f"{folder}/data"
-    create = [*who, initdb, "-D", data, "-U", "postgres", "--auth=trust", "--no-sync"]
+    create = [*who, initdb, "-D", data, "-U", "postgres", "--auth=trust", "--no-sync", "--encoding=UTF8", "--no-locale"]
     subprocess.run(create, cwd=folder, check=True, stdout=subprocess.DEVNULL)
     command = [*who, server, "-D", data, "-k", folder, "-c", "listen_addresses=", "-c", "fsync=off"]
     with (Path(folder) / "log").open("wb") as log:
