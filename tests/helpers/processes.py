@@ -125,7 +125,8 @@ def start_script(script: Path, *arguments: object) -> Script:
 @functools.cache
 def _server() -> str:
     """Start the process that forks, for this test process; return the path of its socket."""
-    folder = _STACK.enter_context(tempfile.TemporaryDirectory(prefix="trackopt-tests-"))
+    # A socket's path has at most 107 characters, which a temporary directory elsewhere may exceed by itself.
+    folder = _STACK.enter_context(tempfile.TemporaryDirectory(prefix="trackopt-tests-", dir="/tmp"))
     path = f"{folder}/socket"
     process = _STACK.enter_context(
         subprocess.Popen(

@@ -68,7 +68,7 @@ def postgres():
         pytest.skip("PostgreSQL is not installed")
     if os.geteuid() == 0 and "postgres" not in {user.pw_name for user in pwd.getpwall()}:
         pytest.skip("PostgreSQL does not run as root, and has no user of its own here")
-    folder = tempfile.mkdtemp(prefix="pg-")  # under the directory of the tests only root may look
+    folder = tempfile.mkdtemp(prefix="pg-", dir="/tmp")  # short, for a socket; and where not only root may look
     who = []
     if os.geteuid() == 0:
         shutil.chown(folder, "postgres")
