@@ -18,7 +18,7 @@ import pytest
 
 from tests.helpers.processes import run_script
 from tests.helpers.stores import mlflow_points, mlflow_run, tensorboard_points, without_warnings
-from tests.integration.test_recorder import mlflow_server
+from tests.integration.test_recorder import mlflow_server, wait_until_idle
 from trackopt import journal
 from trackopt.recorder.child_process import RecorderProcess
 
@@ -392,6 +392,7 @@ def test_a_recorder_killed_anywhere_in_its_delivery_doubles_and_loses_nothing(tm
     script = tmp_path / "train.py"
     script.write_text(KILLED.replace("save_every=5)", "save_every=5, stats=None)"))
     assert run_script(script, directory, 2, seed).returncode == 0
+    wait_until_idle(directory)  # the recorder of the last attempt may outlive it
     identity = orjson.loads((directory / "run.json").read_bytes())
     identity["mlflow"].pop("run_id")
     (directory / "run.json").write_bytes(orjson.dumps({**identity, "id": "other"}))
