@@ -1,4 +1,4 @@
-"""Growing the batch instead of decaying the LR: both make the noise of the gradient small, and end alike.
+"""Grow the batch instead of decaying the LR: both reduce the gradient noise, with the same result.
 
 python examples/batches.py
 """

@@ -47,8 +47,8 @@ def main():
     arguments = parser.parse_args()
     series = train(arguments.dir, arguments.steps)
     buffer, expected = series["momentum_buffer/group0.mean"], formula(series["gradient"])
-    apart = max(abs(a - b) for (_, a), (_, b) in zip(buffer, expected, strict=True))
-    print(f"the buffer and v = {BETA} · v + g differ by at most {apart:.1e} over {len(buffer)} steps")
+    largest = max(abs(a - b) for (_, a), (_, b) in zip(buffer, expected, strict=True))
+    print(f"the buffer and v = {BETA} · v + g differ by at most {largest:.1e} over {len(buffer)} steps")
     lines = {"gradient": series["gradient"], "momentum_buffer": buffer, "formula": expected}
     curves(arguments.dir / "ewma.png", {"v = β · v + g": lines})
 

@@ -58,7 +58,7 @@ def match_names(groups: Any, state: Any, models: tuple[Model, ...], saved_names:
     """
     ids = [key for group in groups for key in group["params"]]
     for value, how in (
-        (saved_names, "saved beside it"),
+        (saved_names, "saved with it"),
         ([group.get("param_names") for group in groups], "saved in its groups"),
     ):
         names = flatten_groups(value, groups)

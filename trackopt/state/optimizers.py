@@ -164,7 +164,7 @@ def read_optimizer(
 def _find_class(groups: Any, state: Any, saved_class: Any) -> InferredClass:
     inferred = infer_class(groups, state)
     if isinstance(saved_class, str):
-        return replace(inferred, cls=saved_class.rpartition(".")[2], evidence="saved beside it")
+        return replace(inferred, cls=saved_class.rpartition(".")[2], evidence="saved with it")
     return inferred
 
 

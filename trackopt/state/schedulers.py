@@ -88,7 +88,7 @@ def read_scheduler(
     saved_class = classes.get(name) if isinstance(classes, dict) else None
     cls, evidence, unknown = _infer_class(node)
     if isinstance(saved_class, str):
-        cls, evidence = saved_class.rpartition(".")[2], "saved beside it"
+        cls, evidence = saved_class.rpartition(".")[2], "saved with it"
     last_lr = _as_numbers(node.get("_last_lr")) or _as_numbers(node.get("_last_value"))
     last_epoch = node.get("last_epoch", node.get("last_step", _inner_epoch(node)))
     return Scheduler(

@@ -45,7 +45,7 @@ def test_the_keys_are_the_documented_ones(tmp_path: Path) -> None:
 
 def test_each_parameter_has_its_name_its_group_its_shape_and_its_buffers(tmp_path: Path) -> None:
     (optimizer,) = of(trained(), tmp_path).as_dict()["optimizers"]
-    assert optimizer["matching"] == "saved beside it"
+    assert optimizer["matching"] == "saved with it"
     assert [(one["id"], one["name"], one["group"], one["shape"]) for one in optimizer["parameters"]] == [
         (0, "0.weight", "backbone", [16, 8]),
         (1, "0.bias", "backbone", [16]),

@@ -140,7 +140,7 @@ def test_our_own_checkpoint_tells_everything(tmp_path: Path) -> None:
     assert found.rng == ("python", "numpy", "torch")
     assert found.extras == ()
     (optimizer,) = found.optimizers
-    assert (optimizer.cls, optimizer.evidence, optimizer.steps) == ("AdamW", "saved beside it", (4, 4))
+    assert (optimizer.cls, optimizer.evidence, optimizer.steps) == ("AdamW", "saved with it", (4, 4))
     assert [group.name for group in optimizer.groups] == ["backbone", "group1"]
     assert optimizer.groups[0].parameters == ("0.weight", "0.bias", "1.weight", "1.bias")
     assert list(optimizer.buffers) == ["exp_avg", "exp_avg_sq"]
