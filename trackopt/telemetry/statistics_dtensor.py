@@ -35,28 +35,45 @@ _COLUMNS = len(_EMPTY_ROW)
 
 
 def launch(
-    buffers: Lists, vectors: Lists, pairs: Pairs
+    buffers: Lists, vectors: Lists, pairs: Pairs, layout: Iterable[Sequence[Tensor]], *, measures: bool = True
 ) -> tuple[list[Tensor], Callable[[Sequence[float]], RawStatistics]]:
     """Read the local parts and gather the numbers of all processes, without waiting for a device.
 
-    Collective: every process makes this call at the same place.
+    Collective: every process makes this call at the same place, with the same names. A process that fails to read its
+    part takes part all the same, with rows that say so.
 
     Args:
         buffers: For each name the tensors to describe together.
         vectors: For each name the tensors whose common norm is wanted.
         pairs: For each name tensors to compare.
+        layout: Tensors with the meshes and placements of all of these.
+        measures: Read the local parts; if not, this process counts as one that fails.
 
     Returns:
-        Scalars that may be on devices, and a function that takes their numbers and returns the results.
+        Scalars that may be on devices, and a function that takes their numbers and returns the results. It raises the
+        error of this process, or a ``RuntimeError`` if only another process failed.
     """
-    lists = [*buffers.values(), *vectors.values()]
+    lists = list(layout)
     meshes = dict.fromkeys(tensor.device_mesh for tensors in lists for tensor in tensors if is_dtensor(tensor))
     reducers = [_MeshReducer(mesh, lists, is_first=not index) for index, mesh in enumerate(meshes)]
-    tables = [reducer.all_gather(_local_table(reducer, buffers, vectors, pairs)) for reducer in reducers]
     names = [*buffers, *vectors, *(name for name in pairs for _ in range(3))]
-    ends = len(buffers), len(lists)  # `finish` must not keep the tensors until their numbers arrive
+    ends = len(buffers), len(buffers) + len(vectors)  # `finish` must not keep the tensors until their numbers arrive
+    tables: list[Tensor] = []
+    errors: list[Exception] = []
+    for reducer in reducers:
+        table = torch.full((len(names), _COLUMNS), math.nan, dtype=torch.float64, device=reducer.device)
+        if measures:
+            try:
+                table = _local_table(reducer, buffers, vectors, pairs)
+            except Exception as error:  # noqa: BLE001 - the other ranks wait for the table
+                errors.append(error.with_traceback(None))  # which would keep the tensors
+        tables.append(reducer.all_gather(table))
 
     def finish(numbers: Sequence[float]) -> RawStatistics:
+        for error in errors:
+            raise error
+        if any(map(math.isnan, numbers[::_COLUMNS])):  # the counts
+            raise RuntimeError("it could not be measured on another rank")
         rows = [numbers[start : start + _COLUMNS] for start in range(0, len(numbers), _COLUMNS)]
         named = [(name, rows[index :: len(names)]) for index, name in enumerate(names)]
         return _to_statistics(named[: ends[0]], named[ends[0] : ends[1]], named[ends[1] :])
