@@ -6,6 +6,7 @@ These are gathered once per step, for all names together, and combined in float6
 
 from __future__ import annotations
 
+import logging
 import math
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -19,11 +20,13 @@ from trackopt.telemetry.statistics import RawStatistics, combine, count_nonfinit
 from trackopt.telemetry.update import cosine_terms
 from trackopt.training.sharding import is_dtensor, to_local
 from trackopt.utils.moments import Moments
+from trackopt.utils.text import describe_error
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor, Placement
 
     Lists = Mapping[str, Sequence[Tensor]]
     Pairs = Mapping[str, Sequence[tuple[Tensor, Tensor]]]
@@ -32,6 +35,8 @@ if TYPE_CHECKING:
 # The columns of a table: count, mean, m2, min and max of a part, and the number of its elements that are not finite.
 _EMPTY_ROW = (0.0, 0.0, 0.0, math.inf, -math.inf, 0.0)
 _COLUMNS = len(_EMPTY_ROW)
+
+logger = logging.getLogger("trackopt")
 
 
 def launch(
@@ -60,6 +65,7 @@ def launch(
     ends = len(buffers), len(buffers) + len(vectors)  # `finish` must not keep the tensors until their numbers arrive
     tables: list[Tensor] = []
     errors: list[Exception] = []
+    buffers, vectors = _add_up_partial(buffers), _add_up_partial(vectors)
     for reducer in reducers:
         table = torch.full((len(names), _COLUMNS), math.nan, dtype=torch.float64, device=reducer.device)
         if measures:
@@ -67,13 +73,15 @@ def launch(
                 table = _local_table(reducer, buffers, vectors, pairs)
             except Exception as error:  # noqa: BLE001 - the other ranks wait for the table
                 errors.append(error.with_traceback(None))  # which would keep the tensors
+                if rank := dist.get_rank():  # rank 0 logs only that another one failed
+                    logger.error("trackopt: rank %d: the statistics failed (%s)", rank, describe_error(error))
         tables.append(reducer.all_gather(table))
 
     def finish(numbers: Sequence[float]) -> RawStatistics:
         for error in errors:
             raise error
         if any(map(math.isnan, numbers[::_COLUMNS])):  # the counts
-            raise RuntimeError("it could not be measured on another rank")
+            raise RuntimeError("another rank failed")
         rows = [numbers[start : start + _COLUMNS] for start in range(0, len(numbers), _COLUMNS)]
         named = [(name, rows[index :: len(names)]) for index, name in enumerate(names)]
         return _to_statistics(named[: ends[0]], named[ends[0] : ends[1]], named[ends[1] :])
@@ -96,6 +104,23 @@ def _to_statistics(buffers: NamedRows, vectors: NamedRows, pairs: NamedRows) -> 
     return raw
 
 
+def _add_up_partial(lists: Lists) -> Lists:
+    """Return the lists with the sums of DTensors of which each rank holds a summand, as of gradients."""
+    if not any(is_dtensor(t) and any(p.is_partial() for p in t.placements) for ts in lists.values() for t in ts):
+        return lists
+    return {name: [_add_up(tensor) if is_dtensor(tensor) else tensor for tensor in ts] for name, ts in lists.items()}
+
+
+def _add_up(tensor: DTensor) -> DTensor:
+    from torch.distributed.tensor import Replicate
+
+    return tensor.redistribute(placements=[Replicate() if p.is_partial() else p for p in tensor.placements])
+
+
+def _is_sharded(placement: Placement) -> bool:
+    return not (placement.is_replicate() or placement.is_partial())  # `is_shard` is False for strided shards
+
+
 class _MeshReducer:
     """Selects the tensors that this process describes on a device mesh, and gathers tables over the mesh.
 
@@ -110,7 +135,7 @@ class _MeshReducer:
         self._mesh = mesh
         self._is_first = is_first
         dtensors = [t for tensors in lists for t in tensors if self._is_on_mesh(t) and is_dtensor(t)]
-        self._sharded_dims = [d for d in range(mesh.ndim) if any(t.placements[d].is_shard() for t in dtensors)]
+        self._sharded_dims = [d for d in range(mesh.ndim) if any(_is_sharded(t.placements[d]) for t in dtensors)]
         coordinate = mesh.get_coordinate() or [0] * mesh.ndim
         self._nonzero_dims = [d for d in self._sharded_dims if coordinate[d]]
 
@@ -122,7 +147,7 @@ class _MeshReducer:
         """Return whether the tensor is on this mesh, and no rank before this one holds the same elements."""
         if not self._is_on_mesh(tensor):
             return False
-        return all(is_dtensor(tensor) and tensor.placements[d].is_shard() for d in self._nonzero_dims)
+        return all(is_dtensor(tensor) and _is_sharded(tensor.placements[d]) for d in self._nonzero_dims)
 
     def all_gather(self, table: Tensor) -> Tensor:
         """Return the combined table of all ranks."""
