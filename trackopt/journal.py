@@ -4,7 +4,12 @@ It is the only file that telemetry writes in the training process; everything el
 derived from it. A line is one ``write(2)``, so it survives the death of the process. There are two kinds of lines:
 
 * records, ``{"step": 1, "time": 1763717000.1, "metrics": {"loss": 0.69, "lr/group0": 0.1}}``
-* markers, ``{"event": "start" | "resume" | "checkpoint" | "stop" | "close", "step": 100, "time": …, …}``
+* markers, ``{"event": "start", "step": 0, "time": …, …}``. The events are ``start``, ``resume``, ``checkpoint``,
+  ``checkpoint_failed``, ``nonfinite``, ``measurement_failed``, ``stop`` and ``close``; readers ignore others.
+
+``measurement_failed`` says that a part of the telemetry ends at this step, because it failed: ``{"part": "statistics",
+"error": "RuntimeError: …", "optimizer": "optimizer", "optimizer_class": "AdamW"}``. A part that concerns no optimizer,
+such as the scheduler check, lacks the last two keys.
 
 A ``resume`` marker at step k means that training went back to step k: later records of earlier attempts are superseded.
 The *effective* series are the others. Non-finite numbers are the strings ``"NaN"``, ``"Infinity"`` and ``"-Infinity"``,
@@ -14,11 +19,12 @@ since JSON has no such numbers.
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import math
 import os
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -144,7 +150,7 @@ class Journal:
             logger.warning("trackopt: the last lines of %s may be lost (%s)", self.path, error.strerror)
 
     def _append(self, line: dict[str, Any]) -> None:
-        self._write(orjson.dumps(line) + b"\n")
+        self._write(_encode(line) + b"\n")
 
     def _write(self, data: bytes) -> None:
         data = self._unwritten + data
@@ -164,6 +170,13 @@ class Journal:
         else:
             self._warned = False
         self._unwritten = data
+
+
+def _encode(line: dict[str, Any]) -> bytes:
+    try:
+        return orjson.dumps(line)
+    except TypeError:  # a name that is not text: a path may hold other bytes
+        return json.dumps(line, ensure_ascii=False, default=asdict).encode(errors="replace")
 
 
 _NONFINITE_SPELLINGS = {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}

@@ -110,7 +110,7 @@ def train(*, directory, kind="fsdp", epochs=2, dropout=0.0, kill=None, state=Non
         dist.destroy_process_group()
 
 
-def stage(world, copy=None, **options):
+def stage(world, copy=None, action=train, **options):
     """The exit codes of so many processes; ``copy`` is a run's directory to begin with."""
     if copy:
         shutil.copytree(copy, options["directory"], symlinks=True)
@@ -123,7 +123,7 @@ def stage(world, copy=None, **options):
         if not (process := os.fork()):
             os.environ.update(address, RANK=str(rank))
             faulthandler.dump_traceback_later(80, exit=True)  # seconds
-            os._exit(code_of(lambda: train(**options)))
+            os._exit(code_of(lambda: action(**options)))
         processes.append(process)
     return [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes]
 

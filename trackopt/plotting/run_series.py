@@ -133,7 +133,7 @@ class RunReader:
             seconds = {} if self._previous_time is None else {_SECONDS: max(0.0, line.time - self._previous_time)}
             metrics = {key: value for key, value in line.metrics.items() if self._is_selected(key)}
             self._lines.append(replace(line, metrics=metrics, details=seconds))
-        if not line.histograms and line.event != "checkpoint":
+        if line.event in {"start", "resume"} or (line.event is None and not line.histograms):
             self._previous_time = line.time
 
     def _is_selected(self, key: str) -> bool:

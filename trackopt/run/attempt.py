@@ -14,7 +14,7 @@ from trackopt.journal import Journal
 from trackopt.recorder.child_process import RecorderProcess
 from trackopt.telemetry.accumulator import single_rank_gather
 from trackopt.telemetry.collector import MetricsCollector
-from trackopt.telemetry.hyperparameters import params as hyperparameters
+from trackopt.telemetry.hyperparameters import params
 from trackopt.training.objects import versions
 from trackopt.utils.log import log_warnings
 
@@ -87,19 +87,20 @@ class Attempt:
 
     def hyperparameters(self, extra: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Return what the run was started with, for the sinks: from its objects, and ``extra``."""
-        return hyperparameters(self._training.optimizers, self._training.schedulers, extra)
+        training, call = self._training, self.telemetry.boundary.call
+        return call("table of hyperparameters", params, training.optimizers, training.schedulers, extra) or {}
 
-    def mark_start(self, params: Mapping[str, Any] | None = None, **details: Any) -> None:
+    def mark_start(self, extra: Mapping[str, Any] | None = None, **details: Any) -> None:
         """Mark in the journal that training starts at step 0; earlier records are superseded.
 
         Args:
-            params: Hyperparameters besides those of the objects.
+            extra: Hyperparameters besides those of the objects.
             **details: What else the marker says.
         """
         if self._has_history:
             self.mark_resume(0, **{"offset": 0, **details})
         else:
-            self._mark("start", 0, params=self.hyperparameters(params), **details)
+            self._mark("start", 0, params=self.hyperparameters(extra), **details)
 
     def mark_resume(self, step: int, **details: Any) -> None:
         """Mark in the journal that training resumes at ``step``."""
@@ -117,7 +118,8 @@ class Attempt:
     def log_recorder_messages(self) -> None:
         """Log what the recorder reported since the last call."""
         if self._recorder is not None:
-            log_warnings(self._recorder.poll_messages())
+            messages = self.telemetry.boundary.call("check of the recorder", self._recorder.poll_messages)
+            log_warnings(messages or ())
 
     def close_at_exit(self, close: Callable[[BaseException | None], None]) -> None:
         """Call ``close`` with the uncaught exception, if any, where the script ends before the attempt is closed."""

@@ -186,7 +186,7 @@ def length(loader: object) -> int | None:
     """Return the number of batches of a loader; ``None`` if it has no length."""
     try:
         return len(loader)  # type: ignore[arg-type]  # any object may be a loader
-    except (TypeError, NotImplementedError):
+    except Exception:  # noqa: BLE001 - a loader's own `__len__` may raise anything, and an iteration needs none
         return None
 
 

@@ -139,7 +139,7 @@ class TrackedLoop:
             # With several ranks, perhaps one of them validates alone.
             self._telemetry.record_trailing(all_ranks=self._collectives.world_size == 1)
         self._pass_length, self._pass_start_step = length(loader), self.attempt.step
-        self._check_sampler(loader)
+        self._telemetry.boundary.call("sampler check", self._check_sampler, loader)
         batches = self.position.batches(loader)
         if self._observer is not None:
             batches = self._observer.watch(batches, loader)
@@ -170,7 +170,7 @@ class TrackedLoop:
                 self._observer.record(self.attempt.step)
         self.attempt.log_recorder_messages()
         if self.position.in_pass and self._display.is_due():
-            self._display.show(self._progress())
+            self._telemetry.boundary.call("progress display", lambda: self._display.show(self._progress()))
 
     def at_safe_point(self, *, epoch_done: bool = False) -> None:
         """Save what is due, and stop if a signal says so: a resumed run can continue exactly from here."""
@@ -233,7 +233,7 @@ class TrackedLoop:
             self.attempt.mark_close(status, error)
             self.stop.close()
             self.checkpoints.close()
-            self._display.close(self._progress())
+            self._telemetry.boundary.call_always("progress display", lambda: self._display.close(self._progress()))
             self.attempt.close(wait=wait and self.stop.signal is None)
 
     def _check_sampler(self, loader: object) -> None:

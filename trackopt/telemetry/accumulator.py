@@ -109,7 +109,7 @@ def _to_number(key: str, value: Any) -> float | Tensor:
         if isinstance(value, Tensor) and value.is_cuda and value.numel() == 1 and not value.is_complex():
             return value.detach().reshape(()).to(torch.float64, copy=True)  # the loop may write into it
         return float(value.item() if hasattr(value, "item") else value)
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         shape = f" of shape {tuple(value.shape)}" if hasattr(value, "shape") else ""
         raise UsageError(
             f"metric {key!r} is a {type(value).__name__}{shape}; log numbers or tensors of one element"

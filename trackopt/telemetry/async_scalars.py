@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from trackopt.telemetry.error_boundary import ErrorBoundary
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
+
+_PART = "transfer of numbers"
+_UNBOUNDED = ErrorBoundary()
+_query = attrgetter("is_ready")
 
 
 class AsyncMetrics:
@@ -19,6 +26,7 @@ class AsyncMetrics:
         scalars: More tensors of one element, from which ``finish`` computes metrics.
         finish: Takes the numbers of ``scalars`` and returns metrics by name. It is called once: immediately if no
             transfer is pending, else by ``metrics``, so that several steps are finished in their order.
+        boundary: Makes the calls that can fail. If the transfer fails, the metrics are those that needed none.
 
     Example:
         >>> reading = AsyncMetrics({"lr": 0.1}, [torch.tensor(9.0)], lambda numbers: {"norm": numbers[0] ** 0.5})
@@ -31,27 +39,34 @@ class AsyncMetrics:
         metrics: Mapping[str, float | Tensor],
         scalars: Sequence[Tensor] = (),
         finish: Callable[[list[float]], dict[str, float]] = lambda _: {},
+        boundary: ErrorBoundary = _UNBOUNDED,
     ) -> None:
         self._metrics = dict(metrics)
+        self._boundary = boundary
         pending = {key: value for key, value in metrics.items() if isinstance(value, Tensor)}
         self._pending_keys = list(pending)
-        self._transfer = DeviceToHostCopy([*pending.values(), *scalars])
+        self._transfer = boundary.call(_PART, DeviceToHostCopy, [*pending.values(), *scalars])
         self._finish: Callable[[list[float]], dict[str, float]] | None = finish
-        if not self._transfer.is_async:
+        if self._transfer is None or not self._transfer.is_async:
             self.metrics()
 
     @property
     def is_ready(self) -> bool:
         """True if ``metrics`` returns without waiting."""
-        return self._finish is None or self._transfer.is_ready
+        return self._finish is None or self._boundary.call(_PART, _query, self._transfer) is not False
 
     def metrics(self) -> dict[str, float]:
         """Return all metrics by name, after the transfer is complete."""
-        if self._finish is not None:
-            numbers = self._transfer.numbers()
-            self._metrics.update(zip(self._pending_keys, numbers, strict=False))
-            self._metrics |= self._finish(numbers[len(self._pending_keys) :])
-            self._finish = None
+        finish, self._finish = self._finish, None
+        if finish is not None:
+            transfer = self._transfer
+            numbers = None if transfer is None else self._boundary.call(_PART, transfer.numbers)
+            if numbers is None:
+                for key in self._pending_keys:
+                    del self._metrics[key]
+            else:
+                self._metrics.update(zip(self._pending_keys, numbers, strict=False))
+                self._metrics |= finish(numbers[len(self._pending_keys) :])
         return self._metrics  # type: ignore[return-value]  # no tensor is left
 
 

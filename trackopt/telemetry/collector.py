@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from trackopt.telemetry.accumulator import MetricAccumulator, single_rank_gather
 from trackopt.telemetry.async_scalars import AsyncMetrics
+from trackopt.telemetry.error_boundary import ErrorBoundary
 from trackopt.telemetry.hooks import OptimizerObserver
 from trackopt.telemetry.metrics import NonFinite
 from trackopt.telemetry.scheduler_order import SchedulerOrderCheck
 from trackopt.telemetry.step_counts import StepCounts
+from trackopt.utils.text import describe_error
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -61,6 +63,7 @@ class MetricsCollector:
     Attributes:
         recorded: The step of the latest record, whose numbers may still be in transfer.
         latest: The metrics of the latest record in the journal.
+        boundary: Makes the calls that must not stop the training; those that read an optimizer have one of their own.
     """
 
     def __init__(
@@ -71,25 +74,26 @@ class MetricsCollector:
         self._journal = journal
         self._accumulator = MetricAccumulator(gather)
         self._in_flight: deque[_Step] = deque()
-        self._scheduler_check = SchedulerOrderCheck(training.schedulers, training.stateful.values())
+        self._observers: dict[str, OptimizerObserver] = {}
+        self.boundary = ErrorBoundary(self._report_failure)
+        self._scheduler_check = SchedulerOrderCheck(training.schedulers, training.stateful.values(), self.boundary)
         optimizers = training.optimizers
-        self._observers = {
-            name: OptimizerObserver(
+        for name, optimizer in optimizers.items():
+            self._observers[name] = OptimizerObserver(
                 optimizer,
                 options,
                 prefix=f"{name}." if len(optimizers) > 1 else "",
                 names=partial(_names, training, name),
                 before_first=self._scheduler_check.before_first_step,
+                boundary=ErrorBoundary(partial(self._report_failure, optimizer=(name, type(optimizer).__name__))),
             )
-            for name, optimizer in optimizers.items()
-        }
         self._warned = False
         self._nonfinite_losses: set[str] = set()
 
     @property
     def step(self) -> int:
         """Completed optimizer steps; with several optimizers, the largest number."""
-        return max(observer.steps for observer in self._observers.values())
+        return max((observer.steps for observer in self._observers.values()), default=0)
 
     @property
     def step_counts(self) -> StepCounts:
@@ -133,7 +137,7 @@ class MetricsCollector:
             observed = {
                 observer: (observer.pop_metrics(), observer.pop_histograms()) for observer in self._observers.values()
             }
-            logged = AsyncMetrics(self._accumulator.pop_all())
+            logged = AsyncMetrics(self._accumulator.pop_all(), boundary=self.boundary)
             self._in_flight.append(_Step(self.recorded, time.time(), logged, observed))
         while self._in_flight and self._in_flight[0].is_ready:
             self._record(self._in_flight.popleft())
@@ -152,7 +156,7 @@ class MetricsCollector:
         """
         self.flush()
         if self.recorded and (metrics := self._accumulator.pop_unrecorded(all_ranks=all_ranks)):
-            self._journal.record(self.recorded, AsyncMetrics(metrics).metrics())
+            self._journal.record(self.recorded, AsyncMetrics(metrics, boundary=self.boundary).metrics())
 
     def _record(self, step: _Step) -> None:
         metrics = step.logged.metrics()
@@ -178,6 +182,23 @@ class MetricsCollector:
             self._journal.mark("nonfinite", step.number, what=event.what, **details)
             suffix = f" ({event.parameter})" if details else ""
             logger.warning("trackopt: step %d: NaN or infinity in the %s%s", step.number, event.what, suffix)
+
+    def _report_failure(self, part: str, error: Exception, optimizer: tuple[str, str] | None = None) -> None:
+        """Log a part that failed, and mark it in the journal.
+
+        Args:
+            part: What failed.
+            error: Its error.
+            optimizer: Name and class of the optimizer that was read.
+        """
+        reason, details, of = describe_error(error), {}, ""
+        if optimizer is not None:
+            details = {"optimizer": optimizer[0], "optimizer_class": optimizer[1]}
+            of = f" of {optimizer[1]}" if len(self._observers) == 1 else f" of {optimizer[0]} ({optimizer[1]})"
+        self._journal.mark("measurement_failed", self.step, part=part, error=reason, **details)
+        logger.warning(
+            "trackopt: step %d: %s%s failed (%s); training continues without it", self.step, part, of, reason
+        )
 
     def state_dict(self) -> StateDict:
         """Return the state from which a resumed run continues to record as if it had never stopped.

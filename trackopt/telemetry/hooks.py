@@ -10,6 +10,7 @@ import torch
 from torch.optim import Optimizer
 
 from trackopt.telemetry.async_scalars import AsyncMetrics
+from trackopt.telemetry.error_boundary import ErrorBoundary
 from trackopt.telemetry.hyperparameters import Hyperparameters
 from trackopt.telemetry.metrics import OptimizerMetrics
 
@@ -38,6 +39,7 @@ class OptimizerObserver:
         prefix: Put before the names of the groups (``"gen."`` where there are several optimizers).
         names: Returns the names of the parameters of each group, in order.
         before_first: Called before the very first step of the optimizer.
+        boundary: Makes the calls that read the optimizer.
 
     Attributes:
         steps: Completed steps, without those that a ``GradScaler`` skipped.
@@ -52,6 +54,7 @@ class OptimizerObserver:
         prefix: str = "",
         names: Callable[[], Sequence[Sequence[str]]],
         before_first: Callable[[], None] = lambda: None,
+        boundary: ErrorBoundary | None = None,
     ):
         self.optimizer = optimizer
         self.steps = self.closure_calls = 0
@@ -59,8 +62,12 @@ class OptimizerObserver:
         self._overflowed = False
         self._every = options.stats_every if options.stats else 0
         self._histograms_every = options.histograms_every
+        self._boundary = boundary or ErrorBoundary()
         self._hyperparameters = Hyperparameters(optimizer, prefix)
-        self._optimizer_metrics = OptimizerMetrics(optimizer, prefix, names, per_parameter=options.stats == "param")
+        self._boundary.call("hyperparameters", self._hyperparameters.remember)
+        self._optimizer_metrics = OptimizerMetrics(
+            optimizer, prefix, names, self._boundary, per_parameter=options.stats == "param"
+        )
         self._depth = 0
         self._hyperparameters_used: dict[str, float | Tensor] = {}
         self._metrics = AsyncMetrics({})
@@ -115,10 +122,10 @@ class OptimizerObserver:
             self._depth = 1
         if not self.steps:
             self._before_first()
-        self._hyperparameters_used = self._hyperparameters.read()
+        self._hyperparameters_used = self._boundary.call("hyperparameters", self._hyperparameters.read) or {}
         if self._every and self.steps % (self._every * _UPDATE_EVERY) == 0:
             self._optimizer_metrics.snapshot_parameters()
-        return self._count_closure_calls(args, kwargs)
+        return self._boundary.call("count of closure calls", self._count_closure_calls, args, kwargs)
 
     def _count_closure_calls(self, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         """Return the step's arguments with a closure that counts its calls; ``None`` without a closure."""
@@ -139,7 +146,7 @@ class OptimizerObserver:
         if self._depth and _is_nested(optimizer):
             return
         self._depth = 0
-        if _was_skipped(optimizer):
+        if self._boundary.call("overflow check", _was_skipped, optimizer):
             self._overflowed = True
             self._optimizer_metrics.discard_snapshot()
             return
@@ -147,9 +154,9 @@ class OptimizerObserver:
         if self._every and (self.steps - 1) % self._every == 0:
             self._metrics = self._optimizer_metrics.compute(self._hyperparameters_used)
         else:
-            self._metrics = AsyncMetrics(self._hyperparameters_used)
+            self._metrics = AsyncMetrics(self._hyperparameters_used, boundary=self._boundary)
         if self._histograms_every and (self.steps - 1) % self._histograms_every == 0:
-            self._histograms = self._optimizer_metrics.histograms()
+            self._histograms = self._boundary.call("histograms", self._optimizer_metrics.histograms) or {}
 
 
 def _is_nested(optimizer: Optimizer) -> bool:

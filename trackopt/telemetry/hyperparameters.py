@@ -35,6 +35,10 @@ class Hyperparameters:
         self._optimizer = optimizer
         self._prefix = prefix
         self._raw: dict[str, tuple[int, list[str], list[Any]]] = {}
+        self.seen: dict[str, dict[str, float]] = {}
+
+    def remember(self) -> None:
+        """Remember today's numbers, from which ``read`` returns the changes."""
         self.seen = {name: numeric(group) for name, group in self._groups()}
 
     def read(self) -> dict[str, float | Tensor]:
@@ -44,8 +48,8 @@ class Hyperparameters:
         """
         used: dict[str, float | Tensor] = {}
         for name, group in self._groups():
-            if "lr" in group:  # not every optimizer has an LR
-                used[f"lr/{name}"] = _copy_lr(group["lr"])
+            if (lr := group.get("lr")) is not None:  # Adafactor computes its own LR
+                used[f"lr/{name}"] = _copy_lr(lr)
             size, keys, raw = self._raw.get(name, (0, [], []))
             if len(group) != size or [group.get(key) for key in keys] != raw:
                 used |= self._changed(name, group)
@@ -81,7 +85,7 @@ def params(
         result[name] = type(optimizer).__name__
         prefix = "" if len(optimizers) == 1 else f"{name}."
         for index, group in enumerate(optimizer.param_groups):
-            values = {**({"lr": to_float(group["lr"])} if "lr" in group else {}), **numeric(group)}
+            values = numeric(group) if group.get("lr") is None else {"lr": to_float(group["lr"]), **numeric(group)}
             result |= {f"{label(index, group, prefix)}.{key}": value for key, value in values.items()}
     for name, scheduler in schedulers.items():
         result[name] = type(scheduler).__name__

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from itertools import chain, islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -24,9 +24,16 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from trackopt.journal import Histogram
+    from trackopt.telemetry.error_boundary import ErrorBoundary
+
+    Lists = Mapping[str, Sequence[Tensor]]
+    Pairs = Mapping[str, Sequence[tuple[Tensor, Tensor]]]
+    #: Scalars that may be on devices, and a function that takes their numbers and the statistics of the same step.
+    Started = tuple[Sequence[Tensor], Callable[[Sequence[float], Mapping[str, float]], dict[str, float]]]
 
 FIRST_MOMENTS = ("exp_avg", "momentum_buffer", "momentum", "mu", "m")
 _DISPLAY_NAMES = {"grad": "gradient", "param": "parameter"}
+_NOTHING: Started = (), lambda _, __: {}
 
 
 @dataclass(frozen=True)
@@ -49,14 +56,23 @@ class OptimizerMetrics:
         optimizer: Any optimizer.
         prefix: Put before the names of the groups.
         names: As in `TensorIndex`.
+        boundary: Makes the calls that measure, in the parts ``statistics`` and ``update``.
         per_parameter: Measure each parameter separately.
     """
 
     def __init__(
-        self, optimizer: Optimizer, prefix: str, names: Callable[[], Sequence[Sequence[str]]], *, per_parameter: bool
+        self,
+        optimizer: Optimizer,
+        prefix: str,
+        names: Callable[[], Sequence[Sequence[str]]],
+        boundary: ErrorBoundary,
+        *,
+        per_parameter: bool,
     ) -> None:
+        self._boundary = boundary
         self._index = TensorIndex(optimizer, prefix, names, per_parameter=per_parameter)
         self._update = Update()
+        self._update_is_due = False
         self._labels: dict[str, tuple[str, ...]] = {}
         self._nonfinite: set[str] = set()
         self._new_nonfinite: list[NonFinite] = []
@@ -64,11 +80,12 @@ class OptimizerMetrics:
     @torch.no_grad()
     def snapshot_parameters(self) -> None:
         """Copy the parameters, to measure the update of the next step."""
-        self._index.refresh()
-        self._update.snapshot(self._index.param_sets)
+        self._update_is_due = True
+        self._boundary.call("update", self._copy_parameters)
 
     def discard_snapshot(self) -> None:
         """Free the copy if no step was taken."""
+        self._update_is_due = False
         self._update.discard()
 
     @torch.no_grad()
@@ -77,32 +94,84 @@ class OptimizerMetrics:
 
         With the update, if ``snapshot_parameters`` was called before the step.
         """
-        index = self._index
-        index.refresh()
-        list_states, updates = index.list_states(), self._update.pop_delta(index.param_sets)
-        pairs = {unit: list(self._moments(params)) for unit, params in index.param_sets.items()} if updates else {}
-        read = statistics_dtensor.launch if index.is_sharded else _launch
-        scalars, finish = read(index.buffers(), {**index.grads_and_params(), **list_states, **updates}, pairs)
-        counts = {f"{key}.count": float(len(tensors)) for key, tensors in list_states.items() if tensors}
-        has_pairs = bool(pairs)  # the tensors themselves must not live until their numbers arrive
+        update_is_due, self._update_is_due = self._update_is_due, False
+        scalars, finish = self._start("statistics", self._start_statistics)
+        update_scalars, finish_update = self._start("update", self._start_update) if update_is_due else _NOTHING
+        call, count = self._boundary.call, len(scalars)
 
         def metrics(numbers: list[float]) -> dict[str, float]:
-            raw = finish(numbers)
-            named = self._name_metrics(raw)
-            return counts | (named | self._ratios(raw) if has_pairs else named)
+            named = call("statistics", finish, numbers[:count], {}) or {}
+            return named | (call("update", finish_update, numbers[count:], named) or {})
 
-        return AsyncMetrics(hyperparameters, scalars, metrics)
+        return AsyncMetrics(hyperparameters, [*scalars, *update_scalars], metrics, self._boundary)
 
-    def _name_metrics(self, raw: RawStatistics) -> dict[str, float]:
+    def _start(self, part: str, start: Callable[[], Started]) -> Started:
+        """Start to measure a part; after a failure, only take part in what sharded tensors need all ranks for."""
+        call = self._boundary.call_always if self._index.is_sharded else self._boundary.call
+        return call(part, start) or _NOTHING
+
+    def _start_statistics(self) -> Started:
+        index = self._index
+        index.refresh()
+        buffers, list_states = index.buffers(), index.list_states()
+        vectors = {**index.grads_and_params(), **list_states}
+        # The tensors themselves must not live until their numbers arrive.
+        counts = {f"{key}.count": float(len(tensors)) for key, tensors in list_states.items() if tensors}
+        if index.is_sharded:
+            layout = [*buffers.values(), *vectors.values()]
+            scalars, finish = self._launch_sharded("statistics", buffers, vectors, {}, layout)
+        else:
+            scalars, finish = _launch(buffers, vectors, {})
+        return scalars, lambda numbers, _: counts | self._name_statistics(finish(numbers))
+
+    def _start_update(self) -> Started:
+        index, call = self._index, self._boundary.call
+        index.refresh()
+        updates = call("update", self._update.pop_delta, index.param_sets) or {}
+        pairs = call("update", self._gradients_and_moments) or {}
+        if index.is_sharded:  # what fails on this rank must not change the names
+            updates = {key: updates.get(key, []) for key in map("update/{}".format, index.param_sets)}
+            pairs = {unit: pairs.get(unit, []) for unit in index.param_sets}
+            scalars, finish = self._launch_sharded("update", {}, updates, pairs, index.param_sets.values())
+        elif updates:
+            scalars, finish = _launch({}, updates, pairs)
+        else:
+            return _NOTHING
+        return scalars, lambda numbers, statistics: self._name_update(finish(numbers), statistics)
+
+    def _launch_sharded(
+        self, part: str, buffers: Lists, vectors: Lists, pairs: Pairs, layout: Iterable[Sequence[Tensor]]
+    ) -> tuple[Sequence[Tensor], Callable[[Sequence[float]], RawStatistics]]:
+        measures = part not in self._boundary.failed
+        return statistics_dtensor.launch(buffers, vectors, pairs, layout, measures=measures)
+
+    def _copy_parameters(self) -> None:
+        self._index.refresh()
+        self._update.snapshot(self._index.param_sets)
+
+    def _name_statistics(self, raw: RawStatistics) -> dict[str, float]:
         metrics: dict[str, float] = {}
         for key, norm in raw.norms.items():
             metrics[self._label(key)[0]] = norm
         for key, statistics in raw.statistics.items():
             metrics.update(zip(self._label(key), statistics, strict=True))
-        suspects = [key for key, norm in raw.norms.items() if not math.isfinite(norm) and not key.startswith("update/")]
+        suspects = [key for key, norm in raw.norms.items() if not math.isfinite(norm)]
         suspects += [key for key, statistics in raw.statistics.items() if not math.isfinite(statistics.norm)]
         if suspects or self._nonfinite:
-            metrics |= self._nonfinite_fractions(suspects, metrics, raw.nonfinite_counts)
+            search = self._nonfinite_fractions
+            counts = raw.nonfinite_counts
+            metrics |= self._boundary.call("search for non-finite values", search, suspects, metrics, counts) or {}
+        return metrics
+
+    def _name_update(self, raw: RawStatistics, statistics: Mapping[str, float]) -> dict[str, float]:
+        """Return the norm of the update, its ratio to the parameters, and the cosine of gradient and first moment."""
+        metrics = {self._label(key)[0]: norm for key, norm in raw.norms.items()}
+        for unit, terms in raw.dot_products.items():
+            norm, update = statistics.get(f"param/{unit}.norm"), raw.norms.get(f"update/{unit}")
+            if norm and update is not None:
+                metrics[f"update/{unit}.ratio"] = update / norm
+            if (similarity := cosine(terms)) is not None:
+                metrics[f"grad/{unit}.cosine"] = similarity
         return metrics
 
     @torch.no_grad()
@@ -123,15 +192,8 @@ class OptimizerMetrics:
             labels = self._labels[key] = tuple(f"{key}.{field}" for field in Statistics._fields)
         return labels
 
-    def _ratios(self, raw: RawStatistics) -> dict[str, float]:
-        """Return the ratio of update and parameters, and the cosine of gradient and first moment."""
-        ratios = {}
-        for unit, terms in raw.dot_products.items():
-            if norm := raw.norms.get(f"param/{unit}"):
-                ratios[f"update/{unit}.ratio"] = raw.norms[f"update/{unit}"] / norm
-            if (similarity := cosine(terms)) is not None:
-                ratios[f"grad/{unit}.cosine"] = similarity
-        return ratios
+    def _gradients_and_moments(self) -> dict[str, list[tuple[Tensor, Tensor]]]:
+        return {unit: list(self._moments(parameters)) for unit, parameters in self._index.param_sets.items()}
 
     def _moments(self, parameters: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         for parameter in parameters:
@@ -140,7 +202,7 @@ class OptimizerMetrics:
             moment = next((tensor for tensor in moments if tensor is not None), None)
             if gradient is None or moment is None or gradient.layout is not torch.strided:
                 continue
-            if (gradient.shape, gradient.device) == (moment.shape, moment.device):  # neither projected nor offloaded
+            if _place(gradient) == _place(moment):  # neither projected nor offloaded
                 yield gradient, moment
 
     def _nonfinite_fractions(
@@ -175,10 +237,12 @@ class OptimizerMetrics:
         return None
 
 
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.shape, tensor.device, getattr(tensor, "device_mesh", None), getattr(tensor, "placements", None)
+
+
 def _launch(
-    buffers: Mapping[str, Sequence[Tensor]],
-    vectors: Mapping[str, Sequence[Tensor]],
-    pairs: Mapping[str, Sequence[tuple[Tensor, Tensor]]],
+    buffers: Lists, vectors: Lists, pairs: Pairs
 ) -> tuple[list[Tensor], Callable[[Sequence[float]], RawStatistics]]:
     """Read the tensors as `statistics_dtensor.launch` does, if this process holds all of them."""
     scalars, finish = launch(buffers, vectors)

@@ -9,6 +9,10 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
+    from trackopt.telemetry.error_boundary import ErrorBoundary
+
+_PART = "scheduler check"
+
 
 class SchedulerOrderCheck:
     """Counts iterations, and warns once per scheduler that was stepped when no optimizer step was taken.
@@ -16,15 +20,17 @@ class SchedulerOrderCheck:
     Args:
         schedulers: By name; a scheduler without ``last_epoch`` is not checked.
         stateful: The run's other objects; a ``GradScaler`` among them shows which steps were skipped.
+        boundary: Makes the checks; without them, the iterations are still counted.
 
     Attributes:
         iterations: Completed iterations.
         skipped: Iterations in which an overflow made an optimizer skip its step.
     """
 
-    def __init__(self, schedulers: Mapping[str, Any], stateful: Iterable[Any]) -> None:
+    def __init__(self, schedulers: Mapping[str, Any], stateful: Iterable[Any], boundary: ErrorBoundary) -> None:
         self.iterations = self.skipped = 0
         self._schedulers = dict(schedulers)
+        self._boundary = boundary
         self._scalers = [item for item in stateful if isinstance(item, torch.amp.GradScaler)]
         self._moved_without_step: set[str] = set()  # moved in the last iteration, which took no step
         self._warned: set[str] = set()
@@ -33,16 +39,15 @@ class SchedulerOrderCheck:
 
     def begin_iteration(self) -> None:
         """Remember the positions of schedulers and scalers."""
-        self._positions = {name: _position(scheduler) for name, scheduler in self._schedulers.items()}
         self._scaler_update_markers = [_scaler_update_marker(scaler) for scaler in self._scalers]
+        self._boundary.call(_PART, self._remember_positions)
 
     def before_first_step(self) -> None:
         """Check the schedulers before the very first step of an optimizer."""
-        for name in self._advanced():
-            self._warn(name, "before the optimizer's first step, so it skips its first value")
+        self._boundary.call(_PART, self._check_first_step)
 
     def end_iteration(self, *, stepped: bool, overflowed: bool) -> None:
-        """Check a completed iteration.
+        """Count and check a completed iteration.
 
         Args:
             stepped: An optimizer took a step in it.
@@ -51,13 +56,7 @@ class SchedulerOrderCheck:
         skipped = overflowed or (not stepped and self._is_scaler_updated())
         self.iterations += 1
         self.skipped += skipped
-        moved = set() if stepped else set(self._advanced())
-        for name in moved:
-            if skipped:
-                self._warn(name, "though an overflow had made the GradScaler skip the optimizer's step")
-            elif name in self._moved_without_step:  # once may be the end of an epoch between two micro-batches
-                self._warn(name, "in iterations without an optimizer step, so it runs ahead")
-        self._moved_without_step = moved
+        self._boundary.call(_PART, self._check_iteration, stepped=stepped, skipped=skipped)
         self.begin_iteration()
 
     def pop_messages(self) -> list[str]:
@@ -73,6 +72,22 @@ class SchedulerOrderCheck:
         """Restore what ``state_dict`` returned, after the schedulers are restored."""
         self.iterations, self.skipped = state["iterations"], state["skipped"]
         self.begin_iteration()
+
+    def _remember_positions(self) -> None:
+        self._positions = {name: _position(scheduler) for name, scheduler in self._schedulers.items()}
+
+    def _check_first_step(self) -> None:
+        for name in self._advanced():
+            self._warn(name, "before the optimizer's first step, so it skips its first value")
+
+    def _check_iteration(self, *, stepped: bool, skipped: bool) -> None:
+        moved = set() if stepped else set(self._advanced())
+        for name in moved:
+            if skipped:
+                self._warn(name, "though an overflow had made the GradScaler skip the optimizer's step")
+            elif name in self._moved_without_step:  # once may be the end of an epoch between two micro-batches
+                self._warn(name, "in iterations without an optimizer step, so it runs ahead")
+        self._moved_without_step = moved
 
     def _is_scaler_updated(self) -> bool:
         return any(

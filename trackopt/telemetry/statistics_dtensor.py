@@ -6,6 +6,7 @@ These are gathered once per step, for all names together, and combined in float6
 
 from __future__ import annotations
 
+import logging
 import math
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -19,11 +20,13 @@ from trackopt.telemetry.statistics import RawStatistics, combine, count_nonfinit
 from trackopt.telemetry.update import cosine_terms
 from trackopt.training.sharding import is_dtensor, to_local
 from trackopt.utils.moments import Moments
+from trackopt.utils.text import describe_error
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor, Placement
 
     Lists = Mapping[str, Sequence[Tensor]]
     Pairs = Mapping[str, Sequence[tuple[Tensor, Tensor]]]
@@ -33,30 +36,52 @@ if TYPE_CHECKING:
 _EMPTY_ROW = (0.0, 0.0, 0.0, math.inf, -math.inf, 0.0)
 _COLUMNS = len(_EMPTY_ROW)
 
+logger = logging.getLogger("trackopt")
+
 
 def launch(
-    buffers: Lists, vectors: Lists, pairs: Pairs
+    buffers: Lists, vectors: Lists, pairs: Pairs, layout: Iterable[Sequence[Tensor]], *, measures: bool = True
 ) -> tuple[list[Tensor], Callable[[Sequence[float]], RawStatistics]]:
     """Read the local parts and gather the numbers of all processes, without waiting for a device.
 
-    Collective: every process makes this call at the same place.
+    Collective: every process makes this call at the same place, with the same names. A process that fails to read its
+    part takes part all the same, with rows that say so.
 
     Args:
         buffers: For each name the tensors to describe together.
         vectors: For each name the tensors whose common norm is wanted.
         pairs: For each name tensors to compare.
+        layout: Tensors with the meshes and placements of all of these.
+        measures: Read the local parts; if not, this process counts as one that fails.
 
     Returns:
-        Scalars that may be on devices, and a function that takes their numbers and returns the results.
+        Scalars that may be on devices, and a function that takes their numbers and returns the results. It raises the
+        error of this process, or a ``RuntimeError`` if only another process failed.
     """
-    lists = [*buffers.values(), *vectors.values()]
+    lists = list(layout)
     meshes = dict.fromkeys(tensor.device_mesh for tensors in lists for tensor in tensors if is_dtensor(tensor))
     reducers = [_MeshReducer(mesh, lists, is_first=not index) for index, mesh in enumerate(meshes)]
-    tables = [reducer.all_gather(_local_table(reducer, buffers, vectors, pairs)) for reducer in reducers]
     names = [*buffers, *vectors, *(name for name in pairs for _ in range(3))]
-    ends = len(buffers), len(lists)  # `finish` must not keep the tensors until their numbers arrive
+    ends = len(buffers), len(buffers) + len(vectors)  # `finish` must not keep the tensors until their numbers arrive
+    tables: list[Tensor] = []
+    errors: list[Exception] = []
+    buffers, vectors = _add_up_partial(buffers), _add_up_partial(vectors)
+    for reducer in reducers:
+        table = torch.full((len(names), _COLUMNS), math.nan, dtype=torch.float64, device=reducer.device)
+        if measures:
+            try:
+                table = _local_table(reducer, buffers, vectors, pairs)
+            except Exception as error:  # noqa: BLE001 - the other ranks wait for the table
+                errors.append(error.with_traceback(None))  # which would keep the tensors
+                if rank := dist.get_rank():  # rank 0 logs only that another one failed
+                    logger.error("trackopt: rank %d: the statistics failed (%s)", rank, describe_error(error))
+        tables.append(reducer.all_gather(table))
 
     def finish(numbers: Sequence[float]) -> RawStatistics:
+        for error in errors:
+            raise error
+        if any(map(math.isnan, numbers[::_COLUMNS])):  # the counts
+            raise RuntimeError("another rank failed")
         rows = [numbers[start : start + _COLUMNS] for start in range(0, len(numbers), _COLUMNS)]
         named = [(name, rows[index :: len(names)]) for index, name in enumerate(names)]
         return _to_statistics(named[: ends[0]], named[ends[0] : ends[1]], named[ends[1] :])
@@ -79,6 +104,23 @@ def _to_statistics(buffers: NamedRows, vectors: NamedRows, pairs: NamedRows) -> 
     return raw
 
 
+def _add_up_partial(lists: Lists) -> Lists:
+    """Return the lists with the sums of DTensors of which each rank holds a summand, as of gradients."""
+    if not any(is_dtensor(t) and any(p.is_partial() for p in t.placements) for ts in lists.values() for t in ts):
+        return lists
+    return {name: [_add_up(tensor) if is_dtensor(tensor) else tensor for tensor in ts] for name, ts in lists.items()}
+
+
+def _add_up(tensor: DTensor) -> DTensor:
+    from torch.distributed.tensor import Replicate
+
+    return tensor.redistribute(placements=[Replicate() if p.is_partial() else p for p in tensor.placements])
+
+
+def _is_sharded(placement: Placement) -> bool:
+    return not (placement.is_replicate() or placement.is_partial())  # `is_shard` is False for strided shards
+
+
 class _MeshReducer:
     """Selects the tensors that this process describes on a device mesh, and gathers tables over the mesh.
 
@@ -93,7 +135,7 @@ class _MeshReducer:
         self._mesh = mesh
         self._is_first = is_first
         dtensors = [t for tensors in lists for t in tensors if self._is_on_mesh(t) and is_dtensor(t)]
-        self._sharded_dims = [d for d in range(mesh.ndim) if any(t.placements[d].is_shard() for t in dtensors)]
+        self._sharded_dims = [d for d in range(mesh.ndim) if any(_is_sharded(t.placements[d]) for t in dtensors)]
         coordinate = mesh.get_coordinate() or [0] * mesh.ndim
         self._nonzero_dims = [d for d in self._sharded_dims if coordinate[d]]
 
@@ -105,7 +147,7 @@ class _MeshReducer:
         """Return whether the tensor is on this mesh, and no rank before this one holds the same elements."""
         if not self._is_on_mesh(tensor):
             return False
-        return all(is_dtensor(tensor) and tensor.placements[d].is_shard() for d in self._nonzero_dims)
+        return all(is_dtensor(tensor) and _is_sharded(tensor.placements[d]) for d in self._nonzero_dims)
 
     def all_gather(self, table: Tensor) -> Tensor:
         """Return the combined table of all ranks."""

@@ -69,8 +69,9 @@ class TensorIndex:
             or not all(map(is_, states, known[1]))
             or not all(map(is_, parameters, known[0]))
         ):
-            self._known = parameters, states, size
+            self._known = [], [], -1  # until it is complete
             self._rebuild()
+            self._known = parameters, states, size
 
     def buffers(self) -> dict[str, list[Tensor]]:
         """Return the tensors of each buffer in each unit, under names like ``exp_avg/group0``."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from trackopt.telemetry.statistics_cpu import small_size
 from trackopt.telemetry.vectors import gather, vector
+from trackopt.training.sharding import to_local
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -38,9 +39,11 @@ class Update:
         copies, self._before = self._before, {}
         deltas = {}
         for unit, parameters in units.items():
-            if len(copies.get(unit, ())) == len(parameters):
-                torch._foreach_sub_(copies[unit], [p.detach() for p in parameters])
-                deltas[f"update/{unit}"] = copies[unit]
+            copy = copies.get(unit)
+            if copy and len(copy) == len(parameters):
+                # DTensors and plain tensors cannot be subtracted in one call.
+                torch._foreach_sub_([*map(to_local, copy)], [to_local(p.detach()) for p in parameters])
+                deltas[f"update/{unit}"] = copy
         return deltas
 
 

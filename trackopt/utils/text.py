@@ -14,6 +14,21 @@ def join_names(names: Iterable[Any], most: int = 3) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
+def describe_error(error: BaseException) -> str:
+    r"""Format as ``ValueError: the first line of its message``.
+
+    Example:
+        >>> describe_error(ValueError("no number\nin line 3")), describe_error(KeyboardInterrupt())
+        ('ValueError: no number', 'KeyboardInterrupt')
+    """
+    kind = type(error).__name__
+    try:
+        message = str(error).strip()
+    except Exception:  # noqa: BLE001 - an exception of the user's may raise another one here
+        message = ""
+    return f"{kind}: {message.splitlines()[0]}" if message else kind
+
+
 def format_shape_dtype(shape: tuple[int, ...], dtype: str) -> str:
     """Format as ``8×4 float32``."""
     return f"{'×'.join(map(str, shape)) or 'a scalar'} {dtype}"

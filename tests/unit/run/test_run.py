@@ -460,6 +460,6 @@ def test_a_forked_child_leaves_the_run_to_its_parent():
 def test_what_cannot_be_begun_is_told_as_it_is(monkeypatch):
     """The error that ends the beginning is not covered by another one."""
     model, optimizer, _ = make_training()
-    monkeypatch.setattr("trackopt.run.attempt.hyperparameters", lambda *_: {}["missing"])
+    monkeypatch.setattr("trackopt.run.attempt.versions", lambda: {}["missing"])
     with pytest.raises(KeyError, match="missing"):
         trackopt.wrap(optimizer, model=model, dir="run", sinks=())
