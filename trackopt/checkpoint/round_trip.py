@@ -80,7 +80,7 @@ class RoundTripCheck:
 
 
 def _is_torch_class(optimizer: Optimizer) -> bool:
-    return type(optimizer).__module__.startswith("torch.optim.")
+    return f"{type(optimizer).__module__}.".startswith("torch.optim.")
 
 
 def _nbytes(optimizer: Optimizer) -> int:
@@ -114,7 +114,8 @@ def _find_fault(pairs: _Pairs) -> str:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         return f"{name} cannot load its own state_dict() ({reason}); a run cannot be resumed from its checkpoints"
     lost = set(_differences(state, restored))
-    lost |= {key for now, then, key in attributes if _differs(now[key], then.get(key))}
+    named = {entry.partition(".")[0] for entry in lost}
+    lost |= {key for now, then, key in attributes if key not in named and _differs(now[key], then.get(key))}
     if not lost:
         return ""
     return f"state_dict() of {name} does not restore {join_names(map(repr, lost))}; a resumed run may differ"

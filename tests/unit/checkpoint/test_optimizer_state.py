@@ -286,5 +286,3 @@ def test_keys_of_another_version_are_kept():
     trackopt.restore("other", model=fresh, optimizer=live)
     group = live.param_groups[0]
     assert (group["lr"], group["old_switch"], group["new_switch"]) == (0.1, "on", 5)
-
-
