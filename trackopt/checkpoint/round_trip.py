@@ -105,15 +105,15 @@ def _find_fault(pairs: _Pairs) -> str:
     optimizer, copied = pairs[0]
     if _nbytes(optimizer) > _MAX_BYTES:
         return ""
-    name, state = type(optimizer).__name__, optimizer.state_dict()
+    name, states = type(optimizer).__name__, [live.state_dict() for live, _ in pairs]
     attributes = list(_changed_attributes(pairs))
     try:
-        load_optimizer_state(copied, copy.deepcopy(state))
-        restored = copied.state_dict()
+        load_optimizer_state(copied, copy.deepcopy(states[0]))
+        restored = [part.state_dict() for _, part in pairs]
     except Exception as error:  # noqa: BLE001 - any code of the optimizer's
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         return f"{name} cannot load its own state_dict() ({reason}); a run cannot be resumed from its checkpoints"
-    lost = set(_differences(state, restored))
+    lost = {entry for state, other in zip(states, restored, strict=True) for entry in _differences(state, other)}
     named = {entry.partition(".")[0] for entry in lost}
     lost |= {key for now, then, key in attributes if key not in named and _differs(now[key], then.get(key))}
     if not lost:
@@ -161,10 +161,10 @@ def _differences(saved: Any, restored: Any, path: tuple[str, ...] = ()) -> Itera
             below = (*path, key) if isinstance(key, str) else path  # all parameters have the same entries
             if isinstance(key, Tensor):
                 continue
-            if key not in restored:
-                yield _entry_name(below)
+            if key in restored or (isinstance(value, dict) and value):
+                yield from _differences(value, restored.get(key, {}), below)
             else:
-                yield from _differences(value, restored[key], below)
+                yield _entry_name(below)
     elif isinstance(saved, _SEQUENCES) and isinstance(restored, _SEQUENCES) and len(saved) == len(restored):
         for value, other in zip(saved, restored, strict=True):
             yield from _differences(value, other, path)

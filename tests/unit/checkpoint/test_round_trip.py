@@ -188,6 +188,23 @@ def test_a_fault_of_the_wrapped_optimizer_is_found():
     assert check(model, optimizer) == [f"state_dict() of Lookahead does not restore 'calls'; {RESULT}"]
 
 
+class Separate(Lookahead):
+    """Its state_dict leaves out the optimizer inside."""
+
+    def state_dict(self):
+        return torch.optim.Optimizer.state_dict(self)
+
+    def load_state_dict(self, state_dict):
+        torch.optim.Optimizer.load_state_dict(self, state_dict)
+        self.base.param_groups = self.param_groups
+
+
+def test_a_state_that_only_the_wrapped_optimizer_has_is_missed():
+    """Some implementations of SAM save the groups of both, and the state of the outer one."""
+    model, optimizer = make(lambda ps: Separate(SGD(ps, lr=0.1, momentum=0.9)))
+    assert check(model, optimizer) == [f"state_dict() of Separate does not restore 'count', 'momentum_buffer'; {RESULT}"]
+
+
 class Drawing(CountingSGD):
     """Draws from every generator whenever it saves or loads, and warns; holds its model."""
 
