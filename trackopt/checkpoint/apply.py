@@ -12,15 +12,14 @@ from dataclasses import replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from trackopt.checkpoint.compatibility import Compatibility, check_compatibility, unexpected
 from trackopt.checkpoint.compatibility_optimizer import parameters_of
+from trackopt.checkpoint.optimizer_state import OptimizerBackup, load_optimizer_state
 from trackopt.checkpoint.resharding import reshard, reshard_optimizer_state
+from trackopt.checkpoint.saved_state import extra_entries
 from trackopt.checkpoint.snapshot import state_of
 from trackopt.errors import ArchiveError, CheckpointError, MismatchError
 from trackopt.training import rng
-from trackopt.training.sharding import inner_optimizer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -63,9 +62,9 @@ def apply(
         raise MismatchError(f"{path} does not fit: {_format_problems(problems)}; {_ADVICE}")
     _reshard(training, compatibility, path)
     with ExitStack() as rollback:
-        _load(training, compatibility, path, rollback)
+        saved_lrs = _load(training, compatibility, path, rollback)
         if strict:
-            _require_saved_lr(training, compatibility, path)
+            _require_saved_lr(training, saved_lrs, path)
         rollback.pop_all()
     for name, module in training.models.items():
         if name in compatibility.models:
@@ -84,32 +83,40 @@ def _reshard(training: Training, compatibility: Compatibility, path: Path) -> No
         for name, state in compatibility.models.items():
             compatibility.models[name] = reshard(state, training.models[name].state_dict())
         for name, fit in compatibility.optimizers.items():
-            groups = [*training.optimizers[name].param_groups, *fit.added]
-            ids = chain.from_iterable(group["params"] for group in fit.state["param_groups"])
-            parameters = dict(zip(ids, chain.from_iterable(map(parameters_of, groups)), strict=True))
-            state = reshard_optimizer_state(fit.state["state"], parameters, training.optimizers[name])
-            compatibility.optimizers[name] = replace(fit, state={**fit.state, "state": state})
+            compatibility.optimizers[name] = replace(fit, state=_reshard_optimizer(training.optimizers[name], fit))
         for name, state in compatibility.stateful.items():
             compatibility.stateful[name] = reshard(state, state_of(training.stateful[name]))
     except ArchiveError as error:
         raise CheckpointError(f"{path}: cannot be read ({error})") from error
 
 
-def _load(training: Training, compatibility: Compatibility, path: Path, rollback: ExitStack) -> None:
+def _reshard_optimizer(optimizer: Optimizer, fit: OptimizerCompatibility) -> Any:
+    if not fit.has_torch_form:
+        return reshard(fit.state, None)
+    groups = fit.state["param_groups"]
+    ids = chain.from_iterable(group["params"] for group in groups)
+    live = chain.from_iterable(map(parameters_of, [*optimizer.param_groups, *fit.added]))
+    state = reshard_optimizer_state(fit.state["state"], dict(zip(ids, live, strict=True)), optimizer)
+    return {"state": state, "param_groups": groups, **reshard(extra_entries(fit.state), None)}
+
+
+def _load(
+    training: Training, compatibility: Compatibility, path: Path, rollback: ExitStack
+) -> dict[str, list[float | None]]:
+    """Load all but the models; return the LRs of each optimizer before its scheduler was loaded."""
     for name, state in compatibility.stateful.items():
         rollback.callback(_load_state, training.stateful[name], copy.deepcopy(state_of(training.stateful[name])))
         _call_user_code(name, path, _load_state, training.stateful[name], state)
     for name, fit in compatibility.optimizers.items():
         optimizer = training.optimizers[name]
-        for changed in {optimizer, inner_optimizer(optimizer)}:
-            # torch replaces these objects and leaves the old ones unchanged
-            before = {"param_groups": list(changed.param_groups), "state": copy.copy(changed.state)}
-            rollback.callback(vars(changed).update, before)
+        rollback.callback(OptimizerBackup(optimizer).restore)
         _call_user_code(name, path, _load_optimizer, optimizer, fit)
+    lrs = {name: _learning_rates(training.optimizers[name]) for name in compatibility.optimizers}
     for name, state in compatibility.schedulers.items():
         scheduler = training.schedulers[name]
         rollback.callback(scheduler.load_state_dict, copy.deepcopy(scheduler.state_dict()))
         _call_user_code(name, path, scheduler.load_state_dict, state)
+    return lrs
 
 
 def _call_user_code(name: str, path: Path, load: Callable[..., Any], *arguments: Any) -> None:
@@ -132,25 +139,19 @@ def _load_state(stateful: Any, state: Any) -> None:
 def _load_optimizer(optimizer: Optimizer, fit: OptimizerCompatibility) -> None:
     for group in fit.added:
         optimizer.add_param_group(dict(group))
-    optimizer.load_state_dict(fit.state)
-    loaded = inner_optimizer(optimizer).state
-    if loaded is not optimizer.state:
-        optimizer.state.clear()  # a second copy, which nobody uses
-    for group, saved in zip(optimizer.param_groups, fit.state["param_groups"], strict=True):
-        for parameter, key in zip(group["params"], saved["params"], strict=True):
-            for name, value in fit.state["state"].get(key, {}).items():
-                now = loaded[parameter][name]
-                if isinstance(value, torch.Tensor) and now.dtype != value.dtype:
-                    # torch casts moments to the parameter's dtype; an exact resume keeps the saved one
-                    loaded[parameter][name] = value.to(now.device)
+    load_optimizer_state(optimizer, fit.state)
 
 
-def _require_saved_lr(training: Training, compatibility: Compatibility, path: Path) -> None:
-    for name, fit in compatibility.optimizers.items():
-        groups = zip(training.optimizers[name].param_groups, fit.state["param_groups"], strict=True)
-        for index, (own, saved) in enumerate(groups):
-            if "lr" in own and float(own["lr"]) != float(saved["lr"]):
+def _learning_rates(optimizer: Optimizer) -> list[float | None]:
+    rates = [group.get("lr") for group in optimizer.param_groups]
+    return [None if rate is None else float(rate) for rate in rates]
+
+
+def _require_saved_lr(training: Training, saved: dict[str, list[float | None]], path: Path) -> None:
+    for name, rates in saved.items():
+        for index, (now, then) in enumerate(zip(_learning_rates(training.optimizers[name]), rates, strict=True)):
+            if now != then:
                 raise MismatchError(
-                    f"{path}: loading the scheduler moved the LR of group {index} of {name} from {float(saved['lr'])} "
-                    f"to {float(own['lr'])}; its load_state_dict must not touch the optimizer"
+                    f"{path}: loading the scheduler moved the LR of group {index} of {name} from {then} to {now}; "
+                    "its load_state_dict must not touch the optimizer"
                 )

@@ -55,7 +55,9 @@ def check_compatibility(training: Training, saved: SavedState) -> Compatibility:
     for name, optimizer in _shared("optimizer", training.optimizers, saved.optimizers, problems):
         state = saved.optimizers[name]
         if _same_class(name, state.class_name, inner_optimizer(optimizer), problems):
-            result.optimizers[name] = fit_optimizer(name, state, optimizer, training, problems)
+            fit = fit_optimizer(name, state, optimizer, training, problems)
+            if fit is not None:
+                result.optimizers[name] = fit
     for name, scheduler in _shared("scheduler", training.schedulers, saved.schedulers, problems):
         if _same_class(name, saved.schedulers[name].class_name, scheduler, problems):
             result.schedulers[name] = _fit_scheduler(name, saved.schedulers[name], scheduler, problems)

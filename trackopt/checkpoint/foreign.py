@@ -12,12 +12,16 @@ import torch
 from trackopt import state as training_state
 from trackopt.archive.tree import Tensor, children
 from trackopt.checkpoint.param_names import match_names
-from trackopt.checkpoint.saved_state import SavedGroup, SavedOptimizer, SavedScheduler, SavedState
+from trackopt.checkpoint.saved_state import SavedGroup, SavedOptimizer, SavedScheduler, SavedState, extra_entries
 from trackopt.errors import ArchiveError, MismatchError
+from trackopt.state.inference import infer_class
+from trackopt.training.objects import class_name
 from trackopt.utils.text import join_names
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+
+    from torch.optim import Optimizer
 
     from trackopt import state
     from trackopt.archive import Archive
@@ -45,7 +49,7 @@ def read_foreign(archive: Archive, training: Training) -> SavedState:
         if (model := _best_model(name, module.state_dict(), found.models)) is not None
     }
     optimizers = {
-        name: _optimizer(archive, optimizer)
+        name: _optimizer(archive, optimizer, training.optimizers[name])
         for name, optimizer in _select("optimizer", training.optimizers, found.optimizers, archive).items()
     }
     schedulers = {
@@ -79,7 +83,7 @@ def _select(role: str, live: Mapping[str, Any], saved: Sequence[Any], archive: A
     return {}
 
 
-def _optimizer(archive: Archive, optimizer: state.Optimizer) -> SavedOptimizer:
+def _optimizer(archive: Archive, optimizer: state.Optimizer, live: Optimizer) -> SavedOptimizer:
     node = _node_at(archive, optimizer.path)
     has_names = all(parameter.name is not None for parameter in optimizer.parameters)
     groups: list[SavedGroup] = []
@@ -91,7 +95,19 @@ def _optimizer(archive: Archive, optimizer: state.Optimizer) -> SavedOptimizer:
         names |= own
     by_text = {str(key): name for key, name in names.items()}  # safetensors and DCP keep ids as text
     state = {by_text.get(str(key), key): _values(archive, entry) for key, entry in node["state"].items()}
-    return SavedOptimizer(optimizer.cls, groups, state)
+    extra = {str(key): _values(archive, value) for key, value in extra_entries(node).items()}
+    return SavedOptimizer(_class_name(optimizer, live, node["state"]), groups, state, extra=extra)
+
+
+def _class_name(optimizer: state.Optimizer, live: Optimizer, saved_state: Any) -> str:
+    """Return the saved class, or the live one if its files are taken for the same: most files do not name a class."""
+    own = class_name(live)
+    inferred = infer_class(live.param_groups, saved_state)
+    is_choice = own.rpartition(".")[2] in optimizer.cls.split(" or ")
+    is_guess = not optimizer.evidence.startswith("saved")
+    if is_choice or (is_guess and (inferred.cls, inferred.unknown) == (optimizer.cls, optimizer.unknown)):
+        return own
+    return optimizer.cls
 
 
 def _scheduler(archive: Archive, scheduler: state.Scheduler) -> SavedScheduler:

@@ -8,6 +8,7 @@ without waiting for the others.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from trackopt.archive import decode, tree
+from trackopt.checkpoint.saved_state import has_torch_form
 from trackopt.training.sharding import inner_optimizer, is_dtensor, is_zero
 
 if TYPE_CHECKING:
@@ -57,6 +59,8 @@ class LazyTensor:
 def state_by_name(optimizer: Optimizer, names: Sequence[Sequence[str]]) -> StateDict:
     """Return an optimizer's ``state_dict`` with names for ids; a ``ZeroRedundancyOptimizer``'s holds the local part.
 
+    A ``state_dict`` that has not the form of torch's is returned as it is.
+
     Args:
         optimizer: The optimizer.
         names: For each group the names of its parameters.
@@ -68,6 +72,8 @@ def state_by_name(optimizer: Optimizer, names: Sequence[Sequence[str]]) -> State
         }
     else:
         state_dict = optimizer.state_dict()
+        if not has_torch_form(state_dict, names):
+            return state_dict
     keys = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
     name_of = dict(zip(keys, chain.from_iterable(names), strict=True))
     state = {name_of.get(key, key): entry for key, entry in state_dict["state"].items()}
@@ -86,13 +92,16 @@ def reshard(value: Any, live: Any) -> Any:
         return _local_shard(value, live)
     if isinstance(value, dict):
         current = live if isinstance(live, dict) else {}
-        result: Any = type(value)({key: reshard(child, current.get(key)) for key, child in value.items()})
+        result: Any = copy.copy(value)
+        for key, child in value.items():
+            result[key] = reshard(child, current.get(key))
         if hasattr(value, "_metadata"):
             result._metadata = value._metadata
         return result
     if isinstance(value, (list, tuple)):
         others = live if isinstance(live, (list, tuple)) and len(live) == len(value) else [None] * len(value)
-        return type(value)(reshard(child, other) for child, other in zip(value, others, strict=True))
+        items = [reshard(child, other) for child, other in zip(value, others, strict=True)]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     return value
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
+from itertools import chain
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -14,6 +15,7 @@ from trackopt.checkpoint.meta import KEY, CheckpointMeta, RunProgress, TrainingL
 from trackopt.checkpoint.resharding import state_by_name
 from trackopt.errors import UsageError
 from trackopt.training import rng
+from trackopt.training.nested import nested_optimizers, walk
 from trackopt.training.objects import class_name
 from trackopt.training.sharding import is_sharded
 
@@ -69,9 +71,9 @@ def estimate_nbytes(training: Training) -> int:
         for module in (*training.models.values(), *others)
         for tensor in (*module.parameters(), *module.buffers())
     ]
-    for optimizer in training.optimizers.values():
-        entries = [state for state in optimizer.state.values() if isinstance(state, Mapping)]
-        tensors += [value for state in entries for value in state.values() if isinstance(value, torch.Tensor)]
+    optimizers = chain.from_iterable(map(nested_optimizers, training.optimizers.values()))
+    states = [getattr(optimizer, "state", None) for optimizer in optimizers]
+    tensors += [part for part in walk(states) if isinstance(part, torch.Tensor)]
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from trackopt.checkpoint.meta import RunProgress
 from trackopt.checkpoint.resume import gather_rank_states
+from trackopt.checkpoint.round_trip import RoundTripCheck
 from trackopt.checkpoint.saver import CheckpointSaver
 from trackopt.run.data_position import DataPosition
 
@@ -60,6 +61,7 @@ class RunCheckpoints:
         self._scheduler_configs = scheduler_configs
         self._group_counts: dict[str, int] = {}  # parameter groups when the epoch began
         self._pending: PendingRestore | None = None
+        self._round_trip = RoundTripCheck(training)
 
     def resume(self, pending: PendingRestore, **details: Any) -> None:
         """Restore telemetry and position from a checkpoint that is in the objects already, and mark it in the journal.
@@ -102,6 +104,11 @@ class RunCheckpoints:
         optimizers = self._training.optimizers
         self._group_counts = {name: len(optimizer.param_groups) for name, optimizer in optimizers.items()}
 
+    def check_first_step(self) -> None:
+        """Report an optimizer that made its first step and whose own ``state_dict`` does not restore it."""
+        for line in self._round_trip.run():
+            logger.warning("trackopt: %s", line)
+
     def save(self, *, epoch_done: bool = False) -> None:
         """Take a checkpoint now, on all ranks."""
         progress = self._progress(epoch_done=epoch_done)
@@ -114,7 +121,8 @@ class RunCheckpoints:
             self._collectives.run_on_all(lambda: self.saver.save_final(progress))
 
     def close(self) -> None:
-        """Leave the process group, if the ranks are still together."""
+        """Remove the hooks, and leave the process group if the ranks are still together."""
+        self._round_trip.close()
         if not self._collectives.is_detached:
             self._store.close_group()
             self._collectives.close()

@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from trackopt.archive.tree import Path, Tensor
+from trackopt.archive.tree import Path, Tensor, children
 from trackopt.errors import ArchiveError
 from trackopt.state.frameworks import find_counters, recognize
 from trackopt.state.layout import Entry, make_label, top_level_entries
@@ -29,6 +29,7 @@ __all__ = ["Buffer", "Group", "Model", "Optimizer", "Parameter", "Scheduler", "T
 META = "trackopt"
 _MAX_TOP_LEVEL_KEYS = 250_000  # a file with more is not searched for a training state
 _MAX_SCALAR_ENTRIES = 1_000  # at the top, up to which scalars are read
+_MAX_NESTED_DEPTH = 3  # of an optimizer in the state of another one
 _SCALER_KEYS = frozenset({"scale", "growth_factor", "backoff_factor"})
 
 
@@ -180,6 +181,8 @@ class _Reader:
                 found.append((make_label(key, name) if self._meta is None else name, path, node))
             elif parts := _all_of_kind(node, is_kind):
                 found.extend((_part_name(part, name, len(parts)), (*path, part), child) for part, child in parts)
+            elif self._meta is not None and key == name and (inner := list(_nested_of_kind(node, is_kind))):
+                found.extend((".".join(below), (*path, *below), child) for below, child in inner)
             elif word not in key.lower() or node:
                 continue
             self._used.add(path)  # of this kind, or an empty state under its key
@@ -231,6 +234,15 @@ def _part_name(part: str, name: str, count: int) -> str:
     if not part.isdecimal():
         return part
     return name if count == 1 else name + part
+
+
+def _nested_of_kind(node: Any, is_kind: Callable[[Any], bool], path: Path = ()) -> Iterator[tuple[Path, Any]]:
+    """Yield the nodes of a kind at the top of the branches below a node, as those that an optimizer wraps."""
+    if is_kind(node):
+        yield path, node
+    elif len(path) < _MAX_NESTED_DEPTH and isinstance(node, dict | list | tuple):
+        for name, child in children(node):
+            yield from _nested_of_kind(child, is_kind, (*path, name))
 
 
 def _all_of_kind(node: Any, is_kind: Callable[[Any], bool]) -> list[tuple[str, Any]]:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-#: Keys of a group that every class may have: the ids and names, and those that schedulers add.
+#: Keys of a group that every class may have: the ids and names, those that schedulers add, and torch's switches,
+#: which new versions of torch add to its classes.
 _COMMON = frozenset({
     "params", "param_names", "name", "lr", "initial_lr", "max_lr", "min_lr", "swa_lr",
     "base_momentum", "max_momentum", "lr_scale",
+    "maximize", "foreach", "capturable", "differentiable", "fused",
 })  # fmt: skip
 
 
@@ -35,7 +37,6 @@ def _signature(name: str, required: str, absent: str, optional: str, buffers: st
     return OptimizerSignature(name, *(frozenset(words.split()) for words in (required, absent, optional, buffers)))
 
 
-_SWITCHES = "weight_decay maximize foreach capturable differentiable fused"
 _MOMENTS = "step exp_avg exp_avg_sq"
 #: The first match counts.
 _SIGNATURES = (
@@ -43,28 +44,28 @@ _SIGNATURES = (
                "momentum_buffer"),
     _signature("LBFGS", "history_size tolerance_grad", "", "max_iter max_eval tolerance_change line_search_fn",
                "func_evals n_iter d t old_dirs old_stps ro H_diag prev_flat_grad prev_loss al"),
-    _signature("Adafactor", "beta2_decay d", "", f"{_SWITCHES} eps", "step row_var col_var variance"),
+    _signature("Adafactor", "beta2_decay d", "", "weight_decay eps", "step row_var col_var variance"),
     _signature("Adafactor (of transformers)", "clip_threshold scale_parameter relative_step", "",
                "eps decay_rate beta1 weight_decay warmup_init",
                "step exp_avg exp_avg_sq exp_avg_sq_row exp_avg_sq_col RMS"),
-    _signature("NAdam", "betas momentum_decay", "", f"{_SWITCHES} eps decoupled_weight_decay",
+    _signature("NAdam", "betas momentum_decay", "", "weight_decay eps decoupled_weight_decay",
                f"{_MOMENTS} mu_product"),
-    _signature("RAdam", "betas decoupled_weight_decay", "amsgrad", f"{_SWITCHES} eps", _MOMENTS),
+    _signature("RAdam", "betas decoupled_weight_decay", "amsgrad", "weight_decay eps", _MOMENTS),
     _signature("FusedAdam (of apex)", "betas bias_correction", "amsgrad grad_averaging", "eps weight_decay step",
                _MOMENTS),
     _signature("LAMB", "betas bias_correction grad_averaging", "amsgrad", "eps weight_decay max_grad_norm step",
                _MOMENTS),
-    _signature("Adam", "betas amsgrad", "", f"{_SWITCHES} eps decoupled_weight_decay bias_correction step",
+    _signature("Adam", "betas amsgrad", "", "weight_decay eps decoupled_weight_decay bias_correction step",
                f"{_MOMENTS} max_exp_avg_sq"),
     _signature("SparseAdam", "betas eps", "weight_decay", "maximize", _MOMENTS),
-    _signature("Adamax", "betas eps foreach maximize", "amsgrad", _SWITCHES, "step exp_avg exp_inf"),
-    _signature("ASGD", "lambd alpha t0", "", _SWITCHES, "step eta mu ax"),
-    _signature("Adadelta", "rho eps", "", _SWITCHES, "step square_avg acc_delta"),
-    _signature("Adagrad", "lr_decay", "", f"{_SWITCHES} eps initial_accumulator_value", "step sum"),
-    _signature("RMSprop", "alpha centered", "", f"{_SWITCHES} eps momentum",
+    _signature("Adamax", "betas eps foreach maximize", "amsgrad", "weight_decay", "step exp_avg exp_inf"),
+    _signature("ASGD", "lambd alpha t0", "", "weight_decay", "step eta mu ax"),
+    _signature("Adadelta", "rho eps", "", "weight_decay", "step square_avg acc_delta"),
+    _signature("Adagrad", "lr_decay", "", "weight_decay eps initial_accumulator_value", "step sum"),
+    _signature("RMSprop", "alpha centered", "", "weight_decay eps momentum",
                "step square_avg momentum_buffer grad_avg"),
-    _signature("Rprop", "etas step_sizes", "", _SWITCHES, "step prev step_size"),
-    _signature("SGD", "momentum dampening nesterov", "", _SWITCHES, "momentum_buffer"),
+    _signature("Rprop", "etas step_sizes", "", "weight_decay", "step prev step_size"),
+    _signature("SGD", "momentum dampening nesterov", "", "weight_decay", "momentum_buffer"),
 )  # fmt: skip
 #: Classes without hyperparameters of their own: name, buffers, hyperparameters. The first match counts.
 _BY_BUFFERS = (

@@ -83,7 +83,8 @@ def _join_first(names: list[str], rest: str) -> str:
 
 
 def _missing_parts(state: TrainingState) -> list[str]:
-    if not state.optimizers:
+    has_optimizer = bool(state.optimizers or (state.meta or {}).get("optimizer_class"))
+    if not has_optimizer:
         if state.models:
             return ["weights only: no optimizer state to continue training with"]
         return ["neither a model nor an optimizer was recognized"]
