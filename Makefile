@@ -7,7 +7,7 @@
 # make fuzz       100,000 mutated files, each of which must be answered or refused
 # make faults     a training killed, hindered and cut off at every place, each time resumed
 # make pictures   run the examples, and keep what they draw and what commands show
-# make dist       build wheel and sdist, and install the wheel into an empty environment
+# make dist       build wheel and sdist, and install the wheel into an empty environment, with and without torch
 VENV := .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
@@ -54,6 +54,10 @@ dist: $(VENV)/ready
 	$(BIN)/python -m build --outdir dist .
 	rm -rf $(VENV)/dist-check && $(PYTHON) -m venv $(VENV)/dist-check
 	$(VENV)/dist-check/bin/python -m pip install --quiet --constraint constraints.txt dist/*.whl
+	cd dist && ../$(VENV)/dist-check/bin/trackopt inspect ../tests/helpers/format1/killed
+	rm -rf $(VENV)/dist-check && $(PYTHON) -m venv $(VENV)/dist-check
+	$(VENV)/dist-check/bin/python -m pip install --quiet --constraint constraints.txt click rich numpy orjson isal
+	$(VENV)/dist-check/bin/python -m pip install --quiet --no-deps dist/*.whl
 	cd dist && ../$(VENV)/dist-check/bin/trackopt inspect ../tests/helpers/format1/killed
 	rm -rf $(VENV)/dist-check
 

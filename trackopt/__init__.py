@@ -17,9 +17,11 @@ from trackopt.errors import (
     TrackoptError,
     UsageError,
 )
+from trackopt.utils.packages import explain_missing
 from trackopt.utils.version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from trackopt import journal
     from trackopt.analysis.diff import diff
     from trackopt.archive import Archive
     from trackopt.checkpoint.restore import RestoreResult, restore
@@ -52,6 +54,7 @@ __all__ = [
     "TrackoptError",
     "UsageError",
     "diff",
+    "journal",
     "open",
     "preview",
     "restore",
@@ -60,9 +63,12 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
+    if name == "journal":
+        return import_module("trackopt.journal")
     if name not in _HOMES:
         raise AttributeError(f"module 'trackopt' has no attribute {name!r}")
-    value = getattr(import_module(_HOMES[name]), name)
+    with explain_missing(f"trackopt.{name}"):
+        value = getattr(import_module(_HOMES[name]), name)
     globals()[name] = value
     return value
 

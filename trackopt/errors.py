@@ -7,7 +7,8 @@
     ├── RunError            a run's directory: taken, foreign, not writable
     ├── CheckpointError     a checkpoint that cannot be written, or none that can be used
     │   └── MismatchError   a valid checkpoint of something else: another model, optimizer or scheduler
-    └── ArchiveError        a file that is not a checkpoint, or is damaged
+    ├── ArchiveError        a file that is not a checkpoint, or is damaged
+    └── MissingPackageError  a package that only some commands and functions need is not installed
 
 Each message is one line: what, where, and what to do. The command line prints it and exits with 2.
 """
@@ -37,3 +38,7 @@ class MismatchError(CheckpointError):
 
 class ArchiveError(TrackoptError):
     """A file is not a checkpoint that trackopt reads, or it is damaged."""
+
+
+class MissingPackageError(TrackoptError, ImportError):
+    """A package that only some commands and functions need is not installed."""

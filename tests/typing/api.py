@@ -66,3 +66,7 @@ def plan(scheduler: torch.optim.lr_scheduler.LRScheduler) -> None:
     preview = trackopt.preview(scheduler, 100)
     assert_type(preview, trackopt.Preview)
     assert_type(preview.lr, dict[str, list[float]])
+
+
+def read() -> None:
+    assert_type(trackopt.journal.series("runs/digits"), dict[str, list[tuple[int, float]]])

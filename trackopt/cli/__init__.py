@@ -15,6 +15,7 @@ import click
 
 from trackopt import __version__
 from trackopt.errors import TrackoptError
+from trackopt.utils.packages import explain_missing
 
 #: The commands in the order of the help, each with its one-line help.
 _COMMANDS = {
@@ -87,7 +88,8 @@ def main() -> None:
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="replace")  # an ASCII terminal shows question marks
     try:
-        code = group.main(prog_name="trackopt", standalone_mode=False)
+        with explain_missing("this command"):
+            code = group.main(prog_name="trackopt", standalone_mode=False)
         sys.stdout.flush()
     except click.UsageError as error:
         path = error.ctx.command_path if error.ctx else "trackopt"

@@ -20,6 +20,7 @@ from trackopt.cli.ls import is_running
 from trackopt.errors import RunError
 from trackopt.rundir.identity import IDENTITY, read_identity
 from trackopt.utils.mlflow_uri import redact_credentials
+from trackopt.utils.packages import require
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -157,6 +158,7 @@ def _render_addresses(addresses: dict[str, str | None]) -> Iterator[Text]:
 
 
 def _tensorboard_command(directory: Path) -> list[str]:
+    require("tensorboard")
     # Each attempt of a run has its own event file: without --reload_multifile only the newest is read on.
     address = ["--logdir", str(directory), "--host", servers.HOST, "--port", "{port}"]
     options = ["--reload_multifile=true", "--reload_interval=5", "--samples_per_plugin=scalars=10000"]
@@ -164,5 +166,6 @@ def _tensorboard_command(directory: Path) -> list[str]:
 
 
 def _mlflow_command(uri: str) -> list[str]:
+    require("mlflow")
     address = ["--backend-store-uri", uri, "--host", servers.HOST, "--port", "{port}", "--workers", "1"]
     return [sys.executable, "-m", "mlflow", "server", *address]

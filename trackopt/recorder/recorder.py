@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import math
 import os
 import threading
 import time
@@ -13,12 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trackopt import journal
-from trackopt.errors import TrackoptError
+from trackopt.errors import MissingPackageError, TrackoptError
 from trackopt.recorder.child_process import LOG_NAME
 from trackopt.recorder.cursor import Cursor, CursorFile, UploadCursor
 from trackopt.recorder.delivery import Delivery
 from trackopt.rundir.identity import read_identity
 from trackopt.utils.mlflow_uri import redact_credentials
+from trackopt.utils.packages import explain_missing
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -145,6 +147,8 @@ class Recorder:
                 f"to deliver them later, run `trackopt sync {self._directory}`"
             )
         seconds = min(2 * previous.seconds, _MAX_BACKOFF_S) if previous else _MIN_BACKOFF_S
+        if isinstance(error, MissingPackageError):
+            seconds = math.inf  # no retry helps, and closing the run would wait for it
         self._backoffs[name] = _Backoff(time.monotonic() + seconds, seconds)
 
     def _get_delivery(self, name: str) -> Delivery | ArtifactUploader:
@@ -152,6 +156,7 @@ class Recorder:
             self._deliveries[name] = self._make_delivery(name)
         return self._deliveries[name]
 
+    @explain_missing("it")
     def _make_delivery(self, name: str) -> Delivery | ArtifactUploader:
         if name != "artifacts":
             connect = _load_sink(name, self._directory)

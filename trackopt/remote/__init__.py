@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from trackopt.remote.uri import is_remote
+from trackopt.remote.uri import SCHEME, is_remote
+from trackopt.utils.packages import explain_missing
 
 if TYPE_CHECKING:
     import os
@@ -17,8 +18,10 @@ if TYPE_CHECKING:
     from trackopt.archive.io.file import File
 
 __all__ = ["complete_uri", "fetch", "is_remote", "locate", "open"]
+_needs_mlflow = explain_missing(f"a {SCHEME} address")
 
 
+@_needs_mlflow
 def locate(uri: str | os.PathLike[str]) -> Path:
     """Return the local path of an artifact, or the complete URI of a file that `open` reads.
 
@@ -34,6 +37,7 @@ def locate(uri: str | os.PathLike[str]) -> Path:
     return RemoteArtifact(uri).locate()
 
 
+@_needs_mlflow
 def open(uri: Path) -> File:  # noqa: A001 - it returns what `os.open` does
     """Open a file on a server; blocks of it are fetched and take disk space when they are read.
 
@@ -45,6 +49,7 @@ def open(uri: Path) -> File:  # noqa: A001 - it returns what `os.open` does
     return RemoteArtifact(uri).open()
 
 
+@_needs_mlflow
 def complete_uri(uri: str | os.PathLike[str]) -> Path:
     """Return the URI with the path of the checkpoint, which may be missing in it.
 
@@ -56,6 +61,7 @@ def complete_uri(uri: str | os.PathLike[str]) -> Path:
     return RemoteArtifact(uri).uri
 
 
+@_needs_mlflow
 def fetch(uri: str | os.PathLike[str]) -> Path:
     """Return a local path of the whole artifact: in the store, or a copy that exists as long as this process.
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-import requests
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
@@ -22,6 +21,7 @@ from mlflow.store.artifact.http_artifact_repo import HttpArtifactRepository
 from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 from mlflow.utils.credentials import get_default_host_creds
 from mlflow.utils.rest_utils import http_request
+from requests import RequestException
 
 from trackopt.archive.io.file import File
 from trackopt.archive.io.sparse_file import SparseFile, open_temporary
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
     from mlflow.entities import FileInfo
     from mlflow.store.artifact.artifact_repo import ArtifactRepository
+    from requests import Response
 
 FOLDER = "checkpoints"
 _STEP = re.compile(r"step-(\d+)(?:\.pt)?")
@@ -178,7 +179,7 @@ class RemoteArtifact:
             if isinstance(error.__context__, OSError):
                 raise self._timeout_error() from error
             raise self._http_error(error) from error
-        except requests.RequestException as error:
+        except RequestException as error:
             raise (self._timeout_error() if error.response is None else self._response_error(error.response)) from error
         except OSError as error:
             reason = error.strerror or error
@@ -191,7 +192,7 @@ class RemoteArtifact:
             for name in ours:
                 os.environ.pop(name, None)
 
-    def _response_error(self, response: requests.Response) -> ArchiveError:
+    def _response_error(self, response: Response) -> ArchiveError:
         if response.status_code == _MISSING:
             return self._missing_error()
         return self._http_error(f"{response.status_code} {response.reason}")
