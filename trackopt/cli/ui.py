@@ -16,8 +16,8 @@ import click
 import orjson
 
 from trackopt.cli import console, servers
-from trackopt.cli.ls import is_running
 from trackopt.errors import RunError
+from trackopt.rundir.directory import is_running
 from trackopt.rundir.identity import IDENTITY, read_identity
 from trackopt.utils.mlflow_uri import redact_credentials
 
