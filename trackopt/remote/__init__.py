@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from trackopt.remote.uri import is_remote
+from trackopt.remote.uri import is_remote, to_text
 
 if TYPE_CHECKING:
     import os
@@ -65,4 +65,4 @@ def fetch(uri: str | os.PathLike[str]) -> Path:
     from trackopt.remote.artifacts import download
     from trackopt.utils.mlflow_uri import tracking_uri
 
-    return download(str(uri), tracking_uri())
+    return download(to_text(uri), tracking_uri())
