@@ -77,9 +77,11 @@ def command(directory: Path, as_json: bool) -> None:
 def _catch_signals() -> Event:
     """Return the event that SIGINT, SIGTERM and SIGHUP set; a shell starts background jobs with SIGINT ignored."""
     stop = Event()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # by nohup
-            signal.signal(number, lambda *_: stop.set())
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if sys.platform != "win32" and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # by nohup
+        numbers.append(signal.SIGHUP)
+    for number in numbers:
+        signal.signal(number, lambda *_: stop.set())
     return stop
 
 
