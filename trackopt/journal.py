@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 
 NAME = "metrics.jsonl"
+_BINARY = getattr(os, "O_BINARY", 0)  # a flag of `os.open`: Windows would translate line ends
 
 logger = logging.getLogger("trackopt")
 
@@ -106,9 +107,10 @@ class Journal:
         self._unwritten = b""
         self._warned = False
         try:
-            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | _BINARY, 0o644)
             self._size = os.fstat(self._file).st_size
-            is_torn = self._size and os.pread(self._file, 1, self._size - 1) != b"\n"
+            os.lseek(self._file, max(0, self._size - 1), os.SEEK_SET)
+            is_torn = self._size and os.read(self._file, 1) != b"\n"
         except OSError as error:
             raise RunError(
                 f"{path}: cannot open the journal ({error.strerror}); check the directory's permissions"

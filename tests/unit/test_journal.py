@@ -1,4 +1,5 @@
 import math
+import os
 
 import pytest
 
@@ -150,7 +151,7 @@ def test_lines_that_wait_are_counted_in_the_offset(path, monkeypatch):
     """A checkpoint taken meanwhile knows that they belong to its history."""
     writer = Journal(path)
     with monkeypatch.context() as broken:
-        broken.setattr(journal.os, "write", refuse)
+        broken.setattr(os, "write", refuse)
         writer.record(1, {"loss": 0.5})
         offset = writer.offset
     writer.mark("resume", 1, offset=offset)
@@ -160,14 +161,14 @@ def test_lines_that_wait_are_counted_in_the_offset(path, monkeypatch):
 
 def test_a_failure_at_the_close_is_told(path, monkeypatch, caplog):
     writer = Journal(path)
-    real = journal.os.close
+    real = os.close
 
     def close(file):
         real(file)
         refuse()
 
     with monkeypatch.context() as broken:
-        broken.setattr(journal.os, "close", close)
+        broken.setattr(os, "close", close)
         writer.close()
     assert "may be lost (No space left on device)" in caplog.text
 

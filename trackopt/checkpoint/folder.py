@@ -12,7 +12,7 @@ from trackopt.checkpoint.reader import load
 from trackopt.checkpoint.writer import PARTIAL_SUFFIX
 from trackopt.errors import CheckpointError, MismatchError
 from trackopt.rundir.checkpoints import list_checkpoints
-from trackopt.utils.files import fsync_directory
+from trackopt.utils.files import fsync_directory, replace
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -121,7 +121,7 @@ def _rename(path: Path, suffix: str) -> None:
     renamed = path.with_name(f"{path.name}.{suffix}")
     if renamed.is_dir():
         shutil.rmtree(renamed)
-    path.rename(renamed)
+    replace(path, renamed)
 
 
 def _delete(path: Path) -> None:

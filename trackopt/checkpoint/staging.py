@@ -6,6 +6,7 @@ Every save uses the same memory again, since touching fresh pages takes ten time
 from __future__ import annotations
 
 import mmap
+import sys
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -71,14 +72,11 @@ class Staging:
         if self._memory is None or len(self._memory) < _round_to_page(size):
             length, self._memory = _round_to_page(size + size // 16 + _HEADROOM_BYTES), None
             try:
-                self._memory = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+                self._memory = _allocate(length)
             except OSError as error:
                 raise CheckpointError(
                     f"a checkpoint cannot be copied ({error.strerror}: {length:,} bytes); free some memory"
                 ) from error
-            if hasattr(mmap, "MADV_DONTFORK"):  # not on macOS
-                # A data worker's fork would make the next copy fault on every page, and direct writes unsafe.
-                self._memory.madvise(mmap.MADV_DONTFORK)
         return self._memory
 
 
@@ -109,6 +107,16 @@ class Staged:
         self.memory[last.stop : last.end] = last.data_descriptor(crcs[-1])
         self.memory[last.end : self.size] = central_directory(self._entries, crcs)
         yield self.size
+
+
+def _allocate(length: int) -> mmap.mmap:
+    if sys.platform == "win32":
+        return mmap.mmap(-1, length)
+    memory = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if sys.platform == "linux":
+        # A data worker's fork would make the next copy fault on every page, and direct writes unsafe.
+        memory.madvise(mmap.MADV_DONTFORK)
+    return memory
 
 
 def _copy(storage: torch.UntypedStorage, memory: mmap.mmap, entry: ZipEntry) -> None:

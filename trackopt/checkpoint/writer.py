@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
+import shutil
+import sys
 from typing import TYPE_CHECKING
 
+from trackopt.archive.io.positioned import BINARY, write_at
 from trackopt.checkpoint.staging import PAGE_BYTES
 from trackopt.errors import CheckpointError
-from trackopt.utils.files import fsync_directory
+from trackopt.utils.files import fsync_directory, replace
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -20,7 +22,10 @@ if TYPE_CHECKING:
 
 PARTIAL_SUFFIX = ".part"
 _WRITE_BYTES = 16 << 20  # large enough for the disk's full speed
-_DIRECT = getattr(os, "O_DIRECT", 0)  # not on macOS
+if sys.platform == "linux":
+    _DIRECT = os.O_DIRECT
+else:
+    _DIRECT = 0
 
 
 def write(staged: Staged, path: Path, *, before_commit: Callable[[], None]) -> None:
@@ -50,7 +55,7 @@ def write(staged: Staged, path: Path, *, before_commit: Callable[[], None]) -> N
         finally:
             os.close(file)
         before_commit()
-        part.rename(path)
+        replace(part, path)
         fsync_directory(path.parent)
     except OSError as error:
         with contextlib.suppress(OSError):  # the next start removes it
@@ -68,14 +73,13 @@ def _make_folder(folder: Path) -> None:
 
 def _check_free_space(folder: Path, size: int) -> None:
     """Refuse to fill the disk to its last byte, which would stop other programs as well."""
-    stats = os.statvfs(folder)
-    free = stats.f_bavail * stats.f_frsize
-    if stats.f_blocks and free < size:
-        raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {size:,} bytes are needed, {free:,} are free")
+    disk = shutil.disk_usage(folder)
+    if disk.total and disk.free < size:
+        raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {size:,} bytes are needed, {disk.free:,} are free")
 
 
 def _create(part: Path) -> int:
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | BINARY
     try:
         return os.open(part, flags | _DIRECT, 0o644)
     except OSError as error:
@@ -85,7 +89,7 @@ def _create(part: Path) -> int:
 
 
 def _reserve(file: int, size: int) -> None:
-    if not hasattr(os, "posix_fallocate"):  # not on macOS
+    if sys.platform != "linux":
         return
     try:
         os.posix_fallocate(file, 0, size)
@@ -108,7 +112,7 @@ def _write(file: int, memory: memoryview, position: int, end: int) -> None:
     while position < end:
         piece = memory[position : min(position + _WRITE_BYTES, end)]
         try:
-            position += os.pwrite(file, piece, position)
+            position += write_at(file, piece, position)
         except OSError as error:
             if error.errno != errno.EINVAL or not _is_direct(file):
                 raise
@@ -118,8 +122,16 @@ def _write(file: int, memory: memoryview, position: int, end: int) -> None:
 
 
 def _is_direct(file: int) -> bool:
+    if sys.platform != "linux":
+        return False
+    import fcntl
+
     return bool(fcntl.fcntl(file, fcntl.F_GETFL) & _DIRECT)
 
 
 def _disable_direct_io(file: int) -> None:
+    if sys.platform != "linux":
+        return
+    import fcntl
+
     fcntl.fcntl(file, fcntl.F_SETFL, fcntl.fcntl(file, fcntl.F_GETFL) & ~_DIRECT)

@@ -10,8 +10,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from trackopt.cli import console
-from trackopt.cli.ls import is_running
 from trackopt.plotting.run_series import RunReader, RunSeries
+from trackopt.rundir.directory import is_running
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence

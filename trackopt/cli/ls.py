@@ -14,6 +14,7 @@ from trackopt.archive import verify
 from trackopt.cli import console
 from trackopt.errors import ArchiveError, RunError
 from trackopt.rundir.checkpoints import list_checkpoints
+from trackopt.rundir.directory import is_running
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -216,20 +217,6 @@ def _read_status(path: Path, lines: list[JsonObject]) -> str:
     if not lines:
         return ""
     return "running" if is_running(path) else "killed"
-
-
-def is_running(path: Path) -> bool:
-    """Return whether a process holds the run's lock.
-
-    Reads /proc/locks, since trying the lock would briefly take it from a run that is just starting. Without
-    /proc/locks, a run with a lock file counts as running.
-    """
-    try:
-        inode = (path / ".lock").stat().st_ino
-        locks = Path("/proc/locks").read_text(encoding="ascii").splitlines()
-    except FileNotFoundError as error:
-        return str(error.filename) == "/proc/locks"
-    return any(line.split()[1] == "FLOCK" and f":{inode} " in line for line in locks)
 
 
 def _render_runs(runs: list[Run]) -> Iterator[RenderableType]:

@@ -16,8 +16,8 @@ import click
 import orjson
 
 from trackopt.cli import console, servers
-from trackopt.cli.ls import is_running
 from trackopt.errors import RunError
+from trackopt.rundir.directory import is_running
 from trackopt.rundir.identity import IDENTITY, read_identity
 from trackopt.utils.mlflow_uri import redact_credentials
 from trackopt.utils.packages import require
@@ -78,9 +78,11 @@ def command(directory: Path, as_json: bool) -> None:
 def _catch_signals() -> Event:
     """Return the event that SIGINT, SIGTERM and SIGHUP set; a shell starts background jobs with SIGINT ignored."""
     stop = Event()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # by nohup
-            signal.signal(number, lambda *_: stop.set())
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if sys.platform != "win32" and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # by nohup
+        numbers.append(signal.SIGHUP)
+    for number in numbers:
+        signal.signal(number, lambda *_: stop.set())
     return stop
 
 

@@ -1,6 +1,7 @@
 """Run ``python -m trackopt.recorder DIR``: deliver a journal while it is written, and then the rest.
 
-Standard input is the socket to the training process: its end of file means that the journal is complete.
+Standard input is a pipe from the training process: its end of file means that the journal is complete. Standard output
+takes messages for the user.
 """
 
 from __future__ import annotations
@@ -8,44 +9,53 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
-import select
 import signal
 import sys
+import threading
 from pathlib import Path
 
 from trackopt.recorder.recorder import Recorder
 
-_STDIN = 0
+_STDIN, _STDOUT, _STDERR = 0, 1, 2
 _DRAIN_TIMEOUT_S = 10.0
 _POLL_INTERVAL_S = 5.0  # each delivery costs MLflow's store a transaction, even of a few records
+_LOWEST_PRIORITY = 19
 
 
 def main() -> None:
     """Deliver until the training process has exited, then deliver the rest."""
     directory = Path(sys.argv[1])
     _detach_and_lower_priority()
-    with Recorder(directory, notify=_send_message) as recorder:
+    messages = os.dup(_STDOUT)
+    os.dup2(_STDERR, _STDOUT)  # what the backends print goes to the log
+
+    def send_message(message: str) -> None:
+        with contextlib.suppress(OSError):  # the training process has exited
+            os.write(messages, f"{message}\n".encode())
+
+    exited = _watch_training_process()
+    with Recorder(directory, notify=send_message) as recorder:
         gc.disable()  # the backends are imported here, and none of their objects ever becomes garbage
         timeout = 0.0 if recorder.deliver() else _POLL_INTERVAL_S
         gc.freeze()
         gc.enable()
-        while not _wait_for_exit(timeout):
+        while not exited.wait(timeout):
             timeout = 0.0 if recorder.deliver() else _POLL_INTERVAL_S
         recorder.drain(timeout=_DRAIN_TIMEOUT_S)
 
 
-def _wait_for_exit(timeout: float) -> bool:
-    """Return whether the training process exits within ``timeout`` seconds."""
-    readable, _, _ = select.select([_STDIN], [], [], timeout)
-    try:
-        return bool(readable) and not os.read(_STDIN, 1)
-    except ConnectionResetError:  # it was killed before it had read all messages
-        return True
+def _watch_training_process() -> threading.Event:
+    """Return the event that is set when the training process exits or closes the pipe."""
+    exited = threading.Event()
 
+    def read_to_end() -> None:
+        with contextlib.suppress(OSError):
+            while os.read(_STDIN, 1):
+                pass
+        exited.set()
 
-def _send_message(message: str) -> None:
-    with contextlib.suppress(OSError):  # the training process has exited
-        os.write(_STDIN, f"{message}\n".encode())
+    threading.Thread(target=read_to_end, name="trackopt-stdin", daemon=True).start()
+    return exited
 
 
 def _detach_and_lower_priority() -> None:
@@ -53,14 +63,19 @@ def _detach_and_lower_priority() -> None:
 
     A process group of its own keeps away the signals that end the training. A session of its own would too, but Linux
     gives each session a fair share of the processor, which defeats SCHED_IDLE; and any higher priority slows a
-    training loop that uses every core.
+    training loop that uses every core. On Windows the training process starts the recorder so.
     """
-    os.setpgid(0, 0)
-    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1):  # Slurm sends these to every process
+    signals = [signal.SIGINT, signal.SIGTERM]  # Slurm sends these and the following to every process
+    if sys.platform != "win32":
+        os.setpgid(0, 0)
+        signals += [signal.SIGHUP, signal.SIGUSR1]
+    for number in signals:
         signal.signal(number, signal.SIG_IGN)
-    if hasattr(os, "SCHED_IDLE"):
-        with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError):
+        if sys.platform == "linux":
             os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+        elif sys.platform != "win32":
+            os.nice(_LOWEST_PRIORITY)
 
 
 if __name__ == "__main__":

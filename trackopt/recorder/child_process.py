@@ -5,13 +5,12 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import socket
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 from trackopt.recorder.progress import delivered_fraction, progress_bar
 
@@ -25,14 +24,18 @@ _NOTICE_AFTER_S = 10.0
 _STABLE_AFTER_S = 60.0  # a recorder that exits sooner counts as an early exit
 _MAX_EARLY_EXITS = 5  # consecutive ones, after which no recorder is started until the run closes
 _RECEIVE_BYTES = 1 << 16
+if sys.platform == "win32":
+    _CREATION_FLAGS = subprocess.CREATE_NEW_PROCESS_GROUP | subprocess.CREATE_NO_WINDOW | subprocess.IDLE_PRIORITY_CLASS
+else:
+    _CREATION_FLAGS = 0  # the recorder does it itself
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")  # default: a thread per core
 
 
 class RecorderProcess:
     """A running ``python -m trackopt.recorder DIR``, restarted if it exits early.
 
-    A socket connects the two processes: the recorder reads its end of file when the training process exits, in
-    whatever way, and writes messages for the user to it, one per line.
+    Two pipes connect the two processes. The recorder reads the end of its standard input when the training process
+    exits, in whatever way, and writes messages for the user to its standard output, one per line.
 
     Args:
         directory: The run's directory.
@@ -46,8 +49,9 @@ class RecorderProcess:
         self._exit_reported = False
         self._next_poll = time.monotonic()
         self._start()
-        # A forked data worker would keep the socket open after its parent was killed.
-        os.register_at_fork(after_in_child=self._close_socket)
+        if sys.platform != "win32":
+            # A forked data worker would keep the pipe open after its parent was killed.
+            os.register_at_fork(after_in_child=self._close_pipes)
 
     def poll_messages(self) -> list[str]:
         """Return the recorder's new messages, at most once a second, and restart it if it has exited."""
@@ -69,34 +73,36 @@ class RecorderProcess:
         for restart in (self._has_exited(), True):
             if restart:
                 yield from self._report_exit()
-                self._close_socket()
+                self._close_pipes()
                 self._start()
             yield from self._shutdown(wait=wait)
             if not self._has_exited() or self._has_succeeded():
                 break
         else:
             yield f"{self._exit_message()}; to deliver the missing records, run `trackopt sync {self._directory}`"
-        self._close_socket()
+        self._close_pipes()
 
     def _start(self) -> None:
         self._started_at, self._restart_at = time.monotonic(), math.inf
         self._process: subprocess.Popen[bytes] | None = None
-        self._socket, child_socket = socket.socketpair()
-        self._socket.setblocking(False)
         try:
-            with child_socket, self._log_path.open("ab") as log:
+            with self._log_path.open("ab") as log:
                 self._process = subprocess.Popen(
                     [sys.executable, "-m", "trackopt.recorder", str(self._directory)],
-                    stdin=child_socket.fileno(),
-                    stdout=log,
+                    bufsize=0,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
                     stderr=log,
                     env=_make_environment(),
+                    creationflags=_CREATION_FLAGS,
                 )
         except OSError as error:  # out of memory or processes: handled like an early exit
             self._spawn_error = error.strerror
 
-    def _close_socket(self) -> None:
-        self._socket.close()
+    def _close_pipes(self) -> None:
+        if self._process is not None:
+            for pipe in filter(None, (self._process.stdin, self._process.stdout)):
+                pipe.close()
 
     def _has_exited(self) -> bool:
         return self._process is None or self._process.poll() is not None
@@ -113,7 +119,7 @@ class RecorderProcess:
         """Restart a recorder that has exited, after a pause that doubles with each consecutive early exit."""
         if self._restart_at < math.inf:
             if now >= self._restart_at:
-                self._close_socket()
+                self._close_pipes()
                 self._start()
         elif self._early_exits < _MAX_EARLY_EXITS and self._has_exited():
             self._early_exits = self._early_exits + 1 if now - self._started_at < _STABLE_AFTER_S else 1
@@ -133,18 +139,19 @@ class RecorderProcess:
             yield f"{self._exit_message()}; it is restarted, and no records are lost"
 
     def _read_messages(self) -> list[str]:
-        with contextlib.suppress(OSError):  # no more messages, or the recorder has exited
-            while data := self._socket.recv(_RECEIVE_BYTES):
-                self._receive_buffer += data
+        if self._process is not None and self._process.stdout is not None:
+            with contextlib.suppress(OSError, ValueError):  # no more messages; closed, as in a forked data worker
+                while data := _read_available(self._process.stdout):
+                    self._receive_buffer += data
         *lines, self._receive_buffer = self._receive_buffer.split(b"\n")
         return [line.decode(errors="replace") for line in lines]
 
     def _shutdown(self, *, wait: bool) -> Iterator[str]:
         """Signal the end of the journal, and yield the messages until the recorder exits or the waiting ends."""
-        with contextlib.suppress(OSError):  # the recorder has exited
-            self._socket.shutdown(socket.SHUT_WR)
-        if (process := self._process) is None:
+        process = self._process
+        if process is None or process.stdin is None:
             return
+        process.stdin.close()
         try:
             if wait:
                 yield from self._wait(process)
@@ -171,6 +178,18 @@ class RecorderProcess:
                         f"waiting for the recorder ({delivered_fraction(self._directory):.0%} delivered); "
                         "press Ctrl-C to let it continue in the background"
                     )
+
+
+def _read_available(pipe: IO[bytes]) -> bytes:
+    """Read what a pipe holds, without waiting; nothing at its end. Raises OSError if it is empty."""
+    if sys.platform == "win32":
+        import _winapi
+        import msvcrt
+
+        available = _winapi.PeekNamedPipe(msvcrt.get_osfhandle(pipe.fileno()))[0]
+        return os.read(pipe.fileno(), min(int(available), _RECEIVE_BYTES)) if available else b""
+    os.set_blocking(pipe.fileno(), False)
+    return os.read(pipe.fileno(), _RECEIVE_BYTES)
 
 
 def _make_environment() -> dict[str, str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import math
 import os
 import threading
@@ -19,6 +18,7 @@ from trackopt.recorder.child_process import LOG_NAME
 from trackopt.recorder.cursor import Cursor, CursorFile, UploadCursor
 from trackopt.recorder.delivery import Delivery
 from trackopt.rundir.identity import read_identity
+from trackopt.utils.lock import lock
 from trackopt.utils.mlflow_uri import redact_credentials
 from trackopt.utils.packages import explain_missing
 
@@ -52,7 +52,7 @@ class Recorder:
         self._directory = directory
         self._notify = notify
         self._log = (directory / LOG_NAME).open("ab", buffering=0)
-        fcntl.flock(self._log, fcntl.LOCK_EX)
+        lock(self._log.fileno())
         identity = read_identity(directory)
         # Relative paths (of an SQLite file, of artifacts) are relative to the training's working directory.
         try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import orjson
@@ -72,8 +73,9 @@ class Probe:
         if self._kill_at is not None and step >= self._kill_at:
             self._write(killed=step)
             (self._root / KILLED).touch()
-            # Like a crash of the machine: the command that started this process must not run its next line.
-            os.killpg(0, signal.SIGKILL)
+            if sys.platform != "win32":  # which has no rehearsals
+                # Like a crash of the machine: the command that started this process must not run its next line.
+                os.killpg(0, signal.SIGKILL)
 
     def _state(self) -> StateDict:
         """Return the weights and the optimizers' state, eight digits for each tensor; their names are written once."""

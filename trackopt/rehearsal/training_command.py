@@ -7,6 +7,7 @@ import os
 import shlex
 import signal
 import subprocess
+import sys
 import time
 from typing import TYPE_CHECKING
 
@@ -101,6 +102,8 @@ class TrainingCommand:
         return list(dict.fromkeys((run, step) for _, run, step in sorted(lines)))
 
     def _run(self, environment: dict[str, str]) -> int:
+        if sys.platform == "win32":
+            raise CommandError("rehearse kills process groups, which Windows does not have; use it on Linux or macOS")
         with (self._work_dir / "stdout.txt").open("ab") as out, (self._work_dir / "stderr.txt").open("ab") as err:
             try:
                 process = subprocess.Popen(
@@ -132,7 +135,7 @@ class TrainingCommand:
 
     def _read_output_tail(self) -> list[str]:
         for name in ("stderr.txt", "stdout.txt"):
-            if lines := (self._work_dir / name).read_text(errors="replace").strip().splitlines():
+            if lines := (self._work_dir / name).read_text(encoding="utf-8", errors="replace").strip().splitlines():
                 return lines[-_TAIL_LINES:]
         return []
 

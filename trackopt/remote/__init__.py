@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from trackopt.remote.uri import SCHEME, is_remote
+from trackopt.remote.uri import SCHEME, is_remote, to_text
 from trackopt.utils.packages import explain_missing
 
 if TYPE_CHECKING:
@@ -71,4 +71,4 @@ def fetch(uri: str | os.PathLike[str]) -> Path:
     from trackopt.remote.artifacts import download
     from trackopt.utils.mlflow_uri import tracking_uri
 
-    return download(str(uri), tracking_uri())
+    return download(to_text(uri), tracking_uri())

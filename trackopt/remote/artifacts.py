@@ -26,7 +26,7 @@ from requests import RequestException
 from trackopt.archive.io.file import File
 from trackopt.archive.io.sparse_file import SparseFile, open_temporary
 from trackopt.errors import ArchiveError
-from trackopt.remote.uri import SCHEME, parse
+from trackopt.remote.uri import SCHEME, parse, to_text
 from trackopt.utils.mlflow_uri import redact_credentials, tracking_uri
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class RemoteArtifact:
     """
 
     def __init__(self, uri: str | os.PathLike[str]) -> None:
-        self._given = str(uri)
+        self._given = to_text(uri)
         parsed = parse(self._given)
         self._run_id = parsed.run_id
         self._tracking_uri = tracking_uri()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import TYPE_CHECKING
 
 from trackopt.errors import ArchiveError
@@ -37,7 +38,18 @@ def is_remote(path: str | os.PathLike[str]) -> bool:
         >>> is_remote("runs:/5a3c/checkpoints/step-00000100.pt"), is_remote("runs/digits")
         (True, False)
     """
-    return str(path).startswith(SCHEME)
+    return to_text(path).startswith(SCHEME)
+
+
+def to_text(uri: str | os.PathLike[str]) -> str:
+    r"""Return a URI as text; as a path of Windows it has backslashes.
+
+    Example:
+        >>> from pathlib import PureWindowsPath
+        >>> to_text(PureWindowsPath("runs:/5a3c/model.pt"))
+        'runs:/5a3c/model.pt'
+    """
+    return uri.as_posix() if isinstance(uri, PurePath) else str(uri)
 
 
 def parse(uri: str) -> ArtifactUri:

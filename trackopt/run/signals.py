@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from types import FrameType
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+_SIGNALS = [signal.SIGTERM, signal.SIGINT]
+if sys.platform != "win32":
+    _SIGNALS.append(signal.SIGUSR1)
 _STDERR = 2
 _FORWARD_WINDOW_S = 2.0  # within which torchrun forwards a signal to workers that have received it themselves
 

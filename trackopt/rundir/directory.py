@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
+import sys
 import time
 from dataclasses import replace
 from datetime import datetime
@@ -16,6 +16,7 @@ from trackopt.errors import RunError
 from trackopt.rundir import environment
 from trackopt.rundir.identity import IDENTITY, RunIdentity, read_identity, update_identity, write_identity
 from trackopt.utils.files import fsync_directory
+from trackopt.utils.lock import try_lock
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 CHECKPOINTS = "checkpoints"
 _LOCK = ".lock"
 _LOCK_TIMEOUT_S = 30.0  # torchrun gives the processes that it stops as long before it starts others
+_STATUS_TIMEOUT_S = 0.3  # `is_running` may hold the lock for a moment
 _LOCK_POLL_INTERVAL_S = 0.1
 
 
@@ -55,7 +57,7 @@ class RunDirectory:
         try:
             self._created = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            self._lock = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
             raise RunError(
                 f"{self.path}: cannot be used ({error.strerror}); choose a dir that can be written"
@@ -71,8 +73,9 @@ class RunDirectory:
         except BaseException:
             self.release()
             raise
-        # A forked data worker would hold the lock for a while after its parent was killed.
-        os.register_at_fork(after_in_child=self._release_lock)
+        if sys.platform != "win32":
+            # A forked data worker would hold the lock for a while after its parent was killed.
+            os.register_at_fork(after_in_child=self._release_lock)
 
     @property
     def identity(self) -> RunIdentity:
@@ -98,6 +101,8 @@ class RunDirectory:
     def release(self) -> None:
         """Release the lock; leave a directory that did not become a run's as it was."""
         if self.saved_identity is None:
+            if sys.platform == "win32":  # an open file cannot be removed there
+                self._release_lock()
             with contextlib.suppress(OSError):  # what stays does no harm
                 (self.path / _LOCK).unlink(missing_ok=True)
                 if self._created:
@@ -106,16 +111,11 @@ class RunDirectory:
 
     def _acquire_lock(self) -> None:
         """Take the lock; a process that torchrun restarts waits for its predecessor to release it."""
-        end = time.monotonic() + (_LOCK_TIMEOUT_S if restart_count() else 0.0)
-        while True:
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if time.monotonic() >= end:
-                    raise
-                time.sleep(_LOCK_POLL_INTERVAL_S)
-            else:
-                return
+        end = time.monotonic() + (_LOCK_TIMEOUT_S if restart_count() else _STATUS_TIMEOUT_S)
+        while not try_lock(self._lock):
+            if time.monotonic() >= end:
+                raise BlockingIOError
+            time.sleep(_LOCK_POLL_INTERVAL_S)
 
     def _release_lock(self) -> None:
         if self._lock >= 0:
@@ -154,6 +154,24 @@ class ReadOnlyRunDirectory(RunDirectory):
 
     def release(self) -> None:
         """Do nothing: this process holds no lock."""
+
+
+def is_running(directory: Path) -> bool:
+    """Return whether a process holds the lock of a run's directory.
+
+    Linux lists the locks. Elsewhere the lock is tried, which takes it for a moment. Raises OSError.
+    """
+    file = directory / _LOCK
+    try:
+        inode = file.stat().st_ino
+        if sys.platform == "linux":
+            with contextlib.suppress(OSError):  # a sandbox may hide it
+                locks = Path("/proc/locks").read_text(encoding="ascii").splitlines()
+                return any(line.split()[1] == "FLOCK" and f":{inode} " in line for line in locks)
+        with file.open("rb") as opened:
+            return not try_lock(opened.fileno())
+    except FileNotFoundError:
+        return False
 
 
 def restart_count() -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import shlex
 import sys
 import time
@@ -15,6 +14,7 @@ import orjson
 
 from trackopt.errors import RunError
 from trackopt.utils.files import atomic_write
+from trackopt.utils.lock import lock
 from trackopt.utils.mlflow_uri import MLflowTarget
 
 if TYPE_CHECKING:
@@ -129,11 +129,11 @@ def update_identity(directory: Path, change: Callable[[RunIdentity], RunIdentity
         RunError: The file cannot be read or written.
     """
     try:
-        lock = (directory / _LOCK).open("ab")
+        lock_file = (directory / _LOCK).open("ab")
     except OSError as error:
         raise RunError(f"{directory}: cannot be written ({error.strerror}); check its permissions") from error
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with lock_file:
+        lock(lock_file.fileno())
         identity = change(read_identity(directory))
         write_identity(directory, identity)
     return identity

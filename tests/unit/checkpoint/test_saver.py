@@ -62,7 +62,7 @@ def gate(monkeypatch):
             opened.wait(60)
         real(file)
 
-    monkeypatch.setattr(writing.os, "fsync", fsync)
+    monkeypatch.setattr(os, "fsync", fsync)
     return opened
 
 

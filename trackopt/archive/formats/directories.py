@@ -62,7 +62,7 @@ def find_newest(directory: Path) -> Path | None:
         return directory
     latest = directory / "latest"
     if latest.is_file() and latest.stat().st_size < 256:
-        tagged = resolve_inside(directory, latest.read_text(errors="replace").strip())
+        tagged = resolve_inside(directory, latest.read_text(encoding="utf-8", errors="replace").strip())
         if tagged.is_dir() and _layout(tagged) is not None:
             return tagged
     numbered = {int(match[1]): path for path in directory.iterdir() if (match := _STEP.fullmatch(path.name))}

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import stat
+import sys
 from typing import TYPE_CHECKING
+
+from trackopt.archive.io.positioned import BINARY, read_at
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -23,7 +26,9 @@ class File:
     @classmethod
     def open(cls, path: Path) -> File:
         """Open a file, or a directory. Raises OSError."""
-        return cls(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK))  # a named pipe must not block
+        if sys.platform == "win32" and path.is_dir():  # which has no descriptors of directories
+            return cls(os.open(os.devnull, os.O_RDONLY))
+        return cls(os.open(path, os.O_RDONLY | BINARY | getattr(os, "O_NONBLOCK", 0)))  # a named pipe must not block
 
     @property
     def size(self) -> int:
@@ -37,9 +42,9 @@ class File:
 
     def read(self, offset: int, length: int) -> bytes:
         """Read ``length`` bytes; fewer only if the file ends before them."""
-        data = os.pread(self.descriptor, length, offset)
+        data = read_at(self.descriptor, length, offset)
         while len(data) < length:
-            more = os.pread(self.descriptor, length - len(data), offset + len(data))
+            more = read_at(self.descriptor, length - len(data), offset + len(data))
             if not more:
                 break
             data += more

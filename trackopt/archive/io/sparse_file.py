@@ -7,6 +7,7 @@ import threading
 from typing import TYPE_CHECKING
 
 from trackopt.archive.io.file import File
+from trackopt.archive.io.positioned import write_at
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,7 +33,7 @@ class SparseFile(File):
 
     def __init__(self, size: int, fetch: Fetch, translate_errors: TranslateErrors) -> None:
         super().__init__(open_temporary())
-        os.truncate(self.descriptor, size)
+        os.ftruncate(self.descriptor, size)
         self._size, self._fetch, self._translate_errors = size, fetch, translate_errors
         self._present = bytearray(-(-size // _BLOCK_BYTES))
         self._next, self._ahead = 0, 1
@@ -60,7 +61,7 @@ class SparseFile(File):
         with self._translate_errors():
             data = self._fetch(start, min(end * _BLOCK_BYTES, self._size))
             while data:  # a disk that is nearly full takes less
-                written = os.pwrite(self.descriptor, data, start)
+                written = write_at(self.descriptor, data, start)
                 data, start = data[written:], start + written
         self._present[block:end] = b"\1" * (end - block)
         self._next = end
@@ -71,6 +72,5 @@ def open_temporary() -> int:
     """Open a temporary file that disappears when it is closed; return its descriptor."""
     import tempfile
 
-    descriptor, name = tempfile.mkstemp(prefix="trackopt-")
-    os.unlink(name)  # noqa: PTH108 - there is no path any more
-    return descriptor
+    with tempfile.TemporaryFile(prefix="trackopt-") as file:
+        return os.dup(file.fileno())

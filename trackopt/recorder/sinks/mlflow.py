@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import getpass
 import posixpath
 import re
@@ -19,6 +18,7 @@ from trackopt.recorder.sinks.base import Sink
 from trackopt.recorder.sinks.mlflow_description import run_description
 from trackopt.rundir.directory import CHECKPOINTS
 from trackopt.rundir.identity import read_identity, update_identity
+from trackopt.utils.lock import lock
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -110,8 +110,8 @@ def _lock_store(tracking_uri: str) -> Iterator[None]:
         return
     database = Path(tracking_uri.removeprefix("sqlite:///"))
     database.parent.mkdir(parents=True, exist_ok=True)
-    with database.with_name(f"{database.name}.lock").open("ab") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with database.with_name(f"{database.name}.lock").open("ab") as lock_file:
+        lock(lock_file.fileno())
         yield
 
 

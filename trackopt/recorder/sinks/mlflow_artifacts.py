@@ -144,7 +144,7 @@ class ArtifactUploader:
         try:
             files = [file for file in checkpoint.rglob("*") if file.is_file()] if checkpoint.is_dir() else [checkpoint]
             for file in sorted(files, key=lambda file: file.stat().st_mtime_ns):
-                _upload_file(repository, file, str(file.parent.relative_to(self._directory)))
+                _upload_file(repository, file, file.parent.relative_to(self._directory).as_posix())
         except FileNotFoundError:
             if checkpoint.exists():
                 raise
