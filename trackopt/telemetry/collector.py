@@ -85,6 +85,7 @@ class MetricsCollector:
         }
         self._warned = False
         self._nonfinite_losses: set[str] = set()
+        self._prepare_detection()
 
     @property
     def step(self) -> int:
@@ -120,9 +121,13 @@ class MetricsCollector:
     def begin_iteration(self) -> None:
         """Remember the positions of the schedulers."""
         self._scheduler_check.begin_iteration()
+        self._prepare_detection()
 
     def end_iteration(self) -> bool:
         """Record the iteration's step as soon as its numbers have arrived; return whether a step was taken."""
+        detect = not self._has_stepped and not self._scheduler_check.is_scaler_updated()
+        for observer in self._observers.values():
+            observer.end_iteration(detect=detect)
         stepped = self.step > self.recorded
         overflowed = sum(observer.pop_overflow() for observer in self._observers.values()) > 0
         self._scheduler_check.end_iteration(stepped=stepped, overflowed=overflowed)
@@ -137,6 +142,7 @@ class MetricsCollector:
             self._in_flight.append(_Step(self.recorded, time.time(), logged, observed))
         while self._in_flight and self._in_flight[0].is_ready:
             self._record(self._in_flight.popleft())
+        self._prepare_detection()
         return stepped
 
     def flush(self) -> None:
@@ -211,4 +217,16 @@ class MetricsCollector:
     def close(self) -> None:
         """Remove the hooks from the optimizers."""
         for observer in self._observers.values():
+            if not self._has_stepped:
+                observer.report_missing_step()
             observer.close()
+
+    @property
+    def _has_stepped(self) -> bool:
+        """True if any optimizer was stepped in the run, by ``step`` or in the backward pass."""
+        return any(observer.steps or observer.is_called for observer in self._observers.values())
+
+    def _prepare_detection(self) -> None:
+        if not self._has_stepped:
+            for observer in self._observers.values():
+                observer.begin_iteration()

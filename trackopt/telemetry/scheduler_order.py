@@ -48,7 +48,7 @@ class SchedulerOrderCheck:
             stepped: An optimizer took a step in it.
             overflowed: An optimizer reported that it skipped its step.
         """
-        skipped = overflowed or (not stepped and self._is_scaler_updated())
+        skipped = overflowed or (not stepped and self.is_scaler_updated())
         self.iterations += 1
         self.skipped += skipped
         moved = set() if stepped else set(self._advanced())
@@ -59,6 +59,13 @@ class SchedulerOrderCheck:
                 self._warn(name, "in iterations without an optimizer step, so it runs ahead")
         self._moved_without_step = moved
         self.begin_iteration()
+
+    def is_scaler_updated(self) -> bool:
+        """Return whether a ``GradScaler`` was updated in this iteration."""
+        return any(
+            before is not _scaler_update_marker(scaler)
+            for scaler, before in zip(self._scalers, self._scaler_update_markers, strict=True)
+        )
 
     def pop_messages(self) -> list[str]:
         """Remove and return the warnings since the last call."""
@@ -73,12 +80,6 @@ class SchedulerOrderCheck:
         """Restore what ``state_dict`` returned, after the schedulers are restored."""
         self.iterations, self.skipped = state["iterations"], state["skipped"]
         self.begin_iteration()
-
-    def _is_scaler_updated(self) -> bool:
-        return any(
-            before is not _scaler_update_marker(scaler)
-            for scaler, before in zip(self._scalers, self._scaler_update_markers, strict=True)
-        )
 
     def _advanced(self) -> Iterator[str]:
         for name, scheduler in self._schedulers.items():
