@@ -20,6 +20,7 @@ from trackopt.checkpoint.resharding import reshard, reshard_optimizer_state
 from trackopt.checkpoint.snapshot import state_of
 from trackopt.errors import ArchiveError, CheckpointError, MismatchError
 from trackopt.training import rng
+from trackopt.training.scheduler_state import load_scheduler_state_dict, scheduler_state_dict
 from trackopt.training.sharding import inner_optimizer
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from trackopt.checkpoint.compatibility_optimizer import OptimizerCompatibility
     from trackopt.checkpoint.saved_state import SavedState
     from trackopt.training.objects import Training
+    from trackopt.utils.types import ParamGroup
 
 _ADVICE = "build the objects that were saved, or pass strict=False to load what fits"
 _MAX_SHOWN = 3
@@ -108,8 +110,9 @@ def _load(training: Training, compatibility: Compatibility, path: Path, rollback
         _call_user_code(name, path, _load_optimizer, optimizer, fit)
     for name, state in compatibility.schedulers.items():
         scheduler = training.schedulers[name]
-        rollback.callback(scheduler.load_state_dict, copy.deepcopy(scheduler.state_dict()))
-        _call_user_code(name, path, scheduler.load_state_dict, state)
+        before_load = copy.deepcopy(scheduler_state_dict(scheduler))
+        rollback.callback(load_scheduler_state_dict, scheduler, before_load)
+        _call_user_code(name, path, load_scheduler_state_dict, scheduler, state)
 
 
 def _call_user_code(name: str, path: Path, load: Callable[..., Any], *arguments: Any) -> None:
@@ -149,8 +152,15 @@ def _require_saved_lr(training: Training, compatibility: Compatibility, path: Pa
     for name, fit in compatibility.optimizers.items():
         groups = zip(training.optimizers[name].param_groups, fit.state["param_groups"], strict=True)
         for index, (own, saved) in enumerate(groups):
-            if "lr" in own and float(own["lr"]) != float(saved["lr"]):
+            now, then = _lr(own), _lr(saved)
+            if now != then:
                 raise MismatchError(
-                    f"{path}: loading the scheduler moved the LR of group {index} of {name} from {float(saved['lr'])} "
-                    f"to {float(own['lr'])}; its load_state_dict must not touch the optimizer"
+                    f"{path}: loading the scheduler moved the LR of group {index} of {name} from {then} to {now}; its "
+                    "load_state_dict must not touch the optimizer"
                 )
+
+
+def _lr(group: ParamGroup) -> float | None:
+    """Return the LR of a group; ``None`` if the optimizer computes its own."""
+    lr = group.get("lr")
+    return None if lr is None else float(lr)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from math import ceil, isnan
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -112,8 +112,10 @@ class BackwardSteps:
 
     def _register(self) -> None:
         if not self._handles:
-            hook = torch.compiler.disable(self._on_gradient)
-            self._handles = [p.register_hook(hook) for p in self._parameters() if p.requires_grad and p.is_leaf]
+            untraced: Callable[[Any], Any] = torch.compiler.disable
+            hook = untraced(self._on_gradient)
+            trained: list[Any] = [p for p in self._parameters() if p.requires_grad and p.is_leaf]
+            self._handles = [parameter.register_hook(hook) for parameter in trained]
 
     def _on_gradient(self, gradient: Tensor) -> None:  # noqa: ARG002 - torch's signature
         if not self._has_gradient:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from trackopt.training.param_groups import NOT_HYPERPARAMETERS, label, numeric, split_sequence, to_float
+from trackopt.training.scheduler_state import scheduler_state_dict
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -44,8 +45,8 @@ class Hyperparameters:
         """
         used: dict[str, float | Tensor] = {}
         for name, group in self._groups():
-            if "lr" in group:  # not every optimizer has an LR
-                used[f"lr/{name}"] = _copy_lr(group["lr"])
+            if (lr := group.get("lr")) is not None:  # Adafactor computes its own LR
+                used[f"lr/{name}"] = _copy_lr(lr)
             size, keys, raw = self._raw.get(name, (0, [], []))
             if len(group) != size or [group.get(key) for key in keys] != raw:
                 used |= self._changed(name, group)
@@ -81,11 +82,11 @@ def params(
         result[name] = type(optimizer).__name__
         prefix = "" if len(optimizers) == 1 else f"{name}."
         for index, group in enumerate(optimizer.param_groups):
-            values = {**({"lr": to_float(group["lr"])} if "lr" in group else {}), **numeric(group)}
+            values = numeric(group) if group.get("lr") is None else {"lr": to_float(group["lr"]), **numeric(group)}
             result |= {f"{label(index, group, prefix)}.{key}": value for key, value in values.items()}
     for name, scheduler in schedulers.items():
         result[name] = type(scheduler).__name__
-        for key, value in scheduler.state_dict().items():
+        for key, value in scheduler_state_dict(scheduler).items():
             if not key.startswith("_") and key not in _PROGRESS and isinstance(value, (int, float, str)):
                 result[f"{name}.{key}"] = value
     return {_text(key): _text_or_number(value) for key, value in {**result, **(config or {})}.items()}

@@ -14,7 +14,7 @@ class SchedulerOrderCheck:
     """Counts iterations, and warns once per scheduler that was stepped when no optimizer step was taken.
 
     Args:
-        schedulers: By name; a scheduler without ``last_epoch`` is not checked.
+        schedulers: By name; one that does not count its steps is not checked.
         stateful: The run's other objects; a ``GradScaler`` among them shows which steps were skipped.
 
     Attributes:
@@ -94,7 +94,10 @@ class SchedulerOrderCheck:
 
 
 def _position(scheduler: Any) -> int | None:
+    """Return how far a scheduler is; ``None`` if it does not count, as timm's."""
     position = getattr(scheduler, "last_epoch", None)
+    if position is None:
+        position = getattr(scheduler, "last_step", None)  # of pytorch-warmup
     return position if isinstance(position, int) else None
 
 
