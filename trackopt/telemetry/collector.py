@@ -14,6 +14,7 @@ from trackopt.telemetry.accumulator import MetricAccumulator, single_rank_gather
 from trackopt.telemetry.async_scalars import AsyncMetrics
 from trackopt.telemetry.hooks import OptimizerObserver
 from trackopt.telemetry.metrics import NonFinite
+from trackopt.telemetry.per_parameter import PerParameterOptimizers
 from trackopt.telemetry.scheduler_order import SchedulerOrderCheck
 from trackopt.telemetry.step_counts import StepCounts
 
@@ -83,6 +84,7 @@ class MetricsCollector:
             )
             for name, optimizer in optimizers.items()
         }
+        self._per_parameter = PerParameterOptimizers({} if options.stats == "param" else optimizers)
         self._warned = False
         self._nonfinite_losses: set[str] = set()
         self._prepare_detection()
@@ -163,11 +165,19 @@ class MetricsCollector:
     def _record(self, step: _Step) -> None:
         metrics = step.logged.metrics()
         self._report_nonfinite(step, self._new_nonfinite_losses(metrics))
-        for observer, (observed, histograms) in step.observed.items():
-            metrics |= observed.metrics()
+        units, by_optimizer = self._per_parameter.units, {}
+        for name, observer in self._observers.items():
+            observed, histograms = step.observed[observer]
+            if name in units:
+                by_optimizer[name] = observed.metrics()
+            else:
+                metrics |= observed.metrics()
             self._report_nonfinite(step, observer.pop_nonfinite())
             if histograms:
                 self._journal.histograms(step.number, histograms)
+        if by_optimizer:
+            sizes = {name: self._observers[name].element_counts() for name in by_optimizer}
+            metrics |= self._per_parameter.merge(by_optimizer, sizes)
         self._journal.record(step.number, metrics, step.time)
         self._accumulator.recorded = set(metrics)
         self.latest = metrics
@@ -190,8 +200,11 @@ class MetricsCollector:
 
         Call ``flush`` first: the journal must hold all earlier records.
         """
+        observers = {name: observer.state_dict() for name, observer in self._observers.items()}
+        for name, unit in self._per_parameter.units.items():
+            observers[name]["unit"] = unit
         return {
-            "observers": {name: observer.state_dict() for name, observer in self._observers.items()},
+            "observers": observers,
             "pending": self._accumulator.state_dict(),
             "turns": self._scheduler_check.state_dict(),
         }
@@ -200,6 +213,8 @@ class MetricsCollector:
         """Restore what ``state_dict`` returned."""
         for name, observer in self._observers.items():
             observer.load_state_dict(state["observers"][name])
+        saved = state["observers"].items()
+        self._per_parameter.units = {name: observer["unit"] for name, observer in saved if "unit" in observer}
         self.load_pending(state)
         self._scheduler_check.load_state_dict(state["turns"])
         self.recorded = self.step

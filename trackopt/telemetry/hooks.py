@@ -107,6 +107,10 @@ class OptimizerObserver:
         histograms, self._histograms = self._histograms, {}
         return histograms
 
+    def element_counts(self) -> dict[str, int]:
+        """Return the number of elements of the parameters and of each buffer in each unit, by name."""
+        return self._optimizer_metrics.element_counts()
+
     def pop_nonfinite(self) -> list[NonFinite]:
         """Remove and return the tensors that have become NaN or infinite in the metrics since the last call."""
         return self._optimizer_metrics.pop_nonfinite()
