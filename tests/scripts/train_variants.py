@@ -92,6 +92,32 @@ class Duck:
         vars(self).update(state)
 
 
+class EpochScheduler(Duck):
+    """As timm's: it is given the epoch, and keeps no count of its own."""
+
+    def step(self, epoch, metric=None):
+        for group in self.optimizer.param_groups:
+            group["lr"] = 0.05 * 0.5**epoch
+
+
+class FusedSGD(torch.optim.Optimizer):
+    """Updates the parameters in the backward pass, as LOMO does; ``step`` is never called."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {"lr": 0.05})
+
+    @torch.no_grad()
+    def fused_backward(self, loss):
+        with torch.enable_grad():
+            loss.backward()
+        for group in self.param_groups:
+            for p in group["params"]:
+                momentum = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                momentum.mul_(0.9).add_(p.grad)
+                p.data.sub_(group["lr"] * momentum)
+                p.grad = None
+
+
 def network():
     return nn.Sequential(nn.Linear(4, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.3), nn.Linear(16, 2))
 
@@ -389,6 +415,37 @@ def duck(directory):
                 die(run)
 
 
+def by_epoch(directory):
+    """A schedule that the loop gives the epoch."""
+    model = network()
+    optimizer = sgd(model)
+    scheduler = EpochScheduler(optimizer)
+    loader = DataLoader(Noisy(), 5, shuffle=True)
+    with trackopt.wrap(optimizer, scheduler, model=model, dir=directory, save_every=3, sinks=()) as run:
+        for epoch in run.epochs(4):
+            for batch in run.batches(loader):
+                loss = stepped(model, optimizer, batch)
+                run.log(loss=loss)
+                die(run)
+            scheduler.step(epoch + 1)
+
+
+def fused_backward(directory):
+    """No step is ever called; the schedule moves after each backward pass."""
+    model = network()
+    optimizer = FusedSGD(model.parameters())
+    scheduler = lr_scheduler.ExponentialLR(optimizer, 0.95)
+    loader = DataLoader(Noisy(), 5, shuffle=True)
+    with trackopt.wrap(optimizer, scheduler, model=model, dir=directory, save_every=3, sinks=()) as run:
+        for _ in run.epochs(4):
+            for batch in run.batches(loader):
+                loss = error(model, batch)
+                optimizer.fused_backward(loss)
+                scheduler.step()
+                run.log(loss=loss)
+                die(run)
+
+
 def hugging_face(directory):
     from transformers import get_cosine_schedule_with_warmup
 
@@ -402,6 +459,7 @@ KINDS = (
     *(plain, workers, persistent_workers, own_generator, own_sampler, own_noise, stream, stream_of_workers, a_list),
     *(stateful_loader, handed_over, accumulation, scaler, bfloat16, swa, unfreeze, manual_decay, growing_batches),
     *(two_optimizers, tied_and_frozen, compiled, plateau, duck, hugging_face),
+    *(by_epoch, fused_backward),
 )
 
 if __name__ == "__main__":

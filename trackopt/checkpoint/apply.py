@@ -20,6 +20,7 @@ from trackopt.checkpoint.saved_state import extra_entries
 from trackopt.checkpoint.snapshot import state_of
 from trackopt.errors import ArchiveError, CheckpointError, MismatchError
 from trackopt.training import rng
+from trackopt.training.scheduler_state import load_scheduler_state_dict, scheduler_state_dict
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -114,8 +115,9 @@ def _load(
     lrs = {name: _learning_rates(training.optimizers[name]) for name in compatibility.optimizers}
     for name, state in compatibility.schedulers.items():
         scheduler = training.schedulers[name]
-        rollback.callback(scheduler.load_state_dict, copy.deepcopy(scheduler.state_dict()))
-        _call_user_code(name, path, scheduler.load_state_dict, state)
+        before_load = copy.deepcopy(scheduler_state_dict(scheduler))
+        rollback.callback(load_scheduler_state_dict, scheduler, before_load)
+        _call_user_code(name, path, load_scheduler_state_dict, scheduler, state)
     return lrs
 
 

@@ -17,6 +17,7 @@ from trackopt.errors import UsageError
 from trackopt.training import rng
 from trackopt.training.nested import nested_optimizers, walk
 from trackopt.training.objects import class_name
+from trackopt.training.scheduler_state import scheduler_state_dict
 from trackopt.training.sharding import is_sharded
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def capture(training: Training, progress: RunProgress) -> CheckpointTree:
     tree: CheckpointTree = {
         "model": _map_named(training.model, lambda module: module.state_dict()),
         "optimizer": _optimizer_states(training),
-        "scheduler": _map_named(training.scheduler, lambda scheduler: scheduler.state_dict()),
+        "scheduler": _map_named(training.scheduler, scheduler_state_dict),
     }
     tree = {key: to_plain(value, key) for key, value in tree.items() if value is not None}
     tree["rng"] = rng.capture()

@@ -57,14 +57,17 @@ def compare_resume(call: Call, steps: int, lr: Sequence[float]) -> ResumeCompari
         steps: Steps to preview after the resume.
         lr: The LR of each parameter group, also its ``initial_lr``.
 
+    torch before 2.8 moves the LR when a scheduler is built with ``last_epoch``, so there a restored optimizer may have
+    another LR from its first step on.
+
     Raises:
         UsageError: torch refuses the schedule, or ``last_epoch`` is over a million.
 
     Example:
         >>> from trackopt.schedule.expression import parse
-        >>> comparison = compare_resume(parse("ExponentialLR(0.5, last_epoch=1)"), 2, [0.8])
+        >>> comparison = compare_resume(parse("StepLR(2, 0.5, last_epoch=2)"), 2, [0.8])
         >>> [run.lr["group0"] for run in (comparison.uninterrupted, comparison.restored, comparison.restarted)]
-        [[0.8, 0.4, 0.2, 0.1], [0.2, 0.1], [0.8, 0.4]]
+        [[0.8, 0.8, 0.4, 0.4, 0.2], [0.4, 0.2], [0.8, 0.4]]
     """
     completed_steps = get_last_epoch(call) + 1
     if completed_steps > _MAX_LAST_EPOCH:

@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import math
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from trackopt.errors import UsageError
-from trackopt.training.param_groups import label, numeric
+from trackopt.schedule.stepping import count_steps, find_position, make_stepper
+from trackopt.training.param_groups import label, numeric, to_float
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Sequence
 
     from torch.optim import Optimizer
+
+    from trackopt.schedule.stepping import Metric
 
 MOMENTUM = 0.9  # of the dummy optimizer; schedules that cycle momentum need one
 
@@ -53,20 +54,23 @@ def preview(
     *,
     lr: float | Sequence[float] = 0.1,
     optimizer: Optimizer | None = None,
-    metric: Sequence[float] | Callable[[int], float] | None = None,
+    metric: Metric | None = None,
 ) -> Preview:
     """Compute the LR over steps, and the momentum if the schedule changes it, without training.
 
     Live objects are not touched. A step is an optimizer step followed by ``scheduler.step()``; for a scheduler that is
-    stepped once per epoch, read "epoch" for "step".
+    stepped once per epoch, read "epoch" for "step". Schedulers that take the epoch or the number of updates, such as
+    timm's, receive the number of steps so far.
 
     Args:
         scheduler: A function that builds a scheduler on the optimizer that it receives; or a live scheduler, of which
-            a copy continues from its current state.
+            a copy continues from its current state. Either may be a dict of schedulers of one optimizer, which are
+            stepped in order, those of pytorch-warmup around the others.
         steps: The number of steps.
         lr: For a function: the LR of its optimizer (SGD with momentum 0.9), or a list with one LR per group.
         optimizer: For a function: an optimizer whose class and groups to copy, instead of ``lr``.
-        metric: The metric of ReduceLROnPlateau: the value after each step, or a function of the step.
+        metric: The metric of ReduceLROnPlateau: the value after each step, or a function of the step. Others that
+            accept a metric receive it, too.
 
     Raises:
         UsageError: ``steps`` is less than 1, ``lr`` is invalid, a metric is missing or too short, or the scheduler
@@ -82,11 +86,14 @@ def preview(
     with warnings.catch_warnings():
         # torch warns of a scheduler that is stepped without its optimizer, and of its own nested schedulers.
         warnings.simplefilter("ignore", UserWarning)
-        if isinstance(scheduler, type) or not hasattr(scheduler, "step"):
-            built = _build(scheduler, dummy_optimizer(lr) if optimizer is None else _clone(optimizer, optimizer))
+        if _is_live(scheduler):
+            original = _get_optimizer(scheduler)
+            schedulers = _clone(scheduler, original)
+            first = _position(_as_list(scheduler), _as_list(_clone(scheduler, original))) + 1
         else:
-            built = _clone(scheduler, _get_optimizer(scheduler))
-        return _simulate(built, steps, metric)
+            schedulers = _build(scheduler, dummy_optimizer(lr) if optimizer is None else _clone(optimizer, optimizer))
+            first = max(count_steps(each) or 0 for each in _as_list(schedulers)) + 1
+        return _simulate(_as_list(schedulers), range(first, first + steps), metric)
 
 
 def dummy_optimizer(lr: float | Sequence[float]) -> Optimizer:
@@ -96,6 +103,25 @@ def dummy_optimizer(lr: float | Sequence[float]) -> Optimizer:
         raise UsageError(f"preview(): lr must be a number >= 0, or one for each parameter group, not {lr!r}")
     groups = [{"params": [torch.nn.Parameter(torch.zeros(0))], "lr": rate} for rate in rates]
     return torch.optim.SGD(groups, lr=rates[0], momentum=MOMENTUM)
+
+
+def _as_list(scheduler: Any) -> list[Any]:
+    return list(scheduler.values()) if isinstance(scheduler, Mapping) else [scheduler]
+
+
+def _position(schedulers: Sequence[Any], copies: Sequence[Any]) -> int:
+    """Return how often live schedulers were stepped."""
+    counts = [count for each in schedulers if (count := count_steps(each)) is not None]
+    return max(counts) if counts else find_position(schedulers[0], copies[0])
+
+
+def _is_live(scheduler: Any) -> bool:
+    """Return whether this is a scheduler, or a dict of them, and not a function that builds one."""
+    return isinstance(scheduler, Mapping) or (not isinstance(scheduler, type) and _is_scheduler(scheduler))
+
+
+def _is_scheduler(value: Any) -> bool:
+    return any(hasattr(value, name) for name in ("step", "step_update", "dampening"))
 
 
 def _build(factory: Any, optimizer: Optimizer) -> Any:
@@ -108,13 +134,17 @@ def _build(factory: Any, optimizer: Optimizer) -> Any:
 
 
 def _get_optimizer(scheduler: Any) -> Any:
-    optimizer = getattr(scheduler, "optimizer", None)
-    if not callable(getattr(scheduler, "step", None)) or not hasattr(optimizer, "param_groups"):
-        raise UsageError(
-            f"preview(): {type(scheduler).__name__} has no step() or no optimizer; pass a scheduler of torch, or a "
-            "function that builds one on the optimizer that it receives"
-        )
-    return optimizer
+    """Return the optimizer of a scheduler, or of a dict of schedulers."""
+    schedulers = _as_list(scheduler)
+    for each in schedulers:
+        if not _is_scheduler(each) or not hasattr(getattr(each, "optimizer", None), "param_groups"):
+            raise UsageError(
+                f"preview(): {type(each).__name__} has no step() or no optimizer; pass a scheduler, or a function that "
+                "builds one on the optimizer that it receives"
+            )
+    if len({id(each.optimizer) for each in schedulers}) != 1:
+        raise UsageError("preview(): the schedulers have several optimizers; pass those of one optimizer at a time")
+    return schedulers[0].optimizer
 
 
 def _clone(original: Any, optimizer: Optimizer) -> Any:
@@ -129,51 +159,18 @@ def _clone(original: Any, optimizer: Optimizer) -> Any:
         raise UsageError(f"preview(): {name} cannot be copied ({error}); pass a function that builds it") from error
 
 
-def _simulate(scheduler: Any, steps: int, metric: Sequence[float] | Callable[[int], float] | None) -> Preview:
-    first = _steps_taken(scheduler) + 1
-    values = _metric_arguments(scheduler, range(first, first + steps), metric)
+def _simulate(schedulers: Sequence[Any], steps: range, metric: Metric | None) -> Preview:
+    step_all = make_stepper(schedulers, steps, metric)
     lr: dict[str, list[float]] = {}
     hyper: dict[str, list[float]] = {}
-    for left in reversed(range(steps)):
-        for index, group in enumerate(scheduler.optimizer.param_groups):
+    for step in steps:
+        for index, group in enumerate(schedulers[0].optimizer.param_groups):
             name = label(index, group)
-            lr.setdefault(name, []).append(float(group["lr"]))
+            if group.get("lr") is not None:  # Adafactor computes its own LR
+                lr.setdefault(name, []).append(to_float(group["lr"]))
             for key, value in numeric(group).items():
                 hyper.setdefault(f"{name}.{key}", []).append(value)
-        if left:
-            scheduler.step(*next(values))
+        if step != steps[-1]:
+            step_all(step)
     changed = {name: series for name, series in hyper.items() if min(series) != max(series)}
-    return Preview(range(first, first + steps), lr, changed)
-
-
-def _steps_taken(scheduler: Any) -> int:
-    """Return how often a scheduler was stepped; ChainedScheduler leaves the counting to its parts."""
-    inner = getattr(scheduler, "_schedulers", None)
-    count = getattr(scheduler, "last_epoch", None)
-    if count is None and inner:
-        return _steps_taken(inner[0])
-    return max(0, int(count or 0))
-
-
-def _metric_arguments(
-    scheduler: Any, steps: range, metric: Sequence[float] | Callable[[int], float] | None
-) -> Iterator[tuple[float, ...]]:
-    """Yield the arguments of each call of ``scheduler.step``."""
-    needs_metric = isinstance(scheduler, ReduceLROnPlateau) or any(
-        parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
-        for parameter in inspect.signature(scheduler.step).parameters.values()
-    )
-    name = type(scheduler).__name__
-    if not needs_metric:
-        return iter(lambda: (), None)
-    if metric is None:
-        raise UsageError(f"{name}: needs a metric; pass metric=, the values after each step or a function of the step")
-    if callable(metric):
-        return ((float(metric(step)),) for step in steps)
-    if not hasattr(metric, "__len__"):
-        raise UsageError(f"{name}: metric must be the values after each step or a function of the step, not {metric!r}")
-    if len(metric) < len(steps) - 1:
-        raise UsageError(
-            f"{name}: the metric has {len(metric)} values, enough for {len(metric) + 1} steps; pass more values"
-        )
-    return ((float(value),) for value in metric)
+    return Preview(steps, lr, changed)

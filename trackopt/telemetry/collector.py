@@ -15,6 +15,7 @@ from trackopt.telemetry.async_scalars import AsyncMetrics
 from trackopt.telemetry.error_boundary import ErrorBoundary
 from trackopt.telemetry.hooks import OptimizerObserver
 from trackopt.telemetry.metrics import NonFinite
+from trackopt.telemetry.per_parameter import PerParameterOptimizers
 from trackopt.telemetry.scheduler_order import SchedulerOrderCheck
 from trackopt.telemetry.step_counts import StepCounts
 from trackopt.utils.text import describe_error
@@ -87,8 +88,10 @@ class MetricsCollector:
                 before_first=self._scheduler_check.before_first_step,
                 boundary=ErrorBoundary(partial(self._report_failure, optimizer=(name, type(optimizer).__name__))),
             )
+        self._per_parameter = PerParameterOptimizers({} if options.stats == "param" else optimizers)
         self._warned = False
         self._nonfinite_losses: set[str] = set()
+        self._prepare_detection()
 
     @property
     def step(self) -> int:
@@ -124,9 +127,13 @@ class MetricsCollector:
     def begin_iteration(self) -> None:
         """Remember the positions of the schedulers."""
         self._scheduler_check.begin_iteration()
+        self._prepare_detection()
 
     def end_iteration(self) -> bool:
         """Record the iteration's step as soon as its numbers have arrived; return whether a step was taken."""
+        detect = not self._has_stepped and not self._scheduler_check.is_scaler_updated()
+        for observer in self._observers.values():
+            observer.end_iteration(detect=detect)
         stepped = self.step > self.recorded
         overflowed = sum(observer.pop_overflow() for observer in self._observers.values()) > 0
         self._scheduler_check.end_iteration(stepped=stepped, overflowed=overflowed)
@@ -141,6 +148,7 @@ class MetricsCollector:
             self._in_flight.append(_Step(self.recorded, time.time(), logged, observed))
         while self._in_flight and self._in_flight[0].is_ready:
             self._record(self._in_flight.popleft())
+        self._prepare_detection()
         return stepped
 
     def flush(self) -> None:
@@ -161,11 +169,19 @@ class MetricsCollector:
     def _record(self, step: _Step) -> None:
         metrics = step.logged.metrics()
         self._report_nonfinite(step, self._new_nonfinite_losses(metrics))
-        for observer, (observed, histograms) in step.observed.items():
-            metrics |= observed.metrics()
+        units, by_optimizer = self._per_parameter.units, {}
+        for name, observer in self._observers.items():
+            observed, histograms = step.observed[observer]
+            if name in units:
+                by_optimizer[name] = observed.metrics()
+            else:
+                metrics |= observed.metrics()
             self._report_nonfinite(step, observer.pop_nonfinite())
             if histograms:
                 self._journal.histograms(step.number, histograms)
+        if by_optimizer:
+            sizes = {name: self._observers[name].element_counts() for name in by_optimizer}
+            metrics |= self.boundary.call("merge of optimizers", self._per_parameter.merge, by_optimizer, sizes) or {}
         self._journal.record(step.number, metrics, step.time)
         self._accumulator.recorded = set(metrics)
         self.latest = metrics
@@ -205,8 +221,11 @@ class MetricsCollector:
 
         Call ``flush`` first: the journal must hold all earlier records.
         """
+        observers = {name: observer.state_dict() for name, observer in self._observers.items()}
+        for name, unit in self._per_parameter.units.items():
+            observers[name]["unit"] = unit
         return {
-            "observers": {name: observer.state_dict() for name, observer in self._observers.items()},
+            "observers": observers,
             "pending": self._accumulator.state_dict(),
             "turns": self._scheduler_check.state_dict(),
         }
@@ -215,6 +234,8 @@ class MetricsCollector:
         """Restore what ``state_dict`` returned."""
         for name, observer in self._observers.items():
             observer.load_state_dict(state["observers"][name])
+        saved = state["observers"].items()
+        self._per_parameter.units = {name: observer["unit"] for name, observer in saved if "unit" in observer}
         self.load_pending(state)
         self._scheduler_check.load_state_dict(state["turns"])
         self.recorded = self.step
@@ -232,4 +253,16 @@ class MetricsCollector:
     def close(self) -> None:
         """Remove the hooks from the optimizers."""
         for observer in self._observers.values():
+            if not self._has_stepped:
+                observer.report_missing_step()
             observer.close()
+
+    @property
+    def _has_stepped(self) -> bool:
+        """True if any optimizer was stepped in the run, by ``step`` or in the backward pass."""
+        return any(observer.steps or observer.is_called for observer in self._observers.values())
+
+    def _prepare_detection(self) -> None:
+        if not self._has_stepped:
+            for observer in self._observers.values():
+                observer.begin_iteration()

@@ -10,6 +10,7 @@ import torch
 from torch.optim import Optimizer
 
 from trackopt.telemetry.async_scalars import AsyncMetrics
+from trackopt.telemetry.backward_steps import BackwardSteps
 from trackopt.telemetry.error_boundary import ErrorBoundary
 from trackopt.telemetry.hyperparameters import Hyperparameters
 from trackopt.telemetry.metrics import OptimizerMetrics
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 # Every `step` of every optimizer runs inside this function: it identifies nested calls.
 _STEP = Optimizer.profile_hook_step(lambda *_: None).__code__
+_DETECTION = "detection of steps in the backward pass"
 _UPDATE_EVERY = 10  # steps with statistics: the update costs a copy of the parameters
 
 
@@ -44,6 +46,7 @@ class OptimizerObserver:
     Attributes:
         steps: Completed steps, without those that a ``GradScaler`` skipped.
         closure_calls: Calls of the closures that ``step`` was given.
+        is_called: True once ``step`` was called.
     """
 
     def __init__(
@@ -58,6 +61,7 @@ class OptimizerObserver:
     ):
         self.optimizer = optimizer
         self.steps = self.closure_calls = 0
+        self.is_called = False
         self._before_first = before_first
         self._overflowed = False
         self._every = options.stats_every if options.stats else 0
@@ -72,12 +76,34 @@ class OptimizerObserver:
         self._hyperparameters_used: dict[str, float | Tensor] = {}
         self._metrics = AsyncMetrics({})
         self._histograms: dict[str, Histogram] = {}
+        self._backward_steps = BackwardSteps(optimizer, self._begin_step)
         untraced: Callable[[T], T] = torch.compiler.disable
         # Dynamo must not trace the hooks of a compiled step: they read Python state that changes at every step.
         self._handles = [
             optimizer.register_step_pre_hook(untraced(self._before)),
             optimizer.register_step_post_hook(untraced(self._after)),
         ]
+
+    def begin_iteration(self) -> None:
+        """Prepare to detect a step without a call of ``step``; not needed once a step was seen."""
+        self._boundary.call(_DETECTION, self._backward_steps.snapshot)
+
+    def end_iteration(self, *, detect: bool) -> None:
+        """Count a step of an optimizer that updates its parameters within the backward pass.
+
+        Args:
+            detect: No step was seen in the run so far, and ``begin_iteration`` was called.
+        """
+        if self._boundary.call(_DETECTION, self._backward_steps.pop_step, detect=detect):
+            lr = getattr(self.optimizer, "lr", None)
+            if isinstance(lr, (int, float)):  # LOMO's, an argument of fused_backward; the groups keep the first one
+                used = self._hyperparameters_used
+                self._hyperparameters_used = {key: lr if key.startswith("lr/") else used[key] for key in used}
+            self._end_step()
+
+    def report_missing_step(self) -> None:
+        """Warn once if there were gradients and no step."""
+        self._backward_steps.report_missing_step()
 
     def pop_metrics(self) -> AsyncMetrics:
         """Remove and return the metrics of the latest step since the last call; empty without a step."""
@@ -88,6 +114,10 @@ class OptimizerObserver:
         """Remove and return the histograms of the latest step since the last call, by ``exp_avg/group0``."""
         histograms, self._histograms = self._histograms, {}
         return histograms
+
+    def element_counts(self) -> dict[str, int]:
+        """Return the number of elements of the parameters and of each buffer in each unit, by name."""
+        return self._optimizer_metrics.element_counts()
 
     def pop_nonfinite(self) -> list[NonFinite]:
         """Remove and return the tensors that have become NaN or infinite in the metrics since the last call."""
@@ -100,18 +130,22 @@ class OptimizerObserver:
 
     def close(self) -> None:
         """Remove the hooks."""
+        self._backward_steps.close()
         for handle in self._handles:
             handle.remove()
 
     def state_dict(self) -> StateDict:
         """Return the state from which a resumed run continues to observe as if it had never stopped."""
         seen = self._hyperparameters.seen
-        return {"steps": self.steps, "evaluations": self.closure_calls, "hyperparameters": seen}
+        state = {"steps": self.steps, "evaluations": self.closure_calls, "hyperparameters": seen}
+        return {**state, "in_backward": True} if self._backward_steps.is_followed else state
 
     def load_state_dict(self, state: StateDict) -> None:
         """Restore what ``state_dict`` returned."""
         self.steps, self.closure_calls = state["steps"], state["evaluations"]
         self._hyperparameters.seen = state["hyperparameters"]
+        if state.get("in_backward"):
+            self._backward_steps.follow()
 
     def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         """Read the hyperparameters that the step will use: schedulers change them later."""
@@ -120,12 +154,16 @@ class OptimizerObserver:
             if _is_nested(optimizer):
                 return None
             self._depth = 1
+        self.is_called = True
+        self._begin_step()
+        return self._boundary.call("count of closure calls", self._count_closure_calls, args, kwargs)
+
+    def _begin_step(self) -> None:
         if not self.steps:
             self._before_first()
         self._hyperparameters_used = self._boundary.call("hyperparameters", self._hyperparameters.read) or {}
         if self._every and self.steps % (self._every * _UPDATE_EVERY) == 0:
             self._optimizer_metrics.snapshot_parameters()
-        return self._boundary.call("count of closure calls", self._count_closure_calls, args, kwargs)
 
     def _count_closure_calls(self, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         """Return the step's arguments with a closure that counts its calls; ``None`` without a closure."""
@@ -150,6 +188,10 @@ class OptimizerObserver:
             self._overflowed = True
             self._optimizer_metrics.discard_snapshot()
             return
+        self._backward_steps.stop()
+        self._end_step()
+
+    def _end_step(self) -> None:
         self.steps += 1
         if self._every and (self.steps - 1) % self._every == 0:
             self._metrics = self._optimizer_metrics.compute(self._hyperparameters_used)

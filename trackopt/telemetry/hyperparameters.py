@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from trackopt.training.param_groups import NOT_HYPERPARAMETERS, label, numeric, split_sequence, to_float
+from trackopt.training.scheduler_state import scheduler_state_dict
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -89,7 +90,7 @@ def params(
             result |= {f"{label(index, group, prefix)}.{key}": value for key, value in values.items()}
     for name, scheduler in schedulers.items():
         result[name] = type(scheduler).__name__
-        for key, value in scheduler.state_dict().items():
+        for key, value in scheduler_state_dict(scheduler).items():
             if not key.startswith("_") and key not in _PROGRESS and isinstance(value, (int, float, str)):
                 result[f"{name}.{key}"] = value
     return {_text(key): _text_or_number(value) for key, value in {**result, **(config or {})}.items()}

@@ -181,6 +181,11 @@ class OptimizerMetrics:
         lists = self._index.buffers() | self._index.gradients()
         return {key: result for key, tensors in lists.items() if (result := histogram(tensors)) is not None}
 
+    def element_counts(self) -> dict[str, int]:
+        """Return the number of elements of the parameters and of each buffer in each unit, by name."""
+        tensors = {**self._index.grads_and_params(), **self._index.list_states(), **self._index.buffers()}
+        return {key: sum(t.numel() * (1 + t.is_complex()) for t in values) for key, values in tensors.items()}
+
     def pop_nonfinite(self) -> list[NonFinite]:
         """Remove and return the tensors that have become NaN or infinite since the last call."""
         nonfinite, self._new_nonfinite = self._new_nonfinite, []

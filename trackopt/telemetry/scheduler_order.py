@@ -18,7 +18,7 @@ class SchedulerOrderCheck:
     """Counts iterations, and warns once per scheduler that was stepped when no optimizer step was taken.
 
     Args:
-        schedulers: By name; a scheduler without ``last_epoch`` is not checked.
+        schedulers: By name; one that does not count its steps is not checked.
         stateful: The run's other objects; a ``GradScaler`` among them shows which steps were skipped.
         boundary: Makes the checks; without them, the iterations are still counted.
 
@@ -53,11 +53,18 @@ class SchedulerOrderCheck:
             stepped: An optimizer took a step in it.
             overflowed: An optimizer reported that it skipped its step.
         """
-        skipped = overflowed or (not stepped and self._is_scaler_updated())
+        skipped = overflowed or (not stepped and self.is_scaler_updated())
         self.iterations += 1
         self.skipped += skipped
         self._boundary.call(_PART, self._check_iteration, stepped=stepped, skipped=skipped)
         self.begin_iteration()
+
+    def is_scaler_updated(self) -> bool:
+        """Return whether a ``GradScaler`` was updated in this iteration."""
+        return any(
+            before is not _scaler_update_marker(scaler)
+            for scaler, before in zip(self._scalers, self._scaler_update_markers, strict=True)
+        )
 
     def pop_messages(self) -> list[str]:
         """Remove and return the warnings since the last call."""
@@ -89,12 +96,6 @@ class SchedulerOrderCheck:
                 self._warn(name, "in iterations without an optimizer step, so it runs ahead")
         self._moved_without_step = moved
 
-    def _is_scaler_updated(self) -> bool:
-        return any(
-            before is not _scaler_update_marker(scaler)
-            for scaler, before in zip(self._scalers, self._scaler_update_markers, strict=True)
-        )
-
     def _advanced(self) -> Iterator[str]:
         for name, scheduler in self._schedulers.items():
             before, now = self._positions[name], _position(scheduler)
@@ -108,7 +109,10 @@ class SchedulerOrderCheck:
 
 
 def _position(scheduler: Any) -> int | None:
+    """Return how far a scheduler is; ``None`` if it does not count, as timm's."""
     position = getattr(scheduler, "last_epoch", None)
+    if position is None:
+        position = getattr(scheduler, "last_step", None)  # of pytorch-warmup
     return position if isinstance(position, int) else None
 
 

@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from trackopt.errors import UsageError
 from trackopt.training import rng
+from trackopt.training.scheduler_state import has_scheduler_state
 from trackopt.utils.version import __version__
 
 if TYPE_CHECKING:
@@ -82,7 +83,8 @@ class Training:
                 raise UsageError(f"{name} is a {type(optimizer).__name__}; pass a torch.optim.Optimizer")
         if taken := RESERVED & self.stateful.keys():
             raise UsageError(f"wrap(..., {min(taken)}=…): this name is reserved in checkpoints; choose another keyword")
-        for name, value in {**self.models, **self.schedulers, **self.stateful}.items():
+        schedulers = {name: value for name, value in self.schedulers.items() if not has_scheduler_state(value)}
+        for name, value in {**self.models, **schedulers, **self.stateful}.items():
             if not rng.is_generator(value) and not (hasattr(value, "state_dict") and hasattr(value, "load_state_dict")):
                 kind = type(value).__name__
                 raise UsageError(

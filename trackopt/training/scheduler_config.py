@@ -33,7 +33,7 @@ def scheduler_config(scheduler: Any) -> dict[str, Any]:
         >>> config["step_size"], config["gamma"], config["base_lrs.0"]
         (30, 0.1, 0.1)
     """
-    return dict(_flatten("", vars(scheduler)))
+    return dict(_flatten("", getattr(scheduler, "__dict__", {}), (scheduler,)))
 
 
 def changed_keys(saved: Mapping[str, Any], live: Mapping[str, Any]) -> list[str]:
@@ -47,15 +47,16 @@ def _is_equal(saved: Any, live: Any) -> bool:
     return bool(saved == live or (saved != saved and live != live))
 
 
-def _flatten(path: str, value: Any) -> Iterator[tuple[str, Any]]:
+def _flatten(path: str, value: Any, parents: tuple[Any, ...]) -> Iterator[tuple[str, Any]]:
     if isinstance(value, (list, tuple)):
         value = dict(enumerate(value))
     if isinstance(value, dict):
         for key, part in value.items():
-            yield from _flatten(f"{path}.{key}" if path else str(key), part)
+            yield from _flatten(f"{path}.{key}" if path else str(key), part, parents)
     elif isinstance(value, LRScheduler):
-        yield f"{path}.class", type(value).__name__
-        yield from _flatten(path, vars(value))
+        if not any(value is parent for parent in parents):
+            yield f"{path}.class", type(value).__name__
+            yield from _flatten(path, vars(value), (*parents, value))
     elif not isinstance(value, Optimizer):
         yield path, _to_plain(value)
 

