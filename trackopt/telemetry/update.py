@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from trackopt.telemetry.statistics_cpu import small_size
-from trackopt.telemetry.vectors import gather, vector
+from trackopt.telemetry.vectors import gather, is_quantized, vector
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -27,7 +27,7 @@ class Update:
     def snapshot(self, units: Mapping[str, Sequence[Tensor]]) -> None:
         """Copy the parameters of each unit."""
         self.discard()  # the copy of a step that raised, before there is a second one
-        self._before = {unit: [p.detach().clone() for p in parameters] for unit, parameters in units.items()}
+        self._before = {unit: [_values(p).clone() for p in parameters] for unit, parameters in units.items()}
 
     def discard(self) -> None:
         """Free the copy if no step was taken."""
@@ -39,9 +39,13 @@ class Update:
         deltas = {}
         for unit, parameters in units.items():
             if len(copies.get(unit, ())) == len(parameters):
-                torch._foreach_sub_(copies[unit], [p.detach() for p in parameters])
+                torch._foreach_sub_(copies[unit], [_values(p) for p in parameters])
                 deltas[f"update/{unit}"] = copies[unit]
         return deltas
+
+
+def _values(parameter: Tensor) -> Tensor:
+    return parameter.dequantize() if is_quantized(parameter) else parameter.detach()
 
 
 def cosine_terms(pairs: Iterable[tuple[Tensor, Tensor]]) -> list[Tensor]:
