@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from trackopt.telemetry.metrics import FIRST_MOMENTS
+from trackopt.telemetry.first_moments import FIRST_MOMENTS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

@@ -16,7 +16,7 @@ from trackopt.telemetry.histogram import histogram
 from trackopt.telemetry.statistics import RawStatistics, Statistics, count_nonfinite, launch
 from trackopt.telemetry.tensor_index import TensorIndex
 from trackopt.telemetry.update import Update, cosine, cosine_terms
-from trackopt.telemetry.vectors import vector
+from trackopt.telemetry.vectors import count_elements
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     #: Scalars that may be on devices, and a function that takes their numbers and the statistics of the same step.
     Started = tuple[Sequence[Tensor], Callable[[Sequence[float], Mapping[str, float]], dict[str, float]]]
 
-FIRST_MOMENTS = ("exp_avg", "momentum_buffer", "momentum", "mu", "m")
 _DISPLAY_NAMES = {"grad": "gradient", "param": "parameter"}
 _NOTHING: Started = (), lambda _, __: {}
 
@@ -203,9 +202,8 @@ class OptimizerMetrics:
     def _moments(self, parameters: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         for parameter in parameters:
             gradient = parameter.grad
-            moments = (self._index.tensor_of(parameter, name) for name in FIRST_MOMENTS)
-            moment = next((tensor for tensor in moments if tensor is not None), None)
-            if gradient is None or moment is None or gradient.layout is not torch.strided:
+            moment = self._index.first_moment(parameter)
+            if gradient is None or moment is None or {gradient.layout, moment.layout} != {torch.strided}:
                 continue
             if _place(gradient) == _place(moment):  # neither projected nor offloaded
                 yield gradient, moment
@@ -236,8 +234,7 @@ class OptimizerMetrics:
 
     def _first_nonfinite_parameter(self, kind: str, unit: str) -> str | None:
         for parameter in self._index.param_sets.get(unit, ()):
-            tensor = self._index.tensor_of(parameter, kind)
-            if tensor is not None and count_nonfinite([tensor]):
+            if count_nonfinite(self._index.tensors_of(parameter, kind)):
                 return self._index.name_of(parameter)
         return None
 
@@ -266,4 +263,4 @@ def _launch(
 
 def _count_nonfinite_and_all(tensors: Sequence[Tensor]) -> tuple[int, int]:
     """Return the number of elements that are not finite, and of all elements."""
-    return count_nonfinite(tensors), sum(vector(tensor).numel() for tensor in tensors)
+    return count_nonfinite(tensors), count_elements(tensors)

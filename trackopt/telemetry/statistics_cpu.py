@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trackopt.telemetry.vectors import batches, flatten, gather, is_plain, widen
+from trackopt.telemetry.vectors import batches, count_zeros, flatten, flatten_in_memory_order, gather, is_plain, widen
 from trackopt.utils.moments import Moments
 
 if TYPE_CHECKING:
@@ -78,10 +78,7 @@ def read(
 ) -> tuple[dict[str, list[Moments]], dict[str, list[float]]]:
     """Return the moments of the parts of each list of buffers, and the norms of the parts of each list of vectors."""
     totals, squares = _piecewise_totals(buffers.values(), vectors.values())
-    moments = {
-        name: [] if total is None else _moments(tensors, total)
-        for (name, tensors), total in zip(buffers.items(), totals, strict=True)
-    }
+    moments = {name: _moments(tensors, total) for (name, tensors), total in zip(buffers.items(), totals, strict=True)}
     norms = {
         name: [] if square is None else [_norm(tensors, square)]
         for (name, tensors), square in zip(vectors.items(), squares, strict=True)
@@ -126,19 +123,11 @@ def _pieces(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
         if len(batch) > 1:
             yield widen(gather([t if is_plain(t) else widen(t) for t in batch]))  # float8 is not gathered with others
         else:
-            flat = _flatten_in_memory_order(batch[0])
+            flat = flatten_in_memory_order(batch[0])
             if (size := flat.numel()) <= _PIECE:  # a slice costs as much as a small kernel
                 yield widen(flat)
             else:
                 yield from (widen(flat[start : start + _PIECE]) for start in range(0, size, _PIECE))
-
-
-def _flatten_in_memory_order(tensor: Tensor) -> Tensor:
-    """Return all elements in the order of memory, so that channels-last and transposed tensors need no copy either."""
-    tensor = tensor.detach()
-    if not tensor.is_contiguous():
-        tensor = tensor.permute(sorted(range(tensor.ndim), key=tensor.stride, reverse=True))
-    return tensor.flatten()
 
 
 def _row_norms(piece: Tensor) -> list[Tensor]:
@@ -163,7 +152,14 @@ def _min(values: Sequence[float]) -> float:
     return math.nan if any(map(math.isnan, values)) else min(values)
 
 
-def _moments(tensors: Sequence[Tensor], totals: Totals) -> list[Moments]:
+def _moments(tensors: Sequence[Tensor], totals: Totals | None) -> list[Moments]:
+    """Return the moments of the stored elements and of the zeros that sparse tensors do not store."""
+    stored = [] if totals is None else _moments_of_stored(tensors, totals)
+    zeros = count_zeros(tensors, 0 if totals is None else totals.size)
+    return [*stored, Moments(zeros, 0.0, 0.0, 0.0, 0.0)] if zeros else stored
+
+
+def _moments_of_stored(tensors: Sequence[Tensor], totals: Totals) -> list[Moments]:
     """Return moments from totals, or by a second pass if the totals have lost the deviations."""
     size, first, second, low, high = totals
     if not (math.isfinite(low) and math.isfinite(high)):

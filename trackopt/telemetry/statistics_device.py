@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from trackopt.telemetry.vectors import batches, flatten, gather, is_plain, vector, widen
+from trackopt.telemetry.vectors import batches, count_zeros, flatten, gather, is_plain, vector, widen
 from trackopt.utils.moments import Moments
 
 if TYPE_CHECKING:
@@ -29,15 +29,19 @@ def launch(
         The sizes of the parts of each list of buffers; scalars on devices, first the mean, variance, minimum and
         maximum of each part, then the norms; the number of norms of each list of vectors.
     """
-    parts = {name: list(_batches(tensors)) for name, tensors in buffers.items()}
+    sizes: dict[str, list[int]] = {name: [] for name in buffers}
+    scalars: list[Tensor] = []
+    for name, tensors in buffers.items():
+        for part in _batches(tensors):
+            values = widen(gather(part) if len(part) > 1 else part[0])
+            variance, mean = torch.var_mean(values, correction=0)
+            scalars += [mean, variance, *torch.aminmax(values)]
+            sizes[name].append(values.numel())
+        if zeros := count_zeros(tensors, sum(sizes[name])):
+            scalars += torch.zeros(4, device=tensors[0].device).unbind()
+            sizes[name].append(zeros)
     norms = {name: _norms(tensors) for name, tensors in vectors.items()}
-    scalars = []
-    for part in chain.from_iterable(parts.values()):
-        values = widen(gather(part) if len(part) > 1 else part[0])
-        variance, mean = torch.var_mean(values, correction=0)
-        scalars += [mean, variance, *torch.aminmax(values)]
     scalars += chain.from_iterable(norms.values())
-    sizes = {name: [sum(map(Tensor.numel, part)) for part in batches] for name, batches in parts.items()}
     return sizes, scalars, {name: len(values) for name, values in norms.items()}
 
 
@@ -49,15 +53,18 @@ def moments(size: int, mean: float, variance: float, low: float, high: float) ->
 def _batches(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     by_device: dict[torch.device, list[Tensor]] = {}
     for tensor in tensors:
-        by_device.setdefault(tensor.device, []).append(flatten(tensor))
-    for flat in by_device.values():
-        yield from batches(flat, _SMALL, _MAX_GATHERED)
+        by_device.setdefault(tensor.device, []).append(tensor)
+    for on_device in by_device.values():  # flattened one by one: what was dequantized is freed before the next
+        yield from batches((flatten(t) if is_plain(t) else vector(t) for t in on_device), _SMALL, _MAX_GATHERED)
 
 
 def _norms(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Return the norms in float32 or float64; float16 and bfloat16 are not copied for it: a device's memory is full."""
-    plain = [tensor.detach() if is_plain(tensor) else vector(tensor) for tensor in tensors]
-    narrow = [tensor for tensor in plain if tensor.numel() and tensor.dtype in _NARROW]
-    wide = [tensor for tensor in plain if tensor.numel() and tensor.dtype not in _NARROW]
-    norms = list(torch._foreach_norm(narrow, 2, torch.float32)) if narrow else []
-    return norms + list(torch._foreach_norm(wide)) if wide else norms
+    filled = [tensor for tensor in tensors if tensor.numel()]
+    plain = [tensor.detach() for tensor in filled if is_plain(tensor)]
+    narrow = [tensor for tensor in plain if tensor.dtype in _NARROW]
+    wide = [tensor for tensor in plain if tensor.dtype not in _NARROW]
+    norms = [torch.linalg.vector_norm(vector(tensor)) for tensor in filled if not is_plain(tensor)]
+    norms += torch._foreach_norm(narrow, 2, torch.float32) if narrow else ()
+    norms += torch._foreach_norm(wide) if wide else ()
+    return norms

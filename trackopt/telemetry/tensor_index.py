@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import logging
 from operator import is_
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from torch import Tensor
 from torch.optim import Optimizer
 
+from trackopt.telemetry.state_index import StateIndex
+from trackopt.telemetry.vectors import describe, is_measurable
 from trackopt.training.param_groups import label
 from trackopt.training.sharding import is_dtensor
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from trackopt.utils.types import ParamState, StateDict
+    from torch import Tensor
 
-    Slots = dict[str, list[tuple[ParamState, str]]]
+    from trackopt.utils.types import ParamState
 
 logger = logging.getLogger("trackopt")
 
@@ -46,24 +47,23 @@ class TensorIndex:
         self.is_sharded = False
         self._optimizer = optimizer
         self._prefix = prefix
-        self._optimizers = [optimizer, *(inner for inner in vars(optimizer).values() if isinstance(inner, Optimizer))]
+        self._optimizers = list(_with_inner(optimizer))
         self._names = names
         self._per_parameter = per_parameter
-        self._buffers: Slots = {}
-        self._list_states: Slots = {}
+        self._state = StateIndex(self._optimizers, prefix, self._units_by_name)
+        self._units: dict[Tensor, str] = {}
         self._known: tuple[list[Tensor], list[ParamState], int] = ([], [], -1)
-        self._is_stable = False
-        self._warned: set[str] = set()
+        self._has_warned = False
 
     def refresh(self) -> None:
         """Rebuild the index if it is out of date."""
         parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
-        states = [state for states in self._states() for state in states.values() if isinstance(state, dict)]
-        size = sum(map(len, states))
+        all_states = self._state.states()
+        states = [state for states in all_states for state in states.values() if isinstance(state, dict)]
+        size = sum(map(len, states)) + sum(map(len, all_states)) + sum(map(len, map(vars, self._optimizers)))
         known = self._known
         if (
-            not self._is_stable
-            or size != known[2]
+            size != known[2]
             or len(states) != len(known[1])
             or len(parameters) != len(known[0])
             or not all(map(is_, states, known[1]))
@@ -75,17 +75,11 @@ class TensorIndex:
 
     def buffers(self) -> dict[str, list[Tensor]]:
         """Return the tensors of each buffer in each unit, under names like ``exp_avg/group0``."""
-        return {
-            key: [tensor for state, name in slots if isinstance(tensor := state.get(name), Tensor)]
-            for key, slots in self._buffers.items()
-        }
+        return self._state.buffers()
 
     def list_states(self) -> dict[str, list[Tensor]]:
         """Return the tensors of each list of tensors in the state, such as those of LBFGS."""
-        return {
-            key: [tensor for state, name in slots for tensor in state[name] if isinstance(tensor, Tensor)]
-            for key, slots in self._list_states.items()
-        }
+        return self._state.list_states()
 
     def gradients(self) -> dict[str, list[Tensor]]:
         """Return the gradients of each unit, under names like ``grad/group0``; parameters without one are skipped."""
@@ -98,12 +92,16 @@ class TensorIndex:
         """Return the gradients and the parameters of each unit; the latter under names like ``param/group0``."""
         return self.gradients() | {f"param/{unit}": parameters for unit, parameters in self.param_sets.items()}
 
-    def tensor_of(self, parameter: Tensor, kind: str) -> Tensor | None:
+    def tensors_of(self, parameter: Tensor, kind: str) -> list[Tensor]:
         """Return the gradient (``grad``) of a parameter, its value (``param``), or its buffer of that name."""
         if kind in {"grad", "param"}:
-            return parameter.grad if kind == "grad" else parameter
-        buffers = (state.get(kind) for state in self._states_of(parameter))
-        return next((buffer for buffer in buffers if isinstance(buffer, Tensor) and buffer.ndim), None)
+            tensor = parameter.grad if kind == "grad" else parameter
+            return [] if tensor is None else [tensor]
+        return self._state.tensors_of(parameter, kind)
+
+    def first_moment(self, parameter: Tensor) -> Tensor | None:
+        """Return the moving average of a parameter's gradients, if its state has one of a name in use for it."""
+        return self._state.first_moment(parameter)
 
     def name_of(self, parameter: Tensor) -> str:
         """Return the name of a parameter."""
@@ -114,49 +112,56 @@ class TensorIndex:
             for name, parameter in zip(names, group["params"], strict=True):
                 yield self._prefix + name.removeprefix(self._prefix).replace("/", "_"), parameter
 
-    def _states(self) -> list[dict[Tensor, Any]]:
-        """Return the states of the optimizers, which may share one."""
-        return list({id(optimizer.state): optimizer.state for optimizer in self._optimizers}.values())
-
-    def _states_of(self, parameter: Tensor) -> list[ParamState]:
-        candidates = [states.get(parameter) for states in self._states()]
-        return [state for state in candidates if isinstance(state, dict)]
-
     def _rebuild(self) -> None:
+        groups = self._optimizer.param_groups
+        labels = [label(index, group, self._prefix) for index, group in enumerate(groups)]
+        rows = [[name] * len(group["params"]) for name, group in zip(labels, groups, strict=True)]
         if self._per_parameter:
-            self.param_sets = {name: [parameter] for name, parameter in self._parameters()}
-        else:
-            groups = enumerate(self._optimizer.param_groups)
-            self.param_sets = {label(index, group, self._prefix): group["params"] for index, group in groups}
-        self.is_sharded = any(
-            is_dtensor(parameter) for parameters in self.param_sets.values() for parameter in parameters
-        )
-        self._buffers, self._list_states, self._is_stable = {}, {}, True
-        for unit, parameters in self.param_sets.items():
-            for parameter in parameters:
-                for state in self._states_of(parameter):
-                    for name in state:
-                        self._add_slot(f"{str(name).replace('/', '_')}/{unit}", state, name)
+            names = (name for name, _ in self._parameters())
+            rows = [[next(names) for _ in row] for row in rows]
+        self.param_sets, self._units = {}, {}
+        for row, group in zip(rows, groups, strict=True):
+            for unit, parameter in zip(row, group["params"], strict=True):
+                self._units[parameter] = unit
+                if is_measurable(parameter):
+                    self.param_sets.setdefault(unit, []).append(parameter)
+                else:
+                    self._warn(unit, parameter)
+        self.is_sharded = any(map(is_dtensor, self._units))
+        for inner in self._optimizers[1:]:
+            self._add_inner_parameters(inner, labels, rows)
+        self._state.rebuild(self._units)
 
-    def _add_slot(self, key: str, state: StateDict, name: str) -> None:
-        value = state[name]
-        if value is None:
-            self._is_stable = False  # may be a tensor after the next step
-        elif isinstance(value, Tensor):
-            if not value.ndim:
-                return  # a counter
-            if value.is_floating_point() or value.is_complex():
-                self._buffers.setdefault(key, []).append((state, name))
-            else:
-                self._warn(name, f"a tensor of {value.dtype}")
-        elif isinstance(value, (list, tuple)):
-            self._list_states.setdefault(key, []).append((state, name))
-            self._is_stable = False
-        elif not isinstance(value, (int, float, complex, str)):
-            self._warn(name, f"a {type(value).__name__}")
+    def _add_inner_parameters(self, inner: Optimizer, labels: list[str], rows: list[list[str]]) -> None:
+        """Add parameters that an inner optimizer has in place of the model's: copies, or flat ones of a whole group."""
+        if len(inner.param_groups) != len(labels):
+            return
+        for unit, row, group in zip(labels, rows, inner.param_groups, strict=True):
+            parameters = group["params"]
+            units = row if len(row) == len(parameters) else [unit] * len(parameters)
+            for parameter, name in zip(parameters, units, strict=True):
+                self._units.setdefault(parameter, name)
 
-    def _warn(self, name: str, kind: str) -> None:
-        if name not in self._warned:
-            self._warned.add(name)
+    def _units_by_name(self) -> dict[str, str]:
+        groups = zip(self._names(), self._optimizer.param_groups, strict=False)
+        named = (pair for names, group in groups for pair in zip(names, group["params"], strict=False))
+        return {name: self._units[parameter] for name, parameter in named}
+
+    def _warn(self, unit: str, parameter: Tensor) -> None:
+        if not self._has_warned:
+            self._has_warned = True
             optimizer = type(self._optimizer).__name__
-            logger.warning("trackopt: %r in the state of %s is %s and cannot be measured", name, optimizer, kind)
+            message = "trackopt: a parameter of %s (%s) is %s and cannot be measured"
+            logger.warning(message, optimizer, unit, describe(parameter))
+
+
+def _with_inner(optimizer: Optimizer) -> Iterator[Optimizer]:
+    """Yield an optimizer and those in its attributes, alone or in lists and dictionaries, at any depth."""
+    found = [optimizer]
+    for outer in found:  # grows meanwhile
+        for value in vars(outer).values():
+            values = (
+                value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else [value]
+            )
+            found += [v for v in values if isinstance(v, Optimizer) and not any(v is known for known in found)]
+    return iter(found)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from trackopt.telemetry.statistics_cpu import small_size
-from trackopt.telemetry.vectors import gather, vector
+from trackopt.telemetry.vectors import gather, is_quantized, vector
 from trackopt.training.sharding import to_local
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ class Update:
     def snapshot(self, units: Mapping[str, Sequence[Tensor]]) -> None:
         """Copy the parameters of each unit."""
         self.discard()  # the copy of a step that raised, before there is a second one
-        self._before = {unit: [p.detach().clone() for p in parameters] for unit, parameters in units.items()}
+        self._before = {unit: [_values(p).clone() for p in parameters] for unit, parameters in units.items()}
 
     def discard(self) -> None:
         """Free the copy if no step was taken."""
@@ -42,9 +42,13 @@ class Update:
             copy = copies.get(unit)
             if copy and len(copy) == len(parameters):
                 # DTensors and plain tensors cannot be subtracted in one call.
-                torch._foreach_sub_([*map(to_local, copy)], [to_local(p.detach()) for p in parameters])
+                torch._foreach_sub_([*map(to_local, copy)], [to_local(_values(p)) for p in parameters])
                 deltas[f"update/{unit}"] = copy
         return deltas
+
+
+def _values(parameter: Tensor) -> Tensor:
+    return parameter.dequantize() if is_quantized(parameter) else parameter.detach()
 
 
 def cosine_terms(pairs: Iterable[tuple[Tensor, Tensor]]) -> list[Tensor]:
