@@ -16,6 +16,7 @@ import torch
 
 from trackopt.checkpoint.compatibility import Compatibility, check_compatibility, unexpected
 from trackopt.checkpoint.compatibility_optimizer import parameters_of
+from trackopt.checkpoint.decoding import keep_live
 from trackopt.checkpoint.resharding import reshard, reshard_optimizer_state
 from trackopt.checkpoint.snapshot import state_of
 from trackopt.errors import ArchiveError, CheckpointError, MismatchError
@@ -105,9 +106,12 @@ def _load(training: Training, compatibility: Compatibility, path: Path, rollback
             # torch replaces these objects and leaves the old ones unchanged
             before = {"param_groups": list(changed.param_groups), "state": copy.copy(changed.state)}
             rollback.callback(vars(changed).update, before)
+        for saved, live in zip(fit.state["param_groups"], optimizer.param_groups, strict=False):
+            keep_live(saved, live)
         _call_user_code(name, path, _load_optimizer, optimizer, fit)
     for name, state in compatibility.schedulers.items():
         scheduler = training.schedulers[name]
+        state = keep_live(state, scheduler.state_dict())
         rollback.callback(scheduler.load_state_dict, copy.deepcopy(scheduler.state_dict()))
         _call_user_code(name, path, scheduler.load_state_dict, state)
 

@@ -102,6 +102,10 @@ class RunCheckpoints:
         optimizers = self._training.optimizers
         self._group_counts = {name: len(optimizer.param_groups) for name, optimizer in optimizers.items()}
 
+    def check_first_step(self) -> None:
+        """Warn if the state after the first step cannot be saved, before anything depends on it."""
+        self.saver.check_state()
+
     def save(self, *, epoch_done: bool = False) -> None:
         """Take a checkpoint now, on all ranks."""
         progress = self._progress(epoch_done=epoch_done)
