@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from trackopt.archive.formats import legacy
 from trackopt.archive.unpickler import unpickle as archive_unpickle
-from trackopt.archive.unpickler.limits import MalformedPickle
+from trackopt.archive.unpickler.limits import Limits, MalformedPickle
 from trackopt.checkpoint import safe_unpickler
 from trackopt.errors import CheckpointError
 
@@ -38,7 +38,7 @@ class ReadBack:
         data = bytes(staged.pickle)
         try:
             safe_unpickler.unpickle(data, staged.read_storage)
-            archive_unpickle.unpickle(data, legacy.load_nested)
+            archive_unpickle.unpickle(data, legacy.load_nested, limits=Limits.for_size(len(data)))
         except (pickle.UnpicklingError, MalformedPickle) as error:
             raise CheckpointError(f"{path}: not written (it could not be loaded again: {error})") from error
         self._proven |= staged.globals
