@@ -8,6 +8,7 @@
     ├── CheckpointError     a checkpoint that cannot be written, or none that can be used
     │   └── MismatchError   a valid checkpoint of something else: another model, optimizer or scheduler
     ├── ArchiveError        a file that is not a checkpoint, or is damaged
+    │   └── ArchiveLimitError   a file that describes more than is read; it may be valid
     └── MissingPackageError  a package that only some commands and functions need is not installed
 
 Each message is one line: what, where, and what to do. The command line prints it and exits with 2.
@@ -38,6 +39,10 @@ class MismatchError(CheckpointError):
 
 class ArchiveError(TrackoptError):
     """A file is not a checkpoint that trackopt reads, or it is damaged."""
+
+
+class ArchiveLimitError(ArchiveError):
+    """A file describes more than the reader's limits allow for its size; it may be valid, and was not checked."""
 
 
 class MissingPackageError(TrackoptError, ImportError):

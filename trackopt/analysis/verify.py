@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trackopt import locations
-from trackopt.archive.verify import find_problems
-from trackopt.errors import ArchiveError
+from trackopt.archive.verify import find_problems, unloadable_objects
+from trackopt.errors import ArchiveError, ArchiveLimitError
 from trackopt.rundir.checkpoints import list_checkpoints
 
 if TYPE_CHECKING:
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from trackopt.utils.types import JsonObject
 
 SOUND, DAMAGED, UNREADABLE = "sound", "damaged", "unreadable"
+UNLOADABLE, UNCHECKED = "not loadable", "not checked"
 _ZIP_MAGIC = b"PK\x03\x04"
 _MAX_SHOWN_LINES = 5
 
@@ -27,7 +28,8 @@ class FileReport:
 
     Attributes:
         path: The file, or the directory that is a checkpoint.
-        status: ``"sound"``, ``"damaged"`` or ``"unreadable"``.
+        status: ``"sound"``, ``"damaged"``, ``"unreadable"``, ``"not loadable"`` if its bytes are intact but no
+            run can resume from it, or ``"not checked"`` if it exceeds the reader's limits.
         format: Its format, as text; empty if it is unknown.
         bytes: Its size.
         problems: One line each.
@@ -92,7 +94,11 @@ def check_file(path: str | Path) -> FileReport:
         with locations.open(path) as archive:
             problems = find_problems(archive)
             status = DAMAGED if problems else SOUND
+            if problems and problems == unloadable_objects(archive):
+                status = UNLOADABLE
             return FileReport(str(archive.path), status, archive.format, archive.bytes, tuple(problems))
+    except ArchiveLimitError as error:
+        return FileReport(str(path), UNCHECKED, problems=(str(error).removeprefix(f"{path}: "),))
     except ArchiveError as error:
         return _unreadable_report(Path(path), str(error).removeprefix(f"{path}: "))
 

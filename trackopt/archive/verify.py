@@ -6,9 +6,10 @@ Neither torch nor NumPy is imported, and nothing is printed.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from trackopt.archive import open_path
+from trackopt.archive.unpickler.weights_only import is_allowed
 from trackopt.errors import ArchiveError
 
 if TYPE_CHECKING:
@@ -46,7 +47,31 @@ def find_problems(opened: Archive, *, crc: bool = True) -> list[str]:
     problems = [*opened.problems, *opened.out_of_bounds_tensors(), *_contradictions(opened)]
     if crc:
         problems.extend(opened.source.verify_checksums())
-    return list(dict.fromkeys(problems))
+    return list(dict.fromkeys([*problems, *unloadable_objects(opened)]))
+
+
+def unloadable_objects(opened: Archive) -> list[str]:
+    """Return one line if a run's checkpoint holds objects that a resume refuses to load; nothing for other files."""
+    names = foreign_names(opened) if _run_entry(opened) else []
+    return [f"holds a {names[0]}, which a resume cannot load without executing code"] if names else []
+
+
+def foreign_names(opened: Archive, *, known: bool = True) -> list[str]:
+    """Return the names in an archive that ``torch.load(weights_only=True)`` refuses.
+
+    Args:
+        opened: The archive.
+        known: Whether to leave out the names that the run which wrote it had allowed for ``torch.load``.
+    """
+    classes = _run_entry(opened).get("classes", ()) if known else ()
+    allowed = set(map(str, classes)) if isinstance(classes, list | tuple) else set()
+    return [name for name in opened.globals if not is_allowed(name) and name not in allowed]
+
+
+def _run_entry(opened: Archive) -> dict[str, Any]:
+    """Return the entry ``trackopt`` of a run's checkpoint; nothing for other files."""
+    entry = opened.tree.get("trackopt") if isinstance(opened.tree, dict) else None
+    return entry if isinstance(entry, dict) and "format" in entry else {}
 
 
 def _contradictions(opened: Archive) -> Iterator[str]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from trackopt.checkpoint.compatibility import Compatibility, check_compatibility, unexpected
 from trackopt.checkpoint.compatibility_optimizer import parameters_of
+from trackopt.checkpoint.decoding import keep_live
 from trackopt.checkpoint.optimizer_state import OptimizerBackup, load_optimizer_state
 from trackopt.checkpoint.resharding import reshard, reshard_optimizer_state
 from trackopt.checkpoint.saved_state import extra_entries
@@ -111,12 +112,16 @@ def _load(
     for name, fit in compatibility.optimizers.items():
         optimizer = training.optimizers[name]
         rollback.callback(OptimizerBackup(optimizer).restore)
+        if fit.has_torch_form:
+            for saved, live in zip(fit.state["param_groups"], optimizer.param_groups, strict=False):
+                keep_live(saved, live)
         _call_user_code(name, path, _load_optimizer, optimizer, fit)
     lrs = {name: _learning_rates(training.optimizers[name]) for name in compatibility.optimizers}
     for name, state in compatibility.schedulers.items():
         scheduler = training.schedulers[name]
         before_load = copy.deepcopy(scheduler_state_dict(scheduler))
         rollback.callback(load_scheduler_state_dict, scheduler, before_load)
+        state = keep_live(state, scheduler_state_dict(scheduler))
         _call_user_code(name, path, load_scheduler_state_dict, scheduler, state)
     return lrs
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from trackopt.checkpoint import sharded
 from trackopt.checkpoint.reader import load
 from trackopt.checkpoint.writer import PARTIAL_SUFFIX
-from trackopt.errors import CheckpointError, MismatchError
+from trackopt.errors import ArchiveLimitError, CheckpointError, MismatchError
 from trackopt.rundir.checkpoints import list_checkpoints
 from trackopt.utils.files import fsync_directory, replace
 
@@ -61,7 +61,7 @@ class CheckpointFolder:
             except MismatchError:
                 raise  # valid, and newer than the rest
             except CheckpointError as error:
-                if isinstance(error.__cause__, OSError):
+                if isinstance(error.__cause__, (OSError, ArchiveLimitError)):
                     raise  # perhaps valid: a disk that fails now may not fail tomorrow
                 damaged[path] = str(error)
                 continue

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 KEY = "trackopt"
 FORMAT = 1
+TYPES = "types"  # the table of `trackopt.checkpoint.encoding`
+CLASSES = "classes"  # the names in the pickle that torch loads only because the training had allowed them
 _TELEMETRY_KEYS = ("observers", "pending", "turns")
 T = TypeVar("T")
 

@@ -11,8 +11,9 @@ import torch
 from trackopt import locations, remote
 from trackopt.archive import verify
 from trackopt.checkpoint import sharded
-from trackopt.checkpoint.meta import FORMAT, KEY
-from trackopt.errors import ArchiveError, CheckpointError, MismatchError
+from trackopt.checkpoint.decoding import decode
+from trackopt.checkpoint.meta import FORMAT, KEY, TYPES
+from trackopt.errors import ArchiveError, ArchiveLimitError, CheckpointError, MismatchError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -25,7 +26,7 @@ def load(path: Path) -> CheckpointTree:
 
     Raises:
         CheckpointError: The checkpoint is missing or damaged.
-        MismatchError: It is valid, but not a checkpoint of a run.
+        MismatchError: It is valid, but not a checkpoint of a run, or it holds an object that this process cannot load.
     """
     path = _ensure_local(path)
     if problems := _find_problems(path):
@@ -40,18 +41,41 @@ def load_unverified(path: Path) -> CheckpointTree:
 
     Raises:
         CheckpointError: The checkpoint is missing.
-        MismatchError: It is not a checkpoint of a run.
+        MismatchError: It is not a checkpoint of a run, or it holds an object that this process cannot load.
     """
     path = _ensure_local(path)
     try:
         tree = sharded.load(path) if path.is_dir() else torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+    except pickle.UnpicklingError as error:
+        raise MismatchError(f"{path}: cannot be loaded ({_refusal(path, error)})") from error
+    except (OSError, RuntimeError) as error:
         raise CheckpointError(f"{path}: cannot be loaded ({str(error).splitlines()[0]})") from error
     if not isinstance(tree, dict) or KEY not in tree:
         raise MismatchError(f"{path}: not a checkpoint of a trackopt run; resume from one that run.save() wrote")
     if tree[KEY]["format"] > FORMAT:
         raise MismatchError(f"{path}: written by a newer trackopt; update this one to resume from it")
+    return restore_types(path, tree)
+
+
+def restore_types(path: Path, tree: CheckpointTree) -> CheckpointTree:
+    """Restore the types that the table of a checkpoint names.
+
+    Raises:
+        MismatchError: A class is not in this process.
+    """
+    try:
+        decode(tree, tree[KEY].get(TYPES, ()))
+    except MismatchError as error:
+        raise MismatchError(f"{path}: cannot be loaded ({error})") from error
     return tree
+
+
+def _refusal(path: Path, error: pickle.UnpicklingError) -> str:
+    """Return why torch refuses a pickle: the first name that it does not accept here, else its own message."""
+    with contextlib.suppress(ArchiveError), locations.open(path) as opened:
+        if names := verify.foreign_names(opened, known=False):
+            return f"it holds a {names[0]}; import the module that defines it, if that allows it for torch.load"
+    return str(error).splitlines()[0]
 
 
 def _ensure_local(path: Path) -> Path:
@@ -62,7 +86,12 @@ def _find_problems(path: Path) -> list[str]:
     """Return the problems of a checkpoint's bytes; raise if the disk does not deliver them, which is no damage."""
     try:
         with locations.open(path) as opened:
-            return verify.find_problems(opened)
+            problems = verify.find_problems(opened)
+            if problems and problems == verify.unloadable_objects(opened):  # valid bytes of an earlier version
+                raise MismatchError(f"{path}: cannot be loaded ({problems[0]}); move it away to resume without it")
+            return problems
+    except ArchiveLimitError as error:
+        raise CheckpointError(f"{error}; move it away to resume from the one before") from error
     except (ArchiveError, OSError) as error:
         cause = error.__cause__ if isinstance(error, ArchiveError) else error
         part_missing = isinstance(cause, FileNotFoundError) and path.exists()  # a file of a directory

@@ -13,12 +13,13 @@ from torch.utils._pytree import tree_map_only
 
 from trackopt import remote
 from trackopt.checkpoint.apply import apply
+from trackopt.checkpoint.encoding import StateEncoder
 from trackopt.checkpoint.meta import KEY, CheckpointMeta, RankState
 from trackopt.checkpoint.pickler import dump_tree
 from trackopt.checkpoint.reader import load, load_unverified
 from trackopt.checkpoint.saved_state import from_run
-from trackopt.checkpoint.snapshot import state_of, to_plain
-from trackopt.errors import CheckpointError, RunError
+from trackopt.checkpoint.snapshot import state_of
+from trackopt.errors import CheckpointError, RunError, UsageError
 from trackopt.training import rng
 from trackopt.training.sharding import contains_dtensor
 
@@ -110,8 +111,10 @@ def gather_rank_states(
     if configured so) is saved as rank 0 has it. Objects whose state equals rank 0's, such as averaged weights, are
     omitted, and sharded state is saved by all ranks together.
     """
-    states = {name: state_of(value) for name, value in training.stateful.items() if not isinstance(value, nn.Module)}
-    own = {name: _to_cpu(to_plain(state, name)) for name, state in states.items() if not contains_dtensor(state)}
+    states = {
+        name: _state_or_error(value) for name, value in training.stateful.items() if not isinstance(value, nn.Module)
+    }
+    own = {name: _to_cpu(state) for name, state in states.items() if not contains_dtensor(state)}
     checksums = {name: _checksum(state) for name, state in own.items()}
     first = collectives.broadcast(checksums)
     state = RankState(
@@ -176,14 +179,25 @@ def _hyperparameters(optimizer: Any) -> list[ParamGroup]:
     ]
 
 
+def _state_or_error(value: Any) -> Any:
+    """Return an object's state; an error in place of it, which the save reports, so that no other rank waits."""
+    try:
+        return state_of(value)
+    except Exception as error:  # noqa: BLE001 - the user's code
+        return UsageError(str(error))
+
+
 def _to_cpu(state: Any) -> Any:
     return tree_map_only(Tensor, Tensor.cpu, state)
 
 
 def _checksum(state: Any) -> bytes:
-    pickle, storages = dump_tree({"": state})
-    digest = blake2b(pickle)
-    for storage in storages:
+    try:
+        pickled = dump_tree({"": StateEncoder().encode(state, "")})
+    except UsageError:  # the save names it
+        return b""
+    digest = blake2b(pickled.data)
+    for storage in pickled.storages:
         content: Any = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage).numpy()
         digest.update(content)
     return digest.digest()

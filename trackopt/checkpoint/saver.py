@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING
 
 from trackopt.checkpoint.meta import RunProgress
 from trackopt.checkpoint.retention import RetentionMarks
-from trackopt.checkpoint.snapshot import capture, estimate_nbytes
-from trackopt.errors import CheckpointError
+from trackopt.checkpoint.sharded import ShardedCheckpoint
+from trackopt.checkpoint.snapshot import capture, check_saveable, estimate_nbytes
+from trackopt.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from trackopt.checkpoint.sharded import ShardedCheckpoint
     from trackopt.checkpoint.staging import Staged
     from trackopt.checkpoint.store import CheckpointStore
     from trackopt.distributed.collectives import Collectives
@@ -95,6 +95,7 @@ class CheckpointSaver:
         self._skip_when_busy = options.save_overlap == "skip"
         self._is_writer = collectives.is_rank_zero or store.is_collective
         self._background = background
+        self._reported: set[str] = set()  # reasons of failures
         self._last_save_time = time.monotonic()
         self._due: SaveRequest | None = None
         self._in_flight: _AsyncWrite | None = None
@@ -138,6 +139,15 @@ class CheckpointSaver:
             self._preparing = threading.Thread(target=self._prepare, args=(size,), name="trackopt-prepare")
             self._preparing.start()
 
+    def check_state(self) -> None:
+        """Warn if the state of the objects cannot be saved; call it after the first step, when it is complete."""
+        if not self._is_writer:
+            return
+        try:
+            check_saveable(self._training)
+        except Exception as error:  # noqa: BLE001 - it may come from the user's state_dict(); training continues
+            self._report(_unsaveable(error))
+
     def save(self, progress: RunProgress) -> None:
         """Copy the state, and write it in the background; a failed write is logged, and training continues."""
         if not self._is_writer:
@@ -160,7 +170,14 @@ class CheckpointSaver:
         Raises:
             CheckpointError: It could not be written; the earlier ones are untouched.
         """
-        if self._is_writer and (error := self._on_written(self._stage(progress))):
+        if not self._is_writer:
+            return
+        try:
+            error = self._on_written(self._stage(progress))
+        except CheckpointError as failure:
+            error = failure
+        if error is not None:
+            self._mark_failed(progress, error)
             raise error
 
     def wait_until_finished(self) -> None:
@@ -181,12 +198,24 @@ class CheckpointSaver:
         self._store.preallocate(size)
 
     def _stage(self, progress: RunProgress) -> _AsyncWrite:
-        """Copy the state; the memory is free once the checkpoint before it is written."""
+        """Copy the state; the memory is free once the checkpoint before it is written.
+
+        Raises:
+            CheckpointError: It cannot be copied, or holds something that cannot be saved.
+        """
         self.wait_until_finished()
         if self._preparing is not None:
             self._preparing.join()
         request, self._due = self._due or SaveRequest(), None
-        staged = self._store.stage(capture(self._training, progress), request.marks)
+        try:
+            staged = self._store.stage(capture(self._training, progress), request.marks)
+        except CheckpointError:
+            raise
+        except Exception as error:  # of a state, or of the user's state_dict()
+            failure = _unsaveable(error)
+            if not self._store.is_collective:
+                raise failure from error
+            staged = ShardedCheckpoint({}, None, failure)  # the other processes wait for this one's part
         self._last_save_time = time.monotonic()
         return _AsyncWrite(self._store, staged, progress, self._journal.sync)
 
@@ -199,7 +228,16 @@ class CheckpointSaver:
         return writing.error
 
     def _on_failed(self, progress: RunProgress, error: CheckpointError) -> None:
-        logger.warning("trackopt: %s; training continues", error)
+        self._report(error)
+        self._mark_failed(progress, error)
+
+    def _report(self, error: CheckpointError) -> None:
+        """Log an error, once for each reason."""
+        if str(error) not in self._reported:
+            self._reported.add(str(error))
+            logger.warning("trackopt: %s; training continues", error)
+
+    def _mark_failed(self, progress: RunProgress, error: CheckpointError) -> None:
         self._journal.mark("checkpoint_failed", progress.step, reason=str(error))
 
 
@@ -237,6 +275,13 @@ class _AsyncWrite(threading.Thread):
             self._write()
         else:
             self.join()
+
+
+def _unsaveable(error: Exception) -> CheckpointError:
+    """Return the error for a state that cannot be saved; one that is not trackopt's is named with its class."""
+    line = (str(error).splitlines() or [""])[0]
+    reason = line if isinstance(error, UsageError) else f"{type(error).__name__}: {line}".removesuffix(": ")
+    return CheckpointError(f"no checkpoint can be written ({reason})")
 
 
 def lower_thread_priority() -> None:

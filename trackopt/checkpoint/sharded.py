@@ -194,6 +194,8 @@ def _make_lazy(opened: archive.Archive, node: Any) -> Any:
         return {key: _make_lazy(opened, child) for key, child in node.items()}
     if isinstance(node, (list, tuple)):
         return type(node)(_make_lazy(opened, child) for child in node)
+    if isinstance(node, UnknownObject) and node.name == "builtins.set":
+        return set(node.items)
     if isinstance(node, UnknownObject):
         raise ArchiveError(f"contains {node!r}, which cannot be loaded without executing code")
     return node

@@ -21,7 +21,7 @@ from trackopt.archive.io.zip_writer import (
     plan_entries,
     serialization_id,
 )
-from trackopt.checkpoint.pickler import dump_tree
+from trackopt.checkpoint.pickler import dump_checkpoint
 from trackopt.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -48,21 +48,21 @@ class Staging:
         """Copy a captured tree, also from GPUs; when this returns, the live objects may change.
 
         Raises:
-            UsageError: Two tensors of different dtypes share their memory.
+            UsageError: The tree cannot be pickled, or not so that it can be loaded safely.
             CheckpointError: There is not enough memory.
         """
-        pickle, storages = dump_tree(tree)
-        entries = plan_entries(len(pickle), [storage.nbytes() for storage in storages])
+        pickled = dump_checkpoint(tree)
+        entries = plan_entries(len(pickled.data), [storage.nbytes() for storage in pickled.storages])
         size = entries[-1].end + directory_size(entries)
         memory = self._reserve(size)
         for entry in entries:
             memory[entry.header : entry.data] = entry.local_header()
         small = [*entries[:4], entries[-2]]
-        for entry, content in zip(small, (pickle, *constant_records()), strict=True):
+        for entry, content in zip(small, (pickled.data, *constant_records()), strict=True):
             memory[entry.data : entry.stop] = content
-        for entry, storage in zip(entries[4:-2], storages, strict=True):
+        for entry, storage in zip(entries[4:-2], pickled.storages, strict=True):
             _copy(storage, memory, entry)
-        return Staged(memory, entries, size)
+        return Staged(memory, entries, size, pickled.globals)
 
     def release(self) -> None:
         """Release the memory."""
@@ -86,12 +86,27 @@ class Staged:
     Attributes:
         size: Bytes of the file.
         memory: The file, and the rest of its last page, which may be written with it.
+        globals: Every name of a class, function or dtype in its pickle.
     """
 
-    def __init__(self, memory: mmap.mmap, entries: list[ZipEntry], size: int) -> None:
+    def __init__(self, memory: mmap.mmap, entries: list[ZipEntry], size: int, names: frozenset[str]) -> None:
         self.size = size
+        self.globals = names
         self.memory = memoryview(memory)[: _round_to_page(size)]
         self._entries = entries
+
+    @property
+    def pickle(self) -> memoryview:
+        """The bytes of its pickle."""
+        return self.memory[self._entries[0].data : self._entries[0].stop]
+
+    def read_storage(self, key: str, size: int) -> torch.UntypedStorage:
+        """Return a storage that shares the staging memory."""
+        entry = self._entries[4 + int(key)]
+        if not size:  # frombuffer refuses it
+            return torch.empty(0, dtype=torch.uint8, device="cpu").untyped_storage()
+        tensor = torch.frombuffer(self.memory, dtype=torch.uint8, count=size, offset=entry.data)
+        return tensor.untyped_storage()
 
     def finalize_checksums(self) -> Iterator[int]:
         """Compute the checksums record by record; yield after each how many bytes of the file are final."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from trackopt.checkpoint import sharded
 from trackopt.checkpoint.folder import CheckpointFolder
 from trackopt.checkpoint.meta import KEY
+from trackopt.checkpoint.readback import ReadBack
 from trackopt.checkpoint.retention import RetainedCheckpoints, Retention, RetentionMarks
 from trackopt.checkpoint.sharded import CpuStateDict, ShardedCheckpoint
 from trackopt.checkpoint.staging import Staging
@@ -42,6 +44,7 @@ class CheckpointStore:
         self._collectives = collectives
         self._is_rank_zero = collectives is None or collectives.is_rank_zero
         self._staging = Staging()
+        self._read_back = ReadBack()
         self._cpu_state = CpuStateDict()
 
     @property
@@ -59,7 +62,7 @@ class CheckpointStore:
         """Copy a captured tree into memory for ``commit``; the checkpoint before it must be committed.
 
         Raises:
-            UsageError: A state cannot be written.
+            UsageError: A state cannot be written, or could not be loaded.
             CheckpointError: There is not enough memory.
         """
         if self._collectives is None:
@@ -78,16 +81,18 @@ class CheckpointStore:
         """Write a staged checkpoint under the name of its step, then delete those that are not kept.
 
         Raises:
-            CheckpointError: It could not be written; the earlier ones are untouched.
+            CheckpointError: It could not be written, or not be loaded; the earlier ones are untouched.
         """
         directory = self.folder.path / f"step-{step:08d}"
         file = directory.with_suffix(".pt")
         if isinstance(staged, ShardedCheckpoint):
             assert self._collectives is not None  # noqa: S101 - for mypy: only collectives stage sharded checkpoints
             path, replaced = directory, file
+            staged = self._proven(staged, path)
             sharded.write_collectively(staged, path, self._collectives, before_commit=before_commit)
         else:
             path, replaced = file, directory
+            self._read_back.check(staged, path)
             write(staged, path, before_commit=before_commit)
         if self._is_rank_zero:
             self.folder.remove(replaced)  # of the same step, saved by another number of processes
@@ -104,6 +109,15 @@ class CheckpointStore:
         """Close the process group; all ranks must call it."""
         if self._collectives is not None:
             self._collectives.close()
+
+    def _proven(self, staged: ShardedCheckpoint, path: Path) -> ShardedCheckpoint:
+        """Return a checkpoint with the error that the other processes are to learn of, if it cannot be loaded."""
+        try:
+            if staged.rest is not None:
+                self._read_back.check(staged.rest, path)
+        except CheckpointError as error:
+            return replace(staged, error=error)
+        return staged
 
     def _mark(self, tree: CheckpointTree, requested: RetentionMarks) -> None:
         tree[KEY] |= self._retained.mark(tree[KEY]["step"], requested).as_dict()

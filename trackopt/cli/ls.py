@@ -12,7 +12,7 @@ import click
 from trackopt import locations, state
 from trackopt.archive import verify
 from trackopt.cli import console
-from trackopt.errors import ArchiveError, RunError
+from trackopt.errors import ArchiveError, ArchiveLimitError, RunError
 from trackopt.rundir.checkpoints import list_checkpoints
 from trackopt.rundir.directory import is_running
 
@@ -63,7 +63,8 @@ class Checkpoint:
         time: Unix seconds of the snapshot.
         metric: The value of ``run.save(metric=…)``.
         keep: True if it is never deleted.
-        sound: True if structure and checksums are valid.
+        sound: True if structure and checksums are valid; ``None`` if it exceeds the reader's limits.
+        loadable: False if it is intact, but holds an object that a resume cannot load.
         problem: The first problem.
     """
 
@@ -74,7 +75,8 @@ class Checkpoint:
     time: float
     metric: float | None = None
     keep: bool = False
-    sound: bool = True
+    sound: bool | None = True
+    loadable: bool = True
     problem: str | None = None
 
 
@@ -158,8 +160,10 @@ def _read_checkpoint(step: int, path: Path, *, crc: bool) -> Checkpoint:
         with locations.open(path) as opened:
             training_state = state.read(opened)
             problems = verify.find_problems(opened, crc=crc)
+            unloadable = verify.unloadable_objects(opened)
     except ArchiveError as error:
-        return replace(row, sound=False, problem=str(error).removeprefix(f"{path}: "))
+        sound = None if isinstance(error, ArchiveLimitError) else False
+        return replace(row, sound=sound, problem=str(error).removeprefix(f"{path}: "))
     meta = training_state.meta or {}
     return replace(
         row,
@@ -168,6 +172,7 @@ def _read_checkpoint(step: int, path: Path, *, crc: bool) -> Checkpoint:
         metric=_float_or_none(meta.get("metric")),
         keep=meta.get("keep") is True,
         sound=not problems,
+        loadable=not unloadable,
         problem=next(iter(problems), None),
     )
 
@@ -244,8 +249,18 @@ def _render_checkpoints(checkpoints: list[Checkpoint]) -> Iterator[RenderableTyp
             console.format_size(checkpoint.bytes),
             console.format_age(checkpoint.time),
             "" if checkpoint.metric is None else f"{checkpoint.metric:.6g}",
-            ("sound, kept" if checkpoint.keep else "sound") if checkpoint.sound else "damaged",
+            _render_soundness(checkpoint),
         ]
         for checkpoint in checkpoints
     ]
     return console.render_table(["checkpoint", "step", "epoch", "size", "saved", "metric", "soundness"], rows)
+
+
+def _render_soundness(checkpoint: Checkpoint) -> str:
+    if checkpoint.sound is None:
+        return "not checked"
+    if not checkpoint.loadable:
+        return f"not loadable: {checkpoint.problem}"
+    if not checkpoint.sound:
+        return "damaged"
+    return "sound, kept" if checkpoint.keep else "sound"

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from trackopt.analysis.verify import DAMAGED, SOUND, UNREADABLE, FileReport, verify
+from trackopt.analysis.verify import DAMAGED, SOUND, UNCHECKED, UNLOADABLE, UNREADABLE, FileReport, verify
 from trackopt.cli import console
 
 if TYPE_CHECKING:
@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
     from rich.console import RenderableType
 
-_EXIT_CODES = {SOUND: 0, DAMAGED: 1, UNREADABLE: 2}
-_LEVELS = {SOUND: "ok", DAMAGED: "error", UNREADABLE: "error"}
+_EXIT_CODES = {SOUND: 0, DAMAGED: 1, UNREADABLE: 2, UNLOADABLE: 1, UNCHECKED: 2}
+_LEVELS = {SOUND: "ok", DAMAGED: "error", UNREADABLE: "error", UNLOADABLE: "error", UNCHECKED: "warning"}
 _MAX_PROBLEMS = 20
 
 
@@ -33,7 +33,7 @@ def command(paths: tuple[str, ...], as_json: bool) -> int:
       trackopt verify runs/digits
       trackopt verify model.pt && rm model.bak.pt
 
-    Exit codes: 0 sound, 1 damaged, 2 unreadable.
+    Exit codes: 0 sound, 1 damaged or not loadable, 2 unreadable or not checked.
     """
     reports = [report for path in paths for report in verify(path)]
     if as_json:

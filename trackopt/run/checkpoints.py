@@ -62,6 +62,7 @@ class RunCheckpoints:
         self._group_counts: dict[str, int] = {}  # parameter groups when the epoch began
         self._pending: PendingRestore | None = None
         self._round_trip = RoundTripCheck(training)
+        self._is_state_checked = False
 
     def resume(self, pending: PendingRestore, **details: Any) -> None:
         """Restore telemetry and position from a checkpoint that is in the objects already, and mark it in the journal.
@@ -104,8 +105,11 @@ class RunCheckpoints:
         optimizers = self._training.optimizers
         self._group_counts = {name: len(optimizer.param_groups) for name, optimizer in optimizers.items()}
 
-    def check_first_step(self) -> None:
-        """Report an optimizer that made its first step and whose own ``state_dict`` does not restore it."""
+    def check_first_steps(self) -> None:
+        """Warn after a first step if the state cannot be saved, or an optimizer's ``state_dict`` does not restore it."""
+        if not self._is_state_checked:
+            self._is_state_checked = True
+            self.saver.check_state()
         for line in self._round_trip.run():
             logger.warning("trackopt: %s", line)
 

@@ -21,7 +21,7 @@ from trackopt.analysis.diff.continuation import ContinuationFinding, Continuatio
 from trackopt.analysis.diff.numbers import Numbers, Tolerance
 from trackopt.analysis.diff.totals import ModuleTotals, Totals, accumulate
 from trackopt.analysis.diff.training_summary import TrainingDiff, summarize
-from trackopt.archive import Archive
+from trackopt.archive import Archive, verify
 from trackopt.errors import UsageError
 
 if TYPE_CHECKING:
@@ -170,7 +170,8 @@ def _collect(a: Archive, b: Archive, options: DiffOptions, comparer: TensorCompa
 
     totals = accumulate(without_identity(), a, comparer)
     is_partial = bool(options.only or options.ignore)
-    report = None if is_partial else check_continuation(states, trees, alignment, totals)
+    unloadable = verify.unloadable_objects(b)
+    report = None if is_partial else check_continuation(states, trees, alignment, totals, unloadable)
     same = sum(kinds["same"] for kinds in totals.parts.values())
     if options.only and not (changes or same or ignored):
         patterns = " ".join(f"--only {pattern!r}" for pattern in options.only)

@@ -92,7 +92,11 @@ class _Context:
 
 
 def check_continuation(
-    states: tuple[TrainingState, TrainingState], trees: tuple[Any, Any], alignment: Alignment, totals: Totals
+    states: tuple[TrainingState, TrainingState],
+    trees: tuple[Any, Any],
+    alignment: Alignment,
+    totals: Totals,
+    unloadable: Iterable[str] = (),
 ) -> ContinuationReport:
     """Collect the reasons why the run would not continue.
 
@@ -101,9 +105,11 @@ def check_continuation(
         trees: The trees of both checkpoints.
         alignment: The corresponding parts of the two.
         totals: The sums of all their changes.
+        unloadable: The reasons why the second cannot be loaded at all.
     """
     context = _Context(*states, trees, alignment, totals)
     reasons = [
+        *(_error(f"B {reason}") for reason in unloadable),
         *_check_models(context),
         *_check_optimizers(context),
         *_check_schedulers(context),

@@ -18,7 +18,7 @@ from trackopt.archive.formats.zip_source import MAX_PICKLE_BYTES
 from trackopt.archive.io.checksums import crc32
 from trackopt.archive.io.file import File
 from trackopt.archive.io.zip_reader import LOCAL, MAGIC
-from trackopt.archive.unpickler.limits import MalformedPickle
+from trackopt.archive.unpickler.limits import MalformedPickle, PickleLimitExceeded, make_error
 from trackopt.archive.unpickler.unpickle import unpickle
 from trackopt.errors import ArchiveError
 
@@ -98,6 +98,8 @@ class DamagedZip:
             )
         try:
             pickled = unpickle(self._file.read(start, MAX_PICKLE_BYTES), legacy.load_nested)
+        except PickleLimitExceeded as error:
+            raise make_error(self.path, error) from error
         except MalformedPickle as error:
             raise ArchiveError(f"{self.path}: its pickle is not whole ({error}); use another checkpoint") from error
         self.tree: Any = pickled.tree

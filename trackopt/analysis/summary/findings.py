@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from trackopt.archive import verify
-from trackopt.archive.unpickler.weights_only import is_allowed
 from trackopt.state.models import unique_names, unique_tensors
 
 if TYPE_CHECKING:
@@ -149,8 +148,8 @@ def _size_warnings(archive: Archive) -> list[str]:
 
 
 def _unsafe_globals(archive: Archive) -> list[str]:
-    refused = [name for name in archive.globals if not is_allowed(name)]
-    if not refused:
+    refused = verify.foreign_names(archive, known=False)
+    if not refused or verify.unloadable_objects(archive):  # an error, which says so already
         return []
     names = _join_first(refused, f" and {len(refused) - _MAX_SHOWN} more")
     return [f"torch.load refuses it with weights_only=True, for {names}; nothing of it was run here"]

@@ -15,7 +15,7 @@ from trackopt.archive.formats.sharded_tensor import Chunk, ShardedRange, Storage
 from trackopt.archive.formats.zip_source import MAX_NESTED_PICKLE_BYTES, ZipSource
 from trackopt.archive.io.source import Contents, RangeSource
 from trackopt.archive.tree import ITEMSIZE, Global, Storage, Tensor, UnknownObject, contiguous_strides
-from trackopt.archive.unpickler.limits import MAX_DEPTH, MalformedPickle, check_limits
+from trackopt.archive.unpickler.limits import MAX_DEPTH, MalformedPickle, PickleLimitExceeded, check_limits, make_error
 from trackopt.archive.unpickler.tensor_constructors import is_size
 from trackopt.archive.unpickler.unpickle import unpickle
 from trackopt.errors import ArchiveError
@@ -76,6 +76,8 @@ class _Reader:
         source = _ItemsSource(self._files, list(self._items.values()))
         try:
             checked = check_limits(_restore_lists(tree))
+        except PickleLimitExceeded as error:
+            raise make_error(self._path, error, "its description") from error
         except MalformedPickle as error:
             raise self._make_error(str(error)) from error
         return Contents("DCP", checked, source, tuple(self._globals), self._problems, self._files)
@@ -83,6 +85,8 @@ class _Reader:
     def _read_metadata(self) -> dict[Any, Any]:
         try:
             pickled = unpickle(self._files.read_all(".metadata"), legacy.load_nested)
+        except PickleLimitExceeded as error:
+            raise make_error(self._path, error, "its description") from error
         except MalformedPickle as error:
             raise self._make_error(str(error)) from error
         metadata = _state(pickled.tree)

@@ -16,7 +16,7 @@ from trackopt.archive.formats import manifest
 from trackopt.archive.formats.members import MultiFileSource, prefix_storage_keys
 from trackopt.archive.io.open_files import OpenFiles, resolve_inside
 from trackopt.archive.io.source import Contents
-from trackopt.archive.unpickler.limits import MalformedPickle, check_limits
+from trackopt.archive.unpickler.limits import MalformedPickle, PickleLimitExceeded, check_limits, make_error
 from trackopt.errors import ArchiveError
 
 if TYPE_CHECKING:
@@ -199,6 +199,8 @@ class _DirectoryTree:
 def _parse_json(path: Path, data: bytes) -> Any:
     try:
         return check_limits(json.loads(data))
+    except PickleLimitExceeded as error:
+        raise make_error(path, error, "its JSON") from error
     except (ValueError, RecursionError, MalformedPickle) as error:
         raise ArchiveError(f"{path}: it is no valid JSON ({error}); copy it again") from error
 

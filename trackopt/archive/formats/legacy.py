@@ -14,8 +14,7 @@ from trackopt.archive.io.byte_ranges import ByteRange, FileRange
 from trackopt.archive.io.source import Contents, RangeSource
 from trackopt.archive.tree import ITEMSIZE, Storage
 from trackopt.archive.unpickler import tensor_constructors
-from trackopt.archive.unpickler.limits import MalformedPickle
-from trackopt.archive.unpickler.machine import MAX_OPERATIONS
+from trackopt.archive.unpickler.limits import Limits, MalformedPickle, make_error
 from trackopt.archive.unpickler.tensor_constructors import is_size, string
 from trackopt.archive.unpickler.unpickle import unpickle
 from trackopt.errors import ArchiveError
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
 
 MAGIC = 0x1950A86A20F9469CFC6C
 _VERSION = 1001
-_MAX_NESTED_OPERATIONS = 64  # in the pickle of one storage
+_NESTED_LIMITS = Limits(operations=64)  # for each pickle of one storage
 
 
 def load(path: Path, file: File) -> Contents:
@@ -37,16 +36,16 @@ def load(path: Path, file: File) -> Contents:
         ArchiveError: It is malformed.
     """
     try:
-        stream = Stream(FileRange(path, file), MAX_OPERATIONS)
+        stream = Stream(FileRange(path, file))
     except MalformedPickle as error:
-        raise ArchiveError(f"{path}: its pickle cannot be read: {error}; use another checkpoint") from error
+        raise make_error(path, error) from error
     source = RangeSource(path, stream.byteorder)
     return Contents("torch legacy", stream.tree, source, tuple(stream.globals), stream.problems)
 
 
 def load_nested(byte_range: ByteRange) -> Any:
     """Return the object of a file that is embedded in another file's pickle: a storage."""
-    stream = Stream(byte_range, _MAX_NESTED_OPERATIONS)
+    stream = Stream(byte_range, _NESTED_LIMITS)
     if stream.byteorder != "little":
         raise MalformedPickle("a storage in it is big-endian")
     tree = stream.tree
@@ -60,7 +59,7 @@ class Stream:
 
     Args:
         byte_range: Its bytes.
-        limit: The most operations that each of its pickles may have.
+        limits: What reading each of its pickles may take; by default in proportion to its bytes.
 
     Attributes:
         tree: The object in it.
@@ -69,9 +68,9 @@ class Stream:
         problems: What is wrong although the file can be read, one line each.
     """
 
-    def __init__(self, byte_range: ByteRange, limit: int) -> None:
+    def __init__(self, byte_range: ByteRange, limits: Limits | None = None) -> None:
         self._byte_range = byte_range
-        self._limit = limit
+        self._limits = limits
         self._position = 0
         self._data: dict[str, StorageData] = {}
         self.globals: dict[str, None] = {}
@@ -85,7 +84,7 @@ class Stream:
 
     def _pickle(self) -> Any:
         data = self._byte_range.slice(self._position, self._byte_range.size)
-        pickled = unpickle(data, load_nested, self._persistent, self._limit)
+        pickled = unpickle(data, load_nested, self._persistent, self._limits)
         self._position += pickled.end
         self.globals.update(dict.fromkeys(pickled.globals))
         return pickled.tree

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING
 from trackopt.archive.formats import legacy
 from trackopt.archive.io.byte_ranges import FileRange
 from trackopt.archive.io.source import Contents, RangeSource
-from trackopt.archive.unpickler.limits import MalformedPickle
+from trackopt.archive.unpickler.limits import MalformedPickle, make_error
 from trackopt.archive.unpickler.unpickle import unpickle
-from trackopt.errors import ArchiveError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -27,7 +26,7 @@ def load(path: Path, file: File) -> Contents:
     try:
         pickled = unpickle(byte_range, legacy.load_nested)
     except MalformedPickle as error:
-        raise ArchiveError(f"{path}: its pickle cannot be read: {error}; use another checkpoint") from error
+        raise make_error(path, error) from error
     rest = byte_range.size - pickled.end
     problems = [f"{rest:,} bytes follow the pickle"] if rest else []
     return Contents("pickle", pickled.tree, RangeSource(path), pickled.globals, problems)

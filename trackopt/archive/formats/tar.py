@@ -18,8 +18,7 @@ from trackopt.archive.io.source import Contents, RangeSource
 from trackopt.archive.tree import ITEMSIZE, Storage, Tensor, UnknownObject
 from trackopt.archive.unpickler import tensor_constructors
 from trackopt.archive.unpickler.constructors import construct
-from trackopt.archive.unpickler.limits import MalformedPickle
-from trackopt.archive.unpickler.machine import MAX_OPERATIONS
+from trackopt.archive.unpickler.limits import Limits, MalformedPickle, make_error
 from trackopt.archive.unpickler.tensor_constructors import is_size, string
 from trackopt.archive.unpickler.unpickle import unpickle
 from trackopt.errors import ArchiveError
@@ -33,7 +32,7 @@ if TYPE_CHECKING:
 _BLOCK_BYTES = 512
 _MAX_MEMBERS = 100
 _MAX_ITEMS = 400_000
-_MAX_ITEM_OPERATIONS = 1000  # in the pickle of one storage or tensor
+_ITEM_LIMITS = Limits(operations=1000)  # for the pickle of one storage or tensor
 _MEMBERS = ("storages", "tensors", "pickle")
 _REGULAR_TYPES = (b"0", b"\0")
 
@@ -56,9 +55,9 @@ def load(path: Path, file: File) -> Contents:
     try:
         reader.read_storages(members["storages"])
         reader.read_tensors(members["tensors"])
-        tree, _ = reader.unpickle(members["pickle"], 0, MAX_OPERATIONS)
+        tree, _ = reader.unpickle(members["pickle"], 0, None)
     except MalformedPickle as error:
-        raise ArchiveError(f"{path}: its pickle cannot be read: {error}; use another checkpoint") from error
+        raise make_error(path, error) from error
     return Contents("torch tar", tree, RangeSource(path), tuple(reader.globals), problems)
 
 
@@ -103,17 +102,17 @@ class Reader:
         self._storages: dict[Any, Storage] = {}
         self._tensors: dict[Any, Tensor] = {}
 
-    def unpickle(self, byte_range: ByteRange, position: int, limit: int = _MAX_ITEM_OPERATIONS) -> tuple[Any, int]:
+    def unpickle(self, byte_range: ByteRange, position: int, limits: Limits | None = _ITEM_LIMITS) -> tuple[Any, int]:
         """Return the value of the pickle at a position, and where it ends."""
         data = byte_range.slice(position, byte_range.size)
-        pickled = unpickle(data, legacy.load_nested, self._persistent, limit)
+        pickled = unpickle(data, legacy.load_nested, self._persistent, limits)
         self.globals.update(dict.fromkeys(pickled.globals))
         return pickled.tree, position + pickled.end
 
     def read_storages(self, byte_range: ByteRange) -> None:
         """Locate the data of each storage."""
         position = self._read_items(byte_range, self._read_storage)
-        views, _ = self.unpickle(byte_range, position, MAX_OPERATIONS)
+        views, _ = self.unpickle(byte_range, position, None)
         for view in views if isinstance(views, list) else ():
             target, root, offset, count = _parts(view, 4)
             self._storages[target] = _make_view(self._find_storage(root), target, offset, count)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from trackopt.archive.formats import legacy
-from trackopt.archive.unpickler.limits import MalformedPickle
+from trackopt.archive.unpickler.limits import Limits, MalformedPickle, PickleLimitExceeded, make_error
 from trackopt.archive.unpickler.unpickle import Unpickled, unpickle
 from trackopt.errors import ArchiveError
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from trackopt.archive.io.zip_reader import Record, Zip
     from trackopt.archive.tree import Storage
 
-MAX_PICKLE_BYTES = 64 << 20
+MAX_PICKLE_BYTES = 64 << 20  # of one that is compressed
 MAX_NESTED_PICKLE_BYTES = 8 << 20  # of all the pickles in one container: many names can refer to one, and each is run
 _MAX_FORMAT_VERSION = 10  # that torch reads
 
@@ -130,12 +130,12 @@ def unpickle_record(zipped: Zip, record: Record | None) -> Unpickled:
     path = zipped.path
     if record is None:
         raise ArchiveError(f"{path}: a zip file without a data.pkl is not a checkpoint; name one that torch.save wrote")
-    if record.size > MAX_PICKLE_BYTES:
-        raise ArchiveError(
-            f"{path}: its pickle has {record.size:,} bytes, at most {MAX_PICKLE_BYTES:,} are read; "
-            "save large arrays as tensors"
-        )
+    largest = max(MAX_PICKLE_BYTES, record.packed_size)
     try:
-        return unpickle(zipped.read(record), legacy.load_nested)
+        if record.size > largest:
+            raise PickleLimitExceeded(f"{record.size:,} bytes, of which at most {largest:,} are read")
+        # A long one is read in pieces: a file with holes has any size.
+        data = zipped.byte_range(record) if record.size > MAX_PICKLE_BYTES else None
+        return unpickle(data or zipped.read(record), legacy.load_nested, limits=Limits.for_size(record.packed_size))
     except MalformedPickle as error:
-        raise ArchiveError(f"{path}: its pickle cannot be read: {error}; use another checkpoint") from error
+        raise make_error(path, error) from error

@@ -12,6 +12,7 @@ import zlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from trackopt.archive.io.byte_ranges import FileRange
 from trackopt.errors import ArchiveError
 
 if TYPE_CHECKING:
@@ -110,6 +111,12 @@ class Zip:
         if record.method == _STORED:
             return self._read(self._data_offset(record) + start, stop - start)
         return self._read_deflated(record, start, stop)
+
+    def byte_range(self, record: Record) -> FileRange | None:
+        """Return the range of a record's data in the file; None if it is compressed."""
+        if record.method != _STORED:
+            return None
+        return FileRange(self.path, self.file, self.start + self._data_offset(record), record.size)
 
     def open_nested(self, record: Record) -> Zip | None:
         """Open a record that is a zip file itself; return None if it is not, or if it is compressed."""

@@ -5,14 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from trackopt.archive.tree import BYTES, Storage, Tensor
-from trackopt.archive.unpickler.limits import MalformedPickle
+from trackopt.archive.unpickler.limits import MalformedPickle, PickleLimitExceeded
 
 if TYPE_CHECKING:
     import struct
 
     from trackopt.archive.io.byte_ranges import ByteRange
 
-MAX_COPIED_BYTES = 64 << 20
 _WINDOW_BYTES = 1 << 20
 _SHORT_WINDOW_BYTES = 1 << 14  # after a long payload, which another one may follow
 _MAX_OPERATION_BYTES = 1 << 10  # without its text or payload
@@ -24,6 +23,7 @@ class BufferedReader:
 
     Args:
         data: The bytes, or the range to read them from.
+        max_text_bytes: The most bytes of long texts.
 
     Attributes:
         data: The bytes, or the current window of them.
@@ -31,13 +31,14 @@ class BufferedReader:
         low_watermark: The position after which the window is moved before an operation is read.
     """
 
-    def __init__(self, data: bytes | ByteRange) -> None:
+    def __init__(self, data: bytes | ByteRange, max_text_bytes: int) -> None:
         self.data = data if isinstance(data, bytes) else b""
         self.position = 0
         self._byte_range = None if isinstance(data, bytes) else data
         self._base = 0
         self.low_watermark = len(self.data) if self._byte_range is None else -1
         self._copied_beyond = 0
+        self._max_text_bytes = max_text_bytes
 
     def take(self, length: int) -> bytes:
         """Read the next bytes."""
@@ -95,8 +96,8 @@ class BufferedReader:
         if self._byte_range is None or length < 0 or start + length > self._byte_range.size:
             raise MalformedPickle(f"{length} bytes are announced at byte {start}, fewer are left")
         self._copied_beyond += length
-        if self._copied_beyond > MAX_COPIED_BYTES:
-            raise MalformedPickle(f"more than {MAX_COPIED_BYTES:,} bytes of text")
+        if self._copied_beyond > self._max_text_bytes:
+            raise PickleLimitExceeded(f"more than {self._max_text_bytes:,} bytes of text")
         data = self._byte_range.read(start, start + length)
         self.refill(start + length)
         return data
@@ -106,7 +107,7 @@ class BufferedReader:
         length = 2 * max(len(self.data) - self.position, _WINDOW_BYTES)
         if self._byte_range is None or self.offset + len(self.data) - self.position >= self._byte_range.size:
             raise MalformedPickle(f"a line does not end at byte {self.offset}")
-        if length > MAX_COPIED_BYTES:
-            raise MalformedPickle(f"more than {MAX_COPIED_BYTES:,} bytes of text")
+        if length > self._max_text_bytes:
+            raise PickleLimitExceeded(f"more than {self._max_text_bytes:,} bytes of text")
         self.refill(length=length)
         return self.data.find(b"\n", self.position)

@@ -2,23 +2,71 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from trackopt.archive.tree import TensorSubclass, UnknownObject
+from trackopt.errors import ArchiveError, ArchiveLimitError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
+    from pathlib import Path
 
 MAX_DEPTH = 200
-MAX_NODES = 5_000_000
 MAX_SHARED = 500_000  # nodes of a tree that mostly repeats the same ones: no training state does, and each is visited
 _MAX_REPEATS = 10
 _MAX_KEY_PARTS = 100
 _CONTAINERS = (dict, list, tuple, TensorSubclass, UnknownObject)
 
 
+@dataclass(frozen=True)
+class Limits:
+    """What reading a pickle may take.
+
+    Attributes:
+        operations: The operations in it.
+        objects: The calls in it.
+        containers: The lists, dictionaries, tuples and marks in it, and the references to be kept.
+        nodes: The values that it stands for, each counted as often as it is referred to.
+        copied_bytes: The bytes that are copied to build them, and those of long texts.
+    """
+
+    operations: int = 3_000_000
+    objects: int = 600_000
+    containers: int = 3_000_000
+    nodes: int = 5_000_000
+    copied_bytes: int = 64 << 20
+
+    @classmethod
+    def for_size(cls, size: int) -> Limits:
+        """Return the limits for a pickle of ``size`` bytes in its file, compressed if it is.
+
+        An operation has at least one byte, a container with the reference to it about six, a tensor a hundred. So
+        what a program saved stays below the limits, and a short file cannot take long or much memory.
+        """
+        least = cls()
+        return cls(
+            max(least.operations, size),
+            max(least.objects, size // 8),
+            max(least.containers, size // 4),
+            max(least.nodes, size),
+            max(least.copied_bytes, 4 * size),
+        )
+
+
 class MalformedPickle(Exception):
     """The pickle cannot be read; the message says why, without the file's name."""
+
+
+class PickleLimitExceeded(MalformedPickle):
+    """The pickle describes more than is read; it may be valid."""
+
+
+def make_error(path: Path, error: MalformedPickle, what: str = "its pickle") -> ArchiveError:
+    """Return the error for a file whose pickle cannot be read."""
+    if isinstance(error, PickleLimitExceeded):
+        return ArchiveLimitError(f"{path}: not checked: {what} is larger than the reader's limits: {error}")
+    return ArchiveError(f"{path}: {what} cannot be read: {error}; use another checkpoint")
 
 
 def checked_key(key: Any) -> Any:
@@ -39,8 +87,9 @@ def checked_key(key: Any) -> Any:
     return key
 
 
-def check_limits(root: Any) -> Any:
+def check_limits(root: Any, limits: Limits | None = None) -> Any:
     """Break cycles in a tree; refuse one that is too deep or, expanded, too large to walk."""
+    max_nodes = (limits or Limits()).nodes
     sizes: dict[int, tuple[int, int]] = {}  # expanded size and depth of each container
     path: dict[int, Any] = {id(root): root}
     frames = [_frame(root)]
@@ -62,7 +111,7 @@ def check_limits(root: Any) -> Any:
         else:
             sizes[id(node)] = (total[0], total[1] + 1)
             distinct += _count(node)
-            _check_size(*sizes[id(node)])
+            _check_size(*sizes[id(node)], max_nodes)
             del path[id(node)]
             frames.pop()
             if frames:
@@ -70,15 +119,15 @@ def check_limits(root: Any) -> Any:
                 frames[-1][2][1] = max(frames[-1][2][1], total[1] + 1)
     expanded = sizes[id(root)][0]
     if expanded > max(MAX_SHARED, _MAX_REPEATS * distinct):
-        raise MalformedPickle(f"its {distinct:,} values hold each other so often that they stand for {expanded:,}")
+        raise PickleLimitExceeded(f"its {distinct:,} values hold each other so often that they stand for {expanded:,}")
     return root
 
 
-def _check_size(size: int, depth: int) -> None:
-    if size > MAX_NODES:
-        raise MalformedPickle(f"it describes more than {MAX_NODES:,} values")
+def _check_size(size: int, depth: int, max_nodes: int) -> None:
+    if size > max_nodes:
+        raise PickleLimitExceeded(f"it describes more than {max_nodes:,} values")
     if depth > MAX_DEPTH:
-        raise MalformedPickle(f"it is nested more than {MAX_DEPTH} levels deep")
+        raise PickleLimitExceeded(f"it is nested more than {MAX_DEPTH} levels deep")
 
 
 def _frame(node: Any) -> tuple[Any, Iterator[tuple[Any, Any]], list[int]]:

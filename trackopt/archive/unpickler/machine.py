@@ -11,9 +11,9 @@ import struct
 from typing import TYPE_CHECKING, Any
 
 from trackopt.archive.tree import Global, UnknownObject
-from trackopt.archive.unpickler.buffer import MAX_COPIED_BYTES, BufferedReader
+from trackopt.archive.unpickler.buffer import BufferedReader
 from trackopt.archive.unpickler.constructors import NESTED_STORAGE, construct
-from trackopt.archive.unpickler.limits import MalformedPickle, check_limits, checked_key
+from trackopt.archive.unpickler.limits import Limits, MalformedPickle, PickleLimitExceeded, check_limits, checked_key
 from trackopt.archive.unpickler.numpy_constructors import apply_build
 
 if TYPE_CHECKING:
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
     from trackopt.archive.io.byte_ranges import ByteRange
 
-MAX_OPERATIONS = 3_000_000
-MAX_OBJECTS = 600_000
 _STOP = ord(".")
 _NESTED_COST = 50  # objects
 
@@ -34,15 +32,21 @@ class PickleMachine(BufferedReader):
         data: The bytes, or the range to read them from; the pickle may end before they do.
         persistent: Returns the node for a persistent id.
         load_nested: Returns the node for a storage that was pickled as a whole file.
+        limits: What reading it may take.
 
     Attributes:
         globals: Every name that the pickle refers to, in order.
     """
 
     def __init__(
-        self, data: bytes | ByteRange, persistent: Callable[[Any], Any], load_nested: Callable[[ByteRange], Any]
+        self,
+        data: bytes | ByteRange,
+        persistent: Callable[[Any], Any],
+        load_nested: Callable[[ByteRange], Any],
+        limits: Limits,
     ) -> None:
-        super().__init__(data)
+        super().__init__(data, limits.copied_bytes)
+        self._limits = limits
         self.globals: dict[str, Global] = {}
         self._persistent = persistent
         self._load_nested = load_nested
@@ -51,26 +55,26 @@ class PickleMachine(BufferedReader):
         self._memo: dict[int, Any] = {}
         self._memo_keys: dict[int, int] = {}
         self._objects = 0
+        self._containers = 0
         self._copied = 0
 
-    def run(self, operations: Mapping[int, Callable[[PickleMachine], None]], limit: int = MAX_OPERATIONS) -> Any:
+    def run(self, operations: Mapping[int, Callable[[PickleMachine], None]]) -> Any:
         """Run the pickle; return the object that it describes.
 
         Args:
             operations: The function of each opcode.
-            limit: The most operations that it may have.
 
         Raises:
             MalformedPickle: It is malformed, or it exceeds a limit.
         """
         try:
-            for _ in range(limit):
+            for _ in range(self._limits.operations):
                 if self.position > self.low_watermark:
                     self.refill()
                 code = self.data[self.position]
                 self.position += 1
                 if code == _STOP:
-                    return check_limits(self._stack.pop())
+                    return check_limits(self._stack.pop(), self._limits)
                 operations[code](self)
         except KeyError as error:
             raise MalformedPickle(f"unknown operation or missing reference {error} at byte {self.offset}") from error
@@ -78,7 +82,7 @@ class PickleMachine(BufferedReader):
             raise MalformedPickle(f"it ends, or pops from an empty stack, at byte {self.offset}") from error
         except (ValueError, TypeError, AttributeError, OverflowError, struct.error, RecursionError) as error:
             raise MalformedPickle(f"{error} at byte {self.offset}") from error
-        raise MalformedPickle(f"more than {limit:,} operations")
+        raise PickleLimitExceeded(f"more than {self._limits.operations:,} operations")
 
     def since_mark(self) -> list[Any]:
         """Pop everything since the last mark."""
@@ -96,6 +100,7 @@ class PickleMachine(BufferedReader):
 
     def mark(self) -> None:
         """Push a mark."""
+        self._count_container()
         self._marks.append(self._stack)
         self._stack = []
 
@@ -118,6 +123,7 @@ class PickleMachine(BufferedReader):
 
     def memoize(self) -> None:
         """Store the last value in the memo under the next free number."""
+        self._count_container()
         self._remember(len(self._memo), self._stack[-1])
 
     def _remember(self, key: int, value: Any) -> None:
@@ -158,8 +164,19 @@ class PickleMachine(BufferedReader):
         """
         self._objects += objects
         self._copied += copied
-        if self._objects > MAX_OBJECTS or self._copied > MAX_COPIED_BYTES:
-            raise MalformedPickle(f"more than {MAX_OBJECTS:,} objects, or {MAX_COPIED_BYTES:,} bytes of them")
+        limits = self._limits
+        if self._objects > limits.objects or self._copied > limits.copied_bytes:
+            raise PickleLimitExceeded(f"more than {limits.objects:,} objects, or {limits.copied_bytes:,} bytes of them")
+
+    def new_container(self, value: list[Any] | dict[Any, Any] | tuple[Any, ...]) -> None:
+        """Push a list, dictionary or tuple."""
+        self._count_container()
+        self._stack.append(value)
+
+    def _count_container(self) -> None:
+        self._containers += 1
+        if self._containers > self._limits.containers:
+            raise PickleLimitExceeded(f"more than {self._limits.containers:,} lists, dictionaries and tuples")
 
     def new_set(self, name: str, items: list[Any]) -> None:
         """Push a set."""

@@ -75,12 +75,12 @@ def _new_object_with_keywords(machine: PickleMachine) -> None:
 
 def _dictionary(machine: PickleMachine) -> None:
     items = machine.since_mark()
-    machine.push({})
+    machine.new_container({})
     machine.set_items(items)
 
 
 def _tuple(machine: PickleMachine, length: int) -> None:
-    machine.push(tuple(reversed([machine.pop() for _ in range(length)])))
+    machine.new_container(tuple(reversed([machine.pop() for _ in range(length)])))
 
 
 def _one_item(machine: PickleMachine) -> None:
@@ -153,15 +153,15 @@ OPERATIONS: dict[int, Callable[[PickleMachine], None]] = {
         "\x96": lambda m: m.push(m.payload(m.number(_U8))),  # a bytearray
         # containers
         ")": lambda m: m.push(()),
-        "t": lambda m: m.push(tuple(m.since_mark())),
+        "t": lambda m: m.new_container(tuple(m.since_mark())),
         "\x85": lambda m: _tuple(m, 1),
         "\x86": lambda m: _tuple(m, 2),
         "\x87": lambda m: _tuple(m, 3),
-        "]": lambda m: m.push([]),
-        "l": lambda m: m.push(m.since_mark()),
+        "]": lambda m: m.new_container([]),
+        "l": lambda m: m.new_container(m.since_mark()),
         "a": _append_one,
         "e": lambda m: m.append(m.since_mark()),
-        "}": lambda m: m.push({}),
+        "}": lambda m: m.new_container({}),
         "d": _dictionary,
         "s": _one_item,
         "u": lambda m: m.set_items(m.since_mark()),

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from trackopt.archive.unpickler.machine import MAX_OPERATIONS, PickleMachine
+from trackopt.archive.unpickler.limits import Limits
+from trackopt.archive.unpickler.machine import PickleMachine
 from trackopt.archive.unpickler.opcodes import OPERATIONS
 from trackopt.archive.unpickler.tensor_constructors import storage
 
@@ -34,7 +35,7 @@ def unpickle(
     data: bytes | ByteRange,
     load_nested: Callable[[ByteRange], Any],
     persistent: Callable[[Any], Any] = storage,
-    limit: int = MAX_OPERATIONS,
+    limits: Limits | None = None,
 ) -> Unpickled:
     """Run a pickle without importing or calling anything that it names.
 
@@ -42,11 +43,13 @@ def unpickle(
         data: The bytes, or the range to read them from; the pickle may end before they do.
         load_nested: Returns the node for a storage that was pickled as a whole file.
         persistent: Returns the node for a persistent id.
-        limit: The most operations that it may have.
+        limits: What reading it may take; by default in proportion to its bytes.
 
     Raises:
         MalformedPickle: It is malformed, or it exceeds a limit.
     """
-    machine = PickleMachine(data, persistent, load_nested)
-    tree = machine.run(OPERATIONS, limit)
+    if limits is None:
+        limits = Limits.for_size(len(data) if isinstance(data, bytes) else data.size)
+    machine = PickleMachine(data, persistent, load_nested, limits)
+    tree = machine.run(OPERATIONS)
     return Unpickled(tree, tuple(machine.globals), machine.offset)

@@ -1,0 +1,45 @@
+"""Unpickle as ``torch.load(weights_only=True)`` does, with storages from elsewhere."""
+
+from __future__ import annotations
+
+import io
+import pickle
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch._weights_only_unpickler import Unpickler  # the one that torch.load(weights_only=True) uses
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+#: The errors that the unpickler raises for a pickle that it refuses.
+_ERRORS = (AttributeError, EOFError, LookupError, RuntimeError, TypeError, ValueError, pickle.UnpicklingError)
+
+
+def unpickle(data: bytes, read_storage: Callable[[str, int], torch.UntypedStorage]) -> Any:
+    """Return the object of a pickle.
+
+    Args:
+        data: The pickle.
+        read_storage: Returns a storage by its key and its size in bytes.
+
+    Raises:
+        pickle.UnpicklingError: Torch refuses it.
+    """
+    loaded: dict[str, torch.UntypedStorage] = {}
+
+    def load(name: tuple[Any, ...]) -> Any:
+        """Return a storage by ``("storage", type, key, location, elements)``."""
+        _, kind, key, _, elements = name
+        dtype = torch.uint8 if kind is torch.UntypedStorage else kind.dtype
+        if key not in loaded:
+            loaded[key] = read_storage(key, elements * dtype.itemsize)
+        typed: Any = torch.TypedStorage
+        return typed(wrap_storage=loaded[key], dtype=dtype, _internal=True)
+
+    unpickler: Any = Unpickler(io.BytesIO(data), encoding="utf-8")
+    unpickler.persistent_load = load
+    try:
+        return unpickler.load()
+    except _ERRORS as error:
+        raise pickle.UnpicklingError(str(error).partition("\n")[0]) from error
