@@ -1,0 +1,205 @@
+"""The packages, their optimizer classes and schedulers, and the numbers that must be reached."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import inspect
+import sys
+import types
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from tests.robustness.optimizers import torch_database
+from tests.robustness.optimizers.construct import Recipe, recipes
+from tests.robustness.optimizers.training import STEPS, Layers
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+    from tests.robustness.optimizers.construct import Build
+
+_SCHEDULER_ARGUMENTS = {
+    "num_warmup_steps": 2,
+    "num_stable_steps": 2,
+    "num_decay_steps": 4,
+    "num_training_steps": STEPS,
+    "num_steps": STEPS,
+    "total_steps": STEPS,
+    "t_max": STEPS,
+    "t_initial": STEPS,
+    "decay_t": 3,
+    "first_cycle_steps": 4,
+    "max_lr": 0.1,
+    "min_lr": 0.001,
+}
+
+
+@dataclass(frozen=True)
+class Floor:
+    """The least numbers of classes that train, that train to the same bits under ``wrap``, and that resume to them."""
+
+    runnable: int
+    equal: int
+    resumed: int
+
+
+@dataclass(frozen=True)
+class Package:
+    """A package of optimizers.
+
+    Attributes:
+        module: What exports the optimizer classes.
+        floor: What must be reached.
+        schedulers: What exports schedulers, if anything does.
+        stub: A package that is not installed, though ``module`` imports it.
+        prepare: Called after the import.
+        special: How to construct the classes that need more than their signature says.
+    """
+
+    module: str
+    floor: Floor
+    schedulers: str = ""
+    stub: str = ""
+    prepare: Callable[[types.ModuleType], None] = lambda module: None
+    special: Mapping[str, Callable[[types.ModuleType], Build]] = field(default_factory=dict)
+
+    def cases(self) -> Iterator[tuple[str, list[Recipe]]]:
+        """Import the package and yield its classes by name, with the ways to train with each."""
+        if self.stub and importlib.util.find_spec(self.stub) is None:
+            sys.meta_path.append(_Stubs(self.stub))
+        module = importlib.import_module(self.module)
+        self.prepare(module)
+        root = self.module.partition(".")[0]
+        for name, kind in _exported(module, root, torch.optim.Optimizer):
+            special = self.special.get(name)
+            yield name, list(recipes(kind, None if special is None else special(module)))
+        if self.schedulers:
+            for name, maker in _schedulers(importlib.import_module(self.schedulers), root):
+                yield name, [Recipe(Layers, _sgd, schedule=partial(_schedule, maker))]
+
+
+class _TorchDatabase(Package):
+    """Torch's own optimizers, in the configurations of its own tests."""
+
+    def cases(self) -> Iterator[tuple[str, list[Recipe]]]:
+        yield from ((name, [recipe]) for name, recipe in torch_database.recipes())
+
+
+class _Stubs(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Makes empty modules in place of a package; whatever is looked up in them is an empty class."""
+
+    def __init__(self, package: str) -> None:
+        self._package = package
+
+    def find_spec(self, name: str, path: Any, target: Any = None) -> importlib.machinery.ModuleSpec | None:
+        if name.partition(".")[0] == self._package:
+            return importlib.machinery.ModuleSpec(name, self, is_package=True)
+        return None
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
+        module = types.ModuleType(spec.name)
+        module.__getattr__ = _empty_class  # type: ignore[method-assign]
+        return module
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        """Nothing to run."""
+
+
+def _empty_class(name: str) -> type:
+    if name.startswith("__"):
+        raise AttributeError(name)
+    return type(name, (), {})
+
+
+def _exported(module: types.ModuleType, root: str, base: type) -> Iterator[tuple[str, Any]]:
+    """Yield the public subclasses of ``base`` that a package defines and a module exports, each once."""
+    seen = set()
+    for name, value in vars(module).items():
+        is_class = isinstance(value, type) and issubclass(value, base) and not inspect.isabstract(value)
+        if is_class and not name.startswith("_") and value.__module__.partition(".")[0] == root and value not in seen:
+            seen.add(value)
+            yield name, value
+
+
+def _schedulers(module: types.ModuleType, root: str) -> Iterator[tuple[str, Any]]:
+    """Yield the public functions and classes of a module that make a scheduler of an optimizer."""
+    for name, value in vars(module).items():
+        is_own = getattr(value, "__module__", "").partition(".")[0] == root and not name.startswith("_")
+        is_maker = inspect.isfunction(value) and name.startswith("get_") and name != "get_scheduler"
+        if is_own and (is_maker or (isinstance(value, type) and name.endswith(("Scheduler", "Restarts")))):
+            parameters = list(inspect.signature(value).parameters)
+            if parameters[:1] == ["optimizer"]:
+                yield f"scheduler {name}", value
+
+
+def _schedule(maker: Callable[..., Any], optimizer: torch.optim.Optimizer) -> Any:
+    required = [p for p in inspect.signature(maker).parameters.values() if p.default is p.empty]
+    names = [p.name for p in required if p.kind is p.POSITIONAL_OR_KEYWORD and p.name != "optimizer"]
+    return maker(optimizer, **{name: _SCHEDULER_ARGUMENTS[name] for name in names})
+
+
+def _sgd(model: torch.nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+
+
+def _without_compilation(heavyball: types.ModuleType) -> None:
+    heavyball.utils.compile_mode = None
+
+
+def _gsam(package: types.ModuleType) -> Build:
+    def build(model: torch.nn.Module) -> torch.optim.Optimizer:
+        base = torch.optim.AdamW(model.parameters(), lr=0.01)
+        schedule = torch.optim.lr_scheduler.ConstantLR(base)
+        return package.GSAM(model.parameters(), base, model, package.ProportionScheduler(schedule, max_lr=0.01))
+
+    return build
+
+
+def _split(heavyball: types.ModuleType) -> Build:
+    def build(model: torch.nn.Module) -> torch.optim.Optimizer:
+        matrices = [p for p in model.parameters() if p.ndim == 2]
+        others = [p for p in model.parameters() if p.ndim != 2]
+        specs = [{"params": matrices, "optimizer": heavyball.Muon}, {"params": others, "optimizer": heavyball.AdamW}]
+        return heavyball.SplitOpt(specs)
+
+    return build
+
+
+def _with(name: str, **options: Any) -> Callable[[types.ModuleType], Build]:
+    """Return what constructs the class of a module with options."""
+    return lambda module: lambda model: getattr(module, name)(model.parameters(), **options)
+
+
+PACKAGES = {
+    "pytorch-optimizer": Package(
+        "pytorch_optimizer",
+        Floor(0, 0, 0),
+        schedulers="pytorch_optimizer.lr_scheduler",
+        special={"Alice": _with("Alice", rank=8, leading_basis=4), "GSAM": _gsam},
+    ),
+    "timm": Package("timm.optim", Floor(0, 0, 0), schedulers="timm.scheduler", stub="torchvision"),
+    "heavyball": Package(
+        "heavyball",
+        Floor(0, 0, 0),
+        prepare=_without_compilation,
+        special={"SplitOpt": _split},
+    ),
+    "torch-optimizer": Package("torch_optimizer", Floor(0, 0, 0)),
+    "bitsandbytes": Package("bitsandbytes.optim", Floor(0, 0, 0)),
+    "torchao": Package("torchao.optim", Floor(0, 0, 0)),
+    "schedulefree": Package("schedulefree", Floor(0, 0, 0)),
+    "prodigyopt": Package("prodigyopt", Floor(0, 0, 0)),
+    "lion-pytorch": Package("lion_pytorch", Floor(0, 0, 0)),
+    "dadaptation": Package("dadaptation", Floor(0, 0, 0)),
+    "adabelief-pytorch": Package("adabelief_pytorch", Floor(0, 0, 0)),
+    "came-pytorch": Package("came_pytorch", Floor(0, 0, 0)),
+    "muon-optimizer": Package("muon", Floor(0, 0, 0)),
+    "transformers": Package("transformers.optimization", Floor(0, 0, 0), schedulers="transformers.optimization"),
+    "torch": _TorchDatabase("torch.optim", Floor(0, 0, 0)),
+}
