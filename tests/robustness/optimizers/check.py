@@ -151,21 +151,23 @@ def _attempt(
 
 def _first_that_trains(recipes: Iterable[Recipe], outcome: Outcome) -> tuple[Recipe | None, list[Tensor]]:
     """Return the first recipe that changes the weights, twice to the same bits, and the weights at the end."""
+    found = []
     for recipe in recipes:
         label = f"{recipe.step.__name__}, {recipe.network}"
         try:
             begin = recipe.make().weights()
             ends = [_train(recipe.make()) for _ in range(2)]
         except Exception as error:  # noqa: BLE001
-            outcome.errors.append(f"alone ({recipe.step.__name__}): {_describe(error)}")
+            found.append(_describe(error))
             continue
         if not _same(*ends):
-            outcome.errors.append(f"alone ({recipe.step.__name__}): other bits at each run")
+            found.append("other bits at each run")
         elif _same(begin, ends[0]):
-            outcome.errors.append(f"alone ({recipe.step.__name__}): changes nothing")
+            found.append("changes nothing")
         else:
-            outcome.recipe, outcome.runnable, outcome.errors = label, True, []
+            outcome.recipe, outcome.runnable = label, True
             return recipe, ends[0]
+    outcome.errors.append(f"alone: {'; '.join(dict.fromkeys(found))}")
     return None, []
 
 

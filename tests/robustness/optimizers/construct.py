@@ -57,7 +57,7 @@ class Recipe:
 
 def recipes(kind: type[torch.optim.Optimizer], special: Build | None = None) -> Iterator[Recipe]:
     """Yield the ways to try, the most usual first."""
-    builds = [special] if special else [partial(by_signature, kind), partial(with_flags, kind)]
+    builds = [special] if special else [partial(build, kind) for build in (by_signature, with_flags, with_momentum)]
     ways = next((ways for method, ways in _METHODS.items() if hasattr(kind, method)), _WAYS)
     for network in _NETWORKS:
         for build in builds:
@@ -91,6 +91,11 @@ def with_flags(kind: type[torch.optim.Optimizer], model: nn.Module) -> torch.opt
     others = [p for p in model.parameters() if p.ndim != 2]
     groups = [{"params": matrices, "use_muon": True}, {"params": others, "use_muon": False}]
     return by_signature(kind, model, [group for group in groups if group["params"]])
+
+
+def with_momentum(kind: type[torch.optim.Optimizer], model: nn.Module) -> torch.optim.Optimizer:
+    """Construct an optimizer that has a momentum of 0 by default and does not support it."""
+    return kind(model.parameters(), lr=0.01, momentum=0.9)
 
 
 def _is_required(parameter: inspect.Parameter) -> bool:
