@@ -181,7 +181,11 @@ PACKAGES = {
         "pytorch_optimizer",
         Floor(0, 0, 0),
         schedulers="pytorch_optimizer.lr_scheduler",
-        special={"Alice": _with("Alice", rank=8, leading_basis=4), "GSAM": _gsam},
+        special={
+            "AdaShift": _with("AdaShift", keep_num=3),  # it waits so many steps
+            "Alice": _with("Alice", rank=8, leading_basis=4),
+            "GSAM": _gsam,
+        },
     ),
     "timm": Package("timm.optim", Floor(0, 0, 0), schedulers="timm.scheduler", stub="torchvision"),
     "heavyball": Package(

@@ -57,7 +57,7 @@ class Recipe:
 
 def recipes(kind: type[torch.optim.Optimizer], special: Build | None = None) -> Iterator[Recipe]:
     """Yield the ways to try, the most usual first."""
-    builds = [special] if special else [partial(build, kind) for build in (by_signature, with_flags, with_momentum)]
+    builds = [special] if special else [partial(build, kind) for build in (by_signature, with_flags, with_options)]
     ways = next((ways for method, ways in _METHODS.items() if hasattr(kind, method)), _WAYS)
     for network in _NETWORKS:
         for build in builds:
@@ -93,9 +93,10 @@ def with_flags(kind: type[torch.optim.Optimizer], model: nn.Module) -> torch.opt
     return by_signature(kind, model, [group for group in groups if group["params"]])
 
 
-def with_momentum(kind: type[torch.optim.Optimizer], model: nn.Module) -> torch.optim.Optimizer:
-    """Construct an optimizer that has a momentum of 0 by default and does not support it."""
-    return kind(model.parameters(), lr=0.01, momentum=0.9)
+def with_options(kind: type[torch.optim.Optimizer], model: nn.Module) -> torch.optim.Optimizer:
+    """Construct an optimizer that does not support its own defaults: no LR, or no momentum."""
+    momentum = {"momentum": 0.9} if "momentum" in inspect.signature(kind).parameters else {}
+    return kind(model.parameters(), lr=0.01, **momentum)
 
 
 def _is_required(parameter: inspect.Parameter) -> bool:
