@@ -29,6 +29,7 @@ _SCHEDULER_ARGUMENTS = {
     "num_stable_steps": 2,
     "num_decay_steps": 4,
     "num_training_steps": STEPS,
+    "num_epochs": STEPS,
     "num_steps": STEPS,
     "total_steps": STEPS,
     "t_max": STEPS,
@@ -54,9 +55,8 @@ class Package:
     """A package of optimizers.
 
     Attributes:
-        module: What exports the optimizer classes.
+        module: What exports the classes.
         floor: What must be reached.
-        schedulers: What exports schedulers, if anything does.
         stub: A package that is not installed, though ``module`` imports it.
         prepare: Called after the import.
         special: How to construct the classes that need more than their signature says.
@@ -64,24 +64,33 @@ class Package:
 
     module: str
     floor: Floor
-    schedulers: str = ""
     stub: str = ""
     prepare: Callable[[types.ModuleType], None] = lambda module: None
     special: Mapping[str, Callable[[types.ModuleType], Build]] = field(default_factory=dict)
 
     def cases(self) -> Iterator[tuple[str, list[Recipe]]]:
         """Import the package and yield its classes by name, with the ways to train with each."""
+        module = self._import()
+        for name, kind in _exported(module):
+            special = self.special.get(name)
+            yield name, list(recipes(kind, None if special is None else special(module)))
+
+    def _import(self) -> types.ModuleType:
         if self.stub and importlib.util.find_spec(self.stub) is None:
             sys.meta_path.append(_Stubs(self.stub))
         module = importlib.import_module(self.module)
         self.prepare(module)
-        root = self.module.partition(".")[0]
-        for name, kind in _exported(module, root, torch.optim.Optimizer):
-            special = self.special.get(name)
-            yield name, list(recipes(kind, None if special is None else special(module)))
-        if self.schedulers:
-            for name, maker in _schedulers(importlib.import_module(self.schedulers), root):
-                yield name, [Recipe(Layers, _sgd, schedule=partial(_schedule, maker))]
+        return module
+
+
+class _Schedulers(Package):
+    """The schedulers of a package, with SGD where ``special`` names no other optimizer."""
+
+    def cases(self) -> Iterator[tuple[str, list[Recipe]]]:
+        module = self._import()
+        for name, maker in _scheduler_makers(module):
+            build = self.special[name](module) if name in self.special else _sgd
+            yield name, [Recipe(Layers, build, schedule=partial(_schedule, maker))]
 
 
 class _TorchDatabase(Package):
@@ -117,30 +126,36 @@ def _empty_class(name: str) -> type:
     return type(name, (), {})
 
 
-def _exported(module: types.ModuleType, root: str, base: type) -> Iterator[tuple[str, Any]]:
-    """Yield the public subclasses of ``base`` that a package defines and a module exports, each once."""
+def _exported(module: types.ModuleType) -> Iterator[tuple[str, Any]]:
+    """Yield the public optimizer classes that a package defines and a module exports, each once."""
     seen = set()
-    for name, value in vars(module).items():
-        is_class = isinstance(value, type) and issubclass(value, base) and not inspect.isabstract(value)
-        if is_class and not name.startswith("_") and value.__module__.partition(".")[0] == root and value not in seen:
+    for name, value in _public(module):
+        is_optimizer = isinstance(value, type) and issubclass(value, torch.optim.Optimizer)
+        if is_optimizer and not inspect.isabstract(value) and value not in seen:
             seen.add(value)
             yield name, value
 
 
-def _schedulers(module: types.ModuleType, root: str) -> Iterator[tuple[str, Any]]:
+def _scheduler_makers(module: types.ModuleType) -> Iterator[tuple[str, Any]]:
     """Yield the public functions and classes of a module that make a scheduler of an optimizer."""
-    for name, value in vars(module).items():
-        is_own = getattr(value, "__module__", "").partition(".")[0] == root and not name.startswith("_")
-        is_maker = inspect.isfunction(value) and name.startswith("get_") and name != "get_scheduler"
-        if is_own and (is_maker or (isinstance(value, type) and name.endswith(("Scheduler", "Restarts")))):
-            parameters = list(inspect.signature(value).parameters)
-            if parameters[:1] == ["optimizer"]:
-                yield f"scheduler {name}", value
+    for name, value in _public(module):
+        is_function = inspect.isfunction(value) and name.startswith("get_") and name != "get_scheduler"
+        is_class = isinstance(value, type) and name.endswith(("Scheduler", "Restarts"))
+        if (is_function or is_class) and list(inspect.signature(value).parameters)[:1] == ["optimizer"]:
+            yield name, value
+
+
+def _public(module: types.ModuleType) -> Iterator[tuple[str, Any]]:
+    """Yield what a module exports of its own package."""
+    package = module.__name__.partition(".")[0]
+    for name in getattr(module, "__all__", list(vars(module))):
+        value = getattr(module, name)
+        if not name.startswith("_") and str(getattr(value, "__module__", "")).partition(".")[0] == package:
+            yield name, value
 
 
 def _schedule(maker: Callable[..., Any], optimizer: torch.optim.Optimizer) -> Any:
-    required = [p for p in inspect.signature(maker).parameters.values() if p.default is p.empty]
-    names = [p.name for p in required if p.kind is p.POSITIONAL_OR_KEYWORD and p.name != "optimizer"]
+    names = _SCHEDULER_ARGUMENTS.keys() & inspect.signature(maker).parameters.keys()
     return maker(optimizer, **{name: _SCHEDULER_ARGUMENTS[name] for name in names})
 
 
@@ -180,14 +195,13 @@ PACKAGES = {
     "pytorch-optimizer": Package(
         "pytorch_optimizer",
         Floor(0, 0, 0),
-        schedulers="pytorch_optimizer.lr_scheduler",
         special={
             "AdaShift": _with("AdaShift", keep_num=3),  # it waits so many steps
             "Alice": _with("Alice", rank=8, leading_basis=4),
             "GSAM": _gsam,
         },
     ),
-    "timm": Package("timm.optim", Floor(0, 0, 0), schedulers="timm.scheduler", stub="torchvision"),
+    "timm": Package("timm.optim", Floor(0, 0, 0), stub="torchvision"),
     "heavyball": Package(
         "heavyball",
         Floor(0, 0, 0),
@@ -204,6 +218,13 @@ PACKAGES = {
     "adabelief-pytorch": Package("adabelief_pytorch", Floor(0, 0, 0)),
     "came-pytorch": Package("came_pytorch", Floor(0, 0, 0)),
     "muon-optimizer": Package("muon", Floor(0, 0, 0)),
-    "transformers": Package("transformers.optimization", Floor(0, 0, 0), schedulers="transformers.optimization"),
+    "transformers": Package("transformers.optimization", Floor(0, 0, 0)),
+    "schedulers of pytorch-optimizer": _Schedulers("pytorch_optimizer.lr_scheduler", Floor(0, 0, 0)),
+    "schedulers of timm": _Schedulers("timm.scheduler", Floor(0, 0, 0), stub="torchvision"),
+    "schedulers of transformers": _Schedulers(
+        "transformers.optimization",
+        Floor(0, 0, 0),
+        special={"get_adafactor_schedule": _with("Adafactor")},
+    ),
     "torch": _TorchDatabase("torch.optim", Floor(0, 0, 0)),
 }

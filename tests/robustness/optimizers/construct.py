@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -50,7 +51,8 @@ class Recipe:
         model = self.network()
         optimizer = self.build(model)
         if callable(getattr(optimizer, "train", None)):
-            optimizer.train()
+            with contextlib.suppress(AttributeError):  # heavyball's SAMWrapper hands it on to any optimizer
+                optimizer.train()
         scheduler = None if self.schedule is None else self.schedule(optimizer)
         return Objects(model, optimizer, scheduler, self.step)
 

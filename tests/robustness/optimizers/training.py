@@ -125,6 +125,7 @@ def with_batch(objects: Objects, i: int) -> Tensor:
 
 
 def _closure(objects: Objects, i: int, losses: list[Tensor]) -> Callable[[], Tensor]:
+    @torch.enable_grad()  # AliG calls it without
     def closure() -> Tensor:
         objects.optimizer.zero_grad()
         loss = loss_of(objects.model, i)
