@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.abc
-import importlib.machinery
 import importlib.util
 import inspect
 import sys
@@ -57,15 +55,15 @@ class Package:
     Attributes:
         module: What exports the classes.
         floor: What must be reached.
-        stub: A package that is not installed, though ``module`` imports it.
-        prepare: Called after the import.
+        before: Called before the import.
+        after: Called after it.
         special: How to construct the classes that need more than their signature says.
     """
 
     module: str
     floor: Floor
-    stub: str = ""
-    prepare: Callable[[types.ModuleType], None] = lambda module: None
+    before: Callable[[], None] = lambda: None
+    after: Callable[[types.ModuleType], None] = lambda module: None
     special: Mapping[str, Callable[[types.ModuleType], Build]] = field(default_factory=dict)
 
     def cases(self) -> Iterator[tuple[str, list[Recipe]]]:
@@ -76,10 +74,9 @@ class Package:
             yield name, list(recipes(kind, None if special is None else special(module)))
 
     def _import(self) -> types.ModuleType:
-        if self.stub and importlib.util.find_spec(self.stub) is None:
-            sys.meta_path.append(_Stubs(self.stub))
+        self.before()
         module = importlib.import_module(self.module)
-        self.prepare(module)
+        self.after(module)
         return module
 
 
@@ -98,32 +95,6 @@ class _TorchDatabase(Package):
 
     def cases(self) -> Iterator[tuple[str, list[Recipe]]]:
         yield from ((name, [recipe]) for name, recipe in torch_database.recipes())
-
-
-class _Stubs(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Makes empty modules in place of a package; whatever is looked up in them is an empty class."""
-
-    def __init__(self, package: str) -> None:
-        self._package = package
-
-    def find_spec(self, name: str, path: Any, target: Any = None) -> importlib.machinery.ModuleSpec | None:
-        if name.partition(".")[0] == self._package:
-            return importlib.machinery.ModuleSpec(name, self, is_package=True)
-        return None
-
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
-        module = types.ModuleType(spec.name)
-        module.__getattr__ = _empty_class  # type: ignore[method-assign]
-        return module
-
-    def exec_module(self, module: types.ModuleType) -> None:
-        """Nothing to run."""
-
-
-def _empty_class(name: str) -> type:
-    if name.startswith("__"):
-        raise AttributeError(name)
-    return type(name, (), {})
 
 
 def _exported(module: types.ModuleType) -> Iterator[tuple[str, Any]]:
@@ -155,12 +126,25 @@ def _public(module: types.ModuleType) -> Iterator[tuple[str, Any]]:
 
 
 def _schedule(maker: Callable[..., Any], optimizer: torch.optim.Optimizer) -> Any:
-    names = _SCHEDULER_ARGUMENTS.keys() & inspect.signature(maker).parameters.keys()
-    return maker(optimizer, **{name: _SCHEDULER_ARGUMENTS[name] for name in names})
+    options: dict[str, Any] = {}
+    for name, parameter in inspect.signature(maker).parameters.items():
+        if name in _SCHEDULER_ARGUMENTS:
+            value = _SCHEDULER_ARGUMENTS[name]
+            options[name] = [value] if "List" in str(parameter.annotation) else value
+    return maker(optimizer, **options)
 
 
 def _sgd(model: torch.nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+
+
+def _without_torchvision() -> None:
+    """Keep timm from importing its models, which need torchvision."""
+    spec = importlib.util.find_spec("timm")
+    if "timm" not in sys.modules and spec is not None:
+        sys.modules["timm"] = importlib.util.module_from_spec(spec)  # which is not run
+        sys.modules["timm.models"] = models = types.ModuleType("timm.models")
+        models.group_parameters = None
 
 
 def _without_compilation(heavyball: types.ModuleType) -> None:
@@ -201,11 +185,11 @@ PACKAGES = {
             "GSAM": _gsam,
         },
     ),
-    "timm": Package("timm.optim", Floor(0, 0, 0), stub="torchvision"),
+    "timm": Package("timm.optim", Floor(0, 0, 0), before=_without_torchvision),
     "heavyball": Package(
         "heavyball",
         Floor(0, 0, 0),
-        prepare=_without_compilation,
+        after=_without_compilation,
         special={"SplitOpt": _split},
     ),
     "torch-optimizer": Package("torch_optimizer", Floor(0, 0, 0)),
@@ -220,7 +204,7 @@ PACKAGES = {
     "muon-optimizer": Package("muon", Floor(0, 0, 0)),
     "transformers": Package("transformers.optimization", Floor(0, 0, 0)),
     "schedulers of pytorch-optimizer": _Schedulers("pytorch_optimizer.lr_scheduler", Floor(0, 0, 0)),
-    "schedulers of timm": _Schedulers("timm.scheduler", Floor(0, 0, 0), stub="torchvision"),
+    "schedulers of timm": _Schedulers("timm.scheduler", Floor(0, 0, 0), before=_without_torchvision),
     "schedulers of transformers": _Schedulers(
         "transformers.optimization",
         Floor(0, 0, 0),
