@@ -106,7 +106,7 @@ class RunCheckpoints:
         self._group_counts = {name: len(optimizer.param_groups) for name, optimizer in optimizers.items()}
 
     def check_first_steps(self) -> None:
-        """Warn after a first step if the state cannot be saved, or an optimizer's ``state_dict`` does not restore it."""
+        """Warn after a first step if a state cannot be saved, or its own ``state_dict`` does not restore it."""
         if not self._is_state_checked:
             self._is_state_checked = True
             self.saver.check_state()
