@@ -202,7 +202,9 @@ class Separate(Lookahead):
 def test_a_state_that_only_the_wrapped_optimizer_has_is_missed():
     """Some implementations of SAM save the groups of both, and the state of the outer one."""
     model, optimizer = make(lambda ps: Separate(SGD(ps, lr=0.1, momentum=0.9)))
-    assert check(model, optimizer) == [f"state_dict() of Separate does not restore 'count', 'momentum_buffer'; {RESULT}"]
+    assert check(model, optimizer) == [
+        f"state_dict() of Separate does not restore 'count', 'momentum_buffer'; {RESULT}"
+    ]
 
 
 class Drawing(CountingSGD):
