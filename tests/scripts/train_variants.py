@@ -16,6 +16,7 @@ from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 
 import trackopt
+from tests.helpers import optimizers
 
 KILL = int(os.environ.get("KILL", "-1"))
 
@@ -446,6 +447,34 @@ def fused_backward(directory):
                 die(run)
 
 
+def wrapped_optimizer(directory):
+    """An optimizer around another one with state of its own, whose state_dict has neither "state" nor groups."""
+    model = network()
+    optimizer = optimizers.MAKERS["a wrapper of extra entries"](model)
+    scheduler = lr_scheduler.StepLR(optimizer, 5, 0.9)
+    simple(directory, DataLoader(Noisy(), 5, shuffle=True), model=model, optimizer=optimizer, scheduler=scheduler)
+
+
+def list_of_states(directory):
+    """Two optimizers in one, whose state_dict is a list."""
+    model = network()
+    simple(directory, DataLoader(Noisy(), 5, shuffle=True), model=model, optimizer=optimizers.MAKERS["a list"](model))
+
+
+def extra_entries(directory):
+    """An optimizer with entries beside "state" and "param_groups"; the epoch's first line is repeated on resume."""
+    model = network()
+    optimizer = optimizers.MAKERS["extra entries"](model)
+    with trackopt.wrap(optimizer, model=model, dir=directory, save_every=3, sinks=()) as run:
+        for epoch in run.epochs(4):
+            for group in optimizer.param_groups:
+                group["lr"] *= 0.8 if epoch else 1
+            for batch in run.batches(DataLoader(Noisy(), 5, shuffle=True)):
+                loss = stepped(model, optimizer, batch)
+                run.log(loss=loss, calls=optimizer.calls)
+                die(run)
+
+
 def hugging_face(directory):
     from transformers import get_cosine_schedule_with_warmup
 
@@ -460,6 +489,7 @@ KINDS = (
     *(stateful_loader, handed_over, accumulation, scaler, bfloat16, swa, unfreeze, manual_decay, growing_batches),
     *(two_optimizers, tied_and_frozen, compiled, plateau, duck, hugging_face),
     *(by_epoch, fused_backward),
+    *(extra_entries, wrapped_optimizer, list_of_states),
 )
 
 if __name__ == "__main__":

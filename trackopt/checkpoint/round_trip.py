@@ -48,8 +48,8 @@ class RoundTripCheck:
         self._pending = {id(each): each for each in optimizers if not _is_torch_class(each)}
         self._copies: dict[int, _Pairs] = {}
         self._modules = [part for module in training.models.values() for part in module.modules()]
-        # Dynamo must not trace the hook of a compiled step.
-        hook: Any = torch.compiler.disable(self._before_step)
+        untraced: Callable[..., Any] = torch.compiler.disable  # Dynamo must not trace the hook of a compiled step
+        hook = untraced(self._before_step)
         self._handles = [each.register_step_pre_hook(hook) for each in self._pending.values()]
 
     def run(self) -> list[str]:

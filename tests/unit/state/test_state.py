@@ -271,6 +271,16 @@ def test_state_of_an_older_torch_is_told_by_its_buffers(name: str, tmp_path: Pat
         assert "save the same keys" in found.evidence
 
 
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_switches_that_a_newer_torch_adds_are_not_odd(name: str, tmp_path: Path) -> None:
+    """Torch 2.15 added ``maximize`` to LBFGS."""
+    live = stepped(name)[1]
+    switches = dict.fromkeys(("maximize", "foreach", "capturable", "differentiable", "fused"), False)
+    live.param_groups[0].update({key: False for key in switches if key not in live.param_groups[0]})
+    found = read({"optimizer": live.state_dict()}, tmp_path).optimizers[0]
+    assert found.unknown == ()
+
+
 def test_a_stranger_among_hyperparameters_and_buffers_is_named(tmp_path: Path) -> None:
     live = stepped("SGD")[1]
     live.param_groups[0]["trust_ratio"] = 0.1
