@@ -57,8 +57,8 @@ def compare_resume(call: Call, steps: int, lr: Sequence[float]) -> ResumeCompari
         steps: Steps to preview after the resume.
         lr: The LR of each parameter group, also its ``initial_lr``.
 
-    torch before 2.8 moves the LR when a scheduler is built with ``last_epoch``, so there a restored optimizer may have
-    another LR from its first step on.
+    Older versions of torch, such as 2.6, step a scheduler that is built with ``last_epoch``. With them a schedule that
+    multiplies the present LR, as ExponentialLR does, is a factor ahead on a restored optimizer, too.
 
     Raises:
         UsageError: torch refuses the schedule, or ``last_epoch`` is over a million.

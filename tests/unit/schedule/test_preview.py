@@ -50,7 +50,7 @@ def short_cycle(optimizer):
     return lr_scheduler.OneCycleLR(optimizer, 0.1, STEPS)
 
 
-@pytest.mark.filterwarnings("ignore:Detected call of")  # torch warns of its own nested SequentialLR
+@pytest.mark.filterwarnings("ignore:Detected call of", "ignore:The epoch parameter")  # of torch's own SequentialLR
 @pytest.mark.parametrize("kind", [optim.SGD, optim.AdamW])
 @pytest.mark.parametrize("name", [*SCHEDULERS, "a whole cycle"])
 def test_a_preview_is_what_a_training_logs(name, kind, tmp_path):
@@ -72,7 +72,7 @@ def test_a_preview_is_what_a_training_logs(name, kind, tmp_path):
         assert {key for key in seen if key.startswith("hyper/")} == set(logged) - set(rates)
 
 
-@pytest.mark.filterwarnings("ignore:Detected call of")
+@pytest.mark.filterwarnings("ignore:Detected call of", "ignore:The epoch parameter")
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_a_live_scheduler_goes_on_from_where_it_stands_and_is_not_touched(name):
     """Its own state, the optimizer's, the weights and the generators are what they were."""
