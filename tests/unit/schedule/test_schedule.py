@@ -86,7 +86,7 @@ def test_more_than_a_call_is_refused(text):
         ("StepLr(5)", "did you mean StepLR?"),
         ("Adam(5)", "not a scheduler class"),
         ("StepLR(5, gama=1)", "did you mean gamma?"),
-        ("StepLR(5, 1, 2, 3)", "too many"),
+        ("StepLR(5, 1, 2, 3, 4)", "too many"),
         ("StepLR(5, step_size=5)", "given twice"),
         ("StepLR()", "needs step_size"),
         ("StepLR(5, optimizer=1)", "is supplied"),
