@@ -8,14 +8,22 @@
 # make fuzz       100,000 mutated files, each of which must be answered or refused
 # make faults     a training killed, hindered and cut off at every place, each time resumed
 # make pictures   run the examples, and keep what they draw and what commands show
+# make compat     unit and resume tests with the lowest and with the newest versions that pyproject.toml allows
+# make portable   unit tests and types as on macOS and on Windows
 # make dist       build wheel and sdist, and install the wheel into an empty environment, with and without torch
 VENV := .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 OPTIMIZERS := .venv-optimizers
 PYTEST := $(BIN)/python -m pytest --numprocesses auto
+UNIT_TESTS := -m "not integration" tests/unit
+RESUME_TESTS := tests/integration/test_resume.py tests/integration/test_resume_matrix.py tests/integration/test_format1.py
+LOWEST_PYTHON ?= 3.10
+NEWEST_PYTHON ?= 3.13
+COMPAT := .venv-compat-lowest .venv-compat-newest
 
-.PHONY: demo test check lint matrix optimizers bench fuzz faults pictures dist clean
+.PHONY: demo test check lint matrix optimizers bench fuzz faults pictures compat compat-lowest compat-newest portable dist \
+	clean
 
 demo: $(VENV)/ready
 	$(BIN)/python examples/demo.py
@@ -24,7 +32,7 @@ test: $(VENV)/ready
 	$(PYTEST) --dist worksteal
 
 check: lint
-	$(PYTEST) --dist worksteal -m "not integration and not distributed and not robustness" tests/unit
+	$(PYTEST) --dist worksteal $(UNIT_TESTS)
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
@@ -60,6 +68,32 @@ pictures: $(VENV)/ready
 	done
 	$(BIN)/python examples/screens.py
 
+compat: compat-lowest compat-newest
+
+# Old versions warn of what newer ones of their dependencies deprecate.
+compat-lowest: WARNINGS := -W ignore::DeprecationWarning
+
+compat-lowest compat-newest: compat-%: .venv-compat-%/ready
+	$(<D)/bin/python -m pytest --numprocesses auto --dist worksteal $(WARNINGS) $(UNIT_TESTS)
+	$(<D)/bin/python -m pytest --numprocesses auto --dist worksteal $(WARNINGS) $(RESUME_TESTS)
+
+.venv-compat-lowest/ready: RESOLUTION := lowest-direct
+.venv-compat-lowest/ready: COMPAT_PYTHON := $(LOWEST_PYTHON)
+.venv-compat-newest/ready: RESOLUTION := highest
+.venv-compat-newest/ready: COMPAT_PYTHON := $(NEWEST_PYTHON)
+
+$(COMPAT:%=%/ready): $(VENV)/ready
+	$(BIN)/uv venv --clear --python $(COMPAT_PYTHON) $(@D)
+	$(BIN)/uv pip install --python $(@D) --resolution $(RESOLUTION) --editable .
+	$(BIN)/uv pip install --python $(@D) --group test
+	touch $@
+
+portable: $(VENV)/ready
+	for platform in darwin win32; do $(BIN)/mypy --platform $$platform --no-warn-unreachable --cache-dir .mypy_cache/$$platform || exit 1; done
+	for system in macos windows; do \
+	  TRACKOPT_SYSTEM=$$system $(PYTEST) --dist worksteal $(UNIT_TESTS) || exit 1; \
+	done
+
 dist: $(VENV)/ready
 	rm -rf dist
 	$(BIN)/python -m build --outdir dist .
@@ -79,5 +113,5 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(OPTIMIZERS) dist build .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OPTIMIZERS) $(COMPAT) dist build .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

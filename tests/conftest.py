@@ -13,6 +13,7 @@ import sys
 import pytest
 import torch
 
+from tests.helpers import other_system  # before trackopt
 from tests.helpers.processes import stop_server
 from tests.helpers.training import make_training
 from trackopt import cli
@@ -26,6 +27,7 @@ os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")  # seven pr
 
 # Several tests run at once; threads of torch that wait for each other at barriers would take most of the time.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # or torch 2.6 starts processes that compile
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
@@ -40,6 +42,13 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(part)
         if item.path.stem == "test_browser":
             item.add_marker("browser")
+        if other_system.system and item.get_closest_marker("linux"):
+            item.add_marker(pytest.mark.skip(f"checks what {other_system.system} lacks"))
+
+
+def pytest_report_header():
+    """Say whose standard library the package has."""
+    return f"trackopt has the standard library of {other_system.system}" if other_system.system else None
 
 
 def pytest_sessionfinish():

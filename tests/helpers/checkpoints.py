@@ -21,6 +21,12 @@ if TYPE_CHECKING:
 STAMP = 1763717000.0
 
 
+def recognized(name: str) -> str:
+    """Return the class by which the reader knows the state of an optimizer of this torch."""
+    same_keys = "decoupled_weight_decay" not in torch.optim.AdamW([torch.ones(1)]).defaults  # before torch 2.7
+    return "Adam or AdamW" if same_keys and name in {"Adam", "AdamW"} else name
+
+
 class Call:
     """Pickles as a call of ``name`` with ``args``."""
 

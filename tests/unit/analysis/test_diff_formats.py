@@ -57,7 +57,7 @@ def lightning(tree: Tree, path: Path) -> None:
 
 def distributed(tree: Tree, path: Path) -> None:
     with pytest.warns(UserWarning, match=r"single process|disabled"):
-        dcp.save(by_name(tree), checkpoint_id=path, no_dist=True)  # type: ignore[attr-defined]  # as its pages say
+        dcp.save(by_name(tree), checkpoint_id=path)  # type: ignore[attr-defined]  # as its pages say
 
 
 def safetensors(tree: Tree, path: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch.distributed import checkpoint as dcp
 
 import trackopt
-from tests.helpers.checkpoints import saved, trained
+from tests.helpers.checkpoints import recognized, saved, trained
 from trackopt import state
 from trackopt.analysis.verify import verify
 from trackopt.errors import ArchiveError
@@ -46,7 +46,7 @@ def distributed(tmp_path: Path) -> Path:
     """A distributed checkpoint of one process."""
     tree = {"model": {"w": torch.arange(6.0).reshape(2, 3), "b": torch.ones(2, dtype=torch.bfloat16)}, "epoch": 4}
     with pytest.warns(UserWarning, match=r"single process|disabled"):
-        dcp.save(tree, checkpoint_id=tmp_path / "dcp", no_dist=True)
+        dcp.save(tree, checkpoint_id=tmp_path / "dcp")
     return tmp_path / "dcp"
 
 
@@ -107,6 +107,7 @@ def test_an_index_that_makes_no_sense_is_one_line(tmp_path: Path, text: str) -> 
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.linux
 def test_a_pipe_in_the_place_of_a_file_does_not_block(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pytorch_model.bin")
     with pytest.raises(ArchiveError, match="no regular file"):
@@ -172,7 +173,7 @@ def test_deepspeed_by_its_layout(tmp_path: Path) -> None:
     with trackopt.open(tmp_path) as archive:
         found = state.read(archive)
     assert (found.framework, found.step) == ("DeepSpeed", 7)
-    assert [one.cls for one in found.optimizers] == ["AdamW", "AdamW"]
+    assert [one.cls for one in found.optimizers] == [recognized("AdamW")] * 2
     assert [one.cls for one in found.schedulers] == ["StepLR"]
     assert found.models[0].tensors.keys() == ours["model"].keys()
 

@@ -43,6 +43,7 @@ DTYPES = [
     "uint8", "uint16", "uint32", "uint64", "bool", "complex32", "complex64", "complex128", "bits8", "bits16",
     "bits1x8", "bits2x4", "bits4x2",
 ]  # fmt: skip
+DTYPES = [name for name in DTYPES if hasattr(torch, name)]  # torch 2.6 lacks two
 VIEWS = {
     "whole": lambda t: t,
     "transposed": lambda t: t.t(),
@@ -553,6 +554,8 @@ def test_constants_that_cannot_be_read_are_told_and_the_rest_is_read(tmp_path: P
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Net, Path]:
+    if torch.__version__ < (2, 8):
+        pytest.skip("this torch writes an older format, which trackopt does not read")
     model, path = Net(), tmp_path_factory.mktemp("pt2") / "t.pt2"
     program = quiet(torch.export.export, model, (torch.ones(1, 2),))
     quiet(torch.export.save, program, path)

@@ -285,7 +285,7 @@ def test_every_generator_is_put_back():
     """Python's, NumPy's and torch's draw the same again; what is drawn in between is another number."""
 
     def draw():
-        return random.random(), random.gauss(), np.random.rand(), np.random.randn(), torch.rand(1).item()
+        return random.random(), random.gauss(0, 1), np.random.rand(), np.random.randn(), torch.rand(1).item()
 
     state = rng.capture()
     first, second = draw(), draw()

@@ -34,12 +34,18 @@ def written(tree, path=Path("folder/x.pt")):
     return path
 
 
+as_torch_writes = pytest.mark.skipif(
+    torch.__version__ < (2, 7), reason="this torch writes fewer records; it reads the others"
+)
+
+
 def torch_bytes(tree):
     file = io.BytesIO()
     torch.save(tree, file)
     return file.getvalue()
 
 
+@as_torch_writes
 def test_the_file_is_torchs_own_but_for_its_name():
     """The same bytes as torch.save's, except for the 40 digits that identify a file, and their checksum."""
     ours, theirs = written(TREE).read_bytes(), torch_bytes(TREE)
@@ -71,6 +77,7 @@ def test_every_reader_takes_it():
         assert "No errors detected" in done.stdout
 
 
+@as_torch_writes
 def test_a_file_beyond_4_gib_is_laid_out_as_torchs():
     """Headers, checksums' places and the directory, with sizes and offsets that 32 bits do not hold; no data."""
     sizes = [5 << 30, 12, (1 << 32) - 1, 0, 8]
@@ -88,6 +95,7 @@ def test_a_file_beyond_4_gib_is_laid_out_as_torchs():
         assert file.read() == central_directory(found, [record.crc for record in zipped.records.values()])
 
 
+@as_torch_writes
 def test_memory_is_reused_and_grows():
     """A second, smaller checkpoint in the same memory holds nothing of the first; a larger one gets more."""
     staging = Staging()

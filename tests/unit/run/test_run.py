@@ -14,7 +14,7 @@ import torch
 import trackopt
 from tests.helpers.training import make_training, train_step
 from trackopt import CheckpointError, RunError, UsageError, journal
-from trackopt.checkpoint import resume
+from trackopt.checkpoint import folder, resume
 from trackopt.checkpoint.sharded import CpuStateDict
 from trackopt.training import rng
 
@@ -224,8 +224,8 @@ def test_a_checkpoint_that_loads_the_second_time_is_no_damaged_one(monkeypatch):
     run.close()
 
 
-@pytest.mark.parametrize("call", ["exists", "rename"])
-def test_a_disk_that_fails_while_a_run_is_opened_is_told(call, monkeypatch):
+@pytest.mark.parametrize(("place", "call"), [(Path, "exists"), (folder, "replace")])
+def test_a_disk_that_fails_while_a_run_is_opened_is_told(place, call, monkeypatch):
     """In one line; the directory is free again, and nothing of it is spoilt."""
     run, step = wrapped(save_every=1)
     for _ in range(2):
@@ -236,7 +236,7 @@ def test_a_disk_that_fails_while_a_run_is_opened_is_told(call, monkeypatch):
         raise OSError(5, "Input/output error", str(path))
 
     with monkeypatch.context() as broken:
-        broken.setattr(Path, call, fail)
+        broken.setattr(place, call, fail)
         with pytest.raises(RunError, match="Input/output error"):
             wrapped(resume="run/checkpoints/step-00000001.pt")
     run, _ = wrapped()
@@ -441,6 +441,7 @@ def test_a_default_device_is_not_for_what_is_copied():
     assert torch.equal(held, values["a"])
 
 
+@pytest.mark.linux
 def test_a_forked_child_leaves_the_run_to_its_parent():
     """What it leaves by an exception of its own is the parent's: no last checkpoint, no end in the journal."""
     model, optimizer, _ = make_training()

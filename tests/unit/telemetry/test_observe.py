@@ -3,6 +3,7 @@ import math
 from pathlib import Path
 
 import numpy as np
+import numpy.testing  # NumPy 1.26 runs lscpu when it is first used
 import orjson
 import pytest
 import torch
