@@ -151,11 +151,12 @@ def test_nothing_in_a_journal_reaches_the_terminal_raw(tmp_path, run_cli):
 
 
 def test_a_resumed_run_is_what_counts(tmp_path):
-    """The abandoned future is not drawn; and a pause between attempts is no time of training."""
+    """The abandoned future is not drawn; a pause between attempts and other markers are no time of training."""
     writer = journal.Journal(tmp_path / "metrics.jsonl")
     lines = [(1, 10.0, 2.0), (2, 11.0, 1.0), (3, 12.0, 9.0)]
     writer._append({"event": "start", "step": 0, "time": 9.0, "params": {"optimizer": "SGD"}})
     for step, when, loss in lines:
+        writer._append({"event": "measurement_failed", "step": step, "time": when - 0.1, "part": "histograms"})
         writer._append({"step": step, "time": when, "metrics": {"loss": loss}})
     writer._append({"event": "resume", "step": 2, "time": 5000.0})
     writer._append({"step": 3, "time": 5002.0, "metrics": {"loss": 0.5, "other": 1.0}})
