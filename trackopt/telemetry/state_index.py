@@ -69,7 +69,9 @@ class StateIndex:
 
     def states(self) -> list[dict[Any, Any]]:
         """Return the states of the optimizers, which may share one."""
-        states = (getattr(optimizer, "state", {}) for optimizer in self._optimizers)
+        states = [getattr(optimizer, "state", {}) for optimizer in self._optimizers]
+        if len(states) == 1:
+            return states
         return list({id(state): state for state in states}.values())
 
     def states_of(self, parameter: Tensor) -> list[ParamState]:
@@ -103,7 +105,7 @@ class StateIndex:
             name: [tensor for state, key in entries if isinstance(tensor := state.get(key), Tensor)]
             for name, entries in self._plain.items()
         }
-        for name, unit, tensor in self._nested(lists=False):
+        for name, unit, tensor in self._nested(lists=False) if self._slots else ():
             if tensor.ndim:  # others are counters
                 buffers.setdefault(f"{name}/{unit}", []).append(tensor)
         return buffers
@@ -111,7 +113,7 @@ class StateIndex:
     def list_states(self) -> dict[str, list[Tensor]]:
         """Return the tensors of each list of tensors, such as those of LBFGS."""
         lists: dict[str, list[Tensor]] = {}
-        for name, unit, tensor in self._nested(lists=True):
+        for name, unit, tensor in self._nested(lists=True) if self._slots else ():
             lists.setdefault(f"{name}/{unit}", []).append(tensor)
         return lists
 

@@ -60,7 +60,7 @@ class TensorIndex:
         parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
         all_states = self._state.states()
         states = [state for states in all_states for state in states.values() if isinstance(state, dict)]
-        size = sum(map(len, states)) + sum(map(len, all_states)) + sum(map(len, map(vars, self._optimizers)))
+        size = sum(map(len, states)) + sum(map(len, all_states)) + len(vars(self._optimizer))
         known = self._known
         if (
             size != known[2]
