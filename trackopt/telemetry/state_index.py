@@ -124,11 +124,9 @@ class StateIndex:
     def first_moment(self, parameter: Tensor) -> Tensor | None:
         """Return the moving average of a parameter's gradients; ``None`` without one, or with several."""
         states = self.states_of(parameter)
-        values = (state.get(name) for state in states for name in self._first_moments)
-        if (
-            plain := next((value for value in values if isinstance(value, Tensor) and is_plain(value)), None)
-        ) is not None:
-            return plain
+        for value in (state.get(name) for state in states for name in self._first_moments):
+            if isinstance(value, Tensor) and value.ndim and is_plain(value):
+                return value
         ends = ((name.rpartition(".")[-1], tensor) for name, tensor in self._tensors_of(parameter))
         found = [tensor for name, tensor in ends if name in self._first_moments or is_numbered(name)]
         return found[0] if len(found) == 1 else None
@@ -168,7 +166,8 @@ class StateIndex:
                 path, unit = self._split_unit(path)
             name = _name(path)
             if isinstance(leaf, Tensor):
-                if (leaf.is_floating_point() or not slot.is_attribute) and self._is_measurable(name, leaf):
+                is_bookkeeping = slot.is_attribute and not (leaf.ndim and leaf.is_floating_point())
+                if not is_bookkeeping and self._is_measurable(name, leaf):
                     yield name, unit, leaf
             elif not slot.is_attribute:
                 self._warn(name, f"a {type(leaf).__name__}")

@@ -11,6 +11,7 @@ from trackopt.telemetry.hooks import OptimizerObserver
 from trackopt.telemetry.options import StatsOptions
 from trackopt.telemetry.quantized import BlockwiseTensor
 from trackopt.telemetry.statistics import measure
+from trackopt.telemetry.update import Update
 
 TABLE = torch.linspace(-1, 1, 256)
 
@@ -122,6 +123,13 @@ def test_what_is_not_finite_in_quantized_state_is_named_with_its_parameter():
     assert (event.what, event.parameter) == ("exp_avg", "bias")
 
 
+def test_the_update_of_quantized_parameters_is_that_of_their_values():
+    codes, update = torch.zeros(4, dtype=torch.int16), Update()
+    update.snapshot({"group0": [Halves(codes)]})
+    codes += 512
+    torch.testing.assert_close(update.pop_delta({"group0": [Halves(codes)]}), {"update/group0": [-torch.ones(4)]})
+
+
 @pytest.mark.parametrize(("size", "block"), [(1, 256), (256, 256), (257, 256), (1000, 256), (5000, 2048), (4097, 64)])
 def test_blocks_of_codes_by_hand(size, block):
     """Each value is the table's entry of its code times the scale of its block, whatever the size of the blocks."""
@@ -168,7 +176,7 @@ def test_codes_beside_tables_and_scales_are_measured_as_values(rule, has_cosine,
 
 
 def test_blocks_of_codes_are_those_of_bitsandbytes():
-    """Where the package is installed: every optimizer's state equals what its own functions make of it."""
+    """Where the package is installed, its own function gives the same values."""
     bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     model = nn.Linear(70, 30)
     optimizer = bitsandbytes.optim.AdamW8bit(model.parameters(), lr=0.01, min_8bit_size=16)
