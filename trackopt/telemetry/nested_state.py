@@ -33,7 +33,7 @@ def walk(state: Mapping[Any, Any], key: object, *, into_objects: bool) -> Iterat
         The keys and attributes on the way to the tensor, and the tensor; positions in lists are no keys.
 
     Example:
-        >>> [path for path, _ in walk({"blocks": [{"exp_avg": torch.ones(2)}]}, "blocks", into_objects=True)]
+        >>> [path for path, _ in walk({"blocks": [{"exp_avg": Tensor([1.0])}]}, "blocks", into_objects=True)]
         [('blocks', 'exp_avg')]
     """
     yield from _walk(dequantized(state, key), (key,), set(), into_objects=into_objects)

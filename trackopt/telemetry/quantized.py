@@ -6,7 +6,7 @@ bitsandbytes keeps such state: ``state1``, the codes, goes with ``qmap1``, the t
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -32,16 +32,17 @@ class BlockwiseTensor(Tensor):
     _codes: Tensor
     _table: Tensor
     _scales: Tensor
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # as torch's subclasses do
 
     @staticmethod
     def __new__(cls, codes: Tensor, table: Tensor, scales: Tensor) -> BlockwiseTensor:  # noqa: D102 - see the class
+        result: BlockwiseTensor
         result = Tensor._make_wrapper_subclass(cls, codes.shape, dtype=torch.float32, device=codes.device)
         result._codes, result._table, result._scales = codes, table, scales
-        return cast("BlockwiseTensor", result)
+        return result
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         """Refuse all operations."""
         raise NotImplementedError(f"{func} of quantized state; call dequantize()")
 

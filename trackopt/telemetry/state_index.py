@@ -69,7 +69,9 @@ class StateIndex:
 
     def states(self) -> list[dict[Any, Any]]:
         """Return the states of the optimizers, which may share one."""
-        states = (getattr(optimizer, "state", {}) for optimizer in self._optimizers)
+        states = [getattr(optimizer, "state", {}) for optimizer in self._optimizers]
+        if len(states) == 1:
+            return states
         return list({id(state): state for state in states}.values())
 
     def states_of(self, parameter: Tensor) -> list[ParamState]:
@@ -103,7 +105,7 @@ class StateIndex:
             name: [tensor for state, key in entries if isinstance(tensor := state.get(key), Tensor)]
             for name, entries in self._plain.items()
         }
-        for name, unit, tensor in self._nested(lists=False):
+        for name, unit, tensor in self._nested(lists=False) if self._slots else ():
             if tensor.ndim:  # others are counters
                 buffers.setdefault(f"{name}/{unit}", []).append(tensor)
         return buffers
@@ -111,7 +113,7 @@ class StateIndex:
     def list_states(self) -> dict[str, list[Tensor]]:
         """Return the tensors of each list of tensors, such as those of LBFGS."""
         lists: dict[str, list[Tensor]] = {}
-        for name, unit, tensor in self._nested(lists=True):
+        for name, unit, tensor in self._nested(lists=True) if self._slots else ():
             lists.setdefault(f"{name}/{unit}", []).append(tensor)
         return lists
 
@@ -122,11 +124,9 @@ class StateIndex:
     def first_moment(self, parameter: Tensor) -> Tensor | None:
         """Return the moving average of a parameter's gradients; ``None`` without one, or with several."""
         states = self.states_of(parameter)
-        values = (state.get(name) for state in states for name in self._first_moments)
-        if (
-            plain := next((value for value in values if isinstance(value, Tensor) and is_plain(value)), None)
-        ) is not None:
-            return plain
+        for value in (state.get(name) for state in states for name in self._first_moments):
+            if isinstance(value, Tensor) and value.ndim and is_plain(value):
+                return value
         ends = ((name.rpartition(".")[-1], tensor) for name, tensor in self._tensors_of(parameter))
         found = [tensor for name, tensor in ends if name in self._first_moments or is_numbered(name)]
         return found[0] if len(found) == 1 else None
@@ -166,7 +166,8 @@ class StateIndex:
                 path, unit = self._split_unit(path)
             name = _name(path)
             if isinstance(leaf, Tensor):
-                if (leaf.is_floating_point() or not slot.is_attribute) and self._is_measurable(name, leaf):
+                is_bookkeeping = slot.is_attribute and not (leaf.ndim and leaf.is_floating_point())
+                if not is_bookkeeping and self._is_measurable(name, leaf):
                     yield name, unit, leaf
             elif not slot.is_attribute:
                 self._warn(name, f"a {type(leaf).__name__}")

@@ -68,8 +68,9 @@ class RawStatistics(NamedTuple):
 def measure(buffers: Lists, vectors: Lists) -> tuple[dict[str, Statistics], dict[str, float]]:
     """Compute the statistics of each named list of buffers, and the L2 norm of each named list of vectors.
 
-    Tensors may be dense or sparse, of any floating or complex dtype and of any layout; a complex number counts as two
-    real ones. NaN and infinity show in the result as they would in a float64 computation.
+    Tensors may be dense, sparse or quantized, of any floating or complex dtype and of any layout; a complex number
+    counts as two real ones, and elements that a sparse tensor does not store are zeros. NaN and infinity show in the
+    result as they would in a float64 computation.
 
     Args:
         buffers: For each name the tensors to describe together; empty ones are skipped.

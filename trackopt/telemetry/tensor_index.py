@@ -47,7 +47,7 @@ class TensorIndex:
         self.is_sharded = False
         self._optimizer = optimizer
         self._prefix = prefix
-        self._optimizers = list(_with_inner(optimizer))
+        self._optimizers = _with_inner(optimizer)
         self._names = names
         self._per_parameter = per_parameter
         self._state = StateIndex(self._optimizers, prefix, self._units_by_name)
@@ -60,7 +60,7 @@ class TensorIndex:
         parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
         all_states = self._state.states()
         states = [state for states in all_states for state in states.values() if isinstance(state, dict)]
-        size = sum(map(len, states)) + sum(map(len, all_states)) + sum(map(len, map(vars, self._optimizers)))
+        size = sum(map(len, states)) + sum(map(len, all_states)) + len(vars(self._optimizer))
         known = self._known
         if (
             size != known[2]
@@ -155,13 +155,13 @@ class TensorIndex:
             logger.warning(message, optimizer, unit, describe(parameter))
 
 
-def _with_inner(optimizer: Optimizer) -> Iterator[Optimizer]:
-    """Yield an optimizer and those in its attributes, alone or in lists and dictionaries, at any depth."""
+def _with_inner(optimizer: Optimizer) -> list[Optimizer]:
+    """Return an optimizer and those in its attributes, alone or in lists and dictionaries, at any depth."""
     found = [optimizer]
     for outer in found:  # grows meanwhile
         for value in vars(outer).values():
-            values = (
+            items = (
                 value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else [value]
             )
-            found += [v for v in values if isinstance(v, Optimizer) and not any(v is known for known in found)]
-    return iter(found)
+            found += [o for o in items if isinstance(o, Optimizer) and not any(o is known for known in found)]
+    return found

@@ -64,11 +64,12 @@ def flatten(tensor: Tensor) -> Tensor:
     """
     if is_plain(tensor):
         return tensor.detach().flatten()
-    tensor = to_plain(to_local(tensor)).detach()
+    tensor = to_plain(to_local(tensor))
     if tensor.layout is torch.sparse_coo:
-        tensor = tensor.coalesce().values()
+        tensor = tensor.detach().coalesce().values()
     elif tensor.layout in _COMPRESSED:
         tensor = tensor.values()
+    tensor = tensor.detach()
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor.resolve_conj())
     return tensor.flatten()
