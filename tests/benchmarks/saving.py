@@ -20,10 +20,10 @@ from torch import nn
 
 import trackopt
 from tests.benchmarks.measure import Cost, Row, pairwise, table
+from trackopt.checkpoint.async_write import lower_thread_priority
 from trackopt.checkpoint.meta import RunProgress
 from trackopt.checkpoint.reader import load
 from trackopt.checkpoint.retention import Retention, RetentionMarks
-from trackopt.checkpoint.saver import lower_thread_priority
 from trackopt.checkpoint.snapshot import capture
 from trackopt.checkpoint.store import CheckpointStore
 from trackopt.training.objects import Training

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from trackopt.checkpoint.class_names import find_class
-from trackopt.checkpoint.encoding import FACTORIES, format_path
 from trackopt.checkpoint.resharding import LazyTensor
+from trackopt.checkpoint.type_encoders import FACTORIES, format_path
 from trackopt.errors import MismatchError
 
 if TYPE_CHECKING:
@@ -74,12 +74,10 @@ class _Node:
 
     def restore(self, value: Any, path: tuple[Any, ...]) -> Any:
         """Return the value with its type, and those of the values below it."""
+        parts = list(value) if isinstance(value, tuple) else value
         for key, child in self.children.items():
-            restored = child.restore(value[key], (*path, key))
-            if isinstance(value, tuple):
-                value = (*value[:key], restored, *value[key + 1 :])
-            else:
-                value[key] = restored
+            parts[key] = child.restore(parts[key], (*path, key))
+        value = tuple(parts) if isinstance(value, tuple) else value
         for kind, detail in self.kinds:
             value = _restore(kind, value, detail, path)
         return value
@@ -149,6 +147,7 @@ _BUILDERS: dict[str, Callable[[Any, Any], Any]] = {
     "bytes": lambda value, _: value.encode(),
     "ndarray": _array,
     "scalar": lambda value, dtype: np.dtype(dtype).type(value),
+    "scalars": lambda value, dtype: type(value)(map(np.dtype(dtype).type, value)),
     "datetime": lambda value, fold: datetime.datetime.fromisoformat(value).replace(fold=fold),
     "date": lambda value, _: datetime.date.fromisoformat(value),
     "time": lambda value, fold: datetime.time.fromisoformat(value).replace(fold=fold),

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
-import sys
 import threading
 import time
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
+from trackopt.checkpoint.async_write import AsyncWrite, lower_thread_priority
 from trackopt.checkpoint.meta import RunProgress
 from trackopt.checkpoint.retention import RetentionMarks
 from trackopt.checkpoint.sharded import ShardedCheckpoint
@@ -19,10 +17,6 @@ from trackopt.checkpoint.snapshot import capture, check_saveable, estimate_nbyte
 from trackopt.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
-
-    from trackopt.checkpoint.staging import Staged
     from trackopt.checkpoint.store import CheckpointStore
     from trackopt.distributed.collectives import Collectives
     from trackopt.journal import Journal
@@ -98,7 +92,7 @@ class CheckpointSaver:
         self._reported: set[str] = set()  # reasons of failures
         self._last_save_time = time.monotonic()
         self._due: SaveRequest | None = None
-        self._in_flight: _AsyncWrite | None = None
+        self._in_flight: AsyncWrite | None = None
         self._preparing: threading.Thread | None = None
 
     @property
@@ -197,7 +191,7 @@ class CheckpointSaver:
         lower_thread_priority()
         self._store.preallocate(size)
 
-    def _stage(self, progress: RunProgress) -> _AsyncWrite:
+    def _stage(self, progress: RunProgress) -> AsyncWrite:
         """Copy the state; the memory is free once the checkpoint before it is written.
 
         Raises:
@@ -217,9 +211,9 @@ class CheckpointSaver:
                 raise failure from error
             staged = ShardedCheckpoint({}, None, failure)  # the other processes wait for this one's part
         self._last_save_time = time.monotonic()
-        return _AsyncWrite(self._store, staged, progress, self._journal.sync)
+        return AsyncWrite(self._store, staged, progress, self._journal.sync)
 
-    def _on_written(self, writing: _AsyncWrite) -> CheckpointError | None:
+    def _on_written(self, writing: AsyncWrite) -> CheckpointError | None:
         writing.finish()
         if writing.path is not None:
             self.latest = writing.progress
@@ -241,51 +235,8 @@ class CheckpointSaver:
         self._journal.mark("checkpoint_failed", progress.step, reason=str(error))
 
 
-class _AsyncWrite(threading.Thread):
-    """The write of one checkpoint. The interpreter waits for it at exit, since it is no daemon."""
-
-    def __init__(
-        self,
-        store: CheckpointStore,
-        staged: Staged | ShardedCheckpoint,
-        progress: RunProgress,
-        before_commit: Callable[[], None],
-    ) -> None:
-        super().__init__(name="trackopt-save")
-        self.progress = progress
-        self.path: Path | None = None
-        self.error: CheckpointError | None = None
-        self._store, self._staged, self._before_commit = store, staged, before_commit
-
-    def run(self) -> None:
-        lower_thread_priority()
-        self._write()
-
-    def _write(self) -> None:
-        try:
-            self.path = self._store.commit(self._staged, self.progress.step, self._before_commit)
-        except CheckpointError as error:
-            self.error = error
-        except Exception as error:  # noqa: BLE001 - reported in the training's own thread
-            self.error = CheckpointError(f"the checkpoint of step {self.progress.step}: not written ({error!r})")
-
-    def finish(self) -> None:
-        """Wait for the write; do it here if it was not started, as no thread starts while the interpreter exits."""
-        if self.ident is None:
-            self._write()
-        else:
-            self.join()
-
-
 def _unsaveable(error: Exception) -> CheckpointError:
     """Return the error for a state that cannot be saved; one that is not trackopt's is named with its class."""
     line = (str(error).splitlines() or [""])[0]
     reason = line if isinstance(error, UsageError) else f"{type(error).__name__}: {line}".removesuffix(": ")
     return CheckpointError(f"no checkpoint can be written ({reason})")
-
-
-def lower_thread_priority() -> None:
-    """Give this thread the lowest priority, so that training gets the cores first; this cannot be undone."""
-    if sys.platform == "linux":  # elsewhere it would be the whole process
-        with contextlib.suppress(OSError):  # a sandbox may forbid it
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)

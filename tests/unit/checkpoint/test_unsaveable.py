@@ -66,7 +66,7 @@ def trained(optimizer, steps, **options):
     [
         (
             WithProjector,
-            r"optimizer.state\[0\].projector is a .*Projector, which a checkpoint cannot hold safely; let ",
+            r"optimizer.state\[0\].projector is a .*Projector, which a checkpoint cannot hold safely",
         ),
         (WithoutStateDict, "NotImplementedError: use distributed_state_dict"),
     ],
