@@ -60,7 +60,7 @@ class LazyTensor:
         return torch.frombuffer(data, dtype=self.dtype).reshape(sizes)
 
 
-def state_by_name(optimizer: Optimizer, names: Sequence[Sequence[str]]) -> StateDict:
+def state_by_name(optimizer: Optimizer, names: Sequence[Sequence[str]]) -> Any:
     """Return an optimizer's ``state_dict`` with names for ids; a ``ZeroRedundancyOptimizer``'s holds the local part.
 
     A ``state_dict`` that has not the form of torch's is returned as it is.
