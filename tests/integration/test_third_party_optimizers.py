@@ -125,7 +125,7 @@ def test_optimizers_of_several_processes(kind):
 
 
 class Keyed(CountingSGD):
-    """Has numbers for keys, in the state of its parameters and beside it."""
+    """Has numbers for keys, in the state of its parameters and in an extra entry."""
 
     def step(self, closure=None):
         super().step(closure)

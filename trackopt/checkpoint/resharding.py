@@ -63,7 +63,7 @@ class LazyTensor:
 def state_by_name(optimizer: Optimizer, names: Sequence[Sequence[str]]) -> Any:
     """Return an optimizer's ``state_dict`` with names for ids; a ``ZeroRedundancyOptimizer``'s holds the local part.
 
-    A ``state_dict`` that has not the form of torch's is returned as it is.
+    A ``state_dict`` in another form than torch's keeps it.
 
     Args:
         optimizer: The optimizer.

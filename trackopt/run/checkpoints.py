@@ -104,11 +104,6 @@ class RunCheckpoints:
         optimizers = self._training.optimizers
         self._group_counts = {name: len(optimizer.param_groups) for name, optimizer in optimizers.items()}
 
-    def check_first_step(self) -> None:
-        """Report an optimizer that made its first step and whose own ``state_dict`` does not restore it."""
-        for line in self._round_trip.run():
-            logger.warning("trackopt: %s", line)
-
     def save(self, *, epoch_done: bool = False) -> None:
         """Take a checkpoint now, on all ranks."""
         progress = self._progress(epoch_done=epoch_done)
@@ -119,6 +114,11 @@ class RunCheckpoints:
         if self._collectives.broadcast(self._has_unsaved_progress()):
             progress = self._progress()
             self._collectives.run_on_all(lambda: self.saver.save_final(progress))
+
+    def check_round_trips(self) -> None:
+        """Report the optimizers that made their first step and are not restored by their own ``state_dict``."""
+        for line in self._round_trip.run():
+            logger.warning("trackopt: %s", line)
 
     def close(self) -> None:
         """Remove the hooks, and leave the process group if the ranks are still together."""

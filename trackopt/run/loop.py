@@ -165,7 +165,7 @@ class TrackedLoop:
             self._saver.on_step(before, self.attempt.step)
             if self.is_open:
                 self._saver.preallocate()
-                self.checkpoints.check_first_step()
+                self.checkpoints.check_round_trips()
             if self._observer is not None:
                 self._telemetry.flush()
                 self._observer.record(self.attempt.step)
