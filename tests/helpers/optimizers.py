@@ -8,7 +8,7 @@ SGD = torch.optim.SGD
 
 
 class CountingSGD(SGD):
-    """Divides the LR by the number of calls, which is an entry of its own beside "state" and "param_groups"."""
+    """Divides the LR by the number of calls, an entry next to "state" and "param_groups"."""
 
     def __init__(self, params, lr=0.1, momentum=0.9):
         super().__init__(params, lr=lr, momentum=momentum)

@@ -10,6 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import trackopt
+from tests.helpers.optimizers import CountingSGD
 from trackopt import journal
 from trackopt.telemetry.hooks import OptimizerObserver
 from trackopt.telemetry.options import StatsOptions
@@ -121,6 +122,44 @@ def test_optimizers_of_several_processes(kind):
     whole = torch.cat([getattr(t, "full_tensor", lambda t=t: t)().flatten() for t in moments])
     assert metrics["exp_avg/group0.norm"] == pytest.approx(whole.norm().item(), rel=1e-6)
     assert metrics["update/group0.ratio"] > 0
+
+
+class Keyed(CountingSGD):
+    """Has numbers for keys, in the state of its parameters and in an extra entry."""
+
+    def step(self, closure=None):
+        super().step(closure)
+        self.history[7] = "seven"
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p][0] = {(1, 2): torch.ones_like(p) * self.calls}
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own deprecations
+@pytest.mark.usefixtures("one_process")
+def test_a_sharded_checkpoint_holds_entries_and_keys_of_its_own():
+    """DCP turns every key into text; they come back as they were."""
+
+    def make():
+        torch.manual_seed(0)
+        model = nn.Linear(4, 3)
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        optimizer = Keyed(model.parameters())
+        return model, optimizer, trackopt.wrap(optimizer, model=model, dir="run", sinks=())
+
+    model, optimizer, run = make()
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(torch.ones(2, 4)).square().mean().backward()
+        optimizer.step()
+        run.step()
+    run.close()
+    _, resumed, run = make()
+    run.close()
+    assert (resumed.calls, resumed.history) == (2, {"last": 0.1, 7: "seven"})
+    for mine, theirs in zip(resumed.state.values(), optimizer.state.values(), strict=True):
+        assert mine.keys() == theirs.keys() == {"momentum_buffer", 0}
+        assert torch.equal(mine[0][1, 2].full_tensor(), theirs[0][1, 2].full_tensor())
 
 
 @pytest.mark.parametrize("name", MAKERS)

@@ -462,7 +462,7 @@ def list_of_states(directory):
 
 
 def extra_entries(directory):
-    """An optimizer with entries beside "state" and "param_groups"; the epoch's first line is repeated on resume."""
+    """An optimizer with entries next to "state" and "param_groups"; the epoch's first line is repeated on resume."""
     model = network()
     optimizer = optimizers.MAKERS["extra entries"](model)
     with trackopt.wrap(optimizer, model=model, dir=directory, save_every=3, sinks=()) as run:

@@ -12,6 +12,8 @@ from dataclasses import replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from trackopt.checkpoint.compatibility import Compatibility, check_compatibility, unexpected
 from trackopt.checkpoint.compatibility_optimizer import parameters_of
 from trackopt.checkpoint.decoding import keep_live
@@ -21,6 +23,7 @@ from trackopt.checkpoint.saved_state import extra_entries
 from trackopt.checkpoint.snapshot import state_of
 from trackopt.errors import ArchiveError, CheckpointError, MismatchError
 from trackopt.training import rng
+from trackopt.training.param_groups import to_float
 from trackopt.training.scheduler_state import load_scheduler_state_dict, scheduler_state_dict
 
 if TYPE_CHECKING:
@@ -151,7 +154,7 @@ def _load_optimizer(optimizer: Optimizer, fit: OptimizerCompatibility) -> None:
 
 def _learning_rates(optimizer: Optimizer) -> list[float | None]:
     rates = [group.get("lr") for group in optimizer.param_groups]
-    return [None if rate is None else float(rate) for rate in rates]
+    return [to_float(rate) if isinstance(rate, (int, float, Tensor)) else None for rate in rates]
 
 
 def _require_saved_lr(training: Training, saved: dict[str, list[float | None]], path: Path) -> None:

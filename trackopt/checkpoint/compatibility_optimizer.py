@@ -61,7 +61,6 @@ def fit_optimizer(
         problems.append(f"{label} was saved with {len(saved.groups)} parameter groups, here it has {len(live)}")
         candidates = []
     added = [group for group in candidates if group is not None]
-    own_groups = [*optimizer.param_groups, *added]
     later_groups = saved.groups[len(live) :][: len(added)]
     own_names = [*live, *([live_names[name] for name in group.names] for group in later_groups)]
     saved_names = {own: name for name, own in live_names.items()}
@@ -70,7 +69,7 @@ def fit_optimizer(
     param_names = {name for group in saved.groups for name in group.names}
     state = {key: value for key, value in saved.state.items() if key not in param_names}
     groups: list[ParamGroup] = []
-    for index, (own, names) in enumerate(zip(own_groups, own_names, strict=True)):
+    for index, (own, names) in enumerate(zip([*optimizer.param_groups, *added], own_names, strict=True)):
         first = sum(map(len, own_names[:index]))
         groups.append({**_hyperparameters(label, index, own, names, saved, live_names, problems)})
         groups[-1]["params"] = list(range(first, first + len(names)))
@@ -121,18 +120,18 @@ def _fit_own_form(
 
 
 def _fit_extra(
-    label: str, extra: Mapping[str, Any], optimizer: Optimizer, problems: list[str], *, same_order: bool
+    label: str, saved: Mapping[str, Any], optimizer: Optimizer, problems: list[str], *, same_order: bool
 ) -> StateDict:
-    """Return the entries besides ``state`` and ``param_groups``; in another order the live ones of those with lists."""
-    ordered = set() if same_order else {key for key, value in extra.items() if _may_be_ordered(value)}
+    """Return the extra entries; in another order of the parameters the live ones of those that may follow it."""
+    ordered = set() if same_order else {key for key, value in saved.items() if _may_be_ordered(value)}
     if not ordered:
-        return dict(extra)
+        return dict(saved)
     problems.append(
         f"{label} was saved with {join_names(ordered)}, which cannot be matched by name, "
         "and its parameters or their order differ"
     )
     live = optimizer.state_dict()
-    fitting = {key: value for key, value in extra.items() if key not in ordered}
+    fitting = {key: value for key, value in saved.items() if key not in ordered}
     return fitting | {key: live[key] for key in ordered & live.keys()}
 
 

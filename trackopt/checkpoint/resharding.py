@@ -8,6 +8,7 @@ without waiting for the others.
 
 from __future__ import annotations
 
+import ast
 import copy
 from dataclasses import replace
 from itertools import chain
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
 
     from trackopt import archive
     from trackopt.utils.types import StateDict
+
+
+_KEY_PREFIX = "__key__:"  # DCP turns numbers and tuples into text, if they are keys
 
 
 class LazyTensor:
@@ -56,10 +60,10 @@ class LazyTensor:
         return torch.frombuffer(data, dtype=self.dtype).reshape(sizes)
 
 
-def state_by_name(optimizer: Optimizer, names: Sequence[Sequence[str]]) -> StateDict:
+def state_by_name(optimizer: Optimizer, names: Sequence[Sequence[str]]) -> Any:
     """Return an optimizer's ``state_dict`` with names for ids; a ``ZeroRedundancyOptimizer``'s holds the local part.
 
-    A ``state_dict`` that has not the form of torch's is returned as it is.
+    A ``state_dict`` in another form than torch's keeps it.
 
     Args:
         optimizer: The optimizer.
@@ -73,12 +77,27 @@ def state_by_name(optimizer: Optimizer, names: Sequence[Sequence[str]]) -> State
     else:
         state_dict = optimizer.state_dict()
         if not has_torch_form(state_dict, names):
-            return state_dict
+            return _encode_keys(state_dict)
     keys = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
     name_of = dict(zip(keys, chain.from_iterable(names), strict=True))
     state = {name_of.get(key, key): entry for key, entry in state_dict["state"].items()}
     groups = [{**group, "params": list(own)} for group, own in zip(state_dict["param_groups"], names, strict=True)]
-    return {**state_dict, "state": state, "param_groups": groups}
+    return _encode_keys({**state_dict, "state": state, "param_groups": groups})
+
+
+def decode_key(key: Any) -> Any:
+    """Return the key of a dict in a sharded optimizer state as it was before `state_by_name`."""
+    is_encoded = isinstance(key, str) and key.startswith(_KEY_PREFIX)
+    return ast.literal_eval(key.removeprefix(_KEY_PREFIX)) if is_encoded else key
+
+
+def _encode_keys(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {
+            f"{_KEY_PREFIX}{key!r}" if isinstance(key, (int, tuple)) else key: _encode_keys(child)
+            for key, child in value.items()
+        }
+    return [_encode_keys(child) for child in value] if type(value) is list else value
 
 
 def reshard(value: Any, live: Any) -> Any:
@@ -86,12 +105,13 @@ def reshard(value: Any, live: Any) -> Any:
 
     Args:
         value: A state of tensors and `LazyTensor` values.
-        live: The current state of the same object; a tensor that it lacks is not cut.
+        live: The current state of the same object; a tensor that it lacks is not cut. Or one tensor, after which all
+            are cut.
     """
     if isinstance(value, (Tensor, LazyTensor)):
         return _local_shard(value, live)
     if isinstance(value, dict):
-        current = live if isinstance(live, dict) else {}
+        current = live if isinstance(live, dict) else dict.fromkeys(value, live if isinstance(live, Tensor) else None)
         result: Any = copy.copy(value)
         for key, child in value.items():
             result[key] = reshard(child, current.get(key))
@@ -99,7 +119,9 @@ def reshard(value: Any, live: Any) -> Any:
             result._metadata = value._metadata
         return result
     if isinstance(value, (list, tuple)):
-        others = live if isinstance(live, (list, tuple)) and len(live) == len(value) else [None] * len(value)
+        others = [live if isinstance(live, Tensor) else None] * len(value)
+        if isinstance(live, (list, tuple)) and len(live) == len(value):
+            others = list(live)
         items = [reshard(child, other) for child, other in zip(value, others, strict=True)]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     return value
@@ -119,11 +141,7 @@ def reshard_optimizer_state(
     if is_zero(optimizer):
         local = {id(parameter) for group in inner_optimizer(optimizer).param_groups for parameter in group["params"]}
         excluded = {key for key, parameter in parameters.items() if id(parameter) not in local}
-    return {
-        key: reshard(entry, dict.fromkeys(entry, parameters.get(key)) if isinstance(entry, dict) else None)
-        for key, entry in state.items()
-        if key not in excluded
-    }
+    return {key: reshard(entry, parameters.get(key)) for key, entry in state.items() if key not in excluded}
 
 
 def _local_shard(value: Tensor | LazyTensor, live: Any) -> Tensor:

@@ -47,7 +47,7 @@ class RoundTripCheck:
         optimizers = [] if is_sharded(training) else list(training.optimizers.values())
         self._pending = {id(each): each for each in optimizers if not _is_torch_class(each)}
         self._copies: dict[int, _Pairs] = {}
-        self._modules = [part for module in training.models.values() for part in module.modules()]
+        self._models = training.models
         untraced: Callable[..., Any] = torch.compiler.disable  # Dynamo must not trace the hook of a compiled step
         hook = untraced(self._before_step)
         self._handles = [each.register_step_pre_hook(hook) for each in self._pending.values()]
@@ -75,8 +75,9 @@ class RoundTripCheck:
             self._copies[id(optimizer)] = _isolated(self._copy, optimizer) or []
 
     def _copy(self, optimizer: Optimizer) -> _Pairs:
-        is_small = _nbytes(optimizer) <= _MAX_BYTES
-        return copy_optimizer(optimizer, self._modules) if is_small and is_copyable(optimizer) else []
+        if _nbytes(optimizer) > _MAX_BYTES or not is_copyable(optimizer):
+            return []
+        return copy_optimizer(optimizer, [part for model in self._models.values() for part in model.modules()])
 
 
 def _is_torch_class(optimizer: Optimizer) -> bool:

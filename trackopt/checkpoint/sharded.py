@@ -26,7 +26,7 @@ from trackopt import archive, locations
 from trackopt.archive.formats import manifest
 from trackopt.archive.formats.directories import UNSHARDED_FILE
 from trackopt.archive.tree import UnknownObject
-from trackopt.checkpoint.resharding import LazyTensor
+from trackopt.checkpoint.resharding import LazyTensor, decode_key
 from trackopt.checkpoint.writer import PARTIAL_SUFFIX, write
 from trackopt.errors import ArchiveError, CheckpointError, TrackoptError
 from trackopt.training.sharding import contains_dtensor, is_dtensor, to_local
@@ -191,7 +191,7 @@ def _make_lazy(opened: archive.Archive, node: Any) -> Any:
         tensor = LazyTensor(opened, node)
         return tensor if tensor.shape else tensor.read()  # a single number is never sharded
     if isinstance(node, dict):
-        return {key: _make_lazy(opened, child) for key, child in node.items()}
+        return {decode_key(key): _make_lazy(opened, child) for key, child in node.items()}
     if isinstance(node, (list, tuple)):
         return type(node)(_make_lazy(opened, child) for child in node)
     if isinstance(node, UnknownObject) and node.name == "builtins.set":

@@ -127,7 +127,7 @@ def reordered(model):
     return [{"params": first["params"][::-1]}, second]
 
 
-def test_a_number_beside_the_state_comes_back_in_any_order_of_the_parameters():
+def test_a_number_next_to_the_state_comes_back_in_any_order_of_the_parameters():
     """Momentum is matched by name; a count belongs to no parameter."""
     model, optimizer = saved("extra entries")
     fresh, resumed = make(lambda model: CountingSGD(reordered(model)))
@@ -155,7 +155,7 @@ class Listing(CountingSGD):
         (Lookahead, "the state_dict() of optimizer has a form of its own, which cannot be matched by name"),
         (lambda base: base, "optimizer was saved with sizes, which cannot be matched by name"),
     ],
-    ids=["a form of its own", "a list beside the state"],
+    ids=["a form of its own", "a list next to the state"],
 )
 def test_what_cannot_be_matched_by_name_is_refused_in_another_order(maker, said):
     """Nothing is changed; not strict, the rest is loaded."""
@@ -246,7 +246,7 @@ def test_a_sharded_save_keeps_what_it_does_not_understand():
 class TestForeignFiles:
     """Files of plain torch.save, which name no class."""
 
-    def test_entries_beside_the_state_come_back(self):
+    def test_entries_next_to_the_state_come_back(self):
         model, optimizer = make("extra entries")
         train(model, optimizer, 0, 3)
         torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, "plain.pt")

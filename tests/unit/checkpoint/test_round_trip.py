@@ -174,7 +174,7 @@ def test_no_false_alarm_for_packages(maker):
 
 @pytest.mark.parametrize("kind", MAKERS)
 def test_no_false_alarm_for_a_state_dict_of_its_own(kind):
-    """Wrappers, lists and entries beside the state are compared as well."""
+    """Wrappers, lists and extra entries are compared as well."""
     torch.manual_seed(0)
     model = nn.Linear(3, 4)
     optimizer = MAKERS[kind](model)
