@@ -52,13 +52,13 @@ class ResumeComparison:
 def compare_resume(call: Call, steps: int, lr: Sequence[float]) -> ResumeComparison:
     """Resume a schedule by its ``last_epoch`` and compare it with the uninterrupted one.
 
+    Older versions of torch, such as 2.6, step a scheduler that is built with ``last_epoch``. With them a schedule that
+    multiplies the present LR, as ExponentialLR does, is a factor ahead on a restored optimizer, too.
+
     Args:
         call: The schedule; its ``last_epoch`` is 0 or more.
         steps: Steps to preview after the resume.
         lr: The LR of each parameter group, also its ``initial_lr``.
-
-    Older versions of torch, such as 2.6, step a scheduler that is built with ``last_epoch``. With them a schedule that
-    multiplies the present LR, as ExponentialLR does, is a factor ahead on a restored optimizer, too.
 
     Raises:
         UsageError: torch refuses the schedule, or ``last_epoch`` is over a million.

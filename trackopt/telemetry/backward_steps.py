@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 _MAX_SAMPLES = 16  # parameters that are compared before and after an iteration
 _MAX_MICROBATCHES = 100  # iterations with gradients and without a step that gradient accumulation can explain
+_MAX_ELEMENTS = 1 << 20  # of each: some sums copy what they read to float64
 _DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128}
 
 logger = logging.getLogger("trackopt")
@@ -135,7 +136,7 @@ class BackwardSteps:
     def _read_parameters(self) -> list[tuple[float, ...]]:
         """Return the version, the sum and the norm of each sample; a write through ``.data`` leaves the version."""
         samples = self._samples()
-        values = [torch.view_as_real(p.detach()) if p.is_complex() else p.detach() for p in samples]
+        values = [_first_rows(torch.view_as_real(p) if p.is_complex() else p) for p in samples]
         wide = [torch.float32 if value.is_mps else torch.float64 for value in values]
         sums = [value.sum(dtype=dtype) for value, dtype in zip(values, wide, strict=True)]
         norms = [torch.linalg.vector_norm(value, dtype=dtype) for value, dtype in zip(values, wide, strict=True)]
@@ -153,6 +154,10 @@ class BackwardSteps:
 def _is_readable(parameter: Tensor) -> bool:
     is_plain = type(parameter) in {Tensor, nn.Parameter} and parameter.layout is torch.strided
     return is_plain and parameter.dtype in _DTYPES and parameter.numel() > 0 and not parameter.is_meta
+
+
+def _first_rows(values: Tensor) -> Tensor:
+    return values[: max(1, len(values) * _MAX_ELEMENTS // values.numel())] if values.ndim else values
 
 
 def _differ(before: tuple[float, ...], after: tuple[float, ...]) -> bool:

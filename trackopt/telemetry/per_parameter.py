@@ -24,7 +24,7 @@ class PerParameterOptimizers:
     The metrics are those of one optimizer with all their parameters, without the cosine of gradient and moment.
 
     Args:
-        optimizers: By name, without those of other kinds.
+        optimizers: All optimizers by name; three or more that have the same class and hyperparameters are merged.
 
     Attributes:
         units: The merged name of each optimizer's group, ``group0`` or the next number.
