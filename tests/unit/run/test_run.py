@@ -244,6 +244,7 @@ def test_a_disk_that_fails_while_a_run_is_opened_is_told(place, call, monkeypatc
     run.close()
 
 
+@pytest.mark.linux
 def test_the_name_of_a_run_is_durable_before_anything_else_is(monkeypatch, tmp_path):
     """run.json, and then the directories that lead to it, are fsynced before the journal is made."""
     synced, real = [], os.fsync
