@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import trackopt
-from tests.helpers.training import make_training, train_step
+from tests.helpers.training import fit, make_training, train_step
 from trackopt import journal
 from trackopt.telemetry import statistics_device, statistics_dtensor
 from trackopt.telemetry import vectors as vectors_module
@@ -44,23 +44,10 @@ def five_steps(name, observe):
     optimizer = getattr(torch.optim, name)(model.parameters(), lr=0.05, **OPTIONS.get(name, {}))
     run = trackopt.wrap(optimizer, model=model, dir=f"runs/{name}", sinks=()) if observe else None
 
-    def closure():
-        optimizer.zero_grad()
-        x = torch.randint(6, (4,)) if sparse else torch.randn(4, 4)
-        loss = (model(x) - 1).square().sum()
-        loss.backward()
-        return loss
+    def draw():
+        return torch.randint(6, (4,)) if sparse else torch.randn(4, 4)
 
-    for _ in range(5):
-        if name == "LBFGS":
-            loss = optimizer.step(closure)
-        else:
-            loss = closure()
-            optimizer.step()
-        if run:
-            run.step(loss=loss)
-    if run:
-        run.close()
+    fit(model, optimizer, draw, steps=5, run=run, by_closure=name == "LBFGS")
     series = journal.series(run.dir) if run else {}
     return [p.detach().clone() for p in model.parameters()], optimizer, series
 
