@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import trackopt
-from tests.helpers.processes import run_script
+from tests.helpers.processes import run_script, start_script
 from tests.integration.test_resume import assert_same, final_state
 from tests.scripts import train_ddp
 from trackopt import journal
@@ -52,20 +52,16 @@ def torchrun(*arguments, script=SCRIPT, **environment):
 def start(*scripts, directory, environment, port):
     """A process for each rank, as torchrun would start them."""
     return [
-        subprocess.Popen(
-            [sys.executable, str(script), str(directory)],
-            env={
-                **os.environ,
-                **ENVIRONMENT,
-                **environment,
-                "RANK": str(rank),
-                "WORLD_SIZE": str(len(scripts)),
-                "LOCAL_RANK": str(rank),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-            },
-            stderr=subprocess.PIPE,
-            text=True,
+        start_script(
+            script,
+            directory,
+            **ENVIRONMENT,
+            **environment,
+            RANK=str(rank),
+            WORLD_SIZE=str(len(scripts)),
+            LOCAL_RANK=str(rank),
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(port),
         )
         for rank, script in enumerate(scripts)
     ]

@@ -29,6 +29,7 @@ import pytest
 import torch
 
 import trackopt
+from tests.helpers.proxy import proxy
 from tests.helpers.stores import drain, mlflow_run, without_warnings
 from tests.helpers.training import make_training, train_step
 from tests.integration.test_recorder import mlflow_server
@@ -232,28 +233,14 @@ def counting(port, *, whole=False):
             with contextlib.suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
 
-    def serve(client):
-        with client, socket.create_connection(("127.0.0.1", port)) as server:
-            there = threading.Thread(target=pipe, args=(client, server), kwargs={"back": False})
-            there.start()
-            pipe(server, client, back=True)
-            there.join()
+    def forward(client, server):
+        there = threading.Thread(target=pipe, args=(client, server), kwargs={"back": False})
+        there.start()
+        pipe(server, client, back=True)
+        there.join()
 
-    listener = socket.create_server(("127.0.0.1", 0))
-
-    def accept():
-        with contextlib.suppress(OSError):
-            while True:
-                threading.Thread(target=serve, args=(listener.accept()[0],), daemon=True).start()
-
-    thread = threading.Thread(target=accept)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}", count
-    finally:
-        listener.shutdown(socket.SHUT_RDWR)
-        listener.close()
-        thread.join()
+    with proxy(port, forward) as own_port:
+        yield f"http://127.0.0.1:{own_port}", count
 
 
 def wide():

@@ -16,7 +16,8 @@ from pathlib import Path
 import orjson
 import pytest
 
-from tests.helpers.processes import run_script
+from tests.helpers.processes import run_script, start_script
+from tests.helpers.proxy import proxy
 from tests.helpers.stores import mlflow_points, mlflow_run, tensorboard_points, without_warnings
 from tests.integration.test_recorder import mlflow_server, wait_until_idle
 from trackopt import journal
@@ -55,21 +56,16 @@ class Training:
 
     def __init__(self, directory, **environment):
         self.directory, self.parts = directory, 0
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", PARTS, str(directory), "tensorboard", "mlflow"],
-            env={**os.environ, **environment},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        self.script = directory.with_name("parts.py")
+        self.script.write_text(PARTS)
+        self.process = start_script(self.script, directory, "tensorboard", "mlflow", **environment)
 
     def __enter__(self):
         return self
 
     def __exit__(self, *error):
         self.process.kill()
-        self.process.communicate()
+        self.process.wait()
 
     def part(self):
         """Wait until a part is trained; the recorder's process."""
@@ -84,17 +80,13 @@ class Training:
 
     def end(self):
         """Let it close; what it told, after it is seen that training was the same as ever."""
-        output, told = self.process.communicate("end\n")
+        output, told = self.process.communicate("end\n", timeout=600)
         assert self.process.returncode == 0, told
         assert "Traceback" not in told
-        undisturbed = subprocess.run(
-            [sys.executable, "-c", PARTS, "undisturbed"],
-            input="\n" * (self.parts - 1) + "end\n",
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        assert output.split()[-1] == undisturbed.stdout.split()[-1]
+        undisturbed = start_script(self.script, "undisturbed")
+        expected, errors = undisturbed.communicate("\n" * (self.parts - 1) + "end\n", timeout=600)
+        assert undisturbed.returncode == 0, errors
+        assert output.split()[-1] == expected.split()[-1]
         assert journal.series(self.directory) == journal.series("undisturbed")
         return told
 
@@ -168,45 +160,29 @@ def test_a_server_that_is_down_at_the_start_in_the_middle_and_at_the_end(tmp_pat
             assert_everything_once(training.directory)
 
 
-@contextlib.contextmanager
 def losing_answers(port, asked):
     """A way to the server that breaks when the server has done what ``asked`` accepts, before its answer arrives."""
 
-    def serve(client):
-        with client, socket.create_connection(("127.0.0.1", port)) as server:
-            lost = []
+    def forward(client, server):
+        lost = []
 
-            def ask():
-                with contextlib.suppress(OSError):
-                    while data := client.recv(65536):
-                        lost.extend([True] * asked(data))
-                        server.sendall(data)
-                    server.shutdown(socket.SHUT_RDWR)
-
-            asking = threading.Thread(target=ask)
-            asking.start()
+        def ask():
             with contextlib.suppress(OSError):
-                while (data := server.recv(65536)) and not lost:
-                    client.sendall(data)
-            with contextlib.suppress(OSError):
-                client.shutdown(socket.SHUT_RDWR)
-            asking.join()
+                while data := client.recv(65536):
+                    lost.extend([True] * asked(data))
+                    server.sendall(data)
+                server.shutdown(socket.SHUT_RDWR)
 
-    listener = socket.create_server(("127.0.0.1", 0))
-
-    def accept():
+        asking = threading.Thread(target=ask)
+        asking.start()
         with contextlib.suppress(OSError):
-            while True:
-                threading.Thread(target=serve, args=(listener.accept()[0],), daemon=True).start()
+            while (data := server.recv(65536)) and not lost:
+                client.sendall(data)
+        with contextlib.suppress(OSError):
+            client.shutdown(socket.SHUT_RDWR)
+        asking.join()
 
-    thread = threading.Thread(target=accept)
-    thread.start()
-    try:
-        yield listener.getsockname()[1]
-    finally:
-        listener.shutdown(socket.SHUT_RDWR)
-        listener.close()
-        thread.join()
+    return proxy(port, forward)
 
 
 @pytest.fixture(scope="module")
