@@ -344,8 +344,8 @@ def test_what_a_run_was_started_with_is_text_and_finite_numbers():
     described = params({"optimizer": optimizer}, {}, {key: given for key, given, _ in rows})
     assert json.loads(orjson.dumps(described)) == described
     assert described["group0.lr"] == 0.01
-    for key, _, told in rows:
-        assert described[str(key)] == told
+    for key, _, description in rows:
+        assert described[str(key)] == description
 
 
 def test_what_a_process_says_of_its_part_is_the_same_from_a_device():
