@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import trackopt
-from tests.helpers.processes import run_script
+from tests.helpers.processes import run_script, start_script
 from tests.integration.test_resume import assert_same, final_state
 from tests.scripts import train_ddp
 from trackopt import journal
@@ -52,20 +52,16 @@ def torchrun(*arguments, script=SCRIPT, **environment):
 def start(*scripts, directory, environment, port):
     """A process for each rank, as torchrun would start them."""
     return [
-        subprocess.Popen(
-            [sys.executable, str(script), str(directory)],
-            env={
-                **os.environ,
-                **ENVIRONMENT,
-                **environment,
-                "RANK": str(rank),
-                "WORLD_SIZE": str(len(scripts)),
-                "LOCAL_RANK": str(rank),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-            },
-            stderr=subprocess.PIPE,
-            text=True,
+        start_script(
+            script,
+            directory,
+            **ENVIRONMENT,
+            **environment,
+            RANK=str(rank),
+            WORLD_SIZE=str(len(scripts)),
+            LOCAL_RANK=str(rank),
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(port),
         )
         for rank, script in enumerate(scripts)
     ]
@@ -78,13 +74,13 @@ def together(script, directory, other=None, **environment):
         port = free.getsockname()[1]
     ranks = start(script, other or script, directory=directory, environment=environment, port=port)
     with ThreadPoolExecutor() as pool:
-        told = list(pool.map(lambda rank: rank.communicate(timeout=TIMEOUT)[1], ranks))
-    return [(rank.returncode, each) for rank, each in zip(ranks, told, strict=True)]
+        outputs = list(pool.map(lambda rank: rank.communicate(timeout=TIMEOUT)[1], ranks))
+    return [(rank.returncode, each) for rank, each in zip(ranks, outputs, strict=True)]
 
 
-def lines(told):
+def lines(outputs):
     """What trackopt said on all ranks."""
-    return [line for _, each in told for line in each.splitlines() if line.startswith("trackopt: ")]
+    return [line for _, each in outputs for line in each.splitlines() if line.startswith("trackopt: ")]
 
 
 def assert_equal_runs(whole, other):
@@ -130,13 +126,13 @@ def test_the_model_is_that_of_one_process(whole):
 
 def test_a_signal_to_one_rank_stops_all(whole, tmp_path):
     """Both end with its code behind the same step, and what is resumed is exact."""
-    told = together(SCRIPT, tmp_path / "run", SIGNAL="1:5:SIGUSR1", PAUSE="0.05")
-    assert [code for code, _ in told] == [128 + signal.SIGUSR1] * 2, told
+    outputs = together(SCRIPT, tmp_path / "run", SIGNAL="1:5:SIGUSR1", PAUSE="0.05")
+    assert [code for code, _ in outputs] == [128 + signal.SIGUSR1] * 2, outputs
     *_, stop, close = [line for line in journal.read(tmp_path / "run" / journal.NAME) if line.event]
     assert (stop.event, stop.details["signal"], close.details["status"]) == ("stop", "SIGUSR1", "KILLED")
     assert 5 <= stop.step < STEPS
     assert final_state(tmp_path / "run")["trackopt"]["step"] == stop.step
-    assert lines(told) == [f"trackopt: stopped at step {stop.step}; the newest checkpoint is of step {stop.step}"]
+    assert lines(outputs) == [f"trackopt: stopped at step {stop.step}; the newest checkpoint is of step {stop.step}"]
     assert [code for code, _ in together(SCRIPT, tmp_path / "run")] == [0, 0]
     assert_equal_runs(whole, tmp_path / "run")
 
@@ -226,8 +222,8 @@ def test_ranks_tell_each_other_no_more_than_they_must(tmp_path):
     loops that are left by `break` behind a signal are in a checkpoint.
     """
     (tmp_path / "small.py").write_text(SMALL)
-    told = together(tmp_path / "small.py", tmp_path / "run")
-    assert [code for code, _ in told] == [128 + signal.SIGTERM] * 2, told
+    outputs = together(tmp_path / "small.py", tmp_path / "run")
+    assert [code for code, _ in outputs] == [128 + signal.SIGTERM] * 2, outputs
     assert journal.series(tmp_path / "run-left")["acc"] == [(3, 0.5)]
     left = final_state(tmp_path / "run-left")["trackopt"]
     assert (left["step"], left["epoch"], left["batch"]) == (5, 1, 2)
@@ -270,8 +266,8 @@ def test_a_signal_stops_ranks_of_which_one_validates_alone(tmp_path):
     Nor does a checkpoint that all asked for before: it waits for the end of the epoch.
     """
     (tmp_path / "alone.py").write_text(ALONE)
-    told = together(tmp_path / "alone.py", tmp_path / "run")
-    assert [code for code, _ in told] == [128 + signal.SIGTERM] * 2, told
+    outputs = together(tmp_path / "alone.py", tmp_path / "run")
+    assert [code for code, _ in outputs] == [128 + signal.SIGTERM] * 2, outputs
     stop = next(line for line in journal.read(tmp_path / "run" / journal.NAME) if line.event == "stop")
     assert final_state(tmp_path / "run")["trackopt"]["step"] == stop.step >= 20
     assert (tmp_path / "run" / "checkpoints" / "step-00000008.pt").exists()
@@ -293,8 +289,8 @@ dist.destroy_process_group()
 def test_ranks_save_by_one_clock(tmp_path):
     """With a time between checkpoints, they agree on the iteration behind which it is over."""
     (tmp_path / "timed.py").write_text(TIMED)
-    told = together(tmp_path / "timed.py", tmp_path / "run", PAUSE="0.1")
-    assert [code for code, _ in told] == [0, 0], told
+    outputs = together(tmp_path / "timed.py", tmp_path / "run", PAUSE="0.1")
+    assert [code for code, _ in outputs] == [0, 0], outputs
     assert len(list((tmp_path / "run" / "checkpoints").glob("step-*.pt"))) >= 3
 
 
@@ -327,9 +323,9 @@ def test_ranks_that_differ_are_told_so(tmp_path):
     """Every rank raises the same error, one of them tells it, and where it is not caught, each ends with 2."""
     (tmp_path / "bad.py").write_text(BAD)
     held = RunDirectory(tmp_path / "runs" / "taken")  # by another training
-    told = together(tmp_path / "bad.py", tmp_path / "runs")
+    outputs = together(tmp_path / "bad.py", tmp_path / "runs")
     held.release()
-    assert [code for code, _ in told] == [2, 2], told
+    assert [code for code, _ in outputs] == [2, 2], outputs
     same = "start the same script with the same arguments on every rank"
     kinds = ("RunError", "RunError", "CheckpointError", "UsageError", "RunError", "RunError")
     messages = [
@@ -340,8 +336,8 @@ def test_ranks_that_differ_are_told_so(tmp_path):
         f"rank 0: {tmp_path}/runs/taken: open in another process; stop that one, or choose another dir",
         f"rank 1 differs from rank 0 in its save_every (3 instead of 2); {same}",
     ]
-    assert lines(told) == [f"trackopt: {message}" for message in messages]
-    for _, each in told:
+    assert lines(outputs) == [f"trackopt: {message}" for message in messages]
+    for _, each in outputs:
         caught = [line for line in each.splitlines() if line.split()[0] in kinds]
         assert caught == [f"{kind} {message}" for kind, message in zip(kinds[:-1], messages[:-1], strict=True)]
         assert "Traceback" not in each
@@ -351,9 +347,9 @@ def test_ranks_that_differ_are_told_so(tmp_path):
 def test_ranks_with_different_scripts_are_told_so(tmp_path):
     other = tmp_path / SCRIPT.name
     other.write_text(SCRIPT.read_text() + "\n")
-    told = together(SCRIPT, tmp_path / "run", other=other)
-    assert [code for code, _ in told] == [2, 2], told
-    (line,) = lines(told)
+    outputs = together(SCRIPT, tmp_path / "run", other=other)
+    assert [code for code, _ in outputs] == [2, 2], outputs
+    (line,) = lines(outputs)
     assert line.startswith("trackopt: rank 1 differs from rank 0 in its script")
 
 
@@ -378,13 +374,13 @@ def test_a_rank_that_never_comes_is_named(tmp_path):
         port = free.getsockname()[1]
     first, second = start(*[tmp_path / "late.py"] * 2, directory=tmp_path / "run", environment={}, port=port)
     try:
-        _, told = first.communicate(timeout=TIMEOUT)
+        _, outputs = first.communicate(timeout=TIMEOUT)
         assert second.poll() is None
     finally:
         second.kill()
         second.communicate()
-    assert first.returncode == 2, told
+    assert first.returncode == 2, outputs
     assert (
         "trackopt: rank 1 of 2 did not call wrap() in time: it ended, or all must make the same calls to trackopt\n"
-        in told
+        in outputs
     )

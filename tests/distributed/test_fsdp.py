@@ -54,14 +54,14 @@ def checkpoints(directory):
 
 def test_killed_and_resumed_equals_uninterrupted(tmp_path):
     """One of two is killed between two checkpoints: all state, each one's generators and the series are the same."""
-    codes, told = stages(
+    codes, messages = stages(
         tmp_path,
         {"world": 2, "directory": "whole", "dropout": 0.2},
         {"world": 2, "directory": "run", "dropout": 0.2, "kill": [1, 7]},
         {"world": 2, "directory": "run", "dropout": 0.2},
     )
-    assert (codes[0], codes[1][1], codes[2]) == ([0, 0], -9, [0, 0]), told
-    assert any(line.startswith("trackopt: resumed run at step ") for line in told)
+    assert (codes[0], codes[1][1], codes[2]) == ([0, 0], -9, [0, 0]), messages
+    assert any(line.startswith("trackopt: resumed run at step ") for line in messages)
     found = trackopt.diff(tmp_path / "whole", tmp_path / "run")
     assert found.equal, found.changes
     assert not any(path.startswith("trackopt.distributed.collectives") for path in found.ignored)
@@ -75,7 +75,7 @@ def saved(tmp_path_factory):
     """A training by two processes, and what others made of its first epoch: one, four, and one without FSDP."""
     folder = tmp_path_factory.mktemp("spread")
     others = [(1, "fsdp"), (4, "fsdp"), (1, "plain")]
-    codes, told = stages(
+    codes, messages = stages(
         folder,
         {"world": 2, "directory": "two", "epochs": 1},
         *(
@@ -85,21 +85,21 @@ def saved(tmp_path_factory):
         {"world": 2, "directory": "back", "copy": "plain1", "state": "back.pt", "epochs": 3},
         {"world": 2, "directory": "two", "state": "two.pt"},
     )
-    assert not any(code for each in codes for code in each), told
-    return folder, told
+    assert not any(code for each in codes for code in each), messages
+    return folder, messages
 
 
 @pytest.mark.parametrize("other", ["fsdp1", "fsdp4", "plain1"])
 def test_resumed_on_another_number_of_processes(saved, other):
     """All state is the same bit for bit when it is gathered, and the next losses and statistics but for rounding."""
-    folder, told = saved
+    folder, messages = saved
     assert_same(torch.load(folder / "two.pt"), torch.load(folder / f"{other}.pt"))
     two, one = journal.series(folder / "two"), journal.series(folder / other)
     assert one.keys() == two.keys()
     assert [step for step, _ in one["loss"]] == list(range(1, STEPS + 1))
     for key, points in two.items():
         assert [value for _, value in one[key]] == pytest.approx([value for _, value in points], rel=1e-3, abs=1e-6)
-    assert "trackopt: resumed two at step 6 (epoch 1, batch 0)" in told
+    assert "trackopt: resumed two at step 6 (epoch 1, batch 0)" in messages
 
 
 def test_from_one_process_into_fsdp(saved):
@@ -175,18 +175,18 @@ def test_what_is_bad_is_told_in_a_line_and_all_end_with_2(saved, tmp_path):
     half.mkdir()
     (half / "__0_0.distcp").write_bytes(b"half")
     (tmp_path / "none" / "checkpoints" / "step-00000003" / ".metadata").unlink()
-    codes, told = stages(
+    codes, messages = stages(
         tmp_path,
         {"world": 2, "directory": "one", "epochs": 1},
         {"world": 2, "directory": "none"},
         {"world": 2, "directory": "full", "epochs": 1, "limit": [1, 20_000]},
     )
-    assert codes == [[0, 0], [2, 2], [2, 2]], told
+    assert codes == [[0, 0], [2, 2], [2, 2]], messages
     assert checkpoints(tmp_path / "one") == ["step-00000003", "step-00000006", "step-00000006.damaged"]
-    assert "it was renamed to step-00000006.damaged" in told[0]
-    assert told[1] == "trackopt: resumed two at step 3 (epoch 0, batch 3)"
-    assert told[2].startswith("trackopt: rank 0: no valid checkpoint is left: ")
-    assert "step-00000003: not written (rank 1: File too large)" in told[3]
+    assert "it was renamed to step-00000006.damaged" in messages[0]
+    assert messages[1] == "trackopt: resumed two at step 3 (epoch 0, batch 3)"
+    assert messages[2].startswith("trackopt: rank 0: no valid checkpoint is left: ")
+    assert "step-00000003: not written (rank 1: File too large)" in messages[3]
     assert checkpoints(tmp_path / "full") == []
 
 

@@ -30,7 +30,7 @@ def test_torchrun_is_stopped_and_its_ranks_save(tmp_path):
     while not list((tmp_path / "run").glob("checkpoints/step-*")) and process.poll() is None:
         time.sleep(0.05)
     process.terminate()
-    _, told = process.communicate(timeout=TIMEOUT)
+    _, errors = process.communicate(timeout=TIMEOUT)
     *_, stop, close = [line for line in journal.read(tmp_path / "run" / journal.NAME) if line.event]
-    assert (stop.event, stop.details["signal"], close.details["status"]) == ("stop", "SIGTERM", "KILLED"), told
+    assert (stop.event, stop.details["signal"], close.details["status"]) == ("stop", "SIGTERM", "KILLED"), errors
     assert final_state(tmp_path / "run")["trackopt"]["step"] == stop.step

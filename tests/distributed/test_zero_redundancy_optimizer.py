@@ -18,7 +18,7 @@ STEPS = 12
 def trained(tmp_path_factory):
     """Two processes, undisturbed; killed and resumed; and what three and one without ZeRO made of the latter."""
     folder = tmp_path_factory.mktemp("zero")
-    codes, told = stages(
+    codes, outputs = stages(
         folder,
         {"world": 2, "kind": "zero", "directory": "whole"},
         {"world": 2, "kind": "zero", "directory": "run", "kill": [1, 7]},
@@ -27,7 +27,7 @@ def trained(tmp_path_factory):
         {"world": 1, "kind": "plain", "directory": "plain", "copy": "three", "epochs": 4},
         {"world": 2, "kind": "zero", "directory": "back", "copy": "plain", "epochs": 5},
     )
-    assert not any(code for index, each in enumerate(codes) for code in each if index != 1), told
+    assert not any(code for index, each in enumerate(codes) for code in each if index != 1), outputs
     return folder
 
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-def told(model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any, **progress: float) -> dict[str, Any]:
+def live_facts(model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any, **progress: float) -> dict[str, Any]:
     """What is true of live objects, in the terms of `inspect --json`."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     return {

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import os
 import pty
-import select
-import socket
 import subprocess
 import sys
 import tempfile
@@ -17,7 +14,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tests.helpers.forked import RECORDERS, Forked
+
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
     from typing import TextIO
 
 ROOT = Path(__file__).parents[2]
@@ -25,69 +25,44 @@ _LOCK = threading.Lock()
 _STACK = contextlib.ExitStack()
 
 
-class Script:
+class Script(Forked):
     """A script that runs as ``python SCRIPT …`` would, forked from a process with torch loaded; as `subprocess.Popen`.
 
     Args:
         script: The file.
         arguments: Of the command line.
         environment: Variables beside those of this process.
-        stdout: Where its output goes.
-        stderr: Where its errors go.
+        streams: The descriptors of its stdin, stdout and stderr.
     """
 
+    stdin: TextIO | None = None
     stdout: TextIO | None = None
     stderr: TextIO | None = None
 
     def __init__(
-        self, script: Path, arguments: tuple[object, ...], environment: dict[str, str], stdout: int, stderr: int
+        self, script: Path, arguments: Iterable[object], environment: Mapping[str, str], streams: Sequence[int]
     ) -> None:
-        self.returncode: int | None = None
-        self._connection = socket.socket(socket.AF_UNIX)
         with _LOCK:
-            self._connection.connect(_server())
+            servers = {name: _server(name) for name in ("scripts", "recorders")}
         request = {
             "script": str(script),
             "arguments": [*map(str, arguments)],
-            "environment": {**os.environ, **environment},
+            "environment": {RECORDERS: servers["recorders"], **os.environ, **environment},
             "directory": str(Path.cwd()),
         }
-        line = json.dumps(request).encode() + b"\n"
-        sent = socket.send_fds(self._connection, [line], [stdout, stderr])
-        self._connection.sendall(line[sent:])
-        self.pid = int(self._receive())
+        super().__init__(servers["scripts"], request, streams)
 
     def __del__(self) -> None:
-        self._connection.close()
-        for stream in (self.stdout, self.stderr):
+        super().__del__()
+        for stream in (self.stdin, self.stdout, self.stderr):
             if stream is not None:
                 stream.close()
 
-    def _receive(self) -> bytes:
-        """Return the next line of the answers, and take nothing after it, so that `poll` sees whether there is more."""
-        line = b""
-        while not line.endswith(b"\n"):
-            received = self._connection.recv(1)
-            if not received:
-                raise RuntimeError("the process that forks the scripts has ended")
-            line += received
-        return line
-
-    def wait(self) -> int:
-        """Wait for its end; the exit code, or the negative number of the signal."""
-        if self.returncode is None:
-            self.returncode = int(self._receive())
-            self._connection.close()
-        return self.returncode
-
-    def poll(self) -> int | None:
-        """Return the exit code, ``None`` while it runs."""
-        if self.returncode is None and select.select([self._connection], [], [], 0)[0]:
-            self.wait()
-        return self.returncode
-
-    def communicate(self, timeout: float = 60) -> tuple[str, str]:
-        """Wait for its end; what it wrote to the pipes of `start_script`, to their ends."""
+    def communicate(self, words: str = "", timeout: float = 60) -> tuple[str, str]:
+        """Write to its stdin and wait for its end; what it wrote to the pipes of `start_script`, to their ends."""
+        with contextlib.suppress(BrokenPipeError):  # it has ended
+            self.stdin.write(words)
+            self.stdin.close()
         with ThreadPoolExecutor() as pool:
             streams = (self.stdout, self.stderr)
             written = [None if stream.closed else pool.submit(stream.read) for stream in streams]
@@ -97,40 +72,36 @@ class Script:
         self.wait()
         return output, errors
 
-    def send_signal(self, number: int) -> None:
-        """Send a signal to it."""
-        os.kill(self.pid, number)
-
 
 def run_script(script: Path, *arguments: object, **environment: object) -> subprocess.CompletedProcess[str]:
     """Run a python script in a process of its own; it ends by itself or kills itself."""
     variables = {key: str(value) for key, value in environment.items()}
-    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-        code = Script(script, arguments, variables, out.fileno(), err.fileno()).wait()
+    with tempfile.TemporaryFile() as nothing, tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        code = Script(script, arguments, variables, [nothing.fileno(), out.fileno(), err.fileno()]).wait()
         out.seek(0)
         err.seek(0)
         return subprocess.CompletedProcess([sys.executable, str(script), *arguments], code, out.read(), err.read())
 
 
-def start_script(script: Path, *arguments: object) -> Script:
-    """Start a python script in a process of its own, with pipes as ``stdout`` and ``stderr``."""
-    pipes = [os.pipe() for _ in range(2)]
-    process = Script(script, arguments, {}, *(writer for _, writer in pipes))
-    for _, writer in pipes:
-        os.close(writer)
-    process.stdout, process.stderr = (os.fdopen(reader) for reader, _ in pipes)
+def start_script(script: Path, *arguments: object, **environment: str) -> Script:
+    """Start a python script in a process of its own, with pipes as its streams."""
+    (reader, stdin), (stdout, writer), (stderr, errors) = (os.pipe() for _ in range(3))
+    process = Script(script, arguments, environment, [reader, writer, errors])
+    for descriptor in (reader, writer, errors):
+        os.close(descriptor)
+    process.stdin, process.stdout, process.stderr = os.fdopen(stdin, "w"), os.fdopen(stdout), os.fdopen(stderr)
     return process
 
 
 @functools.cache
-def _server() -> str:
-    """Start the process that forks, for this test process; return the path of its socket."""
+def _server(name: str) -> str:
+    """Start a process that forks, for this test process; return the path of its socket."""
     # A socket's path has at most 107 characters, which a temporary directory elsewhere may exceed by itself.
     folder = _STACK.enter_context(tempfile.TemporaryDirectory(prefix="trackopt-tests-", dir="/tmp"))
     path = f"{folder}/socket"
     process = _STACK.enter_context(
         subprocess.Popen(
-            [sys.executable, "-m", "tests.helpers.forkserver", path],
+            [sys.executable, "-m", "tests.helpers.forkserver", path, name],
             env={**os.environ, "PYTHONPATH": str(ROOT)},
             cwd=ROOT,
             stdin=subprocess.PIPE,
@@ -144,7 +115,7 @@ def _server() -> str:
 
 
 def stop_server() -> None:
-    """End the process that forks, where it was started."""
+    """End the processes that fork, where they were started."""
     _STACK.close()
 
 
@@ -154,8 +125,8 @@ def run_in_pty(script: Path, *arguments: object, react: Any = lambda seen, proce
     ``react`` is called, whenever something appears there, with all that has and the process.
     """
     main, side = pty.openpty()
-    with tempfile.TemporaryFile("w+") as out:
-        process = Script(script, arguments, environment, out.fileno(), side)
+    with tempfile.TemporaryFile() as nothing, tempfile.TemporaryFile("w+") as out:
+        process = Script(script, arguments, environment, [nothing.fileno(), out.fileno(), side])
         os.close(side)
         seen = b""
         while True:

@@ -22,10 +22,10 @@ def drain(directory: Path) -> list[str]:
     """Deliver a run's journal to its end, as `trackopt sync` does; what the user was told."""
     from trackopt.recorder.recorder import Recorder
 
-    told: list[str] = []
-    with without_warnings(), Recorder(directory, notify=told.append) as recorder:
+    messages: list[str] = []
+    with without_warnings(), Recorder(directory, notify=messages.append) as recorder:
         recorder.drain()
-    return told
+    return messages
 
 
 @without_warnings()

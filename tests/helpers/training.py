@@ -22,3 +22,24 @@ def train_step(model, optimizer, scheduler=None):
     if scheduler is not None:
         scheduler.step()
     return loss
+
+
+def fit(model, optimizer, draw, *, steps, run=None, by_closure=False):
+    """Pull the model's outputs to one; with a run, which is closed at the end, each step is a step of it."""
+
+    def closure():
+        optimizer.zero_grad()
+        loss = (model(draw()) - 1).square().sum()
+        loss.backward()
+        return loss
+
+    for _ in range(steps):
+        if by_closure:
+            loss = optimizer.step(closure)
+        else:
+            loss = closure()
+            optimizer.step()
+        if run:
+            run.step(loss=loss)
+    if run:
+        run.close()

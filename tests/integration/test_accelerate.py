@@ -21,8 +21,8 @@ def test_the_series_are_those_of_the_plain_loop(home, variant):
 
 def test_what_the_trackers_are_told_is_there(home):
     run = home / "whole" / "run"
-    told = events(run, "start")[0].details["params"]
-    assert (told["width"], told["data"], told["decay"]) == (8, "rows", "None")
+    recorded = events(run, "start")[0].details["params"]
+    assert (recorded["width"], recorded["data"], recorded["decay"]) == (8, "rows", "None")
     assert [step for step, _ in journal.series(run)["val_loss"]] == [6, 12, 18]
 
 
@@ -42,7 +42,7 @@ def test_wrap_takes_prepared_objects(home, loaders, run_cli):
     assert journal.series(again) == journal.series(whole)
     (resumed,) = events(again, "resume")
     assert resumed.step in {12, 15}  # the last one may have been on its way to the disk
-    told = json.loads(run_cli("diff", whole, again, "--only", "optimizer*", "--json").out)
-    assert told["equal"]
+    recorded = json.loads(run_cli("diff", whole, again, "--only", "optimizer*", "--json").out)
+    assert recorded["equal"]
     said = json.loads(run_cli("inspect", again, "--json").out)
     assert (said["optimizers"][0]["class"], said["schedulers"][0]["class"]) == ("AdamW", "StepLR")

@@ -15,6 +15,7 @@ from tests.scripts import run_killed
 from trackopt import journal
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
+KILLED = Path(run_killed.__file__)
 TORCHRUN = [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc-per-node=2"]
 
 
@@ -69,7 +70,7 @@ def test_an_example_runs_small(name, size, says):
 @pytest.mark.usefixtures("mlflow_store")
 def test_the_script_of_the_guides_resumes():
     """What the README's quickstart shows, whole."""
-    done = python(run_killed.__file__, str(EXAMPLES / "train.py"), "230", "sklearn.datasets")
+    done = run_script(KILLED, str(EXAMPLES / "train.py"), "230", "sklearn.datasets")
     assert done.returncode == 0, done.stderr
     assert_one_history("digits", {100, 200}, 900, done.stderr)
 
@@ -86,7 +87,7 @@ def test_the_script_of_the_guides_resumes():
 )
 def test_a_script_in_a_framework_resumes(name, module):
     """Killed in the third epoch; the framework saves every twenty steps, which are an epoch."""
-    done = python(run_killed.__file__, str(EXAMPLES / "frameworks" / f"train_{name}.py"), "50", module)
+    done = run_script(KILLED, str(EXAMPLES / "frameworks" / f"train_{name}.py"), "50", module)
     assert done.returncode == 0, done.stderr
     assert_one_history(name, {40}, 100, done.stderr)
 

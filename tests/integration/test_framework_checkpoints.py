@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import trackopt
-from tests.helpers.framework_checkpoints import told
+from tests.helpers.framework_checkpoints import live_facts
 from trackopt import state
 
 ROOT = Path(__file__).parents[2]
@@ -29,7 +29,7 @@ class Written:
     """What a framework left behind, and what it was told."""
 
     directory: Path
-    told: dict[str, Any]
+    live_facts: dict[str, Any]
 
     def inspect(self, name: str) -> dict[str, Any]:
         """What `inspect --json` says of a sound checkpoint."""
@@ -72,7 +72,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Written:
     torch.save(tree, directory / "legacy.pt", _use_new_zipfile_serialization=False)
     save_file(model.state_dict(), directory / "model.safetensors")
     torch.save(model, directory / "module.pt")
-    return Written(directory, told(model, optimizer, scheduler, step=5, epoch=2))
+    return Written(directory, live_facts(model, optimizer, scheduler, step=5, epoch=2))
 
 
 @pytest.fixture(scope="module")
@@ -100,30 +100,30 @@ def dcp(tmp_path_factory: pytest.TempPathFactory) -> Written:
     return written("dcp", tmp_path_factory)
 
 
-def agrees(said: dict[str, Any], told: dict[str, Any], *, framework: str | None) -> dict[str, Any]:
+def agrees(said: dict[str, Any], live_facts: dict[str, Any], *, framework: str | None) -> dict[str, Any]:
     """What holds for every framework: the class, groups with hyperparameters, named buffers, position and progress."""
     (optimizer,), (scheduler,) = said["optimizers"], said["schedulers"]
     assert (said["framework"] or {}).get("name") == framework
-    assert (said["step"], said["epoch"]) == (told.get("step"), told.get("epoch"))
-    assert said["model"]["parameters"] == told["elements"]
-    assert (optimizer["class"], optimizer["unknown"]) == (told["optimizer"], [])
-    assert len(optimizer["groups"]) == len(told["groups"])
-    for group, expected in zip(optimizer["groups"], told["groups"], strict=True):
+    assert (said["step"], said["epoch"]) == (live_facts.get("step"), live_facts.get("epoch"))
+    assert said["model"]["parameters"] == live_facts["elements"]
+    assert (optimizer["class"], optimizer["unknown"]) == (live_facts["optimizer"], [])
+    assert len(optimizer["groups"]) == len(live_facts["groups"])
+    for group, expected in zip(optimizer["groups"], live_facts["groups"], strict=True):
         assert {key: group[key] for key in expected} == json.loads(json.dumps(expected))
     parameters = [{key: one[key] for key in one if key != "id"} for one in optimizer["parameters"]]
-    assert parameters == told["parameters"]
+    assert parameters == live_facts["parameters"]
     assert optimizer["unmatched"] == []
     for buffer, facts in optimizer["buffers"].items():
-        assert facts["tensors"] == sum(buffer in one["buffers"] for one in told["parameters"])
-    assert told["scheduler"] in scheduler["class"].split(" or ")
-    assert (scheduler["last_epoch"], scheduler["unknown"]) == (told["last_epoch"], [])
-    assert (scheduler["last_lr"], scheduler["agrees"]) == ([group["lr"] for group in told["groups"]], True)
+        assert facts["tensors"] == sum(buffer in one["buffers"] for one in live_facts["parameters"])
+    assert live_facts["scheduler"] in scheduler["class"].split(" or ")
+    assert (scheduler["last_epoch"], scheduler["unknown"]) == (live_facts["last_epoch"], [])
+    assert (scheduler["last_lr"], scheduler["agrees"]) == ([group["lr"] for group in live_facts["groups"]], True)
     return optimizer
 
 
 @pytest.mark.parametrize("name", ["zip.pt", "legacy.pt"])
 def test_torch_itself(plain: Written, name: str) -> None:
-    optimizer = agrees(plain.inspect(name), plain.told, framework=None)
+    optimizer = agrees(plain.inspect(name), plain.live_facts, framework=None)
     assert optimizer["matching"] == "order against the model"
     assert list(optimizer["buffers"]) == ["square_avg", "momentum_buffer", "grad_avg"]
 
@@ -132,24 +132,24 @@ def test_torch_itself(plain: Written, name: str) -> None:
 def test_weights_alone(plain: Written, name: str) -> None:
     said = plain.inspect(name)
     assert (said["optimizers"], said["schedulers"]) == ([], [])
-    assert (said["model"]["tensors"], said["model"]["parameters"]) == (9, plain.told["elements"])
+    assert (said["model"]["tensors"], said["model"]["parameters"]) == (9, plain.live_facts["elements"])
 
 
 def test_lightning(lightning: Written) -> None:
     said = lightning.inspect("last.ckpt")
-    optimizer = agrees(said, lightning.told, framework="Lightning")
+    optimizer = agrees(said, lightning.live_facts, framework="Lightning")
     assert said["framework"]["evidence"] == "its key pytorch-lightning_version"
     assert optimizer["steps"] == {"min": 6, "max": 6}
     assert {"name": "hyper_parameters", "value": "{width: 8}"} in said["extras"]
 
 
 def test_ignite(ignite: Written) -> None:
-    agrees(ignite.inspect("checkpoint_6.pt"), ignite.told, framework="ignite")
+    agrees(ignite.inspect("checkpoint_6.pt"), ignite.live_facts, framework="ignite")
 
 
 def test_trainer_of_transformers(transformers: Written) -> None:
     said = transformers.inspect("checkpoint-4")
-    optimizer = agrees(said, transformers.told, framework="Hugging Face Trainer")
+    optimizer = agrees(said, transformers.live_facts, framework="Hugging Face Trainer")
     assert optimizer["matching"] == "the usual order of modules within groups, shapes agree"
     assert set(said["rng"]) >= {"python", "numpy", "torch"}
 
@@ -164,14 +164,14 @@ def test_a_checkpoint_of_the_trainer_is_found_in_its_output_directory(
 @pytest.mark.parametrize("name", ["safe", "bin"])
 def test_accelerate(accelerate: Written, name: str) -> None:
     said = accelerate.inspect(name)
-    agrees(said, accelerate.told, framework="Accelerate")
+    agrees(said, accelerate.live_facts, framework="Accelerate")
     assert said["rng"] == ["python", "numpy", "torch"]
     assert said["extras"] == [{"name": "custom_checkpoint_0", "value": "{loss: 0.25}"}]
 
 
 @pytest.mark.parametrize("name", ["nested", "flat"])
 def test_distributed_checkpoint_of_two_processes(dcp: Written, name: str) -> None:
-    optimizer = agrees(dcp.inspect(name), dcp.told, framework="DCP")
+    optimizer = agrees(dcp.inspect(name), dcp.live_facts, framework="DCP")
     assert optimizer["steps"] == {"min": 3, "max": 3}
 
 
@@ -217,8 +217,8 @@ def test_restore_from_the_trainer_of_transformers(transformers: Written) -> None
     trackopt.restore(folder, model=model)
     assert all(torch.equal(value, expected.state_dict()[key]) for key, value in model.state_dict().items())
     names = dict(model.named_parameters())
-    told_names = transformers.told["parameters"]
-    groups = [[one["name"] for one in told_names if one["group"] == f"group{index}"] for index in range(2)]
+    live_names = transformers.live_facts["parameters"]
+    groups = [[one["name"] for one in live_names if one["group"] == f"group{index}"] for index in range(2)]
     optimizer = torch.optim.AdamW([{"params": [names[name] for name in reversed(group)]} for group in groups])
     trackopt.restore(folder, optimizer=optimizer, model=model)
     saved = torch.load(folder / "optimizer.pt", weights_only=False)["state"]

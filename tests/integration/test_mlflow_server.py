@@ -29,6 +29,7 @@ import pytest
 import torch
 
 import trackopt
+from tests.helpers.proxy import proxy
 from tests.helpers.stores import drain, mlflow_run, without_warnings
 from tests.helpers.training import make_training, train_step
 from tests.integration.test_recorder import mlflow_server
@@ -164,9 +165,9 @@ def test_everything_is_there_once_though_server_and_recorder_die(team, tmp_path)
         team.start()
         while part() == recorder:
             time.sleep(0.5)
-        _, told = training.communicate(b"end\n")
-    assert training.returncode == 0, told
-    assert "Traceback" not in told.decode()
+        _, messages = training.communicate(b"end\n")
+    assert training.returncode == 0, messages
+    assert "Traceback" not in messages.decode()
     assert_everything_once(directory)
     names = {f"step-{step:08d}.pt" for step in events(directory)}
     assert team.uploads() == dict.fromkeys(names, 1)
@@ -232,28 +233,14 @@ def counting(port, *, whole=False):
             with contextlib.suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
 
-    def serve(client):
-        with client, socket.create_connection(("127.0.0.1", port)) as server:
-            there = threading.Thread(target=pipe, args=(client, server), kwargs={"back": False})
-            there.start()
-            pipe(server, client, back=True)
-            there.join()
+    def forward(client, server):
+        there = threading.Thread(target=pipe, args=(client, server), kwargs={"back": False})
+        there.start()
+        pipe(server, client, back=True)
+        there.join()
 
-    listener = socket.create_server(("127.0.0.1", 0))
-
-    def accept():
-        with contextlib.suppress(OSError):
-            while True:
-                threading.Thread(target=serve, args=(listener.accept()[0],), daemon=True).start()
-
-    thread = threading.Thread(target=accept)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}", count
-    finally:
-        listener.shutdown(socket.SHUT_RDWR)
-        listener.close()
-        thread.join()
+    with proxy(port, forward) as own_port:
+        yield f"http://127.0.0.1:{own_port}", count
 
 
 def wide():
@@ -428,8 +415,10 @@ def test_uploads_that_come_late(tmp_path):
     writer.close()
     identity = orjson.loads((directory / "run.json").read_bytes())
     (directory / "run.json").write_bytes(orjson.dumps({**identity, "sinks": ["mlflow", "artifacts"]}))
-    told = drain(directory)
-    assert [line.partition(": deleted by `keep`")[0] for line in told] == ["checkpoints/step-00000002.pt and 1 more"]
+    messages = drain(directory)
+    assert [line.partition(": deleted by `keep`")[0] for line in messages] == [
+        "checkpoints/step-00000002.pt and 1 more"
+    ]
     _, mlflow = mlflow_run(directory)
     stored = Path(mlflow.info.artifact_uri) / "checkpoints"
     assert sorted(str(one.relative_to(stored)) for one in stored.rglob("*")) == [
@@ -461,14 +450,14 @@ def test_each_outage_of_the_artifacts_is_told_and_its_end(tmp_path):
     _, mlflow = mlflow_run(directory)
     stored = Path(mlflow.info.artifact_uri) / "checkpoints"
     writer = journal.Journal(directory / journal.NAME)
-    told = []
+    messages = []
 
     def told_of(words):
         writer.record(2, {"loss": 1.0})
         recorder.deliver()
-        return told and words in told[-1]
+        return messages and words in messages[-1]
 
-    with without_warnings(), Recorder(directory, notify=told.append) as recorder:
+    with without_warnings(), Recorder(directory, notify=messages.append) as recorder:
         for name in ("step-00000002.pt", "step-00000003.pt"):
             shutil.rmtree(stored)
             stored.touch()  # no directory can be made there
@@ -479,7 +468,7 @@ def test_each_outage_of_the_artifacts_is_told_and_its_end(tmp_path):
             wait_for(lambda: told_of("the artifacts sink works again"))
             assert (stored / name).read_bytes() == b"a checkpoint"
     writer.close()
-    assert len(told) == 4
+    assert len(messages) == 4
 
 
 def test_artifacts_need_the_mlflow_sink():
@@ -536,14 +525,14 @@ def test_a_copy_is_filled_where_it_is_read():
 def test_a_copy_has_no_holes_where_the_disk_is_full():
     """A write that comes short is gone on with, and one that fails is told, as often as it is tried."""
     data = random.Random(0).randbytes(1_000_000)
-    told = []
+    messages = []
 
     @contextlib.contextmanager
     def telling():
         try:
             yield
         except OSError as error:
-            told.append(error.strerror)
+            messages.append(error.strerror)
             raise trackopt.ArchiveError("no room") from error
 
     file = sparse_file.SparseFile(len(data), lambda start, stop: data[start:stop], telling)
@@ -555,6 +544,6 @@ def test_a_copy_has_no_holes_where_the_disk_is_full():
                 file.read(0, 900_000)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert told == [os.strerror(errno.EFBIG)] * 2
+    assert messages == [os.strerror(errno.EFBIG)] * 2
     assert file.read(0, len(data)) == data
     file.close()

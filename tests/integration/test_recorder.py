@@ -193,9 +193,9 @@ def test_a_resumed_run_that_differs_is_tagged(tmp_path):
     writer.close()
     identity = read_identity(directory)
     write_identity(directory, replace(identity, sinks=("mlflow", "tensorboard")))
-    told = drain(directory)
+    messages = drain(directory)
     assert mlflow_run(directory)[1].data.tags["trackopt.diverged_at_step"] == "3"
-    assert told == ["the resumed run differs from the previous attempt, first at step 3"]
+    assert messages == ["the resumed run differs from the previous attempt, first at step 3"]
     assert [value for _, value in mlflow_points(directory)["loss"]][1:] == [0.1, 0.5]
     assert [value for _, value in tensorboard_points(directory)["loss"]][1:] == pytest.approx([0.1, 0.75])
 
@@ -234,7 +234,7 @@ from trackopt.rundir.identity import read_identity
 
 if "code" in sys.argv:
     import mlflow
-    mlflow.set_tracking_uri("sqlite:///told.db")
+    mlflow.set_tracking_uri("sqlite:///chosen.db")
 model, optimizer, _ = make_training()
 run = trackopt.wrap(optimizer, dir="run", sinks=())
 run.close()
@@ -247,7 +247,7 @@ print(read_identity(run.dir).mlflow.as_dict())
     [
         ([], {}, "sqlite:///{here}/mlruns/mlflow.db", "Default"),
         ([], {"MLFLOW_TRACKING_URI": "http://host:1", "MLFLOW_EXPERIMENT_NAME": "mine"}, "http://host:1", "mine"),
-        (["code"], {"MLFLOW_TRACKING_URI": "http://host:1"}, "sqlite:///told.db", "Default"),
+        (["code"], {"MLFLOW_TRACKING_URI": "http://host:1"}, "sqlite:///chosen.db", "Default"),
     ],
 )
 def test_mlflow_data_goes_where_the_user_said(words, environment, uri, experiment, script, tmp_path):

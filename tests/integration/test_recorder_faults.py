@@ -16,7 +16,8 @@ from pathlib import Path
 import orjson
 import pytest
 
-from tests.helpers.processes import run_script
+from tests.helpers.processes import run_script, start_script
+from tests.helpers.proxy import proxy
 from tests.helpers.stores import mlflow_points, mlflow_run, tensorboard_points, without_warnings
 from tests.integration.test_recorder import mlflow_server, wait_until_idle
 from trackopt import journal
@@ -55,21 +56,16 @@ class Training:
 
     def __init__(self, directory, **environment):
         self.directory, self.parts = directory, 0
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", PARTS, str(directory), "tensorboard", "mlflow"],
-            env={**os.environ, **environment},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        self.script = directory.with_name("parts.py")
+        self.script.write_text(PARTS)
+        self.process = start_script(self.script, directory, "tensorboard", "mlflow", **environment)
 
     def __enter__(self):
         return self
 
     def __exit__(self, *error):
         self.process.kill()
-        self.process.communicate()
+        self.process.wait()
 
     def part(self):
         """Wait until a part is trained; the recorder's process."""
@@ -84,19 +80,15 @@ class Training:
 
     def end(self):
         """Let it close; what it told, after it is seen that training was the same as ever."""
-        output, told = self.process.communicate("end\n")
-        assert self.process.returncode == 0, told
-        assert "Traceback" not in told
-        undisturbed = subprocess.run(
-            [sys.executable, "-c", PARTS, "undisturbed"],
-            input="\n" * (self.parts - 1) + "end\n",
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        assert output.split()[-1] == undisturbed.stdout.split()[-1]
+        output, messages = self.process.communicate("end\n", timeout=600)
+        assert self.process.returncode == 0, messages
+        assert "Traceback" not in messages
+        undisturbed = start_script(self.script, "undisturbed")
+        expected, errors = undisturbed.communicate("\n" * (self.parts - 1) + "end\n", timeout=600)
+        assert undisturbed.returncode == 0, errors
+        assert output.split()[-1] == expected.split()[-1]
         assert journal.series(self.directory) == journal.series("undisturbed")
-        return told
+        return messages
 
     def cursor(self, sink):
         with contextlib.suppress(FileNotFoundError):
@@ -159,54 +151,38 @@ def test_a_server_that_is_down_at_the_start_in_the_middle_and_at_the_end(tmp_pat
             training.part()
             wait_for(lambda: training.cursor("mlflow") == (training.directory / journal.NAME).stat().st_size)
             assert mlflow_points(training.directory) == journal.series(training.directory)
-        told = training.end()
-        assert told.count("the mlflow sink works again") == 2, told
-        assert told.count("the mlflow sink fails") == 3, told
+        messages = training.end()
+        assert messages.count("the mlflow sink works again") == 2, messages
+        assert messages.count("the mlflow sink fails") == 3, messages
         with mlflow_server(port, folder):
             done = sync(training.directory)
             assert (done.returncode, done.stdout) == (0, "run: everything is delivered\n"), done.stderr
             assert_everything_once(training.directory)
 
 
-@contextlib.contextmanager
 def losing_answers(port, asked):
     """A way to the server that breaks when the server has done what ``asked`` accepts, before its answer arrives."""
 
-    def serve(client):
-        with client, socket.create_connection(("127.0.0.1", port)) as server:
-            lost = []
+    def forward(client, server):
+        lost = []
 
-            def ask():
-                with contextlib.suppress(OSError):
-                    while data := client.recv(65536):
-                        lost.extend([True] * asked(data))
-                        server.sendall(data)
-                    server.shutdown(socket.SHUT_RDWR)
-
-            asking = threading.Thread(target=ask)
-            asking.start()
+        def ask():
             with contextlib.suppress(OSError):
-                while (data := server.recv(65536)) and not lost:
-                    client.sendall(data)
-            with contextlib.suppress(OSError):
-                client.shutdown(socket.SHUT_RDWR)
-            asking.join()
+                while data := client.recv(65536):
+                    lost.extend([True] * asked(data))
+                    server.sendall(data)
+                server.shutdown(socket.SHUT_RDWR)
 
-    listener = socket.create_server(("127.0.0.1", 0))
-
-    def accept():
+        asking = threading.Thread(target=ask)
+        asking.start()
         with contextlib.suppress(OSError):
-            while True:
-                threading.Thread(target=serve, args=(listener.accept()[0],), daemon=True).start()
+            while (data := server.recv(65536)) and not lost:
+                client.sendall(data)
+        with contextlib.suppress(OSError):
+            client.shutdown(socket.SHUT_RDWR)
+        asking.join()
 
-    thread = threading.Thread(target=accept)
-    thread.start()
-    try:
-        yield listener.getsockname()[1]
-    finally:
-        listener.shutdown(socket.SHUT_RDWR)
-        listener.close()
-        thread.join()
+    return proxy(port, forward)
 
 
 @pytest.fixture(scope="module")
@@ -234,8 +210,8 @@ def test_answers_that_never_arrive_double_nothing(server, tmp_path):
         wait_for(lambda: min(lost.values()) == 2)
         training.go_on()
         training.part()
-        told = training.end()
-        assert "the mlflow sink works again" in told
+        messages = training.end()
+        assert "the mlflow sink works again" in messages
         assert_everything_once(training.directory)
 
 
@@ -254,10 +230,10 @@ def test_a_disk_that_is_full_for_tensorboard_leaves_mlflow_alone(server, tmp_pat
         wait_for(lambda: training.cursor("mlflow") == size)
         training.go_on()
         training.part()
-        told = training.end()
-        assert told.count("the tensorboard sink fails") == 1
-        assert told.count("the tensorboard sink works again") == 1
-        assert "mlflow sink" not in told
+        messages = training.end()
+        assert messages.count("the tensorboard sink fails") == 1
+        assert messages.count("the tensorboard sink works again") == 1
+        assert "mlflow sink" not in messages
         assert_everything_once(training.directory)
 
 
@@ -271,8 +247,8 @@ def test_a_database_that_is_locked_is_waited_for(tmp_path):
             training.go_on()
             training.part()
             wait_for(lambda: training.failures() > 0)
-        told = training.end()
-        assert told.count("the mlflow sink fails") == 1
+        messages = training.end()
+        assert messages.count("the mlflow sink fails") == 1
         assert_everything_once(training.directory)
 
 
@@ -287,14 +263,14 @@ directory, kills, seed = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 torch.set_num_threads(1)
 
 
-def train(told):
+def train(report):
     model, optimizer, scheduler = make_training()
     run = trackopt.wrap(optimizer, scheduler, model=model, dir=directory, save_every=5)
-    os.write(told, b"%9d\\n" % run._loop.attempt._recorder._process.pid)
+    os.write(report, b"%9d\\n" % run._loop.attempt._recorder._process.pid)
     for epoch in run.epochs(30):
         for _ in run.batches(range(10)):
             run.log(loss=train_step(model, optimizer, scheduler))
-            os.write(told, b".")
+            os.write(report, b".")
         run.log(accuracy=epoch / 30)
     run.close()
     print(hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in model.parameters())).hexdigest(), flush=True)
@@ -302,24 +278,24 @@ def train(told):
 
 chance = random.Random(seed)
 for attempt in range(kills + 1):  # torch is imported once, and each attempt is a fork
-    listen, told = os.pipe()
+    receive, report = os.pipe()
     child = os.fork()
     if not child:
-        os.close(listen)
-        train(told)
+        os.close(receive)
+        train(report)
         os._exit(0)
-    os.close(told)
-    with os.fdopen(listen, "rb", buffering=0) as heard:
-        recorder = int(heard.read(10))
+    os.close(report)
+    with os.fdopen(receive, "rb", buffering=0) as reports:
+        recorder = int(reports.read(10))
         if attempt < kills:
             for _ in range(chance.randint(0, 14)):
-                heard.read(1)
+                reports.read(1)
             time.sleep(chance.uniform(0, 0.004))
             os.kill(child, signal.SIGKILL)
             if chance.random() < 0.5:
                 os.kill(recorder, signal.SIGKILL)
         else:
-            while heard.read(4096):
+            while reports.read(4096):
                 pass
     assert os.waitpid(child, 0)[1] == (signal.SIGKILL if attempt < kills else 0)
 """
@@ -425,19 +401,19 @@ def test_a_recorder_that_is_killed_is_started_anew_while_the_training_goes_on(tm
             training.go_on()
             now = training.part()
             time.sleep(0.1)
-        told = training.end()
-        assert told.count("the recorder exited with code -9") == 1, told
+        messages = training.end()
+        assert messages.count("the recorder exited with code -9") == 1, messages
         assert_everything_once(training.directory)
 
 
 def test_a_recorder_that_keeps_dying_is_left_until_the_end(tmp_path):
     """It is told when the first dies, when no more are started, and when the last one dies too."""
-    process, told = RecorderProcess(tmp_path), []  # no run is there
-    while len(told) < 2:
+    process, messages = RecorderProcess(tmp_path), []  # no run is there
+    while len(messages) < 2:
         process._process.wait()
-        told += process._maybe_restart(min(process._restart_at, time.monotonic() + 50))
-    assert "it is restarted" in told[0]
-    assert "it is not restarted until the run closes" in told[1]
+        messages += process._maybe_restart(min(process._restart_at, time.monotonic() + 50))
+    assert "it is restarted" in messages[0]
+    assert "it is not restarted until the run closes" in messages[1]
     process._maybe_restart(process._restart_at)
     assert process._has_exited()
     *_, last = process.finish(wait=True)
@@ -452,9 +428,9 @@ def test_a_server_that_hangs_holds_up_the_end_for_a_while_and_tells(tmp_path):
         environment = {"MLFLOW_TRACKING_URI": address, "MLFLOW_HTTP_REQUEST_TIMEOUT": "6"}
         with Training(tmp_path / "run", **environment) as training:
             training.part()
-            told = training.end()
-    assert told.count("the mlflow sink fails") == 1, told
-    assert told.count("press Ctrl-C to let it continue in the background") == 1, told
+            messages = training.end()
+    assert messages.count("the mlflow sink fails") == 1, messages
+    assert messages.count("press Ctrl-C to let it continue in the background") == 1, messages
     assert tensorboard_points(training.directory)["loss"] == [
         (step, pytest.approx(value, rel=1e-6)) for step, value in journal.series(training.directory)["loss"]
     ]

@@ -75,11 +75,11 @@ def events(directory):
 def test_a_signal_saves_and_stops(number, loop, tmp_path):
     """The iteration is finished, its state saved, the run closed as KILLED, and the code is the signal's."""
     process = start(tmp_path, loop)
-    out, told = stop(process, number)
+    out, errors = stop(process, number)
     assert process.returncode == 128 + number
     assert "not stopped" not in out
-    assert f"trackopt: {number.name}: stopping after this iteration" in told
-    assert "Traceback" not in told
+    assert f"trackopt: {number.name}: stopping after this iteration" in errors
+    assert "Traceback" not in errors
     *_, stopped, closed = events(tmp_path / "run")
     assert (stopped.event, stopped.details["signal"]) == ("stop", number.name)
     assert (closed.event, closed.details["status"]) == ("close", "KILLED")
@@ -120,9 +120,9 @@ def test_a_second_signal_stops_at_once(tmp_path):
     process.send_signal(signal.SIGINT)
     time.sleep(0.3)
     assert process.poll() is None
-    _, told = stop(process, signal.SIGINT)
+    _, errors = stop(process, signal.SIGINT)
     assert process.returncode == -signal.SIGINT
-    assert "KeyboardInterrupt" in told
+    assert "KeyboardInterrupt" in errors
 
 
 def test_what_torchrun_passes_on_is_no_second_signal(monkeypatch):
@@ -155,11 +155,11 @@ def test_a_handler_of_the_users_is_called_too(tmp_path):
 def test_a_handler_set_later_is_the_users_alone(tmp_path):
     after = "signal.signal(signal.SIGTERM, lambda *_: print('mine', flush=True))"
     process = start(tmp_path, STEPS.replace("2000", "80"), after=after)
-    out, told = stop(process, signal.SIGTERM)
+    out, errors = stop(process, signal.SIGTERM)
     assert process.returncode == 0
     assert "mine" in out
     assert "not stopped" in out
-    assert "stopping" not in told
+    assert "stopping" not in errors
 
 
 def test_an_ignored_signal_stays_ignored(tmp_path):

@@ -75,12 +75,12 @@ def test_there_are_charts_for_loss_and_rates_and_each_buffer(tmp_path):
 def test_hyperparameters_and_results_stand_in_the_table(tmp_path):
     """Optimizer, scheduler, each group's numbers; the best and the last loss; that it came to its end."""
     run = train(tmp_path / "run")
-    told = hparams(run.dir, START).session_start_info
-    assert told.group_name.startswith("run ")
-    assert told.hparams["optimizer"].string_value == "AdamW"
-    assert told.hparams["scheduler"].string_value == "StepLR"
-    assert told.hparams["scheduler.gamma"].number_value == 0.5
-    assert told.hparams["group0.beta2"].number_value == 0.999
+    session = hparams(run.dir, START).session_start_info
+    assert session.group_name.startswith("run ")
+    assert session.hparams["optimizer"].string_value == "AdamW"
+    assert session.hparams["scheduler"].string_value == "StepLR"
+    assert session.hparams["scheduler.gamma"].number_value == 0.5
+    assert session.hparams["group0.beta2"].number_value == 0.999
     assert hparams(run.dir, END).session_end_info.status == 1
     losses = [value for _, value in journal.series(run.dir)["loss"]]
     results = tensorboard_points(run.dir, derived=True)
@@ -149,9 +149,9 @@ def test_hyperparameters_that_have_no_number_in_json(tmp_path):
     scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, threshold=math.inf)
     with trackopt.wrap(optimizer, scheduler, model=model, dir="run", sinks=["tensorboard"]) as run:
         run.step(loss=train_step(model, optimizer))
-    told = hparams(run.dir, START).session_start_info.hparams
-    assert told["scheduler.threshold"].string_value == "inf"
-    assert "scheduler.mode_worse" not in told
+    session = hparams(run.dir, START).session_start_info.hparams
+    assert session["scheduler.threshold"].string_value == "inf"
+    assert "scheduler.mode_worse" not in session
     assert tensorboard_points(run.dir)["lr/group0"]
     journal_of_before = {"scheduler.mode_worse": None, "betas": [0.9, 0.99], "lr": 0.1}
     assert b"lr" in tensorboard_layout.encode_hparams_start(1.0, "run", journal_of_before)

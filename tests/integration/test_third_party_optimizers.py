@@ -11,6 +11,7 @@ from torch.distributed.fsdp import fully_shard
 
 import trackopt
 from tests.helpers.optimizers import CountingSGD
+from tests.helpers.training import fit
 from trackopt import journal
 from trackopt.telemetry.hooks import OptimizerObserver
 from trackopt.telemetry.options import StatsOptions
@@ -72,23 +73,7 @@ def train(name, *, watched):
         optimizer.train()
     run = trackopt.wrap(optimizer, model=model, dir=name, sinks=()) if watched else None
     x = torch.randn(5, 4)
-
-    def closure():
-        optimizer.zero_grad()
-        loss = (model(x) - 1).square().sum()
-        loss.backward()
-        return loss
-
-    for _ in range(12):
-        if name == "sam":
-            loss = optimizer.step(closure)
-        else:
-            loss = closure()
-            optimizer.step()
-        if run:
-            run.step(loss=loss)
-    if run:
-        run.close()
+    fit(model, optimizer, lambda: x, steps=12, run=run, by_closure=name == "sam")
     return model, optimizer
 
 

@@ -71,9 +71,9 @@ def wait_until_empty(sessions):
 def test_ui_starts_both_and_stops_both(run):
     """Both addresses answer when they are printed, show the run, and are gone after Ctrl-C, with every process."""
     with served("runs", "--json") as process:
-        told = orjson.loads(process.stdout.readline())
-        addresses = {name: told.pop(name) for name in ("tensorboard", "mlflow")}
-        assert told == {"runs": 1, "going": []}
+        printed = orjson.loads(process.stdout.readline())
+        addresses = {name: printed.pop(name) for name in ("tensorboard", "mlflow")}
+        assert printed == {"runs": 1, "going": []}
         for address in addresses.values():
             assert address.startswith("http://127.0.0.1:")
         with urllib.request.urlopen(addresses["tensorboard"] + "/data/runs") as answer:

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from tests.helpers.checkpoints import saved, trained
 from tests.helpers.command import trackopt
+from tests.helpers.forked import RECORDERS
 from tests.helpers.processes import ROOT, run_script
 from tests.helpers.stores import tensorboard_points
 from trackopt import journal
@@ -170,7 +171,7 @@ for _ in range(5):
     run.step(loss=train_step(model, optimizer, scheduler))
 run.close()
 """)
-    done = run_script(script, "run", "tensorboard", "mlflow", **hiding({"mlflow", "tensorboard"}))
+    done = run_script(script, "run", "tensorboard", "mlflow", **hiding({"mlflow", "tensorboard"}), **{RECORDERS: ""})
     assert done.returncode == 0, done.stderr
     for name in ("mlflow", "tensorboard"):
         assert done.stderr.count(f"the {name} sink fails (it needs {name}, which is not installed;") == 1, done.stderr

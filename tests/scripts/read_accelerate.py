@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from tests.helpers.framework_checkpoints import told
+from tests.helpers.framework_checkpoints import live_facts
 
 
 class Best:
@@ -36,4 +36,4 @@ for (x,) in loader:
     scheduler.step()
 accelerator.save_state(sys.argv[1] + "/safe")
 accelerator.save_state(sys.argv[1] + "/bin", safe_serialization=False)
-print(json.dumps(told(bare, live, schedule)))
+print(json.dumps(live_facts(bare, live, schedule)))

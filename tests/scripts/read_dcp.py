@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.multiprocessing import spawn
 
-from tests.helpers.framework_checkpoints import told
+from tests.helpers.framework_checkpoints import live_facts
 
 
 def train(rank: int, folder: str) -> None:
@@ -28,7 +28,7 @@ def train(rank: int, folder: str) -> None:
         model(torch.ones(3, 4)).square().mean().backward()
         optimizer.step()
         scheduler.step()
-    facts = told(model, optimizer, scheduler, step=3, epoch=1)
+    facts = live_facts(model, optimizer, scheduler, step=3, epoch=1)
     progress = {"lr_scheduler": scheduler.state_dict(), "step": 3, "epoch": 1}
     for kind, options in (("nested", None), ("flat", StateDictOptions(flatten_optimizer_state_dict=True))):
         weights, optim = get_state_dict(model, optimizer, options=options)

@@ -8,7 +8,7 @@ from ignite.engine import Engine, Events
 from ignite.handlers import Checkpoint, DiskSaver
 from torch import nn
 
-from tests.helpers.framework_checkpoints import told
+from tests.helpers.framework_checkpoints import live_facts
 
 model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2))
 optimizer = torch.optim.Adam(model.parameters(), lr=0.02, betas=(0.8, 0.99))
@@ -26,4 +26,4 @@ objects = {"model": model, "optimizer": optimizer, "lr_scheduler": scheduler, "t
 trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda: scheduler.step())  # noqa: PLW0108 - it would be given the engine
 trainer.add_event_handler(Events.EPOCH_COMPLETED, Checkpoint(objects, DiskSaver(sys.argv[1]), n_saved=1))
 trainer.run([torch.randn(4, 4) for _ in range(3)], max_epochs=2)
-print(json.dumps(told(model, optimizer, scheduler, step=trainer.state.iteration, epoch=trainer.state.epoch)))
+print(json.dumps(live_facts(model, optimizer, scheduler, step=trainer.state.iteration, epoch=trainer.state.epoch)))

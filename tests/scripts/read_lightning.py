@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from tests.helpers.framework_checkpoints import told
+from tests.helpers.framework_checkpoints import live_facts
 
 
 class Digits(lightning.LightningModule):
@@ -36,5 +36,5 @@ model = Digits(8)
 trainer.fit(model, DataLoader(TensorDataset(torch.randn(12, 4)), batch_size=4))
 trainer.save_checkpoint(f"{sys.argv[1]}/last.ckpt")
 scheduler = trainer.lr_scheduler_configs[0].scheduler
-facts = told(model, trainer.optimizers[0], scheduler, step=trainer.global_step, epoch=trainer.current_epoch)
+facts = live_facts(model, trainer.optimizers[0], scheduler, step=trainer.global_step, epoch=trainer.current_epoch)
 print(json.dumps(facts))

@@ -7,7 +7,7 @@ import torch
 from torch.utils.data import Dataset
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
-from tests.helpers.framework_checkpoints import told
+from tests.helpers.framework_checkpoints import live_facts
 
 
 class Sentences(Dataset):
@@ -31,7 +31,9 @@ class Told(Trainer):
     def _save_checkpoint(self, *args, **options):
         super()._save_checkpoint(*args, **options)
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # within Accelerate's
-        facts.append(told(model, optimizer, self.lr_scheduler, step=self.state.global_step, epoch=self.state.epoch))
+        facts.append(
+            live_facts(model, optimizer, self.lr_scheduler, step=self.state.global_step, epoch=self.state.epoch)
+        )
 
 
 Told(model=model, args=arguments, train_dataset=Sentences()).train()

@@ -251,18 +251,18 @@ def test_fast_finds_what_differs(tmp_path: Path) -> None:
 
 
 def test_progress_is_told_in_bytes(tmp_path: Path) -> None:
-    told: list[tuple[int, int]] = []
-    compared(torch.ones(1000), torch.zeros(1000), tmp_path, progress=lambda *pair: told.append(pair))
-    assert told[-1] == (8000, 8000)
+    reports: list[tuple[int, int]] = []
+    compared(torch.ones(1000), torch.zeros(1000), tmp_path, progress=lambda *pair: reports.append(pair))
+    assert reports[-1] == (8000, 8000)
 
 
 def test_what_is_shared_is_read_once(tmp_path: Path) -> None:
-    told: list[tuple[int, int]] = []
+    reports: list[tuple[int, int]] = []
     w = torch.randn(1000)
     a = saved({"w": w, "tied": w}, tmp_path / "a")
     b = saved({"w": (v := w + 1), "tied": v}, tmp_path / "b")
-    found = trackopt.diff(a, b, progress=lambda *pair: told.append(pair))
-    assert told[-1] == (8000, 8000)
+    found = trackopt.diff(a, b, progress=lambda *pair: reports.append(pair))
+    assert reports[-1] == (8000, 8000)
     assert found.changes[0].numbers == found.changes[1].numbers
 
 

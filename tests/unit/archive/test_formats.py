@@ -225,7 +225,7 @@ def test_a_malformed_safetensors_header_is_one_line(header: Any, tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("header", "told"),
+    ("header", "message"),
     [
         ({"a": entry(0, 8), "b": entry(4, 12)}, "overlap"),
         ({"a": entry(0, 8), "b": entry(12, 20)}, "4 bytes between"),
@@ -233,9 +233,9 @@ def test_a_malformed_safetensors_header_is_one_line(header: Any, tmp_path: Path)
         (b'{"a":%b,"a":%b}' % ((json.dumps(entry(0, 20, (5,))).encode(),) * 2), "twice"),
     ],
 )
-def test_what_the_safetensors_package_refuses_is_told(header: Any, told: str, tmp_path: Path) -> None:
+def test_what_the_safetensors_package_refuses_is_told(header: Any, message: str, tmp_path: Path) -> None:
     with trackopt.open(safetensors(header, b"\0" * 20, tmp_path / "t")) as archive:
-        assert told in archive.problems[0]
+        assert message in archive.problems[0]
 
 
 def test_an_announced_header_of_gigabytes_is_one_line(tmp_path: Path) -> None:

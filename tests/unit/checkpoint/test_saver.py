@@ -308,8 +308,8 @@ def test_a_stop_signal_waits_for_the_writer(tmp_path):
     assert process.stdout.readline() == "ready\n"
     wait_for_part(tmp_path / "run")
     process.send_signal(signal.SIGTERM)
-    _, told = process.communicate(timeout=120)
-    assert process.returncode == 143, told
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 143, errors
     assert all(verify.verify_checkpoint(path) == [] for path in (tmp_path / "run/checkpoints").glob("step-*"))
     assert not list((tmp_path / "run/checkpoints").glob(".*part"))
 

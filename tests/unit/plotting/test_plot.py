@@ -88,10 +88,10 @@ def test_a_lone_curve_of_several_runs_says_whose_it_is():
 
 def test_pictures_can_be_opened(runs, run_cli, tmp_path):
     """By Pillow and by an XML parser."""
-    told = run_cli(
+    errors = run_cli(
         "plot", runs / "seed-0", runs / "seed-1", "--png", tmp_path / "a.png", "--svg", tmp_path / "a.svg"
     ).err
-    assert told == f"wrote {tmp_path / 'a.png'}\nwrote {tmp_path / 'a.svg'}\n"
+    assert errors == f"wrote {tmp_path / 'a.png'}\nwrote {tmp_path / 'a.svg'}\n"
     with Image.open(tmp_path / "a.png") as image:
         image.verify()
     assert ET.parse(tmp_path / "a.svg").getroot().tag.endswith("svg")
@@ -146,8 +146,8 @@ def test_nothing_in_a_journal_reaches_the_terminal_raw(tmp_path, run_cli):
     writer.mark("close", 2, status=evil)
     writer.close()
     for command in ("plot", "compare"):
-        text, told = run_cli(command, tmp_path, "--metric", evil, "--png", tmp_path / "a.png")
-        assert (text + told).replace("\n", "").isprintable()
+        text, errors = run_cli(command, tmp_path, "--metric", evil, "--png", tmp_path / "a.png")
+        assert (text + errors).replace("\n", "").isprintable()
 
 
 def test_a_resumed_run_is_what_counts(tmp_path):
@@ -232,8 +232,8 @@ def test_the_figure_is_attached_to_the_mlflow_run(tmp_path, run_cli):
     train(tmp_path / "runs" / "alone", steps=3)
     for command in ("plot", "compare"):
         with without_warnings():
-            told = run_cli(command, tmp_path / "runs" / "tracked", "--attach").err
-        assert f"attached trackopt/{command}.png to tracked in MLflow\n" in told
+            errors = run_cli(command, tmp_path / "runs" / "tracked", "--attach").err
+        assert f"attached trackopt/{command}.png to tracked in MLflow\n" in errors
         with without_warnings(), pytest.raises(RunError, match="is not in MLflow"):
             run_cli(command, tmp_path / "runs" / "alone", "--attach")
     client, found = mlflow_run(tmp_path / "runs" / "tracked")

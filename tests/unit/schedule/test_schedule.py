@@ -122,8 +122,8 @@ def test_the_screen_reads_at_80_and_120_columns(run_cli):
     """No line is wider, no escape is in it, and the letters tell the curves apart without colour."""
     schedules = ["CosineAnnealingLR(T_max=40, eta_min=0.2)", "StepLR(50, gamma=0.99)"]
     for columns in (80, 120):
-        text, told = run_cli("schedule", *schedules, "--lr", "0.5", columns=columns)
-        assert (ESCAPE in text, told) == (False, "")
+        text, errors = run_cli("schedule", *schedules, "--lr", "0.5", columns=columns)
+        assert (ESCAPE in text, errors) == (False, "")
         assert columns - 12 < max(map(len, text.splitlines())) <= columns
         assert re.search(r"a   CosineAnnealingLR\(T_max=40,", text)
         assert re.search(r"b   StepLR\(50, gamma=0.99\)\s+0.5\s+0.495\s+0.5\s+0.495\n", text)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import trackopt
-from tests.helpers.training import make_training, train_step
+from tests.helpers.training import fit, make_training, train_step
 from trackopt import journal
 from trackopt.telemetry import statistics_device, statistics_dtensor
 from trackopt.telemetry import vectors as vectors_module
@@ -45,23 +45,10 @@ def five_steps(name, observe):
     optimizer = getattr(torch.optim, name)(model.parameters(), lr=0.05, **OPTIONS.get(name, {}))
     run = trackopt.wrap(optimizer, model=model, dir=f"runs/{name}", sinks=()) if observe else None
 
-    def closure():
-        optimizer.zero_grad()
-        x = torch.randint(6, (4,)) if sparse else torch.randn(4, 4)
-        loss = (model(x) - 1).square().sum()
-        loss.backward()
-        return loss
+    def draw():
+        return torch.randint(6, (4,)) if sparse else torch.randn(4, 4)
 
-    for _ in range(5):
-        if name == "LBFGS":
-            loss = optimizer.step(closure)
-        else:
-            loss = closure()
-            optimizer.step()
-        if run:
-            run.step(loss=loss)
-    if run:
-        run.close()
+    fit(model, optimizer, draw, steps=5, run=run, by_closure=name == "LBFGS")
     series = journal.series(run.dir) if run else {}
     return [p.detach().clone() for p in model.parameters()], optimizer, series
 
@@ -358,8 +345,8 @@ def test_what_a_run_was_started_with_is_text_and_finite_numbers():
     described = params({"optimizer": optimizer}, {}, {key: given for key, given, _ in rows})
     assert json.loads(orjson.dumps(described)) == described
     assert described["group0.lr"] == 0.01
-    for key, _, told in rows:
-        assert described[str(key)] == told
+    for key, _, description in rows:
+        assert described[str(key)] == description
 
 
 def test_what_a_process_says_of_its_part_is_the_same_from_a_device():

@@ -82,9 +82,9 @@ def test_what_is_not_finite_is_told_once_with_the_name_until_it_is_healthy(caplo
                 last[1].data.zero_()
             run.step(loss=math.inf if step in bad else 1.0)
     events = [line for line in journal.read(run.dir / "metrics.jsonl") if line.event == "nonfinite"]
-    told = [(line.step, line.details["what"], line.details.get("parameter")) for line in events]
+    reported = [(line.step, line.details["what"], line.details.get("parameter")) for line in events]
     kinds = [("loss", None), *((what, last[0]) for what in ("gradient", "parameter", "momentum_buffer"))]
-    assert told == [(at, *kind) for at in (3, 7) for kind in kinds]
+    assert reported == [(at, *kind) for at in (3, 7) for kind in kinds]
     assert caplog.text.count(f"step 3: NaN or infinity in the gradient ({last[0]})") == 1
     shares = dict(journal.series("run")["grad/group0.nonfinite"])
     assert shares == {step: 1 / sum(p.numel() for p in model.parameters()) for step in bad}

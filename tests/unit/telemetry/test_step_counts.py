@@ -69,8 +69,8 @@ def test_steps_that_an_overflow_skipped(fused, caplog):
 
     found = loop(body, optimizer=optimizer, scheduler=scheduler, scaler=scaler)
     assert (found["iterations"], found["steps"], found["skipped"]) == (8, 6, 2)
-    (told,) = (record.message for record in caplog.records if "was stepped" in record.message)
-    assert "scheduler was stepped though an overflow had made the GradScaler skip the optimizer's step" in told
+    (warning,) = (record.message for record in caplog.records if "was stepped" in record.message)
+    assert "scheduler was stepped though an overflow had made the GradScaler skip the optimizer's step" in warning
 
 
 @pytest.mark.filterwarnings("ignore:Detected call of")  # torch notices it, too
