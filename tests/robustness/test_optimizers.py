@@ -6,6 +6,7 @@ import pytest
 
 from tests.robustness.optimizers.runner import examine
 
+pytestmark = pytest.mark.timeout(900)  # many trainings
 CLASSES = {
     "lion-pytorch": (),
     "prodigyopt": (),
