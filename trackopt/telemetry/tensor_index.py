@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from itertools import chain
 from operator import is_
 from typing import TYPE_CHECKING
 
@@ -57,9 +58,10 @@ class TensorIndex:
 
     def refresh(self) -> None:
         """Rebuild the index if it is out of date."""
-        parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
+        parameters = list(chain.from_iterable(group["params"] for group in self._optimizer.param_groups))
         all_states = self._state.states()
-        states = [state for states in all_states for state in states.values() if isinstance(state, dict)]
+        entries = chain.from_iterable(states.values() for states in all_states)
+        states = [state for state in entries if isinstance(state, dict)]
         size = sum(map(len, states)) + sum(map(len, all_states)) + len(vars(self._optimizer))
         known = self._known
         if (
