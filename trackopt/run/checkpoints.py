@@ -60,6 +60,7 @@ class RunCheckpoints:
         self._scheduler_configs = scheduler_configs
         self._group_counts: dict[str, int] = {}  # parameter groups when the epoch began
         self._pending: PendingRestore | None = None
+        self._state_checked = False  # after the first step
 
     def resume(self, pending: PendingRestore, **details: Any) -> None:
         """Restore telemetry and position from a checkpoint that is in the objects already, and mark it in the journal.
@@ -103,8 +104,10 @@ class RunCheckpoints:
         self._group_counts = {name: len(optimizer.param_groups) for name, optimizer in optimizers.items()}
 
     def check_first_step(self) -> None:
-        """Warn if the state after the first step cannot be saved, before anything depends on it."""
-        self.saver.check_state()
+        """Warn if the state after the attempt's first step cannot be saved, before anything depends on it."""
+        if not self._state_checked:
+            self._state_checked = True
+            self.saver.check_state()
 
     def save(self, *, epoch_done: bool = False) -> None:
         """Take a checkpoint now, on all ranks."""

@@ -97,7 +97,6 @@ class TrackedLoop:
         self._pass_length: int | None = None  # batches in this pass
         self._pass_start_step = 0  # the step at which it began
         self._warned_set_epoch = False
-        self._state_checked = False  # after the first step
         self._final_checkpoint_taken = False  # though the script still finishes its epoch
 
     def start(self, pending: PendingRestore | None) -> None:
@@ -163,12 +162,10 @@ class TrackedLoop:
         """Record the step of this iteration, if there was one."""
         before = self._telemetry.recorded
         if self._telemetry.end_iteration():
-            if self.is_open and not self._state_checked:
-                self._state_checked = True
-                self.checkpoints.check_first_step()
             self._saver.on_step(before, self.attempt.step)
             if self.is_open:
                 self._saver.preallocate()
+                self.checkpoints.check_first_step()
             if self._observer is not None:
                 self._telemetry.flush()
                 self._observer.record(self.attempt.step)
