@@ -162,11 +162,10 @@ class TrackedLoop:
         """Record the step of this iteration, if there was one."""
         before = self._telemetry.recorded
         if self._telemetry.end_iteration():
-            if self.is_open:
-                self.checkpoints.check_first_steps()
             self._saver.on_step(before, self.attempt.step)
             if self.is_open:
                 self._saver.preallocate()
+                self.checkpoints.check_first_steps()
             if self._observer is not None:
                 self._telemetry.flush()
                 self._observer.record(self.attempt.step)
