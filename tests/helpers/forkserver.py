@@ -1,6 +1,6 @@
 """Processes that fork a child for each request, since imports take seconds: ``forkserver SOCKET scripts|recorders``.
 
-The one for scripts has torch and trackopt loaded, the one for recorders MLflow and TensorBoard. A child is what
+The one for scripts has trackopt and torch loaded, the one for recorders MLflow and TensorBoard. A child is what
 ``python SCRIPT …`` or ``python -m MODULE …`` would be: its own environment, directory, arguments and ``__main__``; an
 exception that nobody catches ends it through the interpreter. The recorders of scripts are forked, too.
 
@@ -26,10 +26,14 @@ _REQUEST_BYTES = 1 << 20
 
 
 def _load_for_scripts() -> None:
-    import torch
-    import torch._dynamo  # noqa: F401 - or each script imports it when it makes its first optimizer
+    # Each script would import these: the examples draw, most of them train on scikit-learn's data, and torch imports
+    # the last for the first optimizer.
+    import sklearn.datasets
+    import sklearn.model_selection  # noqa: F401
+    import torch._dynamo  # noqa: F401
 
     import trackopt
+    import trackopt.plotting.matplotlib
     from tests.helpers.forked import start_recorder
     from trackopt.recorder import child_process
 

@@ -11,12 +11,8 @@ from trackopt.errors import MissingPackageError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-#: trackopt's requirements, by the name of the module. Only these are advised: elsewhere a module and its package may
-#: have different names.
-_REQUIREMENTS = {
-    **{name: name for name in ("matplotlib", "mlflow", "numpy", "orjson", "rich", "tensorboard", "torch")},
-    "google_crc32c": "google-crc32c",
-}
+#: Modules whose packages have their names. Other packages are not advised: their names may be different.
+_REQUIREMENTS = {"google_crc32c", "matplotlib", "mlflow", "numpy", "orjson", "rich", "tensorboard", "torch"}
 
 
 @contextmanager
@@ -38,9 +34,10 @@ def explain_missing(what: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        package = _REQUIREMENTS.get((error.name or "").partition(".")[0])
-        if package is None:
+        module = (error.name or "").partition(".")[0]
+        if module not in _REQUIREMENTS:
             raise
+        package = module.replace("_", "-")
         message = f"{what} needs {package}, which is not installed; run `pip install {package}`"
         raise MissingPackageError(message) from error
 
