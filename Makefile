@@ -3,7 +3,7 @@
 # make check      linters, types and unit tests: what to run before a commit
 # make lint       linters and types
 # make matrix     every optimizer with every scheduler, and every example, killed and resumed; tests take some
-# make optimizers the optimizers of 14 packages, and torch's in 1,000 configurations, killed and resumed
+# make optimizers the optimizers of 14 packages, and torch's in 450 configurations, killed and resumed
 # make bench      the benchmarks, as ratios
 # make fuzz       100,000 mutated files, each of which must be answered or refused
 # make faults     a training killed, hindered and cut off at every place, each time resumed

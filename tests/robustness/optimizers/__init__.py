@@ -7,7 +7,7 @@ them again. A class that plain ``torch.save`` and ``torch.load`` cannot resume e
 * ``construct``: how a class is constructed, found by its signature
 * ``catalog``: the packages, their classes, and the numbers that must be reached
 * ``torch_database``: the configurations of torch's own optimizers, from torch's own tests
-* ``check``: what is done with one class
+* ``check``: what is done with one class; ``attempt``: one attempt of a training under ``wrap``
 * ``reference``: the statistics of the state in float64
 * ``runner``: one process for each package, one for each class
 

@@ -143,9 +143,24 @@ def seed(value: int) -> None:
     np.random.seed(value)
 
 
-def step_scheduler(scheduler: Any, i: int) -> None:
+def _step_scheduler(scheduler: Any, i: int) -> None:
     """Step a scheduler after step ``i``; timm's want to be given the number of updates."""
     if hasattr(scheduler, "step_update"):
         scheduler.step_update(i + 1)
     required = [p for p in inspect.signature(scheduler.step).parameters.values() if p.default is p.empty]
     scheduler.step(*[i + 1 for _ in required])
+
+
+def train(objects: Objects, begin: int = 0, end: int = STEPS) -> list[Tensor]:
+    """Take steps, and return the weights after them."""
+    for i in range(begin, end):
+        take_step(objects, i)
+    return objects.weights()
+
+
+def take_step(objects: Objects, i: int) -> Tensor:
+    """Step the optimizer, then the scheduler, and return the loss."""
+    loss = objects.step(objects, i)
+    if objects.scheduler is not None:
+        _step_scheduler(objects.scheduler, i)
+    return loss

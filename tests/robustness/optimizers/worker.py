@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from tests.robustness.optimizers.construct import Recipe
 
-_TIMEOUT = 60  # seconds for one class
+_TIMEOUT = 180  # seconds for one class
 _PROCESSES = multiprocessing.get_context("fork")
 
 
