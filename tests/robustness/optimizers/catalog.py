@@ -185,7 +185,7 @@ PACKAGES = {
             "GSAM": _gsam,
         },
     ),
-    "timm": Package("timm.optim", Floor(0, 0, 0), before=_without_torchvision),
+    "timm": Package("timm.optim", Floor(23, 23, 22), before=_without_torchvision),
     "heavyball": Package(
         "heavyball",
         Floor(39, 39, 39),
@@ -203,8 +203,8 @@ PACKAGES = {
     "came-pytorch": Package("came_pytorch", Floor(1, 1, 1)),
     "muon-optimizer": Package("muon", Floor(2, 2, 2)),
     "transformers": Package("transformers.optimization", Floor(1, 1, 1)),
-    "schedulers of pytorch-optimizer": _Schedulers("pytorch_optimizer.lr_scheduler", Floor(6, 4, 4)),
-    "schedulers of timm": _Schedulers("timm.scheduler", Floor(0, 0, 0), before=_without_torchvision),
+    "schedulers of pytorch-optimizer": _Schedulers("pytorch_optimizer.lr_scheduler", Floor(6, 6, 6)),
+    "schedulers of timm": _Schedulers("timm.scheduler", Floor(7, 7, 7), before=_without_torchvision),
     "schedulers of transformers": _Schedulers(
         "transformers.optimization",
         Floor(13, 13, 13),
