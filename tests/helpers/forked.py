@@ -78,11 +78,16 @@ class Forked:
         self.send_signal(signal.SIGKILL)
 
 
-def start_recorder(command: Sequence[str], *, stdin: int, stdout: Any, stderr: Any, env: Mapping[str, str]) -> Any:
-    """Start a recorder where `subprocess.Popen` would: fork it, or start it in earnest."""
+def start_recorder(command: Sequence[str], *, stderr: Any, env: Mapping[str, str], **options: Any) -> Any:
+    """Start a recorder where `subprocess.Popen` would, with two pipes: fork it, or start it in earnest."""
     server = os.environ.get(RECORDERS)
     if not server:
-        return subprocess.Popen(command, stdin=stdin, stdout=stdout, stderr=stderr, env=env)
+        return subprocess.Popen(command, stderr=stderr, env=env, **options)
     _, _, module, *arguments = command
     request = {"module": module, "arguments": arguments, "environment": dict(env), "directory": str(os.getcwd())}  # noqa: PTH109
-    return Forked(server, request, [stdin, stdout.fileno(), stderr.fileno()])
+    (stdin, to_recorder), (from_recorder, stdout) = os.pipe(), os.pipe()
+    recorder: Any = Forked(server, request, [stdin, stdout, stderr.fileno()])
+    os.close(stdin)
+    os.close(stdout)
+    recorder.stdin, recorder.stdout = os.fdopen(to_recorder, "wb", 0), os.fdopen(from_recorder, "rb", 0)
+    return recorder

@@ -38,7 +38,9 @@ def _load_for_scripts() -> None:
     from trackopt.recorder import child_process
 
     trackopt.wrap, trackopt.restore, trackopt.preview  # noqa: B018 - loads what they need
-    child_process.subprocess = SimpleNamespace(Popen=start_recorder, TimeoutExpired=subprocess.TimeoutExpired)
+    child_process.subprocess = SimpleNamespace(
+        Popen=start_recorder, PIPE=subprocess.PIPE, TimeoutExpired=subprocess.TimeoutExpired
+    )
 
 
 def _load_for_recorders() -> None:
