@@ -97,7 +97,7 @@ def _metric_values(name: str, steps: range, metric: Metric | None) -> Iterator[f
 
 
 def count_steps(scheduler: Any) -> int | None:
-    """Return how often a scheduler was stepped; ``None`` if it is told its position at each step, as timm's are."""
+    """Return how often a scheduler was stepped; ``None`` if it receives its position at each step, as timm's are."""
     for key in ("last_epoch", "last_step", "step_t"):
         if (count := getattr(scheduler, key, None)) is not None:
             return max(0, int(count))
