@@ -7,7 +7,7 @@ import enum
 import pathlib
 from collections import Counter, OrderedDict, defaultdict, deque
 from dataclasses import fields, is_dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -20,12 +20,28 @@ from trackopt.training.objects import class_name
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from trackopt.checkpoint.encoding import StateEncoder
-
-    Encoder = Callable[[StateEncoder, Any, tuple[Any, ...]], Any]
+    Encoder = Callable[["StateEncoder", Any, tuple[Any, ...]], Any]
 
 #: The default factories of a ``defaultdict`` that can be restored.
 FACTORIES = {"None": None, "dict": dict, "list": list, "set": set, "int": int, "float": float}
+
+
+class StateEncoder(Protocol):
+    """The encoder of a state, as `trackopt.checkpoint.encoding` implements it."""
+
+    subclasses: list[torch.Tensor]
+
+    def encode(self, value: Any, *path: Any) -> Any:
+        """Encode a value."""
+
+    def note(self, path: tuple[Any, ...], kind: str, detail: Any = None) -> None:
+        """Add an entry to the table of types."""
+
+    def mapping(self, value: dict[Any, Any], path: tuple[Any, ...]) -> Any:
+        """Encode the items of a dict."""
+
+    def items(self, value: Iterable[Any], path: tuple[Any, ...]) -> list[Any]:
+        """Encode the items of a sequence."""
 
 
 def format_path(path: Iterable[Any]) -> str:

@@ -86,14 +86,18 @@ def preview(
     with warnings.catch_warnings():
         # torch warns of a scheduler that is stepped without its optimizer, and of its own nested schedulers.
         warnings.simplefilter("ignore", UserWarning)
-        if _is_live(scheduler):
-            original = _get_optimizer(scheduler)
-            schedulers = _clone(scheduler, original)
-            first = _position(_as_list(scheduler), _as_list(_clone(scheduler, original))) + 1
-        else:
-            schedulers = _build(scheduler, dummy_optimizer(lr) if optimizer is None else _clone(optimizer, optimizer))
-            first = max(count_steps(each) or 0 for each in _as_list(schedulers)) + 1
-        return _simulate(_as_list(schedulers), range(first, first + steps), metric)
+        schedulers, first = _prepare(scheduler, lr, optimizer)
+        return _simulate(schedulers, range(first, first + steps), metric)
+
+
+def _prepare(scheduler: Any, lr: float | Sequence[float], optimizer: Optimizer | None) -> tuple[list[Any], int]:
+    """Return copies of live schedulers, or new ones, and the number of their next step."""
+    if _is_live(scheduler):
+        original = _get_optimizer(scheduler)
+        schedulers = _as_list(_clone(scheduler, original))
+        return schedulers, _position(_as_list(scheduler), _as_list(_clone(scheduler, original))) + 1
+    schedulers = _as_list(_build(scheduler, dummy_optimizer(lr) if optimizer is None else _clone(optimizer, optimizer)))
+    return schedulers, max(count_steps(each) or 0 for each in schedulers) + 1
 
 
 def dummy_optimizer(lr: float | Sequence[float]) -> Optimizer:

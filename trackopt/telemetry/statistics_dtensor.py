@@ -72,21 +72,31 @@ def launch(
             try:
                 table = _local_table(reducer, buffers, vectors, pairs)
             except Exception as error:  # noqa: BLE001 - the other ranks wait for the table
-                errors.append(error.with_traceback(None))  # which would keep the tensors
-                if rank := dist.get_rank():  # rank 0 logs only that another one failed
-                    logger.error("trackopt: rank %d: the statistics failed (%s)", rank, describe_error(error))
+                errors.append(_log_on_rank(error))
         tables.append(reducer.all_gather(table))
 
     def finish(numbers: Sequence[float]) -> RawStatistics:
-        for error in errors:
-            raise error
-        if any(map(math.isnan, numbers[::_COLUMNS])):  # the counts
-            raise RuntimeError("another rank failed")
-        rows = [numbers[start : start + _COLUMNS] for start in range(0, len(numbers), _COLUMNS)]
-        named = [(name, rows[index :: len(names)]) for index, name in enumerate(names)]
+        named = _named_rows(numbers, names, errors)
         return _to_statistics(named[: ends[0]], named[ends[0] : ends[1]], named[ends[1] :])
 
     return [number for table in tables for number in table.flatten().unbind()], finish
+
+
+def _named_rows(numbers: Sequence[float], names: Sequence[str], errors: Sequence[Exception]) -> NamedRows:
+    """Return the rows of each name; raise the error of this rank, or that another one failed."""
+    for error in errors:
+        raise error
+    if any(map(math.isnan, numbers[::_COLUMNS])):  # the counts
+        raise RuntimeError("another rank failed")
+    rows = [numbers[start : start + _COLUMNS] for start in range(0, len(numbers), _COLUMNS)]
+    return [(name, rows[index :: len(names)]) for index, name in enumerate(names)]
+
+
+def _log_on_rank(error: Exception) -> Exception:
+    """Log the error of a rank but rank 0, which learns only that another one failed; return it without its tensors."""
+    if rank := dist.get_rank():
+        logger.error("trackopt: rank %d: the statistics failed (%s)", rank, describe_error(error))
+    return error.with_traceback(None)
 
 
 def _to_statistics(buffers: NamedRows, vectors: NamedRows, pairs: NamedRows) -> RawStatistics:
