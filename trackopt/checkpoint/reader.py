@@ -64,7 +64,7 @@ def restore_types(path: Path, tree: CheckpointTree) -> CheckpointTree:
         MismatchError: A class is not in this process.
     """
     try:
-        decode(tree, tree[KEY].get(TYPES, ()))
+        decode(tree, tree.get(KEY, {}).get(TYPES, ()))
     except MismatchError as error:
         raise MismatchError(f"{path}: cannot be loaded ({error})") from error
     return tree

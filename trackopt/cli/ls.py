@@ -14,7 +14,6 @@ from trackopt.archive import verify
 from trackopt.cli import console
 from trackopt.errors import ArchiveError, ArchiveLimitError, RunError
 from trackopt.rundir.checkpoints import list_checkpoints
-from trackopt.rundir.directory import is_running
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -221,6 +220,8 @@ def _read_status(path: Path, lines: list[JsonObject]) -> str:
         return str(markers[-1].get("status", "finished")).lower()
     if not lines:
         return ""
+    from trackopt.rundir.directory import is_running
+
     return "running" if is_running(path) else "killed"
 
 

@@ -13,7 +13,7 @@ from trackopt.rundir.directory import RunDirectory, is_running
 from trackopt.utils.lock import lock, try_lock
 
 
-@pytest.fixture(params=[directory.sys.platform, "darwin"])
+@pytest.fixture(params=[directory.sys.platform, pytest.param("darwin", marks=pytest.mark.linux)])
 def platform(request, monkeypatch):
     """This system, which lists its locks if it is Linux, and one on which the lock is tried."""
     monkeypatch.setattr(directory, "sys", SimpleNamespace(platform=request.param))

@@ -55,7 +55,7 @@ def find_findings(
     if len(problems) > _MAX_SHOWN:
         problems = [*problems[:_MAX_SHOWN], f"and {len(problems) - _MAX_SHOWN} more problems"]
     warnings = [
-        *_missing_parts(state),
+        *_missing_parts(archive, state),
         *_inconsistencies(state),
         *_missing_initial_lr(state),
         *_size_warnings(archive),
@@ -81,9 +81,9 @@ def _join_first(names: list[str], rest: str) -> str:
     return ", ".join(names[:_MAX_SHOWN]) + (rest if len(names) > _MAX_SHOWN else "")
 
 
-def _missing_parts(state: TrainingState) -> list[str]:
-    has_optimizer = bool(state.optimizers or (state.meta or {}).get("optimizer_class"))
-    if not has_optimizer:
+def _missing_parts(archive: Archive, state: TrainingState) -> list[str]:
+    has_own_form = state.is_trackopt and isinstance(archive.tree, dict) and "optimizer" in archive.tree
+    if not (state.optimizers or has_own_form):
         if state.models:
             return ["weights only: no optimizer state to continue training with"]
         return ["neither a model nor an optimizer was recognized"]
