@@ -143,11 +143,13 @@ def _memory(*values: Any) -> set[int]:
 
 
 def _is_same_kind(now: Any, then: Any) -> bool:
-    """Return whether both are numbers, texts, tensors, or containers with something in them; a flag is none."""
+    """Return whether both are numbers, texts, tensors, generators, or containers that are not empty; a flag is none."""
     if isinstance(now, bool) or isinstance(then, bool):
         return False
     if isinstance(now, (dict, *_SEQUENCES)):
         return type(now) is type(then) and bool(now) and bool(then)
+    if rng.is_generator(now):
+        return rng.is_generator(then)
     return any(isinstance(now, kind) and isinstance(then, kind) for kind in (_NUMBERS, str, Tensor))
 
 
@@ -157,6 +159,8 @@ def _differs(saved: Any, restored: Any) -> bool:
 
 def _differences(saved: Any, restored: Any, path: tuple[str, ...] = ()) -> Iterator[str]:
     """Yield the names of what is missing or different in a restored state."""
+    if rng.is_generator(saved) and rng.is_generator(restored):
+        saved, restored = rng.state_of(saved), rng.state_of(restored)
     if isinstance(saved, dict) and isinstance(restored, dict):
         for key, value in saved.items():
             below = (*path, key) if isinstance(key, str) else path  # all parameters have the same entries

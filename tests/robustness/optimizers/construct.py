@@ -25,7 +25,11 @@ _NAMED_PARAMETERS = {"named_parameters", "named_params"}
 _OPTIMIZERS = {"optimizer", "base_optimizer", "base", "wrapped_optimizer", "inner_optimizer"}
 _VALUES = {"lr": 0.01, "num_iterations": 100, "num_data": 64, "num_training_steps": 100, "rank": 4}
 _WAYS = (training.plain, training.with_closure, training.backward_and_closure, training.second_order)
-_METHODS = {"fused_backward": (training.fused,), "set_closure": (training.with_batch,)}  # where they replace the usual
+_METHODS = {  # where they replace the usual
+    "fused_backward": (training.fused,),
+    "set_closure": (training.with_batch,),
+    "first_step": (training.backward_and_closure, training.with_closure),
+}
 _NETWORKS = (Layers, partial(Layers, bias=False), Embeddings)
 
 

@@ -60,6 +60,18 @@ class Averaging(SGD):
         self.average[0] += 1
 
 
+class Noisy(SGD):
+    """Draws from a generator of its own, as Adahessian of timm does."""
+
+    def __init__(self, params):
+        super().__init__(params, lr=0.1)
+        self.generator = torch.Generator().manual_seed(0)
+
+    def step(self, closure=None):
+        torch.rand(1, generator=self.generator)
+        super().step(closure)
+
+
 def make(cls, **options):
     torch.manual_seed(0)
     model = nn.Linear(3, 4, bias=False)  # Muon takes matrices only
@@ -97,6 +109,7 @@ REFUSED = "a run cannot be resumed from its checkpoints"
         (Careless, f"state_dict() of Careless does not restore 'calls', 'history.last'; {RESULT}"),
         (Rounding, f"state_dict() of Rounding does not restore 'momentum_buffer'; {RESULT}"),
         (Averaging, f"state_dict() of Averaging does not restore 'average'; {RESULT}"),
+        (Noisy, f"state_dict() of Noisy does not restore 'generator'; {RESULT}"),
         (Renamed, f"Renamed cannot load its own state_dict() (KeyError: 'states'); {REFUSED}"),
     ],
 )
