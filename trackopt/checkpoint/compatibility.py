@@ -11,7 +11,7 @@ from trackopt.checkpoint.compatibility_optimizer import OptimizerCompatibility, 
 from trackopt.checkpoint.param_names import match_names
 from trackopt.checkpoint.resharding import LazyTensor
 from trackopt.training.objects import class_name, dtype_name
-from trackopt.training.scheduler_config import changed_keys, scheduler_config
+from trackopt.training.scheduler_config import changed_keys, is_version_specific, scheduler_config
 from trackopt.training.scheduler_state import scheduler_state_dict
 from trackopt.training.sharding import inner_optimizer, to_local
 from trackopt.utils.text import format_shape_dtype, join_names
@@ -136,7 +136,8 @@ def _shape_dtype(tensor: torch.Tensor | LazyTensor) -> tuple[tuple[int, ...], st
 def _fit_scheduler(name: str, saved: SavedScheduler, live: Any, problems: list[str]) -> dict[str, Any]:
     """Return the state without the configuration that the script has changed, which stays."""
     if saved.config is None:
-        if different := saved.state.keys() ^ scheduler_state_dict(live).keys():
+        keys = saved.state.keys() ^ scheduler_state_dict(live).keys()
+        if different := [key for key in keys if not is_version_specific(key)]:
             problems.append(f"{name} was saved from another class: {join_names(different)} stands in one of them only")
         return saved.state
     now = scheduler_config(live)

@@ -10,6 +10,7 @@ from trackopt.checkpoint.resume import gather_rank_states
 from trackopt.checkpoint.round_trip import RoundTripCheck
 from trackopt.checkpoint.saver import CheckpointSaver
 from trackopt.run.data_position import DataPosition
+from trackopt.training.objects import versions
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -87,11 +88,23 @@ class RunCheckpoints:
         attempt.mark_resume(progress.step, checkpoint=str(pending.path), **details)
         at = (progress.step, progress.epoch, progress.batch)
         logger.warning("trackopt: resumed %s at step %d (epoch %d, batch %d)", attempt.name, *at)
+        self._warn_of_differences(pending)
+
+    def _warn_of_differences(self, pending: PendingRestore) -> None:
+        """Say why the resumed run cannot be exactly the uninterrupted one."""
+        saved, now = pending.meta.layout.versions.get("torch"), versions()["torch"]
+        if saved != now:
+            logger.warning(
+                "trackopt: saved with torch %s, resumed with torch %s: shuffling, random numbers and rounding may "
+                "differ from those of an uninterrupted run",
+                saved,
+                now,
+            )
         if pending.world_size_changed:
             logger.warning(
                 "trackopt: saved with world size %d, resumed with %d: weights, optimizers and schedulers are the same, "
                 "batches and random numbers are others from here on",
-                progress.world_size,
+                pending.meta.progress.world_size,
                 self._collectives.world_size,
             )
 

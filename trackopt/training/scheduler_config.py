@@ -39,11 +39,11 @@ def scheduler_config(scheduler: Any) -> dict[str, Any]:
 def changed_keys(saved: Mapping[str, Any], live: Mapping[str, Any]) -> list[str]:
     """Return the paths at which two configurations differ; code of different Python versions is not compared."""
     paths = (path for path in {**saved, **live} if not _is_equal(saved.get(path), live.get(path)))
-    return [path for path in paths if (path in saved and path in live) or not _is_bookkeeping(path)]
+    return [path for path in paths if (path in saved and path in live) or not is_version_specific(path)]
 
 
-def _is_bookkeeping(path: str) -> bool:
-    """Return whether versions of torch differ in having an attribute, which is no argument of a scheduler."""
+def is_version_specific(path: str) -> bool:
+    """Return whether only some versions of torch have an attribute; it is none of a scheduler's arguments."""
     name = path.rpartition(".")[2]
     return name.startswith("_") or name == "verbose"
 

@@ -465,3 +465,14 @@ def test_what_cannot_be_begun_is_told_as_it_is(monkeypatch):
     monkeypatch.setattr("trackopt.run.attempt.versions", lambda: {}["missing"])
     with pytest.raises(KeyError, match="missing"):
         trackopt.wrap(optimizer, model=model, dir="run", sinks=())
+
+
+def test_another_torch_is_named_at_resume(caplog, monkeypatch):
+    """Its shuffling and rounding may be others."""
+    for version in ("2.13.0", "2.13.0", "2.99.0"):
+        monkeypatch.setattr(torch, "__version__", version)
+        model, optimizer, scheduler = make_training()
+        with trackopt.wrap(optimizer, scheduler, model=model, dir="run", sinks=()) as run:
+            run.step(loss=train_step(model, optimizer, scheduler))
+    assert caplog.text.count("saved with torch") == 1
+    assert "saved with torch 2.13.0, resumed with torch 2.99.0: shuffling, random numbers and rounding" in caplog.text
