@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from trackopt.utils.types import ParamState
 
+_OTHER_METRICS = {"grad", "param", "update", "lr", "hyper"}  # of the parameters and groups
 _NOT_STATE = {"state", "param_groups", "defaults"}  # attributes of every optimizer
 
 logger = logging.getLogger("trackopt")
@@ -220,9 +221,10 @@ class StateIndex:
 
 
 def _name(path: tuple[object, ...]) -> str:
-    """Return the name of the buffer at a path: its string keys, else its first key."""
+    """Return the name of the buffer at a path: its string keys, else its first key; none that another metric has."""
     words = [key for key in path if isinstance(key, str)] or [str(key) for key in path[:1] if isinstance(key, int)]
-    return ".".join(words).replace("/", "_") or "state"
+    name = ".".join(words).replace("/", "_") or "state"
+    return f"state.{name}" if name in _OTHER_METRICS else name
 
 
 def _memory(tensor: Tensor) -> int:

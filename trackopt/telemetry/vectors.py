@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 _CLASSES = frozenset({Tensor, nn.Parameter})
 _WIDE_DTYPES = frozenset({torch.float32, torch.float64})
-_DTYPES = _WIDE_DTYPES | {torch.float16, torch.bfloat16}
+_NARROW_DTYPES = frozenset({torch.float16, torch.bfloat16})
+_DTYPES = _WIDE_DTYPES | _NARROW_DTYPES
 _COMPRESSED = frozenset({torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc})
 
 
@@ -66,7 +67,9 @@ def flatten(tensor: Tensor) -> Tensor:
         return tensor.detach().flatten()
     tensor = to_plain(to_local(tensor))
     if tensor.layout is torch.sparse_coo:
-        tensor = tensor.detach().coalesce().values()
+        # The sum of an element's entries is not rounded to 16 bits.
+        is_summed = tensor.is_coalesced() or tensor.dtype not in _NARROW_DTYPES
+        tensor = (tensor.detach() if is_summed else tensor.detach().float()).coalesce().values()
     elif tensor.layout in _COMPRESSED:
         tensor = tensor.values()
     tensor = tensor.detach()

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 _FIELDS = ("norm", "mean", "std", "min", "max")
+_OTHER_METRICS = {"grad", "param", "update"}
 _CLASSES = (Tensor, torch.nn.Parameter)
 
 
@@ -24,7 +25,8 @@ def statistics(optimizer: torch.optim.Optimizer) -> dict[str, float]:
             values = [state[name] for state in states if state.get(name) is not None]
             if values and all(map(_is_buffer, values)) and any(value.numel() for value in values):
                 numbers = _describe(torch.cat([_elements(value) for value in values]))
-                metrics |= {f"{name}/group{index}.{field}": x for field, x in zip(_FIELDS, numbers, strict=True)}
+                unit = f"{'state.' * (name in _OTHER_METRICS)}{name}/group{index}"
+                metrics |= {f"{unit}.{field}": x for field, x in zip(_FIELDS, numbers, strict=True)}
     return metrics
 
 
@@ -42,7 +44,7 @@ def _is_buffer(value: object) -> bool:
 
 
 def _elements(value: Tensor) -> Tensor:
-    value = value.detach().to_dense() if value.layout is not torch.strided else value.detach()
+    value = value.detach().double().to_dense() if value.layout is torch.sparse_coo else value.detach()
     return (torch.view_as_real(value.resolve_conj()) if value.is_complex() else value).double().flatten()
 
 

@@ -96,6 +96,16 @@ def test_tensors_in_containers_and_objects_are_buffers(kind, caplog):
     assert "grad/group0.cosine" not in metrics  # none of several is the first moment
 
 
+def test_a_buffer_with_the_name_of_another_metric_replaces_none():
+    """Apollo keeps a buffer called `update`."""
+    optimizer, metrics = one_step(state=lambda p: {"update": p.grad * 5, "param": p.grad * 7})
+    norm = torch.cat([p.grad.flatten() for p in optimizer.param_groups[0]["params"]]).norm().item()
+    assert metrics["state.update/group0.norm"] == pytest.approx(5 * norm)
+    assert metrics["state.param/group0.norm"] == pytest.approx(7 * norm)
+    assert metrics["update/group0.norm"] == pytest.approx(0.1 * norm)
+    assert metrics["param/group0.norm"] not in (pytest.approx(5 * norm), pytest.approx(7 * norm))
+
+
 def test_sequences_of_tensors_are_counted_as_before():
     _, metrics = one_step(state=lambda p: {"queue": deque([p.grad, p.grad]), "rows": [p.grad]})
     assert (metrics["queue/group0.count"], metrics["rows/group0.count"]) == (4, 2)
@@ -274,6 +284,13 @@ def test_statistics_of_a_sparse_buffer_cover_all_elements(steps):
     assert metrics["grad/group0.norm"] == pytest.approx(2.0 if steps == 1 else math.sqrt(2))
     counted = observer.pop_histograms()["momentum_buffer/group0"]
     assert (counted.num, sum(counted.counts), counted.counts[0]) == (100, 100, 100 - steps)
+
+
+def test_the_entries_of_an_element_are_added_up_without_rounding():
+    """Until it is coalesced, a sparse buffer of 16 bits has several entries for an element."""
+    entries = torch.tensor([256.0, 1.0], dtype=torch.bfloat16)
+    statistics, _ = measure({"sum": [torch.sparse_coo_tensor([[0, 0]], entries, (1,), check_invariants=True)]}, {})
+    assert statistics["sum"].max == 257.0
 
 
 LAYOUTS = {
