@@ -178,7 +178,7 @@ def _with(name: str, **options: Any) -> Callable[[types.ModuleType], Build]:
 PACKAGES = {
     "pytorch-optimizer": Package(
         "pytorch_optimizer",
-        Floor(130, 130, 126),
+        Floor(130, 130, 128),
         special={
             "AdaShift": _with("AdaShift", keep_num=3),  # it waits so many steps
             "Alice": _with("Alice", rank=8, leading_basis=4),
@@ -193,7 +193,7 @@ PACKAGES = {
         special={"SplitOpt": _split},
     ),
     "torch-optimizer": Package("torch_optimizer", Floor(27, 27, 26)),
-    "bitsandbytes": Package("bitsandbytes.optim", Floor(31, 31, 31)),
+    "bitsandbytes": Package("bitsandbytes.optim", Floor(38, 38, 38)),
     "torchao": Package("torchao.optim", Floor(6, 6, 6)),
     "schedulefree": Package("schedulefree", Floor(9, 9, 9)),
     "prodigyopt": Package("prodigyopt", Floor(1, 1, 1)),
