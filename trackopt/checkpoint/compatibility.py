@@ -136,8 +136,9 @@ def _shape_dtype(tensor: torch.Tensor | LazyTensor) -> tuple[tuple[int, ...], st
 def _fit_scheduler(name: str, saved: SavedScheduler, live: Any, problems: list[str]) -> dict[str, Any]:
     """Return the state without the configuration that the script has changed, which stays."""
     if saved.config is None:
-        keys = saved.state.keys() ^ scheduler_state_dict(live).keys()
-        if different := [key for key in keys if not is_version_specific(key)]:
+        # Functions are not saved.
+        own = {key for key, value in scheduler_state_dict(live).items() if not callable(value)}
+        if different := [key for key in saved.state.keys() ^ own if not is_version_specific(key)]:
             problems.append(f"{name} was saved from another class: {join_names(different)} stands in one of them only")
         return saved.state
     now = scheduler_config(live)
