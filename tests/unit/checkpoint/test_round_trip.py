@@ -3,11 +3,8 @@
 import copy
 import random
 
-import lion_pytorch
 import numpy as np
-import prodigyopt
 import pytest
-import schedulefree
 import torch
 from torch import nn
 
@@ -167,17 +164,21 @@ def test_no_optimizer_of_torch_raises_a_false_alarm(name):
 
 
 @pytest.mark.parametrize(
-    "maker",
+    ("package", "cls", "lr"),
     [
-        lambda ps: lion_pytorch.Lion(ps, lr=0.01),
-        prodigyopt.Prodigy,
-        lambda ps: schedulefree.AdamWScheduleFree(ps, lr=0.01),
-        lambda ps: schedulefree.SGDScheduleFree(ps, lr=0.01),
+        ("lion_pytorch", "Lion", 0.01),
+        ("prodigyopt", "Prodigy", 1.0),
+        ("schedulefree", "AdamWScheduleFree", 0.01),
+        ("schedulefree", "SGDScheduleFree", 0.01),
     ],
-    ids=["lion", "prodigy", "schedule-free AdamW", "schedule-free SGD"],
 )
-def test_no_false_alarm_for_packages(maker):
+def test_no_false_alarm_for_packages(package, cls, lr):
     """At the first step and after a resume."""
+    module = pytest.importorskip(package, reason="`make compat` installs no such packages")
+
+    def maker(params):
+        return getattr(module, cls)(params, lr=lr)
+
     model, optimizer = make(maker)
     for _ in range(3):
         if hasattr(optimizer, "train"):
