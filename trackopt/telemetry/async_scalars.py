@@ -45,8 +45,12 @@ class AsyncMetrics:
         self._boundary = boundary
         pending = {key: value for key, value in metrics.items() if isinstance(value, Tensor)}
         self._pending_keys = list(pending)
+        self._finish: Callable[[list[float]], dict[str, float]] | None = None
+        if not (pending or scalars):
+            self._metrics |= finish([])
+            return
+        self._finish = finish
         self._transfer = boundary.call(_PART, DeviceToHostCopy, [*pending.values(), *scalars])
-        self._finish: Callable[[list[float]], dict[str, float]] | None = finish
         if self._transfer is None or not self._transfer.is_async:
             self.metrics()
 

@@ -50,6 +50,11 @@ class BackwardSteps:
         if hasattr(optimizer, "fused_backward"):
             self._register()
 
+    @property
+    def is_active(self) -> bool:
+        """True if gradients or iterations are being watched."""
+        return self.is_followed or bool(self._handles)
+
     def snapshot(self) -> None:
         """Remember the parameters before an iteration that may show how the optimizer is used."""
         self._before = self._read_parameters()

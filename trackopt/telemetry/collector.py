@@ -90,6 +90,7 @@ class MetricsCollector:
             )
         self._per_parameter = PerParameterOptimizers({} if options.stats == "param" else optimizers)
         self._warned = False
+        self._has_stepped_before = False
         self._nonfinite_losses: set[str] = set()
         self._prepare_detection()
 
@@ -260,7 +261,10 @@ class MetricsCollector:
     @property
     def _has_stepped(self) -> bool:
         """True if any optimizer was stepped in the run, by ``step`` or in the backward pass."""
-        return any(observer.steps or observer.is_called for observer in self._observers.values())
+        if not self._has_stepped_before:
+            observers = self._observers.values()
+            self._has_stepped_before = any(observer.steps or observer.is_called for observer in observers)
+        return self._has_stepped_before
 
     def _prepare_detection(self) -> None:
         if not self._has_stepped:

@@ -39,14 +39,23 @@ class ErrorBoundary:
 
     def call(self, part: str, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
         """Return the result of a function; ``None`` if it fails, or the part has failed before."""
-        return None if part in self.failed else self.call_always(part, function, *args, **kwargs)
+        if part in self.failed:
+            return None
+        try:
+            return function(*args, **kwargs)
+        except Exception as error:  # noqa: BLE001 - no failure of the telemetry may end the training
+            self._fail(part, error)
+            return None
 
     def call_always(self, part: str, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
         """Call a function also after its part has failed: other ranks wait for it in a collective."""
         try:
             return function(*args, **kwargs)
         except Exception as error:  # noqa: BLE001 - no failure of the telemetry may end the training
-            if part not in self.failed:
-                self._report(part, error)
-                self.failed.add(part)
+            self._fail(part, error)
             return None
+
+    def _fail(self, part: str, error: Exception) -> None:
+        if part not in self.failed:
+            self._report(part, error)
+            self.failed.add(part)

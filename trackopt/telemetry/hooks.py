@@ -94,7 +94,8 @@ class OptimizerObserver:
         Args:
             detect: No step was seen in the run so far, and ``begin_iteration`` was called.
         """
-        if self._boundary.call(_DETECTION, self._backward_steps.pop_step, detect=detect):
+        steps = self._backward_steps
+        if (detect or steps.is_active) and self._boundary.call(_DETECTION, steps.pop_step, detect=detect):
             lr = getattr(self.optimizer, "lr", None)
             if isinstance(lr, (int, float)):  # LOMO's, an argument of fused_backward; the groups keep the first one
                 used = self._hyperparameters_used
