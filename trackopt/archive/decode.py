@@ -1,8 +1,8 @@
 """Tensor values from the file, as NumPy arrays: in slices, of every dtype, with any strides.
 
 NumPy is imported for the first array, so that reading only a checkpoint's structure does not pay for it. Dtypes that
-NumPy lacks are widened: bfloat16 and float8 to float32, complex32 to complex64. Quantized and packed ones are returned
-as the stored integers.
+NumPy lacks are widened: bfloat16 and float8 to float32, complex32 and bcomplex32 to complex64. Quantized and packed
+ones are returned as the stored integers.
 """
 
 from __future__ import annotations
@@ -145,8 +145,9 @@ def _decode(data: bytes | memoryview, dtype: str, order: str) -> Array:
     array: Array
     if dtype == "bool":
         array = np.frombuffer(data, "u1") != 0
-    elif dtype == "bfloat16":
+    elif dtype in ("bfloat16", "bcomplex32"):
         array = np.left_shift(np.frombuffer(data, order + "u2").astype("u4"), 16).view("f4")
+        array = array.view("c8") if dtype == "bcomplex32" else array
     elif dtype == "complex32":
         array = np.frombuffer(data, order + "f2").astype("f4").view("c8")
     elif dtype in _FLOAT8 or dtype == "float8_e8m0fnu":

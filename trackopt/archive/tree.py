@@ -25,7 +25,7 @@ ITEMSIZE: dict[str, int] = {
     "float4_e2m1fn_x2": 1,
     "int64": 8, "int32": 4, "int16": 2, "int8": 1,
     "uint64": 8, "uint32": 4, "uint16": 2, "uint8": 1, "bool": 1,
-    "complex32": 4, "complex64": 8, "complex128": 16,
+    "bcomplex32": 4, "complex32": 4, "complex64": 8, "complex128": 16,
     "qint32": 4, "qint8": 1, "quint8": 1, "quint4x2": 1, "quint2x4": 1,
     "bits16": 2, "bits8": 1, "bits4x2": 1, "bits2x4": 1, "bits1x8": 1,
     **{f"{sign}int{bits}": 1 for sign in ("u", "") for bits in range(1, 8)},

@@ -189,7 +189,7 @@ def test_a_transfer_that_fails_late_leaves_each_record_once(monkeypatch, caplog)
         return numbers(self)
 
     model, optimizer, _ = make_training()
-    with trackopt.wrap(optimizer, model=model, dir="run", sinks=()) as run, monkeypatch.context() as patch:
+    with monkeypatch.context() as patch, trackopt.wrap(optimizer, model=model, dir="run", sinks=()) as run:
         patch.setattr(DeviceToHostCopy, "is_async", property(lambda self: bool(self._copies)))
         patch.setattr(DeviceToHostCopy, "is_ready", property(lambda self: not self._copies))
         patch.setattr(DeviceToHostCopy, "numbers", failing)

@@ -297,6 +297,7 @@ def test_the_optimizer_is_left_as_it_was():
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own compiler calls what it deprecates
+@pytest.mark.filterwarnings("ignore:Guards may run slower:RuntimeWarning")  # with Python 3.13.0
 def test_a_compiled_step_is_observed():
     """torch.compile neither traces the hooks nor loses them."""
     model, optimizer, _ = make_training()

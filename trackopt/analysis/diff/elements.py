@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 #: Bits per real number of the dtypes whose bits, without the sign, grow with the value.
 _FLOAT_BITS = {
     "float64": 64, "float32": 32, "float16": 16, "bfloat16": 16, "float8_e4m3fn": 8, "float8_e5m2": 8,
-    "complex128": 64, "complex64": 32, "complex32": 16,
+    "complex128": 64, "complex64": 32, "complex32": 16, "bcomplex32": 16,
 }  # fmt: skip
 #: From most to least precise.
 _PRECISION = ("float64", "float32", "float16", "bfloat16")
