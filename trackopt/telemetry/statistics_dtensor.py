@@ -23,7 +23,7 @@ from trackopt.utils.moments import Moments
 from trackopt.utils.text import describe_error
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor, Placement
@@ -40,7 +40,7 @@ logger = logging.getLogger("trackopt")
 
 
 def launch(
-    buffers: Lists, vectors: Lists, pairs: Pairs, layout: Iterable[Sequence[Tensor]], *, measures: bool = True
+    buffers: Lists, vectors: Lists, pairs: Pairs, layout: Collection[Sequence[Tensor]], *, measures: bool = True
 ) -> tuple[list[Tensor], Callable[[Sequence[float]], RawStatistics]]:
     """Read the local parts and gather the numbers of all processes, without waiting for a device.
 
@@ -58,9 +58,8 @@ def launch(
         Scalars that may be on devices, and a function that takes their numbers and returns the results. It raises the
         error of this process, or a ``RuntimeError`` if only another process failed.
     """
-    lists = list(layout)
-    meshes = dict.fromkeys(tensor.device_mesh for tensors in lists for tensor in tensors if is_dtensor(tensor))
-    reducers = [_MeshReducer(mesh, lists, is_first=not index) for index, mesh in enumerate(meshes)]
+    meshes = dict.fromkeys(tensor.device_mesh for tensors in layout for tensor in tensors if is_dtensor(tensor))
+    reducers = [_MeshReducer(mesh, layout, is_first=not index) for index, mesh in enumerate(meshes)]
     names = [*buffers, *vectors, *(name for name in pairs for _ in range(3))]
     ends = len(buffers), len(buffers) + len(vectors)  # `finish` must not keep the tensors until their numbers arrive
     tables: list[Tensor] = []
