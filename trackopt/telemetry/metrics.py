@@ -19,7 +19,7 @@ from trackopt.telemetry.update import Update, cosine, cosine_terms
 from trackopt.telemetry.vectors import count_elements
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
     from torch.optim import Optimizer
 
@@ -139,7 +139,7 @@ class OptimizerMetrics:
         return scalars, lambda numbers, statistics: self._name_update(finish(numbers), statistics)
 
     def _launch_sharded(
-        self, part: str, buffers: Lists, vectors: Lists, pairs: Pairs, layout: Iterable[Sequence[Tensor]]
+        self, part: str, buffers: Lists, vectors: Lists, pairs: Pairs, layout: Collection[Sequence[Tensor]]
     ) -> tuple[Sequence[Tensor], Callable[[Sequence[float]], RawStatistics]]:
         measures = part not in self._boundary.failed
         return statistics_dtensor.launch(buffers, vectors, pairs, layout, measures=measures)
