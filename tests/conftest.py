@@ -32,10 +32,12 @@ torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 MARKERS = ("integration", "distributed", "robustness")
+LONGEST = ("test_recorder_faults", "test_mlflow_server", "test_examples", "test_rehearse", "test_recorder")
 
 
 def pytest_collection_modifyitems(items):
-    """Mark tests by their folder; those of ``unit`` have no marker."""
+    """Mark tests by their folder; those of ``unit`` have no marker. The longest come first, so that none is last."""
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
     for item in items:
         for part in item.path.parts:
             if part in MARKERS:
