@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,6 +62,8 @@ def salvage(source: str | Path, target: str | Path) -> SalvageResult:
         ArchiveError: Nothing can be saved, or the new file cannot be written.
     """
     source, target = remote.fetch(source) if remote.is_remote(source) else Path(source), Path(target)
+    if source.is_dir():
+        raise ArchiveError(f"{source}: {os.strerror(errno.EISDIR)}; name one of its files")
     with DamagedZip(source) as damaged:
         pickler = SafePickler(damaged.is_intact)
         pickle = pickler.dump(damaged.tree)
