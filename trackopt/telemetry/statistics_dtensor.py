@@ -18,6 +18,7 @@ from torch import Tensor
 from trackopt.telemetry import statistics_device
 from trackopt.telemetry.statistics import RawStatistics, combine, count_nonfinite, measure
 from trackopt.telemetry.update import cosine_terms
+from trackopt.telemetry.vectors import count_elements
 from trackopt.training.sharding import is_dtensor, to_local
 from trackopt.utils.moments import Moments
 from trackopt.utils.text import describe_error
@@ -196,12 +197,19 @@ def _cpu_rows(buffers: Lists, vectors: Lists, terms: Sequence[Sequence[Tensor]])
         if (result := statistics.get(name)) is None:
             rows.append(_EMPTY_ROW)
             continue
-        size, missing = _size(tensors), 0 if math.isfinite(result.norm) else count_nonfinite(tensors)
+        size, missing = count_elements(tensors), 0 if math.isfinite(result.norm) else count_nonfinite(tensors)
         rows.append((size, result.mean, result.std * result.std * size, result.min, result.max, missing))
     for name, tensors in vectors.items():
         norm = norms.get(name, 0.0)
         rows.append(
-            (_size(tensors), 0.0, norm * norm, 0.0, 0.0, 0 if math.isfinite(norm) else count_nonfinite(tensors))
+            (
+                count_elements(tensors),
+                0.0,
+                norm * norm,
+                0.0,
+                0.0,
+                0 if math.isfinite(norm) else count_nonfinite(tensors),
+            )
         )
     rows += [(0.0, 0.0, sum(term.item() for term in column[start::3]), 0.0, 0.0, 0.0)
              for column in terms for start in range(3)]  # fmt: skip
@@ -222,7 +230,9 @@ def _device_rows(buffers: Lists, vectors: Lists, terms: Sequence[Sequence[Tensor
             parts.append(torch.stack([count, mean, variance * count, low, high, none]))
         rows.append(_combine_tables(torch.stack(parts)))
     for name, count in norm_counts.items():
-        rows.append(_sum_row([next(rest).double().square() for _ in range(count)], _size(vectors[name]), device))
+        rows.append(
+            _sum_row([next(rest).double().square() for _ in range(count)], count_elements(vectors[name]), device)
+        )
     rows += [
         _sum_row([term.double() for term in column[start::3]], 0, device) for column in terms for start in range(3)
     ]
@@ -239,10 +249,6 @@ def _sum_row(numbers: Sequence[Tensor], size: int, device: torch.device) -> Tens
 def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:
     """Return numbers on a device; cached, because sending them waits for the device."""
     return torch.tensor(values, dtype=torch.float64, device=device)
-
-
-def _size(tensors: Sequence[Tensor]) -> int:
-    return sum(tensor.numel() * (2 if tensor.is_complex() else 1) for tensor in tensors)
 
 
 def _combine_tables(tables: Tensor) -> Tensor:
