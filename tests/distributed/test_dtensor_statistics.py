@@ -82,7 +82,7 @@ def test_a_training_is_the_same_without_statistics(trained, kind):
 )
 def test_a_rank_that_fails_leaves_no_other_waiting(trained, name, part, step):
     """All ranks give the part up at the same step; the training and the other series are what they were."""
-    folder, told = trained
+    folder, lines = trained
     whole, run = folder / "tensor_parallel-group", folder / name
     one, other = torch.load(whole / "weights.pt"), torch.load(run / "weights.pt")
     assert all(torch.equal(one[key], other[key]) for key in one)
@@ -96,5 +96,5 @@ def test_a_rank_that_fails_leaves_no_other_waiting(trained, name, part, step):
         is_lost = not key.startswith("lr/") and (key in of_update) == (part == "update")
         is_lost |= part == "statistics" and key.endswith(".ratio")  # to the norm of the parameters
         assert series.get(key, []) == [point for point in points if not is_lost or point[0] < step], key
-    assert f"trackopt: step {step}: {markers[0].details['part']} of AdamW failed" in "".join(told)
-    assert [line for line in told if "rank 1: " in line] == [f"trackopt: rank 1: the statistics failed ({reason})"] * 2
+    assert f"trackopt: step {step}: {markers[0].details['part']} of AdamW failed" in "".join(lines)
+    assert [line for line in lines if "rank 1: " in line] == [f"trackopt: rank 1: the statistics failed ({reason})"] * 2

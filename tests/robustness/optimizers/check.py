@@ -102,7 +102,7 @@ def _first_that_trains(recipes: Iterable[Recipe], outcome: Outcome) -> tuple[Rec
         try:
             begin = recipe.make().weights()
             ends = [train(recipe.make()) for _ in range(2)]
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:  # noqa: BLE001 - any failure is an outcome
             found.append(describe(error))
             continue
         if not _same(*ends):
@@ -172,7 +172,7 @@ def _round_trips(recipe: Recipe, expected: Sequence[Tensor], outcome: Outcome) -
         random.setstate(python_rng)
         np.random.set_state(numpy_rng)
         weights = train(objects, HALF)
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:  # noqa: BLE001 - any failure is an outcome
         outcome.errors.append(f"torch.save and torch.load: {describe(error)}")
         return False
     if same := _same(weights, expected):

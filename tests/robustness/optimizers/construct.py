@@ -92,7 +92,7 @@ def by_signature(
 
 
 def with_flags(kind: type[torch.optim.Optimizer], model: nn.Module) -> torch.optim.Optimizer:
-    """Construct an optimizer that wants to be told which parameters are matrices, as Muon does."""
+    """Construct an optimizer that takes which parameters are matrices, as Muon does."""
     matrices = [p for p in model.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if p.ndim != 2]
     groups = [{"params": matrices, "use_muon": True}, {"params": others, "use_muon": False}]

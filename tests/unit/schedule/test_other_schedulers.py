@@ -19,7 +19,7 @@ STEPS = 16
 
 
 class Epochs:
-    """As timm's: it is told the epoch, keeps no count, and saves its attributes."""
+    """As timm's: it takes the epoch, keeps no count, and saves its attributes."""
 
     def __init__(self, optimizer, *, warmup=0, decay=0.5, every=1):
         self.optimizer, self.warmup, self.decay, self.every = optimizer, warmup, decay, every
@@ -42,7 +42,7 @@ class Epochs:
 
 
 class Updates(Epochs):
-    """The same, told the number of updates; its ``step`` does nothing then."""
+    """The same, with the number of updates; its ``step`` does nothing then."""
 
     t_in_epochs = False
 
@@ -190,7 +190,7 @@ def step_scheduler(scheduler, number):
 
 
 def train(directory, make, until=STEPS):
-    """Train up to a step; the same call goes on. Return the scheduler as well."""
+    """Train up to a step; a second call continues. Return the scheduler as well."""
     model, optimizer = make_training()
     scheduler = make(optimizer)
     run = trackopt.wrap(optimizer, scheduler, model=model, dir=directory, sinks=(), stats=None)

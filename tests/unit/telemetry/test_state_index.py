@@ -246,9 +246,9 @@ def test_a_dry_run_on_the_meta_device_steps_and_is_told_once(caplog):
     assert series["grad/group0.norm"][0] == (1, pytest.approx(math.sqrt(2)))
     assert series["update/group0.norm"][0][1] > 0
     assert series["grad/group0.cosine"][0] == (1, pytest.approx(1.0))
-    told = [record.getMessage() for record in caplog.records if "measured" in record.getMessage()]
-    assert len(told) == 3
-    assert all("AdamW" in line and "a tensor on the meta device" in line for line in told)
+    warnings = [record.getMessage() for record in caplog.records if "measured" in record.getMessage()]
+    assert len(warnings) == 3
+    assert all("AdamW" in line and "a tensor on the meta device" in line for line in warnings)
 
 
 def test_fake_tensors_are_not_measured(caplog):
