@@ -35,12 +35,14 @@ class RankState:
         stateful: Its states of the user's objects, by keyword.
         position: Its position in the data.
         pending: Its logged metrics that no record holds yet.
+        state: Its ``run.state``.
     """
 
     rng: Mapping[str, Any]
     stateful: Mapping[str, Any]
     position: StateDict
     pending: Mapping[str, Any]
+    state: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def from_dict(cls, entry: Mapping[str, Any]) -> RankState:
@@ -49,7 +51,7 @@ class RankState:
 
     def as_dict(self) -> JsonObject:
         """Return an element of ``ranks``."""
-        own = {"position": self.position, "pending": self.pending}
+        own = {"position": self.position, "pending": self.pending, "state": self.state}
         return {"rng": self.rng, "stateful": self.stateful, "meta": own}
 
 
@@ -70,6 +72,8 @@ class RunProgress:
         scheduler_configs: For each scheduler the configuration that it was built with.
         telemetry: The state of the telemetry, as ``MetricsCollector.state_dict`` returns it.
         ranks: The states of all ranks but rank 0.
+        state: The user's ``run.state``.
+        has_gradients: True within a window of gradient accumulation: the checkpoint holds the gradients.
         time: Unix time.
     """
 
@@ -85,6 +89,8 @@ class RunProgress:
     scheduler_configs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     telemetry: Mapping[str, Any] = field(default_factory=dict)
     ranks: Sequence[RankState] = ()
+    state: Mapping[str, Any] = field(default_factory=dict)
+    has_gradients: bool = False
     time: float = field(default_factory=time.time)
 
     @property
@@ -156,6 +162,7 @@ class CheckpointMeta:
             scheduler_configs=entry["settings"],
             telemetry={key: entry[key] for key in _TELEMETRY_KEYS if key in entry},
             ranks=[RankState.from_dict(rank) for rank in entry.get("ranks", ())],
+            state=entry.get("state", {}),
         )
         return cls(progress, TrainingLayout(**{key: entry[key] for key in TrainingLayout.__dataclass_fields__}))
 
@@ -176,16 +183,20 @@ class CheckpointMeta:
             "position": progress.position,
             "groups": progress.groups,
             "settings": progress.scheduler_configs,
+            "state": progress.state,
             **progress.telemetry,
         }
         if progress.ranks:
             entry |= {"world": progress.world_size, "ranks": [rank.as_dict() for rank in progress.ranks]}
         return entry
 
-    def of_rank(self, position: StateDict, pending: Mapping[str, Any]) -> CheckpointMeta:
+    def of_rank(
+        self, position: StateDict, pending: Mapping[str, Any], state: Mapping[str, Any] | None = None
+    ) -> CheckpointMeta:
         """Replace what differs between ranks."""
-        telemetry = {**self.progress.telemetry, "pending": pending}
-        return replace(self, progress=replace(self.progress, position=position, telemetry=telemetry))
+        progress = self.progress
+        telemetry, state = {**progress.telemetry, "pending": pending}, progress.state if state is None else state
+        return replace(self, progress=replace(progress, position=position, telemetry=telemetry, state=state))
 
 
 def _map_parameters(training: Training, function: Callable[[nn.Parameter], T]) -> dict[str, list[list[T]]]:

@@ -14,9 +14,11 @@ from torch.utils._pytree import tree_map_only
 from trackopt import remote
 from trackopt.checkpoint.apply import apply
 from trackopt.checkpoint.encoding import StateEncoder
+from trackopt.checkpoint.gradients import restore_gradients
 from trackopt.checkpoint.meta import KEY, CheckpointMeta, RankState
 from trackopt.checkpoint.pickler import dump_tree
 from trackopt.checkpoint.reader import load, load_unverified
+from trackopt.checkpoint.resharding import reshard
 from trackopt.checkpoint.saved_state import from_run
 from trackopt.checkpoint.snapshot import state_of
 from trackopt.errors import CheckpointError, RunError, UsageError
@@ -76,6 +78,7 @@ class PendingRestore:
         saved = from_run(tree, self.meta.progress.groups if within_epoch else None)
         skipped = apply(self._training, saved, self.path, strict=self._strict)
         self._restore_requires_grad()
+        self.restore_gradients(tree)
         rng.restore(tree["rng"])
         return skipped
 
@@ -87,14 +90,21 @@ class PendingRestore:
 
     def reapply(self) -> None:
         """Undo what ran a second time until the loop reached the position of the checkpoint."""
+        tree = select_rank_state(load_unverified(self.path), self._training, self._collectives)
+        self.restore_gradients(tree)
         if self._strict:
-            saved = from_run(select_rank_state(load_unverified(self.path), self._training, self._collectives))
+            saved = from_run(tree)
             schedulers = {name: replace(scheduler, config=None) for name, scheduler in saved.schedulers.items()}
             apply(self._training, replace(saved, schedulers=schedulers), self.path)
             self._restore_requires_grad()
         for name, groups in self._user_hyperparameters.items():
             for group, chosen in zip(self._training.optimizers[name].param_groups, groups, strict=False):
                 group.update(chosen)
+
+    def restore_gradients(self, tree: CheckpointTree) -> None:
+        """Restore the gradients that were accumulated for the next step, if there were any."""
+        if "gradients" in tree:
+            restore_gradients(self._training, reshard(tree["gradients"], None))
 
     def _restore_requires_grad(self) -> None:
         frozen = set(self.meta.layout.frozen)
@@ -103,7 +113,11 @@ class PendingRestore:
 
 
 def gather_rank_states(
-    collectives: Collectives, training: Training, position: StateDict, telemetry: Mapping[str, Any]
+    collectives: Collectives,
+    training: Training,
+    position: StateDict,
+    telemetry: Mapping[str, Any],
+    user_state: Mapping[str, Any],
 ) -> Sequence[RankState]:
     """Gather the states of all ranks but rank 0 that differ from rank 0's.
 
@@ -122,6 +136,7 @@ def gather_rank_states(
         {name: value for name, value in own.items() if checksums[name] != first.get(name)},
         position,
         telemetry["pending"],
+        user_state,
     )
     return collectives.all_gather_object(state)[1:]
 
@@ -137,7 +152,7 @@ def select_rank_state(tree: CheckpointTree, training: Training, collectives: Col
     progress = meta.progress
     if collectives.rank < progress.world_size:
         own = progress.ranks[collectives.rank - 1]
-        meta = meta.of_rank(own.position, own.pending)
+        meta = meta.of_rank(own.position, own.pending, own.state)
         return {**tree, **own.stateful, "rng": own.rng, KEY: meta.as_dict()}
     here = {"rng": rng.capture(), "handed": {}, "own": {"generators": []}}
     position = {key: here if key.endswith("_start") and value else value for key, value in progress.position.items()}

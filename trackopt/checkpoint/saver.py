@@ -93,6 +93,7 @@ class CheckpointSaver:
         self._last_save_time = time.monotonic()
         self._due: SaveRequest | None = None
         self._in_flight: AsyncWrite | None = None
+        self._held: AsyncWrite | None = None
         self._preparing: threading.Thread | None = None
 
     @property
@@ -102,6 +103,12 @@ class CheckpointSaver:
 
     def request(self, request: SaveRequest) -> None:
         """Ask for a checkpoint."""
+        if self._held is not None and request.marks != RetentionMarks():
+            logger.warning(
+                "trackopt: the checkpoint of step %d was taken when the loop was left, without keep= and metric=; "
+                "call run.save() with them inside the loop",
+                self._held.progress.step,
+            )
         self._last_save_time = time.monotonic()
         self._due = self._due.merge(request) if self._due is not None else request
 
@@ -142,6 +149,22 @@ class CheckpointSaver:
         except Exception as error:  # noqa: BLE001 - it may come from the user's state_dict(); training continues
             self._report(_unsaveable(error))
 
+    def hold(self, progress: RunProgress) -> bool:
+        """Copy the state for the next save, unless ``release`` is called before; return whether that worked."""
+        if not self._is_writer:
+            return True
+        request = self._due
+        try:
+            self._held = self._stage(progress)
+        except CheckpointError as error:
+            self._on_failed(progress, error)
+        self._due = request
+        return self._held is not None
+
+    def release(self) -> None:
+        """Forget the state that ``hold`` copied."""
+        self._held = None
+
     def save(self, progress: RunProgress) -> None:
         """Copy the state, and write it in the background; a failed write is logged, and training continues."""
         if not self._is_writer:
@@ -149,7 +172,7 @@ class CheckpointSaver:
             return
         wait = not self._background or (self._due is not None and self._due.wait)
         try:
-            self._in_flight = self._stage(progress)
+            self._in_flight = self._take(progress)
         except CheckpointError as error:
             self._on_failed(progress, error)
             return
@@ -167,7 +190,7 @@ class CheckpointSaver:
         if not self._is_writer:
             return
         try:
-            error = self._on_written(self._stage(progress))
+            error = self._on_written(self._take(progress))
         except CheckpointError as failure:
             error = failure
         if error is not None:
@@ -190,6 +213,14 @@ class CheckpointSaver:
     def _prepare(self, size: int) -> None:
         lower_thread_priority()
         self._store.preallocate(size)
+
+    def _take(self, progress: RunProgress) -> AsyncWrite:
+        """Return the copy that is held, or a new one."""
+        held, self._held = self._held, None
+        if held is None:
+            return self._stage(progress)
+        self._due = None
+        return held
 
     def _stage(self, progress: RunProgress) -> AsyncWrite:
         """Copy the state; the memory is free once the checkpoint before it is written.

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from trackopt.checkpoint.encoding import StateEncoder
+from trackopt.checkpoint.gradients import gradients
 from trackopt.checkpoint.meta import KEY, TYPES, CheckpointMeta, RunProgress, TrainingLayout
 from trackopt.checkpoint.pickler import dump_checkpoint
 from trackopt.checkpoint.resharding import state_by_name
@@ -33,6 +34,8 @@ def capture(training: Training, progress: RunProgress) -> CheckpointTree:
     """
     encoder = StateEncoder()
     tree = _encode_states(encoder, training)
+    if progress.has_gradients:
+        tree["gradients"] = encoder.encode(gradients(training), "gradients")
     tree["rng"] = rng.capture()
     tree[KEY] = encoder.encode(CheckpointMeta(progress, TrainingLayout.of(training)).as_dict(), KEY)
     if encoder.types:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ from trackopt.checkpoint.meta import RunProgress
 from trackopt.checkpoint.resume import gather_rank_states
 from trackopt.checkpoint.round_trip import RoundTripCheck
 from trackopt.checkpoint.saver import CheckpointSaver
+from trackopt.run.accumulation import AccumulationWindow
 from trackopt.run.data_position import DataPosition
 from trackopt.training.objects import versions
 
@@ -40,6 +42,8 @@ class RunCheckpoints:
     Attributes:
         position: Where the loop stands in its data.
         saver: What takes them.
+        user_state: The user's ``run.state``.
+        window: Whether gradients are being accumulated.
     """
 
     def __init__(
@@ -54,6 +58,7 @@ class RunCheckpoints:
         background: bool,
     ) -> None:
         self.position = DataPosition(training.stateful)
+        self.user_state: dict[str, Any] = {}
         self.saver = CheckpointSaver(training, store, attempt.journal, collectives, options, background=background)
         self._training = training
         self._store = store
@@ -62,6 +67,8 @@ class RunCheckpoints:
         self._scheduler_configs = scheduler_configs
         self._group_counts: dict[str, int] = {}  # parameter groups when the epoch began
         self._pending: PendingRestore | None = None
+        self._held: RunProgress | None = None
+        self.window = AccumulationWindow(training)
         self._round_trip = RoundTripCheck(training)
         self._is_state_checked = False
 
@@ -78,6 +85,7 @@ class RunCheckpoints:
         self.position.load_state_dict(
             progress.position, self._on_position_restored, world_size_changed=pending.world_size_changed
         )
+        self._restore_user_state(progress.state)
         self.saver.latest = progress
         if progress.run_id == attempt.id:
             if self._collectives.is_rank_zero:
@@ -109,9 +117,10 @@ class RunCheckpoints:
             )
 
     def begin_loop(self) -> None:
-        """Keep the hyperparameters that the script has set since it resumed."""
+        """Keep the hyperparameters that the script has set since it resumed, and undo what else its set-up changed."""
         if self._pending is not None:
             self._pending.snapshot_hyperparameters()
+            self._restore_user_state(self._pending.meta.progress.state)
 
     def begin_epoch(self) -> None:
         """Note the parameter groups: a resume within the epoch runs its first lines again."""
@@ -126,15 +135,33 @@ class RunCheckpoints:
         for line in self._round_trip.run():
             logger.warning("trackopt: %s", line)
 
+    @property
+    def is_holding(self) -> bool:
+        """True while the next checkpoint is the state that ``hold`` copied."""
+        return self._held is not None
+
+    def hold(self) -> None:
+        """Copy the state of a pass that is being left: the next checkpoint, unless training goes on elsewhere."""
+        progress = self._progress()
+        if all(self._collectives.all_gather_object(self.saver.hold(progress))):
+            self._held = progress
+        else:
+            self.position.is_unfinished = True  # its state is lost, and the live one is that of a finished pass
+
+    def release(self) -> None:
+        """Forget the state that ``hold`` copied: training has gone on."""
+        self._held = None
+        self.saver.release()
+
     def save(self, *, epoch_done: bool = False) -> None:
         """Take a checkpoint now, on all ranks."""
-        progress = self._progress(epoch_done=epoch_done)
+        progress, self._held = self._held or self._progress(epoch_done=epoch_done), None
         self._collectives.run_on_all(lambda: self.saver.save(progress))
 
     def save_final(self) -> None:
         """Take the last checkpoint and wait for it, on all ranks, if rank 0 has anything that is not saved."""
-        if self._collectives.broadcast(self._has_unsaved_progress()):
-            progress = self._progress()
+        if self._collectives.broadcast(self.is_holding or self._has_unsaved_progress()):
+            progress, self._held = self._held or self._progress(), None
             self._collectives.run_on_all(lambda: self.saver.save_final(progress))
 
     def close(self) -> None:
@@ -149,9 +176,14 @@ class RunCheckpoints:
         assert self._pending is not None  # noqa: S101 - for mypy: there was a checkpoint
         self._pending.reapply()
         self._attempt.telemetry.load_pending(self._pending.meta.progress.telemetry)
+        self._restore_user_state(self._pending.meta.progress.state)
+
+    def _restore_user_state(self, state: Mapping[str, Any]) -> None:
+        self.user_state.clear()
+        self.user_state.update(copy.deepcopy(dict(state)))
 
     def _has_unsaved_progress(self) -> bool:
-        if self.position.is_fast_forwarding:
+        if self.position.is_fast_forwarding or self.position.is_unfinished:
             return False
         saved = self.saver.latest
         if self.saver.due or self._attempt.step != saved.step:
@@ -177,5 +209,9 @@ class RunCheckpoints:
             groups=self._group_counts,
             scheduler_configs=self._scheduler_configs,
             telemetry=telemetry,
-            ranks=gather_rank_states(self._collectives, self._training, position, telemetry) if several else (),
+            ranks=gather_rank_states(self._collectives, self._training, position, telemetry, self.user_state)
+            if several
+            else (),
+            state=self.user_state,
+            has_gradients=not several and self.window.needs_gradients,
         )

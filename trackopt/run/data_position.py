@@ -39,17 +39,20 @@ class DataPosition:
         in_epoch: True while the loop is inside an epoch.
         in_pass: True while it is inside a pass over a loader.
         in_batch: True while it works on a batch.
+        is_unfinished: True after the loop was left in the middle of an iteration, until it goes on.
         batch: Batches taken in the current pass.
     """
 
     def __init__(self, stateful: Mapping[str, Any]) -> None:
         self.epoch = 0
         self.in_epoch = self.in_pass = self.in_batch = False
-        self._left_by_break = False
+        self.is_unfinished = False
         self._generators = {name: value for name, value in stateful.items() if rng.is_generator(value)}
         self._stateful_loaders = [value for value in stateful.values() if not rng.is_generator(value)]
         self._pass = 0  # finished passes of this epoch
         self.batch = 0
+        self._is_driven_by_next = False  # the batches of the current pass are asked for by `next`
+        self._has_one_loader = False  # all passes of the restored epoch went over one loader
         self._epoch_start: StateDict | None = None  # the generators when the epoch began
         self._pass_start: StateDict | None = None  # the generators, and the loader's, when the pass began
         self._length: int | None = None  # batches of the pass
@@ -64,7 +67,12 @@ class DataPosition:
     @property
     def is_between_epochs(self) -> bool:
         """True before and after the loop over epochs, when a resume repeats nothing of an epoch."""
-        return not self.in_epoch and not self._left_by_break and not self.is_fast_forwarding
+        return not self.in_epoch and not self.is_fast_forwarding
+
+    @property
+    def has_passes(self) -> bool:
+        """True once a pass of this epoch is over."""
+        return self._pass > 0
 
     @property
     def is_fast_forwarding(self) -> bool:
@@ -79,16 +87,17 @@ class DataPosition:
             self._restore_rng(self._saved["epoch_start"] or self._saved["here"])
         try:
             while self.epoch < total:
-                self.in_epoch = True
+                self.in_epoch, self.is_unfinished = True, False
                 self._epoch_start = self._capture()
                 yield self.epoch
-                self.epoch += 1
-                self._pass, self._saved = 0, None
-        except GeneratorExit:
-            self._left_by_break = True
-            raise
+                self.finish_epoch()
         finally:
             self.in_epoch = False
+
+    def finish_epoch(self) -> None:
+        """Go on to the next epoch: the last line of this one has run."""
+        self.epoch += 1
+        self._pass, self._saved = 0, None
 
     def sampler_epoch_is_stale(self, loader: object) -> bool:
         """Return True if the loader's sampler repeats the order of an earlier epoch, as no one called ``set_epoch``."""
@@ -98,15 +107,24 @@ class DataPosition:
         first, sampler_epoch = self._sampler_epochs.setdefault(sampler, (self.epoch, sampler.epoch))
         return self.epoch > first and sampler.epoch == sampler_epoch
 
-    def batches(self, loader: Iterable[T]) -> Iterator[T]:
-        """Yield the batches of one pass over ``loader``; after a restore, the remaining ones."""
+    def batches(self, loader: Iterable[T], *, by_next: bool = False) -> Iterator[T]:
+        """Yield the batches of one pass over ``loader``; after a restore, the remaining ones.
+
+        Args:
+            loader: The loader.
+            by_next: The batches are asked for by ``next``, so that the script begins the next pass by hand. Then the
+                passes that were over at the checkpoint are not repeated.
+        """
         if not self.in_epoch:
             raise UsageError("run.batches() needs `for epoch in run.epochs(n):` around it; without epochs, n is 1")
         if self.in_pass:
             raise UsageError("run.batches() stands inside another; iterate over the inner loader itself")
+        saved, self._is_driven_by_next = self._saved, by_next
+        if saved is not None and by_next and self._has_one_loader:
+            self._pass = saved["pass"]
         self._loaders[self._pass] = loader
         self._length = length(loader)
-        self.in_pass = True
+        self.in_pass, self.is_unfinished = True, False
         try:
             for batch in self._begin(loader):
                 self.batch += 1
@@ -119,12 +137,23 @@ class DataPosition:
 
     def state_dict(self, *, epoch_done: bool) -> StateDict:
         """Return the position as plain values; ``epoch_done`` means that the epoch's last line has run."""
-        own = {number: _loader_state(loader) for number, loader in self._loaders.items()}
+        one_loader = len({id(loader) for loader in self._loaders.values()}) == 1
+        loaders = {0: self._loaders[0]} if one_loader and 0 in self._loaders else self._loaders
+        state: StateDict = {
+            "epoch": self.epoch + epoch_done,
+            "pass": self._pass,
+            "batch": self.batch,
+            "epoch_start": self._epoch_start,
+            "pass_start": self._pass_start,
+            "length": self._length,
+            "one_loader": one_loader,
+            "own": {number: _loader_state(loader) for number, loader in loaders.items()},
+        }
         if epoch_done or self.is_between_epochs:  # the next epoch's first lines have not run
-            epoch = self.epoch + 1 if epoch_done else self.epoch
-            return {"epoch": epoch, "pass": 0, "batch": 0, "epoch_start": None, "pass_start": None, "own": own}
-        starts = {"epoch_start": self._epoch_start, "pass_start": self._pass_start, "length": self._length}
-        return {"epoch": self.epoch, "pass": self._pass, "batch": self.batch, **starts, "own": own}
+            state |= {"pass": 0, "epoch_start": None}
+            if not (self.in_pass and self._is_driven_by_next):  # such a pass goes on in the next epoch
+                state |= {"batch": 0, "pass_start": None}
+        return state
 
     def load_state_dict(
         self, state: StateDict, on_restored: Callable[[], None], *, world_size_changed: bool = False
@@ -141,18 +170,23 @@ class DataPosition:
         self.epoch, self._world_size_changed = state["epoch"], world_size_changed
         self._saved = {**state, "here": self._capture()}
         self._loader_states = dict(state["own"])
+        self._has_one_loader = state.get("one_loader", False)
         self._on_restored = on_restored
 
     def _begin(self, loader: Iterable[T]) -> Iterator[T]:
-        saved, own = self._saved, self._loader_states.pop(self._pass, {"generators": [], "warm": False})
+        saved, key = self._saved, 0 if self._has_one_loader else self._pass
+        own = self._loader_states.get(key, {"generators": [], "warm": False})
         if saved is not None and self._pass < saved["pass"]:
+            _restore_loader(loader, own)
             return iter(())
+        self._loader_states.pop(key, None)
         if own["warm"]:
             _start_workers(loader)
         self._saved = None
         if saved is not None and saved["epoch_start"] is not None:
             self._on_restored()
             self._restore_rng(saved["here"])
+        here = self._capture()  # an epoch's first lines may have drawn
         if saved is None or saved["pass_start"] is None:
             _restore_loader(loader, own)
             self._pass_start = {**self._capture(), "own": _loader_state(loader)}
@@ -163,7 +197,7 @@ class DataPosition:
         iterator = iter(loader)
         if not any(loader is stateful for stateful in self._stateful_loaders):
             _fast_forward(iterator, loader, self.batch)
-        self._restore_rng(saved["here"])
+        self._restore_rng(here)
         rng.restore_all(rng.find_generators(loader), own["generators"])
         return iterator
 

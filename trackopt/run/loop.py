@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -15,8 +16,10 @@ from trackopt.checkpoint.saver import SaveRequest
 from trackopt.run.attempt import Attempt
 from trackopt.run.checkpoints import RunCheckpoints
 from trackopt.run.data_position import length
+from trackopt.run.loop_exit import error_in_flight, is_asked_by_next, is_left_on_purpose
 from trackopt.run.progress import Progress, ProgressDisplay
 from trackopt.run.stop import StopController
+from trackopt.run.uncaught import UncaughtExceptionHook
 from trackopt.rundir import environment
 from trackopt.rundir.directory import restart_count
 from trackopt.training.sharding import has_sharded_parameters
@@ -95,9 +98,12 @@ class TrackedLoop:
         self._observer: StepObserver | None = None
         self._epochs = 0  # how many there will be
         self._pass_length: int | None = None  # batches in this pass
-        self._pass_start_step = 0  # the step at which it began
-        self._warned_set_epoch = False
-        self._final_checkpoint_taken = False  # though the script still finishes its epoch
+        self._pass_start_step = self._epoch_start_step = 0  # the steps at which they began
+        self._iteration_end_step = 0  # the step at which the latest iteration ended
+        self._warned_set_epoch = self._warned_no_iterations = False
+        self._is_leaving = False  # for a signal, though the script still finishes its epoch
+        self._error_at_start = error_in_flight()
+        self._hook: UncaughtExceptionHook | None = None
 
     def start(self, pending: PendingRestore | None) -> None:
         """Begin the attempt in the journal, then start the recorder.
@@ -116,31 +122,39 @@ class TrackedLoop:
             self.checkpoints.resume(pending, **ranks)
         else:
             self.attempt.mark_start(**ranks)
+        self._iteration_end_step = self.attempt.step
         self.stop.start_sync(self.attempt.step, self._saver.is_overdue)
         self.attempt.start_recorder()
         if leads and (rehearsal := environment.from_environment()) is not None:
             observer = rehearsal.load_observer()
             self._observer = observer(rehearsal, self._training, self.attempt.directory.path, self.attempt.step)
         self.attempt.close_at_exit(self._close_at_exit)
+        self._hook = UncaughtExceptionHook(self._on_uncaught, self.stop.stop_after_error)
 
     def epochs(self, total: int) -> Iterator[int]:
         """Yield the numbers of the epochs that are still to come, of ``total``."""
         self.checkpoints.begin_loop()
         self._epochs = total
-        for epoch in self.position.epochs(total):
-            self.checkpoints.begin_epoch()
-            yield epoch
-            self._telemetry.record_trailing()
-            self.at_safe_point(epoch_done=True)
+        try:
+            for epoch in self.position.epochs(total):
+                self.checkpoints.begin_epoch()
+                self._epoch_start_step = self.attempt.step
+                yield epoch
+                self._end_epoch()
+        except GeneratorExit:
+            if self.is_open:
+                self._leave_epochs(on_purpose=is_left_on_purpose(sys._getframe(1)))
+            raise
 
     def batches(self, loader: Iterable[T]) -> Iterator[T]:
         """Yield the batches of one pass that are still to come; an iteration ends when the next one is asked for."""
+        by_next = is_asked_by_next(sys._getframe(1))
         if not self.position.is_fast_forwarding:
             # With several ranks, perhaps one of them validates alone.
             self._telemetry.record_trailing(all_ranks=self._collectives.world_size == 1)
         self._pass_length, self._pass_start_step = length(loader), self.attempt.step
         self._telemetry.boundary.call("sampler check", self._check_sampler, loader)
-        batches = self.position.batches(loader)
+        batches = self.position.batches(loader, by_next=by_next)
         if self._observer is not None:
             batches = self._observer.watch(batches, loader)
         try:
@@ -149,19 +163,22 @@ class TrackedLoop:
                 yield batch
                 self.end_iteration()
                 self.at_safe_point()
-        except GeneratorExit:  # the loop was left by `break`
+        except GeneratorExit:
             if self.is_open:
-                self.end_iteration()
-                self.sync_ranks()
-                if self.stop.signal is not None:  # in a moment the position is that of a finished pass
-                    self.checkpoints.save()
-                    self._final_checkpoint_taken = True
+                self._leave_pass(on_purpose=is_left_on_purpose(sys._getframe(1)))
+            raise
+        except Exception:  # of the loader
+            self.position.is_unfinished = True
             raise
 
     def end_iteration(self) -> None:
         """Record the step of this iteration, if there was one."""
-        before = self._telemetry.recorded
-        if self._telemetry.end_iteration():
+        self._telemetry.end_iteration()
+        before, self._iteration_end_step = self._iteration_end_step, self.attempt.step
+        stepped = self._iteration_end_step > before
+        self.checkpoints.window.end_iteration(stepped=stepped)
+        if stepped:
+            self.checkpoints.release()
             self._saver.on_step(before, self.attempt.step)
             if self.is_open:
                 self._saver.preallocate()
@@ -177,8 +194,10 @@ class TrackedLoop:
         """Save what is due, and stop if a signal says so: a resumed run can continue exactly from here."""
         self.sync_ranks()
         stops = self.stop.signal is not None
-        due = self._saver.due and not self._is_validation_pass()
-        if (due or stops) and not self._final_checkpoint_taken and not self.position.is_fast_forwarding:
+        if epoch_done and not self._is_leaving:
+            self.checkpoints.release()
+        due = self._saver.due and not self._is_validation_pass() and not self._waits_for_step(epoch_done)
+        if (due or stops) and self._can_save():
             self.checkpoints.save(epoch_done=epoch_done)
         if stops:
             self.leave()
@@ -192,10 +211,20 @@ class TrackedLoop:
         """Close the run after the loop is done or left by an error; a forked child leaves its parent's run open."""
         if not self.is_open or self.attempt.is_in_forked_child:
             return
+        error = error or error_in_flight(self._error_at_start)
+        if error is not None and self.stop.stop_after_error():
+            self.leave()
         if error is None and self.stop.has_any_rank_signal():
-            if self.position.is_between_epochs and not self._final_checkpoint_taken:
+            if self.checkpoints.is_holding or (self.position.is_between_epochs and self._can_save()):
                 self.checkpoints.save()
             self.leave()
+        if error is None and self.position.is_unfinished:
+            error = RuntimeError("the loop was left by an exception")
+            logger.warning(
+                "trackopt: the loop was left by an exception in the middle of an iteration, of which nothing is saved; "
+                "the newest checkpoint is of step %d",
+                self._saver.latest.step,
+            )
         self.close(_status(error), error, wait=wait)
 
     def leave(self) -> NoReturn:
@@ -216,10 +245,12 @@ class TrackedLoop:
         if not self.is_open:
             return
         self.is_open = False
+        if self._hook is not None:
+            self._hook.close()
         if status != "FINISHED":
             self._collectives.detach()
         try:
-            if self.attempt.step > self._telemetry.recorded:
+            if self.attempt.step > self._iteration_end_step:
                 self.end_iteration()
             self._telemetry.record_trailing()
             self._saver.wait_until_finished()
@@ -236,6 +267,62 @@ class TrackedLoop:
             self.checkpoints.close()
             self._telemetry.boundary.call_always("progress display", lambda: self._display.close(self._progress()))
             self.attempt.close(wait=wait and self.stop.signal is None)
+
+    def _end_epoch(self) -> None:
+        """Do what follows the last line of an epoch; without passes, the epoch was an iteration."""
+        has_passes = self.position.has_passes or self.position.in_pass
+        if not has_passes and self.attempt.step > self._iteration_end_step:
+            self._warn_of_steps_in_one_iteration(self._telemetry.pop_unended_steps() + 1)
+            self.end_iteration()
+        self._telemetry.record_trailing()
+        self.at_safe_point(epoch_done=True)
+
+    def _leave_pass(self, *, on_purpose: bool) -> None:
+        """Keep the state of a pass that is left before its end: in a moment the position is that of a finished pass.
+
+        Only ``break`` and ``return`` come after the end of an iteration.
+        """
+        if not on_purpose:
+            self.position.is_unfinished = True
+            return
+        self.end_iteration()
+        self.sync_ranks()
+        if self.attempt.step > self._pass_start_step or self.stop.signal is not None:
+            self.checkpoints.hold()
+            self._is_leaving = self.stop.signal is not None
+
+    def _leave_epochs(self, *, on_purpose: bool) -> None:
+        """Decide where a resumed run continues after the loop over epochs was left before its end."""
+        if not on_purpose:
+            self.position.is_unfinished = True
+        elif not self.checkpoints.is_holding and (
+            self.position.has_passes or self.attempt.step > self._epoch_start_step
+        ):
+            if self.attempt.step > self._iteration_end_step:
+                self.end_iteration()
+            self.position.finish_epoch()
+
+    def _can_save(self) -> bool:
+        return not (self.position.is_fast_forwarding or self.position.is_unfinished)
+
+    def _waits_for_step(self, epoch_done: bool) -> bool:
+        """Return True between the micro-batches of several ranks: the gradients of each differ, and are not saved."""
+        return self._collectives.world_size > 1 and not epoch_done and self.checkpoints.window.is_open
+
+    def _on_uncaught(self) -> None:
+        """End the process as the signal wants it that came before an exception."""
+        if self.is_open and not self.attempt.is_in_forked_child and self.stop.stop_after_error():
+            self.leave()
+
+    def _warn_of_steps_in_one_iteration(self, steps: int) -> None:
+        if steps > 1 and not self._warned_no_iterations:
+            self._warned_no_iterations = True
+            logger.warning(
+                "trackopt: epoch %d took %d steps, and no iteration has ended in it, so checkpoints can be taken only "
+                "between epochs: take the batches from run.batches(loader), or call run.step() after each step",
+                self.position.epoch,
+                steps,
+            )
 
     def _check_sampler(self, loader: object) -> None:
         if not self._warned_set_epoch and self.position.sampler_epoch_is_stale(loader):
@@ -262,7 +349,7 @@ class TrackedLoop:
 
     def _close_at_exit(self, error: BaseException | None) -> None:
         """Close the run where the script ended without ``close``: by its last line, or by an uncaught exception."""
-        is_unfinished = self.position.in_batch and error is None
+        is_unfinished = (self.position.in_batch or self.position.is_unfinished) and error is None
         with contextlib.suppress(SystemExit):  # each rank has logged its error
             self.close("KILLED" if is_unfinished else _status(error), error)
 

@@ -42,6 +42,25 @@ class Run:
         return self._loop.position.epoch
 
     @property
+    def batch(self) -> int:
+        """The index of the current batch in its pass over the loader, from 0; correct in a resumed epoch."""
+        return max(self._loop.position.batch - 1, 0)
+
+    @property
+    def iteration(self) -> int:
+        """The completed iterations of the run, over all its attempts: the index of the current one, from 0."""
+        return self.step_counts.iterations
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """A dict for the script's own values, which is saved and restored: ``best_loss``, counters, sums of an epoch.
+
+        It may hold numbers, strings, tensors, ``None``, and lists, tuples and dicts of them. Give each value its start
+        by ``run.state.setdefault("best_loss", math.inf)``, or inside the epoch.
+        """
+        return self._loop.checkpoints.user_state
+
+    @property
     def step_counts(self) -> StepCounts:
         """Iterations, steps, skipped steps and closure calls of the run, over all its attempts."""
         return self._loop.attempt.telemetry.step_counts
@@ -83,6 +102,7 @@ class Run:
         if self._loop.position.in_batch:
             raise UsageError("run.step() inside run.batches(): batches() ends each iteration itself, so use run.log()")
         self.log(**metrics)
+        self._loop.attempt.telemetry.ends_iterations = True
         self._loop.end_iteration()
         if not self._loop.position.in_epoch:
             self._loop.at_safe_point()
@@ -100,6 +120,15 @@ class Run:
         iterable that yields the same items each time. Asking for the next batch ends the iteration.
         """
         return self._loop.batches(loader)
+
+    def enumerate(self, loader: Iterable[T], start: int = 0) -> Iterator[tuple[int, T]]:
+        """Yield the number of each batch in its pass, and the batch, as ``enumerate(loader)`` does.
+
+        In a resumed epoch the numbers go on where they stopped. Those of ``enumerate(run.batches(loader))`` begin at
+        ``start`` again.
+        """
+        for batch in self.batches(loader):
+            yield start + self.batch, batch
 
     def save(self, *, keep: bool = False, metric: float | None = None, wait: bool = False) -> None:
         """Take a checkpoint between this iteration and the next (or between two epochs, after the batches).

@@ -71,6 +71,11 @@ class StopController:
         self._signals.agreed_signal = signal.Signals(numbers[0]) if numbers else None
         return bool(numbers)
 
+    def stop_after_error(self) -> bool:
+        """Return True if a signal came to this process; it stops for it without the others, which may be gone."""
+        self._signals.agreed_signal = self._signals.agreed_signal or self._signals.local_signal
+        return self._signals.agreed_signal is not None
+
     def close(self) -> None:
         """Restore the signal handlers and end the agreement."""
         self._signals.close()

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from trackopt.training.objects import Training
     from trackopt.utils.types import StateDict
 
-_WARN_AFTER_STEPS = 100  # steps without the end of an iteration
+_WARN_AFTER_STEPS = 100  # steps in a row without the end of an iteration
 
 logger = logging.getLogger("trackopt")
 
@@ -63,6 +63,7 @@ class MetricsCollector:
 
     Attributes:
         recorded: The step of the latest record, whose numbers may still be in transfer.
+        ends_iterations: True once the loop has ended an iteration by ``run.step``.
         latest: The metrics of the latest record in the journal.
         boundary: Makes the calls that must not stop the training; those that read an optimizer have one of their own.
     """
@@ -71,6 +72,7 @@ class MetricsCollector:
         self, training: Training, journal: Journal, options: StatsOptions, gather: Gather = single_rank_gather
     ) -> None:
         self.recorded = 0
+        self.ends_iterations = False
         self.latest: Mapping[str, float] = {}
         self._journal = journal
         self._accumulator = MetricAccumulator(gather)
@@ -86,10 +88,13 @@ class MetricsCollector:
                 prefix=f"{name}." if len(optimizers) > 1 else "",
                 names=partial(_names, training, name),
                 before_first=self._scheduler_check.before_first_step,
+                before_another=self._before_another_step,
                 boundary=ErrorBoundary(partial(self._report_failure, optimizer=(name, type(optimizer).__name__))),
             )
         self._per_parameter = PerParameterOptimizers({} if options.stats == "param" else optimizers)
-        self._warned = False
+        self._in_iteration = False
+        self._unended_steps = 0  # recorded since the latest end of an iteration
+        self._logged_at: dict[str, int] = {}  # in an iteration without an end: the completed steps, by key
         self._has_stepped_before = False
         self._nonfinite_losses: set[str] = set()
         self._prepare_detection()
@@ -116,17 +121,15 @@ class MetricsCollector:
         Raises:
             UsageError: A value is not a number.
         """
+        if self._ends_by_itself and len(self._observers) == 1:
+            if any(self._logged_at.get(key, self.step) < self.step for key in metrics):
+                self._record_step()
+            self._logged_at |= dict.fromkeys(metrics, self.step)
         self._accumulator.add(metrics, reduced=reduced)
-        if not self._warned and self.step - self.recorded > _WARN_AFTER_STEPS:
-            self._warned = True
-            logger.warning(
-                "trackopt: %d steps, but no iteration has ended: take the batches from run.batches(loader), or call "
-                "run.step() at the end of each iteration",
-                self.step,
-            )
 
     def begin_iteration(self) -> None:
         """Remember the positions of the schedulers."""
+        self._in_iteration = True
         self._scheduler_check.begin_iteration()
         self._prepare_detection()
 
@@ -141,16 +144,43 @@ class MetricsCollector:
         for message in self._scheduler_check.pop_messages():
             logger.warning("trackopt: %s", message)
         if stepped:
-            self.recorded = self.step
-            observed = {
-                observer: (observer.pop_metrics(), observer.pop_histograms()) for observer in self._observers.values()
-            }
-            logged = AsyncMetrics(self._accumulator.pop_all(), boundary=self.boundary)
-            self._in_flight.append(_Step(self.recorded, time.time(), logged, observed))
+            self._record_step()
         while self._in_flight and self._in_flight[0].is_ready:
             self._record(self._in_flight.popleft())
         self._prepare_detection()
+        self._in_iteration, self._unended_steps = False, 0
         return stepped
+
+    def pop_unended_steps(self) -> int:
+        """Return how many steps were recorded, though their iteration has not ended, and count from 0 again."""
+        steps, self._unended_steps = self._unended_steps, 0
+        return steps
+
+    @property
+    def _ends_by_itself(self) -> bool:
+        """True where neither ``run.batches`` nor ``run.step`` says when an iteration ends."""
+        return not self._in_iteration and not self.ends_iterations
+
+    def _before_another_step(self) -> None:
+        """Record the step before, in a loop that does not say when an iteration ends."""
+        if self._ends_by_itself and self.step > self.recorded:
+            self._record_step()
+            self._unended_steps += 1
+            if self._unended_steps == _WARN_AFTER_STEPS:
+                logger.warning(
+                    "trackopt: %d steps, but no iteration has ended, so no checkpoint can be taken: take the batches "
+                    "from run.batches(loader), or call run.step() at the end of each iteration",
+                    self._unended_steps,
+                )
+
+    def _record_step(self) -> None:
+        """Put the latest step, with what was logged, in line for the journal."""
+        self.recorded = self.step
+        self._logged_at.clear()
+        observers = self._observers.values()
+        observed = {observer: (observer.pop_metrics(), observer.pop_histograms()) for observer in observers}
+        logged = AsyncMetrics(self._accumulator.pop_all(), boundary=self.boundary)
+        self._in_flight.append(_Step(self.recorded, time.time(), logged, observed))
 
     def flush(self) -> None:
         """Wait for the numbers of all steps, and record them."""
@@ -228,7 +258,7 @@ class MetricsCollector:
         return {
             "observers": observers,
             "pending": self._accumulator.state_dict(),
-            "turns": self._scheduler_check.state_dict(),
+            "turns": self._scheduler_check.state_dict() | {"explicit": self.ends_iterations},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -239,6 +269,7 @@ class MetricsCollector:
         self._per_parameter.units = {name: observer["unit"] for name, observer in saved if "unit" in observer}
         self.load_pending(state)
         self._scheduler_check.load_state_dict(state["turns"])
+        self.ends_iterations = state["turns"].get("explicit", False)
         self.recorded = self.step
 
     def load_pending(self, state: Mapping[str, Any]) -> None:

@@ -41,6 +41,7 @@ class OptimizerObserver:
         prefix: Put before the names of the groups (``"gen."`` where there are several optimizers).
         names: Returns the names of the parameters of each group, in order.
         before_first: Called before the very first step of the optimizer.
+        before_another: Called before a step when the metrics of the one before are not popped yet.
         boundary: Makes the calls that read the optimizer.
 
     Attributes:
@@ -57,12 +58,15 @@ class OptimizerObserver:
         prefix: str = "",
         names: Callable[[], Sequence[Sequence[str]]],
         before_first: Callable[[], None] = lambda: None,
+        before_another: Callable[[], None] = lambda: None,
         boundary: ErrorBoundary | None = None,
     ):
         self.optimizer = optimizer
         self.steps = self.closure_calls = 0
         self.is_called = False
         self._before_first = before_first
+        self._before_another = before_another
+        self._has_metrics = False  # of a step, not popped yet
         self._overflowed = False
         self._every = options.stats_every if options.stats else 0
         self._histograms_every = options.histograms_every
@@ -109,6 +113,7 @@ class OptimizerObserver:
     def pop_metrics(self) -> AsyncMetrics:
         """Remove and return the metrics of the latest step since the last call; empty without a step."""
         metrics, self._metrics = self._metrics, AsyncMetrics({})
+        self._has_metrics = False
         return metrics
 
     def pop_histograms(self) -> dict[str, Histogram]:
@@ -162,6 +167,8 @@ class OptimizerObserver:
     def _begin_step(self) -> None:
         if not self.steps:
             self._before_first()
+        if self._has_metrics:
+            self._before_another()
         self._hyperparameters_used = self._boundary.call("hyperparameters", self._hyperparameters.read) or {}
         if self._every and self.steps % (self._every * _UPDATE_EVERY) == 0:
             self._optimizer_metrics.snapshot_parameters()
@@ -194,6 +201,7 @@ class OptimizerObserver:
 
     def _end_step(self) -> None:
         self.steps += 1
+        self._has_metrics = True
         if self._every and (self.steps - 1) % self._every == 0:
             self._metrics = self._optimizer_metrics.compute(self._hyperparameters_used)
         else:

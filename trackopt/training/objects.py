@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     Generator = torch.Generator | np.random.Generator | np.random.RandomState | random.Random
 
-RESERVED = frozenset({"model", "optimizer", "scheduler", "rng", "trackopt"})
+RESERVED = frozenset({"model", "optimizer", "scheduler", "gradients", "rng", "trackopt"})
 
 
 class Stateful(Protocol):

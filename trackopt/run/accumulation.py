@@ -1,0 +1,49 @@
+"""Gradient accumulation: whether the gradients at the end of an iteration count for the next optimizer step."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from trackopt.checkpoint.gradients import gradients
+
+if TYPE_CHECKING:
+    from trackopt.training.objects import Training
+
+
+class AccumulationWindow:
+    """Follows the iterations of one attempt.
+
+    The gradients of an iteration without a step belong to the next step. After a step they do so only if the loop
+    never clears them, or fills them with zeros: both change the same tensor, which its version shows.
+
+    Args:
+        training: The objects whose gradients are looked at.
+    """
+
+    def __init__(self, training: Training) -> None:
+        self._training = training
+        self._stepped = True
+        self._versions: dict[str, int] | None = None  # after the first step
+        self._keeps_tensors: bool | None = None
+
+    def end_iteration(self, *, stepped: bool) -> None:
+        """Note the end of an iteration, and whether a step was taken in it."""
+        self._stepped = stepped
+        if not stepped or self._keeps_tensors is not None:
+            return
+        versions = {name: gradient._version for name, gradient in gradients(self._training).items()}
+        if self._versions is None:
+            self._versions = versions
+        else:
+            first = self._versions
+            self._keeps_tensors = any(version > first.get(name, version) for name, version in versions.items())
+
+    @property
+    def is_open(self) -> bool:
+        """True if gradients have been accumulated since the latest step."""
+        return not self._stepped and bool(gradients(self._training))
+
+    @property
+    def needs_gradients(self) -> bool:
+        """True if a checkpoint must hold the gradients."""
+        return (not self._stepped or self._keeps_tensors is not False) and bool(gradients(self._training))
