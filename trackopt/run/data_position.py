@@ -137,8 +137,8 @@ class DataPosition:
 
     def state_dict(self, *, epoch_done: bool) -> StateDict:
         """Return the position as plain values; ``epoch_done`` means that the epoch's last line has run."""
-        one_loader = len({id(loader) for loader in self._loaders.values()}) == 1
-        loaders = {0: self._loaders[0]} if one_loader and 0 in self._loaders else self._loaders
+        distinct = {id(loader): loader for loader in self._loaders.values()}
+        loaders = dict(enumerate(distinct.values())) if len(distinct) == 1 else self._loaders
         state: StateDict = {
             "epoch": self.epoch + epoch_done,
             "pass": self._pass,
@@ -146,7 +146,7 @@ class DataPosition:
             "epoch_start": self._epoch_start,
             "pass_start": self._pass_start,
             "length": self._length,
-            "one_loader": one_loader,
+            "one_loader": len(distinct) == 1,
             "own": {number: _loader_state(loader) for number, loader in loaders.items()},
         }
         if epoch_done or self.is_between_epochs:  # the next epoch's first lines have not run
@@ -178,6 +178,8 @@ class DataPosition:
         own = self._loader_states.get(key, {"generators": [], "warm": False})
         if saved is not None and self._pass < saved["pass"]:
             _restore_loader(loader, own)
+            if not self._has_one_loader:
+                self._loader_states.pop(self._pass, None)
             return iter(())
         self._loader_states.pop(key, None)
         if own["warm"]:

@@ -212,7 +212,7 @@ class TrackedLoop:
         if not self.is_open or self.attempt.is_in_forked_child:
             return
         error = error or error_in_flight(self._error_at_start)
-        if error is not None and self.stop.stop_after_error():
+        if isinstance(error, Exception) and self.stop.stop_after_error():
             self.leave()
         if error is None and self.stop.has_any_rank_signal():
             if self.checkpoints.is_holding or (self.position.is_between_epochs and self._can_save()):
@@ -309,9 +309,14 @@ class TrackedLoop:
         """Return True between the micro-batches of several ranks: the gradients of each differ, and are not saved."""
         return self._collectives.world_size > 1 and not epoch_done and self.checkpoints.window.is_open
 
-    def _on_uncaught(self) -> None:
-        """End the process as the signal wants it that came before an exception."""
-        if self.is_open and not self.attempt.is_in_forked_child and self.stop.stop_after_error():
+    def _on_uncaught(self, error: BaseException) -> None:
+        """End the process as the signal wants it that came before an error."""
+        if (
+            isinstance(error, Exception)
+            and self.is_open
+            and not self.attempt.is_in_forked_child
+            and self.stop.stop_after_error()
+        ):
             self.leave()
 
     def _warn_of_steps_in_one_iteration(self, steps: int) -> None:

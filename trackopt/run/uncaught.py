@@ -16,11 +16,11 @@ class UncaughtExceptionHook:
     """Calls a function before the interpreter ends for an exception; the previous hook is called first.
 
     Args:
-        on_exception: Called after it; may raise ``SystemExit``, whose code becomes that of the process.
+        on_exception: Called with the exception; may raise ``SystemExit``, whose code becomes that of the process.
         expects: Returns whether the end of a data worker is no news, so that no traceback is shown.
     """
 
-    def __init__(self, on_exception: Callable[[], None], expects: Callable[[], bool]) -> None:
+    def __init__(self, on_exception: Callable[[BaseException], None], expects: Callable[[], bool]) -> None:
         self._on_exception = on_exception
         self._expects = expects
         self._previous = sys.excepthook
@@ -35,4 +35,4 @@ class UncaughtExceptionHook:
     def _handle(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         if not (self._expects() and str(error).startswith(_DATA_WORKER)):
             self._previous(kind, error, trace)
-        self._on_exception()
+        self._on_exception(error)
