@@ -14,18 +14,18 @@ if TYPE_CHECKING:
 
 def gradients(training: Training) -> dict[str, Tensor]:
     """Return the gradient of each parameter that has one."""
-    return {name: parameter.grad for name, parameter in _parameters(training) if parameter.grad is not None}
+    return {name: parameter.grad for name, parameter in named_parameters(training) if parameter.grad is not None}
 
 
 def restore_gradients(training: Training, saved: Mapping[str, Tensor]) -> None:
     """Set the gradients to those that ``gradients`` returned, and all others to ``None``."""
-    for name, parameter in _parameters(training):
+    for name, parameter in named_parameters(training):
         gradient = saved.get(name)
         fits = gradient is not None and gradient.shape == parameter.shape
         parameter.grad = gradient.to(parameter.device, copy=True) if gradient is not None and fits else None
 
 
-def _parameters(training: Training) -> Iterator[tuple[str, Tensor]]:
+def named_parameters(training: Training) -> Iterator[tuple[str, Tensor]]:
     """Yield the parameters of the models, then those that only an optimizer has."""
     named = training.named_parameters()
     yield from named.items()

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from trackopt.checkpoint.gradients import gradients
+from trackopt.checkpoint.gradients import gradients, named_parameters
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from trackopt.training.objects import Training
 
 
@@ -25,10 +27,18 @@ class AccumulationWindow:
         self._stepped = True
         self._versions: dict[str, int] | None = None  # after the first step
         self._keeps_tensors: bool | None = None
+        self._watched: Tensor | None = None  # a parameter that has had a gradient
+        self._mark: tuple[int, int] | None = None
+
+    def begin_iteration(self) -> None:
+        """Remember the gradients, for ``is_untouched``."""
+        self._mark = self._read_mark()
 
     def end_iteration(self, *, stepped: bool) -> None:
         """Note the end of an iteration, and whether a step was taken in it."""
         self._stepped = stepped
+        if self._watched is None:
+            self._watched = next((each for _, each in named_parameters(self._training) if each.grad is not None), None)
         if not stepped or self._keeps_tensors is not None:
             return
         versions = {name: gradient._version for name, gradient in gradients(self._training).items()}
@@ -39,6 +49,11 @@ class AccumulationWindow:
             self._keeps_tensors = any(version > first.get(name, version) for name, version in versions.items())
 
     @property
+    def is_untouched(self) -> bool:
+        """True if no gradient has changed since ``begin_iteration``."""
+        return self._read_mark() == self._mark
+
+    @property
     def is_open(self) -> bool:
         """True if gradients have been accumulated since the latest step."""
         return not self._stepped and bool(gradients(self._training))
@@ -47,3 +62,7 @@ class AccumulationWindow:
     def needs_gradients(self) -> bool:
         """True if a checkpoint must hold the gradients."""
         return (not self._stepped or self._keeps_tensors is not False) and bool(gradients(self._training))
+
+    def _read_mark(self) -> tuple[int, int] | None:
+        gradient = None if self._watched is None else self._watched.grad
+        return None if gradient is None else (id(gradient), gradient._version)

@@ -9,6 +9,7 @@ without the interruption.
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -16,6 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from torch.utils.data.distributed import DistributedSampler
 
 from trackopt.errors import UsageError
+from trackopt.run.draw_state import DrawState
 from trackopt.training import rng
 
 if TYPE_CHECKING:
@@ -56,6 +58,7 @@ class DataPosition:
         self._epoch_start: StateDict | None = None  # the generators when the epoch began
         self._pass_start: StateDict | None = None  # the generators, and the loader's, when the pass began
         self._length: int | None = None  # batches of the pass
+        self._draws = DrawState(())
         self._loaders: dict[int, object] = {}
         self._saved: StateDict | None = None  # a restored position that the loop has not reached yet
         self._loader_states: dict[int, Any] = {}  # restored states of loaders that are not known yet
@@ -126,7 +129,9 @@ class DataPosition:
         self._length = length(loader)
         self.in_pass, self.is_unfinished = True, False
         try:
-            for batch in self._begin(loader):
+            batches = self._begin(loader)
+            self._draws = DrawState([*self._generators.values(), *rng.find_generators(loader)])
+            for batch in self._draws.watch(batches):
                 self.batch += 1
                 self.in_batch = True
                 yield batch
@@ -134,6 +139,14 @@ class DataPosition:
         finally:
             self.in_pass = self.in_batch = False
             self._pass, self.batch, self._pass_start = self._pass + 1, 0, None
+
+    @contextmanager
+    def before_batch(self) -> Iterator[None]:
+        """Go back to the point before the current batch was drawn, within the ``with`` block."""
+        self.batch -= 1
+        with self._draws.rewound():
+            yield
+        self.batch += 1
 
     def state_dict(self, *, epoch_done: bool) -> StateDict:
         """Return the position as plain values; ``epoch_done`` means that the epoch's last line has run."""

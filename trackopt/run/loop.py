@@ -160,6 +160,7 @@ class TrackedLoop:
         try:
             for batch in batches:
                 self._telemetry.begin_iteration()
+                self.checkpoints.window.begin_iteration()
                 yield batch
                 self.end_iteration()
                 self.at_safe_point()
@@ -280,16 +281,21 @@ class TrackedLoop:
     def _leave_pass(self, *, on_purpose: bool) -> None:
         """Keep the state of a pass that is left before its end: in a moment the position is that of a finished pass.
 
-        Only ``break`` and ``return`` come after the end of an iteration.
+        ``break`` and ``return`` come after an iteration, or before it if nothing was done with the batch; an exception
+        comes in the middle of one.
         """
         if not on_purpose:
             self.position.is_unfinished = True
             return
-        self.end_iteration()
+        is_used = self.attempt.step > self._iteration_end_step or not self.checkpoints.window.is_untouched
+        if is_used:
+            self.end_iteration()
         self.sync_ranks()
-        if self.attempt.step > self._pass_start_step or self.stop.signal is not None:
-            self.checkpoints.hold()
-            self._is_leaving = self.stop.signal is not None
+        self._is_leaving = self.stop.signal is not None
+        step = self.attempt.step
+        if self._is_leaving or step > self._pass_start_step or step == self._epoch_start_step:
+            with contextlib.nullcontext() if is_used else self.position.before_batch():
+                self.checkpoints.hold()
 
     def _leave_epochs(self, *, on_purpose: bool) -> None:
         """Decide where a resumed run continues after the loop over epochs was left before its end."""

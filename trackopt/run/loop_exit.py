@@ -6,6 +6,7 @@ A generator is closed in the same way in all these cases. The bytecode of the co
 
 from __future__ import annotations
 
+import inspect
 import opcode
 import sys
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from types import FrameType
 
 _POPS = {"POP_TOP", "POP_ITER"}  # the latter from Python 3.14 on
+_SUSPENDED = {"YIELD_VALUE", "RESUME", "YIELD_FROM", "SEND"}  # a generator around ours, which is being closed too
 _CALLS = {"CALL", "CALL_FUNCTION", "CALL_METHOD", "PRECALL"}
 
 
@@ -26,6 +28,8 @@ def is_left_on_purpose(consumer: FrameType | None) -> bool:
     Returns:
         False after an exception, and where the generator was held by a variable that is gone.
     """
+    while consumer is not None and _is_generator(consumer) and _instruction(consumer) in _SUSPENDED:
+        consumer = consumer.f_back
     return _instruction(consumer) in _POPS
 
 
@@ -38,6 +42,10 @@ def error_in_flight(known: BaseException | None = None) -> BaseException | None:
     """Return the exception that is being handled, or passes a ``finally``, here; ``None`` if it is ``known``."""
     error = sys.exc_info()[1]
     return None if error is known else error
+
+
+def _is_generator(frame: FrameType) -> bool:
+    return bool(frame.f_code.co_flags & inspect.CO_GENERATOR)
 
 
 def _instruction(frame: FrameType | None) -> str:
