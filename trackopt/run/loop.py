@@ -20,12 +20,14 @@ from trackopt.run.loop_exit import error_in_flight, is_asked_by_next, is_left_on
 from trackopt.run.progress import Progress, ProgressDisplay
 from trackopt.run.stop import StopController
 from trackopt.run.uncaught import UncaughtExceptionHook
+from trackopt.run.unseen import UnseenLoaderCheck, is_enumerated
 from trackopt.rundir import environment
 from trackopt.rundir.directory import restart_count
 from trackopt.training.sharding import has_sharded_parameters
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from types import FrameType
 
     from trackopt.checkpoint.resume import PendingRestore
     from trackopt.checkpoint.saver import SaveOptions
@@ -104,6 +106,7 @@ class TrackedLoop:
         self._is_leaving = False  # for a signal, though the script still finishes its epoch
         self._error_at_start = error_in_flight()
         self._hook: UncaughtExceptionHook | None = None
+        self._loader_check = UnseenLoaderCheck()
 
     def start(self, pending: PendingRestore | None) -> None:
         """Begin the attempt in the journal, then start the recorder.
@@ -149,6 +152,7 @@ class TrackedLoop:
     def batches(self, loader: Iterable[T]) -> Iterator[T]:
         """Yield the batches of one pass that are still to come; an iteration ends when the next one is asked for."""
         by_next = is_asked_by_next(sys._getframe(1))
+        resumes = self.position.is_fast_forwarding
         if not self.position.is_fast_forwarding:
             # With several ranks, perhaps one of them validates alone.
             self._telemetry.record_trailing(all_ranks=self._collectives.world_size == 1)
@@ -159,6 +163,9 @@ class TrackedLoop:
             batches = self._observer.watch(batches, loader)
         try:
             for batch in batches:
+                if resumes and self.position.batch > 1:
+                    self._telemetry.boundary.call("check for enumerate()", self._check_enumerate, sys._getframe())
+                resumes = False
                 self._telemetry.begin_iteration()
                 self.checkpoints.window.begin_iteration()
                 yield batch
@@ -333,6 +340,24 @@ class TrackedLoop:
                 "between epochs: take the batches from run.batches(loader), or call run.step() after each step",
                 self.position.epoch,
                 steps,
+            )
+
+    def end_explicit_iteration(self) -> None:
+        """End an iteration where the loop says so, by ``run.step``."""
+        self._telemetry.ends_iterations = True
+        self.end_iteration()
+        if self._telemetry.boundary.call("check of the data source", self._loader_check.end_iteration):
+            logger.warning(
+                "trackopt: the loop iterates over a DataLoader itself, so its position is not saved, and a resumed run "
+                "begins a new pass over it; take the batches from run.batches(loader)"
+            )
+
+    def _check_enumerate(self, generator: FrameType) -> None:
+        if is_enumerated(generator):
+            logger.warning(
+                "trackopt: enumerate(run.batches(…)) counts from 0 again in a resumed epoch, here at batch %d; "
+                "use run.enumerate(loader), or run.batch",
+                self.position.batch - 1,
             )
 
     def _check_sampler(self, loader: object) -> None:

@@ -102,8 +102,7 @@ class Run:
         if self._loop.position.in_batch:
             raise UsageError("run.step() inside run.batches(): batches() ends each iteration itself, so use run.log()")
         self.log(**metrics)
-        self._loop.attempt.telemetry.ends_iterations = True
-        self._loop.end_iteration()
+        self._loop.end_explicit_iteration()
         if not self._loop.position.in_epoch:
             self._loop.at_safe_point()
         elif self.should_stop:
