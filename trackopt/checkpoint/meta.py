@@ -73,7 +73,9 @@ class RunProgress:
         telemetry: The state of the telemetry, as ``MetricsCollector.state_dict`` returns it.
         ranks: The states of all ranks but rank 0.
         state: The user's ``run.state``.
-        has_gradients: True within a window of gradient accumulation: the checkpoint holds the gradients.
+        has_gradients: The checkpoint holds gradients, which count for the next step.
+        keeps_gradients: Whether the loop keeps gradients after a step; ``None`` if that is not known yet.
+        rng: The global random generators; ``None`` for those of the time when the checkpoint is taken.
         time: Unix time.
     """
 
@@ -91,6 +93,8 @@ class RunProgress:
     ranks: Sequence[RankState] = ()
     state: Mapping[str, Any] = field(default_factory=dict)
     has_gradients: bool = False
+    keeps_gradients: bool | None = None
+    rng: Mapping[str, Any] | None = None
     time: float = field(default_factory=time.time)
 
     @property
@@ -163,6 +167,7 @@ class CheckpointMeta:
             telemetry={key: entry[key] for key in _TELEMETRY_KEYS if key in entry},
             ranks=[RankState.from_dict(rank) for rank in entry.get("ranks", ())],
             state=entry.get("state", {}),
+            keeps_gradients=entry.get("keeps_gradients"),
         )
         return cls(progress, TrainingLayout(**{key: entry[key] for key in TrainingLayout.__dataclass_fields__}))
 
@@ -184,6 +189,7 @@ class CheckpointMeta:
             "groups": progress.groups,
             "settings": progress.scheduler_configs,
             "state": progress.state,
+            "keeps_gradients": progress.keeps_gradients,
             **progress.telemetry,
         }
         if progress.ranks:

@@ -36,7 +36,7 @@ def capture(training: Training, progress: RunProgress) -> CheckpointTree:
     tree = _encode_states(encoder, training)
     if progress.has_gradients:
         tree["gradients"] = encoder.encode(gradients(training), "gradients")
-    tree["rng"] = rng.capture()
+    tree["rng"] = rng.capture() if progress.rng is None else progress.rng
     tree[KEY] = encoder.encode(CheckpointMeta(progress, TrainingLayout.of(training)).as_dict(), KEY)
     if encoder.types:
         tree[KEY][TYPES] = encoder.types

@@ -20,13 +20,16 @@ class AccumulationWindow:
 
     Args:
         training: The objects whose gradients are looked at.
+
+    Attributes:
+        keeps_gradients: True if the loop does not remove the gradients after a step; ``None`` before the second step.
     """
 
     def __init__(self, training: Training) -> None:
         self._training = training
         self._stepped = True
         self._versions: dict[str, int] | None = None  # after the first step
-        self._keeps_tensors: bool | None = None
+        self.keeps_gradients: bool | None = None
         self._watched: Tensor | None = None  # a parameter that has had a gradient
         self._mark: tuple[int, int] | None = None
 
@@ -39,14 +42,14 @@ class AccumulationWindow:
         self._stepped = stepped
         if self._watched is None:
             self._watched = next((each for _, each in named_parameters(self._training) if each.grad is not None), None)
-        if not stepped or self._keeps_tensors is not None:
+        if not stepped or self.keeps_gradients is not None:
             return
         versions = {name: gradient._version for name, gradient in gradients(self._training).items()}
         if self._versions is None:
             self._versions = versions
         else:
             first = self._versions
-            self._keeps_tensors = any(version > first.get(name, version) for name, version in versions.items())
+            self.keeps_gradients = any(version > first.get(name, version) for name, version in versions.items())
 
     @property
     def is_untouched(self) -> bool:
@@ -61,7 +64,7 @@ class AccumulationWindow:
     @property
     def needs_gradients(self) -> bool:
         """True if a checkpoint must hold the gradients."""
-        return (not self._stepped or self._keeps_tensors is not False) and bool(gradients(self._training))
+        return (not self._stepped or self.keeps_gradients is not False) and bool(gradients(self._training))
 
     def _read_mark(self) -> tuple[int, int] | None:
         gradient = None if self._watched is None else self._watched.grad

@@ -12,6 +12,7 @@ from trackopt.checkpoint.round_trip import RoundTripCheck
 from trackopt.checkpoint.saver import CheckpointSaver
 from trackopt.run.accumulation import AccumulationWindow
 from trackopt.run.data_position import DataPosition
+from trackopt.training import rng
 from trackopt.training.objects import versions
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from trackopt.distributed.collectives import Collectives
     from trackopt.run.attempt import Attempt
     from trackopt.training.objects import Training
+    from trackopt.utils.types import StateDict
 
 logger = logging.getLogger("trackopt")
 
@@ -68,6 +70,7 @@ class RunCheckpoints:
         self._group_counts: dict[str, int] = {}  # parameter groups when the epoch began
         self._pending: PendingRestore | None = None
         self._held: RunProgress | None = None
+        self._rng_after_loop: StateDict | None = None
         self.window = AccumulationWindow(training)
         self._round_trip = RoundTripCheck(training)
         self._is_state_checked = False
@@ -86,6 +89,7 @@ class RunCheckpoints:
             progress.position, self._on_position_restored, world_size_changed=pending.world_size_changed
         )
         self._restore_user_state(progress.state)
+        self.window.keeps_gradients = progress.keeps_gradients
         self.saver.latest = progress
         if progress.run_id == attempt.id:
             if self._collectives.is_rank_zero:
@@ -148,9 +152,13 @@ class RunCheckpoints:
         else:
             self.position.is_unfinished = True  # its state is lost, and the live one is that of a finished pass
 
+    def end_loop(self) -> None:
+        """Remember the global generators: what follows the loop, such as an evaluation, may draw from them."""
+        self._rng_after_loop = rng.capture()
+
     def release(self) -> None:
-        """Forget the state that ``hold`` copied: training has gone on."""
-        self._held = None
+        """Forget what ``hold`` and ``end_loop`` have kept: training has gone on."""
+        self._held = self._rng_after_loop = None
         self.saver.release()
 
     def save(self, *, epoch_done: bool = False) -> None:
@@ -214,4 +222,6 @@ class RunCheckpoints:
             else (),
             state=self.user_state,
             has_gradients=not several and self.window.needs_gradients,
+            keeps_gradients=self.window.keeps_gradients,
+            rng=self._rng_after_loop,
         )

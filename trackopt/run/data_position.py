@@ -53,7 +53,7 @@ class DataPosition:
         self._stateful_loaders = [value for value in stateful.values() if not rng.is_generator(value)]
         self._pass = 0  # finished passes of this epoch
         self.batch = 0
-        self._is_driven_by_next = False  # the batches of the current pass are asked for by `next`
+        self._carries_passes = False  # a pass that is open at the end of an epoch goes on in the next one
         self._has_one_loader = False  # all passes of the restored epoch went over one loader
         self._epoch_start: StateDict | None = None  # the generators when the epoch began
         self._pass_start: StateDict | None = None  # the generators, and the loader's, when the pass began
@@ -110,19 +110,21 @@ class DataPosition:
         first, sampler_epoch = self._sampler_epochs.setdefault(sampler, (self.epoch, sampler.epoch))
         return self.epoch > first and sampler.epoch == sampler_epoch
 
-    def batches(self, loader: Iterable[T], *, by_next: bool = False) -> Iterator[T]:
+    def batches(self, loader: Iterable[T], *, by_next: bool = False, is_carried: bool = False) -> Iterator[T]:
         """Yield the batches of one pass over ``loader``; after a restore, the remaining ones.
 
         Args:
             loader: The loader.
             by_next: The batches are asked for by ``next``, so that the script begins the next pass by hand. Then the
                 passes that were over at the checkpoint are not repeated.
+            is_carried: The iterator was made outside of the epoch, or a generator of the script's holds it. Then a
+                pass that is open at the end of an epoch goes on in the next one.
         """
         if not self.in_epoch:
             raise UsageError("run.batches() needs `for epoch in run.epochs(n):` around it; without epochs, n is 1")
         if self.in_pass:
             raise UsageError("run.batches() stands inside another; iterate over the inner loader itself")
-        saved, self._is_driven_by_next = self._saved, by_next
+        saved, self._carries_passes = self._saved, self._carries_passes or is_carried
         if saved is not None and by_next and self._has_one_loader:
             self._pass = saved["pass"]
         self._loaders[self._pass] = loader
@@ -160,11 +162,12 @@ class DataPosition:
             "pass_start": self._pass_start,
             "length": self._length,
             "one_loader": len(distinct) == 1,
+            "carries": self._carries_passes,
             "own": {number: _loader_state(loader) for number, loader in loaders.items()},
         }
         if epoch_done or self.is_between_epochs:  # the next epoch's first lines have not run
             state |= {"pass": 0, "epoch_start": None}
-            if not (self.in_pass and self._is_driven_by_next):  # such a pass goes on in the next epoch
+            if not (self.in_pass and self._carries_passes):
                 state |= {"batch": 0, "pass_start": None}
         return state
 
@@ -184,6 +187,7 @@ class DataPosition:
         self._saved = {**state, "here": self._capture()}
         self._loader_states = dict(state["own"])
         self._has_one_loader = state.get("one_loader", False)
+        self._carries_passes = state.get("carries", False)
         self._on_restored = on_restored
 
     def _begin(self, loader: Iterable[T]) -> Iterator[T]:

@@ -16,7 +16,7 @@ from trackopt.checkpoint.saver import SaveRequest
 from trackopt.run.attempt import Attempt
 from trackopt.run.checkpoints import RunCheckpoints
 from trackopt.run.data_position import length
-from trackopt.run.loop_exit import error_in_flight, is_asked_by_next, is_left_on_purpose
+from trackopt.run.loop_exit import error_in_flight, is_asked_by_next, is_generator, is_left_on_purpose
 from trackopt.run.progress import Progress, ProgressDisplay
 from trackopt.run.stop import StopController
 from trackopt.run.uncaught import UncaughtExceptionHook
@@ -144,6 +144,7 @@ class TrackedLoop:
                 self._epoch_start_step = self.attempt.step
                 yield epoch
                 self._end_epoch()
+            self.checkpoints.end_loop()
         except GeneratorExit:
             if self.is_open:
                 self._leave_epochs(on_purpose=is_left_on_purpose(sys._getframe(1)))
@@ -151,14 +152,18 @@ class TrackedLoop:
 
     def batches(self, loader: Iterable[T]) -> Iterator[T]:
         """Yield the batches of one pass that are still to come; an iteration ends when the next one is asked for."""
-        by_next = is_asked_by_next(sys._getframe(1))
+        return self._batches(loader, is_made_outside=not self.position.in_epoch)
+
+    def _batches(self, loader: Iterable[T], *, is_made_outside: bool) -> Iterator[T]:
+        consumer = sys._getframe(1)
+        by_next, is_carried = is_asked_by_next(consumer), is_made_outside or is_generator(consumer)
         resumes = self.position.is_fast_forwarding
         if not self.position.is_fast_forwarding:
             # With several ranks, perhaps one of them validates alone.
             self._telemetry.record_trailing(all_ranks=self._collectives.world_size == 1)
         self._pass_length, self._pass_start_step = length(loader), self.attempt.step
         self._telemetry.boundary.call("sampler check", self._check_sampler, loader)
-        batches = self.position.batches(loader, by_next=by_next)
+        batches = self.position.batches(loader, by_next=by_next, is_carried=is_carried)
         if self._observer is not None:
             batches = self._observer.watch(batches, loader)
         try:
@@ -292,7 +297,7 @@ class TrackedLoop:
         comes in the middle of one.
         """
         if not on_purpose:
-            self.position.is_unfinished = True
+            self.position.is_unfinished = not self.checkpoints.is_holding
             return
         is_used = self.attempt.step > self._iteration_end_step or not self.checkpoints.window.is_untouched
         if is_used:
@@ -308,12 +313,17 @@ class TrackedLoop:
         """Decide where a resumed run continues after the loop over epochs was left before its end."""
         if not on_purpose:
             self.position.is_unfinished = True
+        elif self.position.in_pass:  # its iterator is still held by a variable
+            self.position.in_epoch = True
+            self._leave_pass(on_purpose=True)
+            self.position.in_epoch = False
         elif not self.checkpoints.is_holding and (
             self.position.has_passes or self.attempt.step > self._epoch_start_step
         ):
             if self.attempt.step > self._iteration_end_step:
                 self.end_iteration()
             self.position.finish_epoch()
+            self.checkpoints.end_loop()
 
     def _can_save(self) -> bool:
         return not (self.position.is_fast_forwarding or self.position.is_unfinished)

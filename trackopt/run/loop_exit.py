@@ -28,7 +28,7 @@ def is_left_on_purpose(consumer: FrameType | None) -> bool:
     Returns:
         False after an exception, and where the generator was held by a variable that is gone.
     """
-    while consumer is not None and _is_generator(consumer) and _instruction(consumer) in _SUSPENDED:
+    while consumer is not None and is_generator(consumer) and _instruction(consumer) in _SUSPENDED:
         consumer = consumer.f_back
     return _instruction(consumer) in _POPS
 
@@ -44,7 +44,8 @@ def error_in_flight(known: BaseException | None = None) -> BaseException | None:
     return None if error is known else error
 
 
-def _is_generator(frame: FrameType) -> bool:
+def is_generator(frame: FrameType) -> bool:
+    """Return whether a frame is that of a generator."""
     return bool(frame.f_code.co_flags & inspect.CO_GENERATOR)
 
 

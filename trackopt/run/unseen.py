@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import gc
+from types import GeneratorType
 from typing import TYPE_CHECKING, Any
 
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 if TYPE_CHECKING:
     from types import FrameType
+
+_MAX_DEPTH = 4
 
 
 class UnseenLoaderCheck:
@@ -29,15 +32,21 @@ class UnseenLoaderCheck:
 
 
 def is_enumerated(generator: FrameType) -> bool:
-    """Return whether an ``enumerate`` counts the items of a generator, perhaps through another generator.
+    """Return whether an ``enumerate`` counts the items of a generator, perhaps through other generators.
 
     Args:
         generator: The frame of the generator.
     """
-    inner = (each.__reduce__()[1][0] for each in _live(enumerate))
-    frames = [frame for each in inner if (frame := getattr(each, "gi_frame", None)) is not None]
-    through = (getattr(part, "gi_frame", None) for frame in frames for part in frame.f_locals.values())
-    return any(frame is generator for frame in (*frames, *through))
+    return any(_reaches(each.__reduce__()[1][0], generator, _MAX_DEPTH) for each in _live(enumerate))
+
+
+def _reaches(value: Any, generator: FrameType, depth: int) -> bool:
+    """Return whether a generator takes its items from another one."""
+    frame = value.gi_frame if type(value) is GeneratorType else None
+    if frame is None or not depth:
+        return False
+    sources = (value.gi_yieldfrom, *frame.f_locals.values())
+    return frame is generator or any(_reaches(source, generator, depth - 1) for source in sources)
 
 
 def _live(kind: type) -> list[Any]:

@@ -123,7 +123,7 @@ class MetricsCollector:
         """
         if self._ends_by_itself and len(self._observers) == 1:
             if any(self._logged_at.get(key, self.step) < self.step for key in metrics):
-                self._record_step()
+                self._record_unended_step()
             self._logged_at |= dict.fromkeys(metrics, self.step)
         self._accumulator.add(metrics, reduced=reduced)
 
@@ -164,14 +164,17 @@ class MetricsCollector:
     def _before_another_step(self) -> None:
         """Record the step before, in a loop that does not say when an iteration ends."""
         if self._ends_by_itself and self.step > self.recorded:
-            self._record_step()
-            self._unended_steps += 1
-            if self._unended_steps == _WARN_AFTER_STEPS:
-                logger.warning(
-                    "trackopt: %d steps, but no iteration has ended, so no checkpoint can be taken: take the batches "
-                    "from run.batches(loader), or call run.step() at the end of each iteration",
-                    self._unended_steps,
-                )
+            self._record_unended_step()
+
+    def _record_unended_step(self) -> None:
+        self._record_step()
+        self._unended_steps += 1
+        if self._unended_steps == _WARN_AFTER_STEPS:
+            logger.warning(
+                "trackopt: %d steps, but no iteration has ended, so no checkpoint can be taken: take the batches from "
+                "run.batches(loader), or call run.step() at the end of each iteration",
+                self._unended_steps,
+            )
 
     def _record_step(self) -> None:
         """Put the latest step, with what was logged, in line for the journal."""
