@@ -17,17 +17,16 @@ from trackopt.run.attempt import Attempt
 from trackopt.run.checkpoints import RunCheckpoints
 from trackopt.run.data_position import length
 from trackopt.run.loop_exit import error_in_flight, is_asked_by_next, is_generator, is_left_on_purpose
+from trackopt.run.loop_warnings import LoopWarnings
 from trackopt.run.progress import Progress, ProgressDisplay
 from trackopt.run.stop import StopController
 from trackopt.run.uncaught import UncaughtExceptionHook
-from trackopt.run.unseen import UnseenLoaderCheck, is_enumerated
 from trackopt.rundir import environment
 from trackopt.rundir.directory import restart_count
 from trackopt.training.sharding import has_sharded_parameters
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
-    from types import FrameType
 
     from trackopt.checkpoint.resume import PendingRestore
     from trackopt.checkpoint.saver import SaveOptions
@@ -102,11 +101,10 @@ class TrackedLoop:
         self._pass_length: int | None = None  # batches in this pass
         self._pass_start_step = self._epoch_start_step = 0  # the steps at which they began
         self._iteration_end_step = 0  # the step at which the latest iteration ended
-        self._warned_set_epoch = self._warned_no_iterations = False
         self._is_leaving = False  # for a signal, though the script still finishes its epoch
         self._error_at_start = error_in_flight()
         self._hook: UncaughtExceptionHook | None = None
-        self._loader_check = UnseenLoaderCheck()
+        self._warnings = LoopWarnings(self.position, self._telemetry.boundary)
 
     def start(self, pending: PendingRestore | None) -> None:
         """Begin the attempt in the journal, then start the recorder.
@@ -162,15 +160,15 @@ class TrackedLoop:
             # With several ranks, perhaps one of them validates alone.
             self._telemetry.record_trailing(all_ranks=self._collectives.world_size == 1)
         self._pass_length, self._pass_start_step = length(loader), self.attempt.step
-        self._telemetry.boundary.call("sampler check", self._check_sampler, loader)
+        self._warnings.check_sampler(loader)
         batches = self.position.batches(loader, by_next=by_next, is_carried=is_carried)
         if self._observer is not None:
             batches = self._observer.watch(batches, loader)
         try:
             for batch in batches:
-                if resumes and self.position.batch > 1:
-                    self._telemetry.boundary.call("check for enumerate()", self._check_enumerate, sys._getframe())
-                resumes = False
+                if resumes:
+                    self._warnings.check_enumerate(sys._getframe())
+                    resumes = False
                 self._telemetry.begin_iteration()
                 self.checkpoints.window.begin_iteration()
                 yield batch
@@ -285,7 +283,7 @@ class TrackedLoop:
         """Do what follows the last line of an epoch; without passes, the epoch was an iteration."""
         has_passes = self.position.has_passes or self.position.in_pass
         if not has_passes and self.attempt.step > self._iteration_end_step:
-            self._warn_of_steps_in_one_iteration(self._telemetry.pop_unended_steps() + 1)
+            self._warnings.warn_of_unended_steps(self._telemetry.pop_unended_steps() + 1)
             self.end_iteration()
         self._telemetry.record_trailing()
         self.at_safe_point(epoch_done=True)
@@ -342,41 +340,11 @@ class TrackedLoop:
         ):
             self.leave()
 
-    def _warn_of_steps_in_one_iteration(self, steps: int) -> None:
-        if steps > 1 and not self._warned_no_iterations:
-            self._warned_no_iterations = True
-            logger.warning(
-                "trackopt: epoch %d took %d steps, and no iteration has ended in it, so checkpoints can be taken only "
-                "between epochs: take the batches from run.batches(loader), or call run.step() after each step",
-                self.position.epoch,
-                steps,
-            )
-
     def end_explicit_iteration(self) -> None:
         """End an iteration where the loop says so, by ``run.step``."""
         self._telemetry.ends_iterations = True
         self.end_iteration()
-        if self._telemetry.boundary.call("check of the data source", self._loader_check.end_iteration):
-            logger.warning(
-                "trackopt: the loop iterates over a DataLoader itself, so its position is not saved, and a resumed run "
-                "begins a new pass over it; take the batches from run.batches(loader)"
-            )
-
-    def _check_enumerate(self, generator: FrameType) -> None:
-        if is_enumerated(generator):
-            logger.warning(
-                "trackopt: enumerate(run.batches(…)) counts from 0 again in a resumed epoch, here at batch %d; "
-                "use run.enumerate(loader), or run.batch",
-                self.position.batch - 1,
-            )
-
-    def _check_sampler(self, loader: object) -> None:
-        if not self._warned_set_epoch and self.position.sampler_epoch_is_stale(loader):
-            self._warned_set_epoch = True
-            logger.warning(
-                "trackopt: the sampler shuffles every epoch in the same order; call its set_epoch(epoch) at the "
-                "beginning of each epoch"
-            )
+        self._warnings.check_data_source()
 
     def _is_validation_pass(self) -> bool:
         """Return True in a pass that has taken no step: rank 0 may validate alone, so other ranks need not be in it."""

@@ -1,0 +1,71 @@
+"""Warnings about loops that cannot be saved or resumed as their author may expect; each once in an attempt."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from trackopt.run.unseen import UnseenLoaderCheck, is_enumerated
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+    from trackopt.run.data_position import DataPosition
+    from trackopt.telemetry.error_boundary import ErrorBoundary
+
+logger = logging.getLogger("trackopt")
+
+
+class LoopWarnings:
+    """Looks at the loop of one attempt.
+
+    Args:
+        position: Where the loop stands in its data.
+        boundary: Makes the checks.
+    """
+
+    def __init__(self, position: DataPosition, boundary: ErrorBoundary) -> None:
+        self._position = position
+        self._boundary = boundary
+        self._loader_check = UnseenLoaderCheck()
+        self._warned: set[str] = set()
+
+    def check_sampler(self, loader: object) -> None:
+        """Warn of a sampler that repeats an epoch's order; call it before a pass."""
+        if self._boundary.call("sampler check", self._position.sampler_epoch_is_stale, loader):
+            self._warn_once(
+                "the sampler shuffles every epoch in the same order; call its set_epoch(epoch) at the beginning of "
+                "each epoch"
+            )
+
+    def check_enumerate(self, generator: FrameType) -> None:
+        """Warn of an ``enumerate`` around the batches; call it at the first batch of a resumed pass."""
+        if self._position.batch > 1 and self._boundary.call("check for enumerate()", is_enumerated, generator):
+            self._warn_once(
+                f"enumerate(run.batches(…)) counts from 0 again in a resumed epoch, here at batch "
+                f"{self._position.batch - 1}; use run.enumerate(loader), or run.batch"
+            )
+
+    def check_data_source(self) -> None:
+        """Warn of a loop that ends its iterations by ``run.step`` and takes its batches from a ``DataLoader``."""
+        if self._boundary.call("check of the data source", self._loader_check.end_iteration):
+            self._warn_once(
+                "the loop iterates over a DataLoader itself, so its position is not saved, and a resumed run begins a "
+                "new pass over it; take the batches from run.batches(loader)"
+            )
+
+    def warn_of_unended_steps(self, steps: int) -> None:
+        """Warn of an epoch with several steps and no end of an iteration."""
+        if steps > 1 and "epoch" not in self._warned:
+            self._warned.add("epoch")
+            logger.warning(
+                "trackopt: epoch %d took %d steps, and no iteration has ended in it, so checkpoints can be taken only "
+                "between epochs: take the batches from run.batches(loader), or call run.step() after each step",
+                self._position.epoch,
+                steps,
+            )
+
+    def _warn_once(self, text: str) -> None:
+        if text not in self._warned:
+            self._warned.add(text)
+            logger.warning("trackopt: %s", text)
