@@ -70,7 +70,7 @@ class RunCheckpoints:
         self._group_counts: dict[str, int] = {}  # parameter groups when the epoch began
         self._pending: PendingRestore | None = None
         self._held: RunProgress | None = None
-        self._rng_after_loop: StateDict | None = None
+        self._after_loop: tuple[StateDict, StateDict] | None = None  # position and global generators
         self.window = AccumulationWindow(training)
         self._round_trip = RoundTripCheck(training)
         self._is_state_checked = False
@@ -153,12 +153,12 @@ class RunCheckpoints:
             self.position.is_unfinished = True  # its state is lost, and the live one is that of a finished pass
 
     def end_loop(self) -> None:
-        """Remember the global generators: what follows the loop, such as an evaluation, may draw from them."""
-        self._rng_after_loop = rng.capture()
+        """Remember the position, and the global generators, from which an evaluation after the loop may draw."""
+        self._after_loop = self.position.state_dict(epoch_done=False), rng.capture()
 
     def release(self) -> None:
         """Forget what ``hold`` and ``end_loop`` have kept: training has gone on."""
-        self._held = self._rng_after_loop = None
+        self._held = self._after_loop = None
         self.saver.release()
 
     def save(self, *, epoch_done: bool = False) -> None:
@@ -201,7 +201,7 @@ class RunCheckpoints:
 
     def _progress(self, *, epoch_done: bool = False) -> RunProgress:
         """Return where the run stands, for a checkpoint; all ranks call it together."""
-        position = self.position.state_dict(epoch_done=epoch_done)
+        position, generators = self._after_loop or (self.position.state_dict(epoch_done=epoch_done), None)
         self._attempt.telemetry.flush()
         telemetry = self._attempt.telemetry.state_dict()
         several = self._collectives.world_size > 1
@@ -223,5 +223,5 @@ class RunCheckpoints:
             state=self.user_state,
             has_gradients=not several and self.window.needs_gradients,
             keeps_gradients=self.window.keeps_gradients,
-            rng=self._rng_after_loop,
+            rng=generators,
         )

@@ -153,10 +153,11 @@ class TrackedLoop:
         return self._batches(loader, is_made_outside=not self.position.in_epoch)
 
     def _batches(self, loader: Iterable[T], *, is_made_outside: bool) -> Iterator[T]:
-        consumer = sys._getframe(1)
-        by_next, is_carried = is_asked_by_next(consumer), is_made_outside or is_generator(consumer)
+        by_next = is_asked_by_next(sys._getframe(1))  # a frame in a variable would keep the iterator alive
+        is_carried = is_made_outside or is_generator(sys._getframe(1))
+        self._end_open_iteration()
         resumes = self.position.is_fast_forwarding
-        if not self.position.is_fast_forwarding:
+        if not resumes:
             # With several ranks, perhaps one of them validates alone.
             self._telemetry.record_trailing(all_ranks=self._collectives.world_size == 1)
         self._pass_length, self._pass_start_step = length(loader), self.attempt.step
@@ -261,8 +262,7 @@ class TrackedLoop:
         if status != "FINISHED":
             self._collectives.detach()
         try:
-            if self.attempt.step > self._iteration_end_step:
-                self.end_iteration()
+            self._end_open_iteration()
             self._telemetry.record_trailing()
             self._saver.wait_until_finished()
             if status == "FINISHED" and not self._collectives.is_detached:
@@ -281,12 +281,18 @@ class TrackedLoop:
 
     def _end_epoch(self) -> None:
         """Do what follows the last line of an epoch; without passes, the epoch was an iteration."""
-        has_passes = self.position.has_passes or self.position.in_pass
-        if not has_passes and self.attempt.step > self._iteration_end_step:
-            self._warnings.warn_of_unended_steps(self._telemetry.pop_unended_steps() + 1)
-            self.end_iteration()
+        steps = self._telemetry.pop_unended_steps()
+        if steps and not (self.position.has_passes or self.position.in_pass):
+            self._warnings.warn_of_unended_steps(steps + 1)
+        self._end_open_iteration()
+        self.position.is_unfinished = False
         self._telemetry.record_trailing()
         self.at_safe_point(epoch_done=True)
+
+    def _end_open_iteration(self) -> None:
+        """End an iteration of which nobody has said that it is over, now that the loop has gone on."""
+        if self.attempt.step > self._iteration_end_step:
+            self.end_iteration()
 
     def _leave_pass(self, *, on_purpose: bool) -> None:
         """Keep the state of a pass that is left before its end: in a moment the position is that of a finished pass.
@@ -295,15 +301,17 @@ class TrackedLoop:
         comes in the middle of one.
         """
         if not on_purpose:
-            self.position.is_unfinished = not self.checkpoints.is_holding
+            self.position.is_unfinished = self.position.in_epoch and not self.checkpoints.is_holding
             return
         is_used = self.attempt.step > self._iteration_end_step or not self.checkpoints.window.is_untouched
         if is_used:
             self.end_iteration()
         self.sync_ranks()
         self._is_leaving = self.stop.signal is not None
-        step = self.attempt.step
-        if self._is_leaving or step > self._pass_start_step or step == self._epoch_start_step:
+        trains = self.attempt.step > self._pass_start_step
+        if self._collectives.world_size == 1:  # of several ranks, one may validate alone
+            trains |= self.attempt.step == self._epoch_start_step
+        if trains or self._is_leaving:
             with contextlib.nullcontext() if is_used else self.position.before_batch():
                 self.checkpoints.hold()
 
@@ -318,8 +326,7 @@ class TrackedLoop:
         elif not self.checkpoints.is_holding and (
             self.position.has_passes or self.attempt.step > self._epoch_start_step
         ):
-            if self.attempt.step > self._iteration_end_step:
-                self.end_iteration()
+            self._end_open_iteration()
             self.position.finish_epoch()
             self.checkpoints.end_loop()
 

@@ -216,6 +216,47 @@ def test_an_epoch_that_is_broken_off_after_its_pass_is_over():
     assert_same_runs()
 
 
+def by_steps_of_an_epoch(run, model, optimizer, loader, epochs):
+    """Five batches an epoch, from an iterator of the epoch's own."""
+
+    def train_epoch():
+        batches = iter(run.batches(loader))
+        for _ in range(5):
+            step(run, model, optimizer, next(batches))
+
+    for _ in run.epochs(epochs):
+        train_epoch()
+
+
+def by_one_iterator(run, model, optimizer, loader, epochs):
+    """Five batches an epoch, from one iterator for all epochs."""
+
+    def cycle():
+        while True:
+            yield from run.batches(loader)
+
+    batches = cycle()
+    for _ in run.epochs(epochs):
+        for _ in range(5):
+            step(run, model, optimizer, next(batches))
+
+
+@pytest.mark.parametrize("loop", [by_steps_of_an_epoch, by_one_iterator])
+def test_an_epoch_that_takes_only_some_batches_continues_as_it_would_have(loop):
+    """The iterator is gone when the run is closed."""
+
+    def train(directory, *totals):
+        for epochs in totals:
+            run, model, optimizer, _ = start(directory)
+            loop(run, model, optimizer, DataLoader(Noisy(), batch_size=4, shuffle=True), epochs)
+            run.close()
+
+    train("whole", 6)
+    train("resumed", 1, 3, 6)
+    assert len(journal.series("whole")["loss"]) == 30
+    assert_same_runs()
+
+
 @pytest.mark.parametrize("closes", ["finally", "with", "except", "later"])
 def test_an_exception_leaves_no_checkpoint_of_an_unfinished_iteration(closes, caplog):
     """It ends FAILED, and the resumed run repeats from the checkpoint before."""
