@@ -101,6 +101,7 @@ class TrackedLoop:
         self._pass_length: int | None = None  # batches in this pass
         self._pass_start_step = self._epoch_start_step = 0  # the steps at which they began
         self._iteration_end_step = 0  # the step at which the latest iteration ended
+        self._in_iteration = False
         self._is_leaving = False  # for a signal, though the script still finishes its epoch
         self._error_at_start = error_in_flight()
         self._hook: UncaughtExceptionHook | None = None
@@ -172,8 +173,9 @@ class TrackedLoop:
                     resumes = False
                 self._telemetry.begin_iteration()
                 self.checkpoints.window.begin_iteration()
+                self._in_iteration = True
                 yield batch
-                self.end_iteration()
+                self._end_open_iteration()
                 self.at_safe_point()
         except GeneratorExit:
             if self.is_open:
@@ -185,6 +187,7 @@ class TrackedLoop:
 
     def end_iteration(self) -> None:
         """Record the step of this iteration, if there was one."""
+        self._in_iteration = False
         self._telemetry.end_iteration()
         before, self._iteration_end_step = self._iteration_end_step, self.attempt.step
         stepped = self._iteration_end_step > before
@@ -262,6 +265,7 @@ class TrackedLoop:
         if status != "FINISHED":
             self._collectives.detach()
         try:
+            self._in_iteration &= status == "FINISHED"
             self._end_open_iteration()
             self._telemetry.record_trailing()
             self._saver.wait_until_finished()
@@ -290,8 +294,8 @@ class TrackedLoop:
         self.at_safe_point(epoch_done=True)
 
     def _end_open_iteration(self) -> None:
-        """End an iteration of which nobody has said that it is over, now that the loop has gone on."""
-        if self.attempt.step > self._iteration_end_step:
+        """End an iteration that is not over yet, now that the loop has gone on."""
+        if self._in_iteration or self.attempt.step > self._iteration_end_step:
             self.end_iteration()
 
     def _leave_pass(self, *, on_purpose: bool) -> None:
@@ -302,6 +306,8 @@ class TrackedLoop:
         """
         if not on_purpose:
             self.position.is_unfinished = self.position.in_epoch and not self.checkpoints.is_holding
+            return
+        if not self._in_iteration:  # the epoch that it belongs to is over
             return
         is_used = self.attempt.step > self._iteration_end_step or not self.checkpoints.window.is_untouched
         if is_used:
