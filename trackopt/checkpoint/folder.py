@@ -11,7 +11,7 @@ from trackopt.checkpoint import sharded
 from trackopt.checkpoint.reader import load
 from trackopt.checkpoint.writer import PARTIAL_SUFFIX
 from trackopt.errors import ArchiveLimitError, CheckpointError, MismatchError
-from trackopt.rundir.checkpoints import list_checkpoints
+from trackopt.rundir.checkpoints import ABANDONED_SUFFIX, list_abandoned, list_checkpoints
 from trackopt.utils.files import fsync_directory, replace
 
 if TYPE_CHECKING:
@@ -75,8 +75,14 @@ class CheckpointFolder:
         """Rename the checkpoints after ``step``: the resume has superseded them."""
         for later, path in self.by_step().items():
             if later > step:
-                _rename(path, "abandoned")
+                _rename(path, ABANDONED_SUFFIX)
         self.update_latest_link()
+
+    def remove_abandoned(self) -> None:
+        """Remove the checkpoints that ``discard_after`` has renamed, once what replaced them is complete."""
+        if self.path.exists():
+            for path in list_abandoned(self.path).values():
+                self.remove(path)
 
     def remove_partial(self) -> None:
         """Remove the partial files of a killed writer; what cannot be removed does no harm."""
@@ -110,7 +116,7 @@ class CheckpointFolder:
 
     def _quarantine(self, damaged: dict[Path, str]) -> None:
         for path, reason in damaged.items():
-            _rename(path, "damaged")
+            _rename(path, ".damaged")
             logger.warning("trackopt: %s; it was renamed to %s.damaged", reason, path.name)
         if damaged:
             self.update_latest_link()
@@ -118,7 +124,7 @@ class CheckpointFolder:
 
 def _rename(path: Path, suffix: str) -> None:
     """Add a suffix to a checkpoint's name; one that has that name already is replaced."""
-    renamed = path.with_name(f"{path.name}.{suffix}")
+    renamed = path.with_name(f"{path.name}{suffix}")
     if renamed.is_dir():
         shutil.rmtree(renamed)
     replace(path, renamed)

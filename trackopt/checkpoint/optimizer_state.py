@@ -40,7 +40,8 @@ class OptimizerBackup:
 def load_optimizer_state(optimizer: Optimizer, state: Any) -> None:
     """Load what ``state_dict()`` of the same optimizer returned.
 
-    Torch casts moments to the dtype of their parameter. An exact resume keeps the saved one.
+    Torch casts moments to the dtype of their parameter, and turns a string in a parameter's state into another one. An
+    exact resume keeps what was saved.
 
     Args:
         optimizer: The optimizer to change.
@@ -48,7 +49,7 @@ def load_optimizer_state(optimizer: Optimizer, state: Any) -> None:
     """
     optimizer.load_state_dict(reshard(state, None))
     if not is_zero(optimizer):
-        _restore_dtypes(optimizer.state_dict(), state)
+        _restore_values(optimizer.state_dict(), state)
         return
     loaded = inner_optimizer(optimizer).state
     optimizer.state.clear()  # a second copy, which nobody uses
@@ -56,19 +57,21 @@ def load_optimizer_state(optimizer: Optimizer, state: Any) -> None:
     parameters = chain.from_iterable(group["params"] for group in optimizer.param_groups)
     for key, parameter in zip(ids, parameters, strict=True):
         if key in state["state"]:
-            _restore_dtypes(loaded[parameter], state["state"][key])
+            _restore_values(loaded[parameter], state["state"][key])
 
 
-def _restore_dtypes(loaded: Any, saved: Any) -> Any:
-    """Return a loaded state with the saved dtypes; its dicts and lists are changed in place."""
+def _restore_values(loaded: Any, saved: Any) -> Any:
+    """Return a loaded state with the saved dtypes and strings; its dicts and lists are changed in place."""
     if isinstance(loaded, Tensor) and isinstance(saved, Tensor):
         recast = loaded.dtype != saved.dtype and loaded.shape == saved.shape
         return saved.to(loaded.device) if recast else loaded
+    if isinstance(saved, str) and isinstance(loaded, str):
+        return saved
     if isinstance(loaded, dict) and isinstance(saved, dict):
         for key in loaded.keys() & saved.keys():
-            loaded[key] = _restore_dtypes(loaded[key], saved[key])
+            loaded[key] = _restore_values(loaded[key], saved[key])
     elif isinstance(loaded, (list, tuple)) and isinstance(saved, (list, tuple)) and len(loaded) == len(saved):
-        items = [_restore_dtypes(*pair) for pair in zip(loaded, saved, strict=True)]
+        items = [_restore_values(*pair) for pair in zip(loaded, saved, strict=True)]
         if isinstance(loaded, list):
             loaded[:] = items
         elif type(loaded) is tuple:

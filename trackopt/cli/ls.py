@@ -13,7 +13,7 @@ from trackopt import locations, state
 from trackopt.archive import verify
 from trackopt.cli import console
 from trackopt.errors import ArchiveError, ArchiveLimitError, RunError
-from trackopt.rundir.checkpoints import list_checkpoints
+from trackopt.rundir.checkpoints import list_abandoned, list_checkpoints
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -65,6 +65,7 @@ class Checkpoint:
         sound: True if structure and checksums are valid; ``None`` if it exceeds the reader's limits.
         loadable: False if it is intact, but holds an object that a resume cannot load.
         problem: The first problem.
+        abandoned: True if a resume from an earlier checkpoint has superseded it.
     """
 
     path: str
@@ -77,6 +78,7 @@ class Checkpoint:
     sound: bool | None = True
     loadable: bool = True
     problem: str | None = None
+    abandoned: bool = False
 
 
 @click.command()
@@ -86,7 +88,8 @@ def command(directory: str, as_json: bool) -> None:
     r"""List the runs in a directory, or the checkpoints of a run.
 
     DIRECTORY is "runs" by default. The checkpoints of a run are read completely to check that they are sound;
-    `trackopt verify` lists the problems of a damaged one.
+    `trackopt verify` lists the problems of a damaged one. Those that a resume from an earlier one has superseded end in
+    .abandoned, and are removed when the run finishes.
 
     \b
     Example:
@@ -103,6 +106,8 @@ def command(directory: str, as_json: bool) -> None:
 def _list(path: Path, *, as_json: bool) -> None:
     if _is_run(path):
         checkpoints = [_read_checkpoint(step, file, crc=True) for step, file in list_checkpoints(path).items()]
+        abandoned = [_read_checkpoint(step, file, crc=True) for step, file in list_abandoned(path).items()]
+        checkpoints += [replace(checkpoint, abandoned=True) for checkpoint in abandoned]
         rows: list[Any] = checkpoints
         table = _render_checkpoints(checkpoints)
     else:
@@ -258,6 +263,8 @@ def _render_checkpoints(checkpoints: list[Checkpoint]) -> Iterator[RenderableTyp
 
 
 def _render_soundness(checkpoint: Checkpoint) -> str:
+    if checkpoint.abandoned:
+        return "superseded by a resume"
     if checkpoint.sound is None:
         return "not checked"
     if not checkpoint.loadable:

@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 import atexit
+import logging
 import os
-import sys
 from typing import TYPE_CHECKING, Any
 
 from trackopt.journal import Journal
@@ -16,6 +16,7 @@ from trackopt.telemetry.accumulator import single_rank_gather
 from trackopt.telemetry.collector import MetricsCollector
 from trackopt.telemetry.hyperparameters import params
 from trackopt.training.objects import versions
+from trackopt.utils.interactive import is_interactive, latest_error
 from trackopt.utils.log import log_warnings
 
 if TYPE_CHECKING:
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from trackopt.telemetry.accumulator import Gather
     from trackopt.telemetry.options import StatsOptions
     from trackopt.training.objects import Training
+
+logger = logging.getLogger("trackopt")
 
 
 class Attempt:
@@ -121,9 +124,20 @@ class Attempt:
             messages = self.telemetry.boundary.call("check of the recorder", self._recorder.poll_messages)
             log_warnings(messages or ())
 
-    def close_at_exit(self, close: Callable[[BaseException | None], None]) -> None:
-        """Call ``close`` with the uncaught exception, if any, where the script ends before the attempt is closed."""
+    def close_at_exit(
+        self, close: Callable[[BaseException | None], None], is_left: Callable[[], bool] = lambda: False
+    ) -> None:
+        """Close the attempt where the script ends without closing it, or begins another one in the same directory.
+
+        Args:
+            close: Called with the exception that ended the script or the cell, if any.
+            is_left: Returns whether the training was left by an exception. If not, only an interactive session may
+                begin another attempt, as when a cell runs again.
+        """
         self._on_exit = close
+        self._is_left = is_left
+        self._error_before = latest_error()
+        self.directory.hand_over = self._hand_over
         atexit.register(self._at_exit)
 
     def mark_close(self, status: str, error: BaseException | None = None) -> None:
@@ -146,4 +160,15 @@ class Attempt:
 
     def _at_exit(self) -> None:
         if not self.is_in_forked_child:
-            self._on_exit(getattr(sys, "last_exc", None) or getattr(sys, "last_value", None))
+            self._on_exit(self._error_since_start())
+
+    def _hand_over(self) -> bool:
+        if not (is_interactive() or self._is_left()):
+            return False
+        logger.warning("trackopt: %s was still open in this process, and is closed", self.name)
+        self._on_exit(self._error_since_start())
+        return True
+
+    def _error_since_start(self) -> BaseException | None:
+        error = latest_error()
+        return None if error is self._error_before else error

@@ -53,6 +53,7 @@ class TrackedLoop:
         save_options: When checkpoints become due by themselves.
         stats_options: What is measured, and how often.
         progress_bar: Show progress.
+        stop_signals: The names of the signals that stop the training.
         sinks: Where the recorder delivers.
 
     Attributes:
@@ -74,6 +75,7 @@ class TrackedLoop:
         save_options: SaveOptions,
         stats_options: StatsOptions,
         progress_bar: bool,
+        stop_signals: Sequence[str],
         sinks: Sequence[str],
     ) -> None:
         leads, rehearses = collectives.is_rank_zero, environment.from_environment() is not None
@@ -92,6 +94,7 @@ class TrackedLoop:
         )
         self.position = self.checkpoints.position
         self.stop: StopController
+        self._stop_signals = stop_signals
         self.is_open = True
         self._saver = self.checkpoints.saver
         self._telemetry = self.attempt.telemetry
@@ -117,7 +120,7 @@ class TrackedLoop:
         ranks: dict[str, Any] = {}
         if several:
             ranks = {"world": self._collectives.world_size, "restarts": restart_count()}
-        self.stop = StopController(self._collectives)
+        self.stop = StopController(self._collectives, self._stop_signals)
         if leads:
             self._store.folder.remove_partial()
         if pending is not None:
@@ -130,13 +133,17 @@ class TrackedLoop:
         if leads and (rehearsal := environment.from_environment()) is not None:
             observer = rehearsal.load_observer()
             self._observer = observer(rehearsal, self._training, self.attempt.directory.path, self.attempt.step)
-        self.attempt.close_at_exit(self._close_at_exit)
+        self.attempt.close_at_exit(self._close_at_exit, lambda: self.position.is_unfinished)
         self._hook = UncaughtExceptionHook(self._on_uncaught, self.stop.stop_after_error)
 
-    def epochs(self, total: int) -> Iterator[int]:
-        """Yield the numbers of the epochs that are still to come, of ``total``."""
+    def epochs(self, total: int, start: int = 0) -> Iterator[int]:
+        """Yield the numbers of the epochs that are still to come, of ``total``; a new run begins with ``start``."""
         self.checkpoints.begin_loop()
         self._epochs = total
+        if self.attempt.step == self.position.epoch == 0:
+            self.position.epoch = start
+        if self.position.epoch >= total > start:
+            self._warnings.warn_of_nothing_left(total, self.attempt.step)
         try:
             for epoch in self.position.epochs(total):
                 self.checkpoints.begin_epoch()
@@ -271,6 +278,8 @@ class TrackedLoop:
             self._saver.wait_until_finished()
             if status == "FINISHED" and not self._collectives.is_detached:
                 self.checkpoints.save_final()
+                if self._collectives.is_rank_zero:
+                    self._store.folder.remove_abandoned()
         finally:
             self._saver.close()
             if status == "FINISHED" and self._collectives.is_detached:

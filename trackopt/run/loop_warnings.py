@@ -65,6 +65,13 @@ class LoopWarnings:
                 steps,
             )
 
+    def warn_of_nothing_left(self, epochs: int, step: int) -> None:
+        """Say that a run that is started again is complete."""
+        self._warn_once(
+            f"all {epochs} epochs are done, at step {step:,}, so nothing is left to train; pass a larger number of "
+            "epochs to continue, or another dir to start a new run"
+        )
+
     def _warn_once(self, text: str) -> None:
         if text not in self._warned:
             self._warned.add(text)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from trackopt.errors import UsageError
+from trackopt.run.signals import STOP_SIGNALS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,6 +24,7 @@ def validate_options(
     sinks: Sequence[str],
     *,
     upload_checkpoints: bool = False,
+    stop_signals: Sequence[str] = STOP_SIGNALS,
 ) -> None:
     """Check the options.
 
@@ -31,6 +33,8 @@ def validate_options(
     """
     if unknown := set(sinks) - set(SINKS):
         raise UsageError(f"unknown sink {min(unknown)!r}; choose from {', '.join(SINKS)}")
+    if unknown := set(stop_signals) - set(STOP_SIGNALS):
+        raise UsageError(f"unknown stop signal {min(unknown, key=str)!r}; choose from {', '.join(STOP_SIGNALS)}")
     if upload_checkpoints and "mlflow" not in sinks:
         raise UsageError("upload_checkpoints=True uploads to the MLflow run; add 'mlflow' to sinks")
     if stats_options.stats not in {"group", "param", None}:

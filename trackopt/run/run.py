@@ -108,9 +108,20 @@ class Run:
         elif self.should_stop:
             self._loop.leave()
 
-    def epochs(self, total: int) -> Iterator[int]:
-        """Yield the numbers of the remaining epochs, of ``total``: ``for epoch in run.epochs(10)``."""
-        return self._loop.epochs(total)
+    def epochs(self, total: int, start: int = 0) -> Iterator[int]:
+        """Yield the numbers of the remaining epochs, of ``total``: ``for epoch in run.epochs(10)``.
+
+        Args:
+            total: The number of epochs of the whole training.
+            start: The first epoch, for a script that has loaded a checkpoint of its own. A run that resumes continues
+                with its own epoch.
+
+        Raises:
+            UsageError: ``start`` is negative or larger than ``total``.
+        """
+        if not 0 <= start <= total:
+            raise UsageError(f"run.epochs({total}, start={start}): start must be between 0 and {total}")
+        return self._loop.epochs(total, start)
 
     def batches(self, loader: Iterable[T]) -> Iterator[T]:
         """Yield the batches of one pass; in a resumed epoch, the remaining ones.

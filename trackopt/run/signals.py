@@ -15,12 +15,11 @@ import time
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from types import FrameType
 
-_SIGNALS = [signal.SIGTERM, signal.SIGINT]
-if sys.platform != "win32":
-    _SIGNALS.append(signal.SIGUSR1)
+#: Those that stop a training by default.
+STOP_SIGNALS = ("SIGTERM", "SIGINT") if sys.platform == "win32" else ("SIGTERM", "SIGINT", "SIGUSR1")
 _STDERR = 2
 _FORWARD_WINDOW_S = 2.0  # within which torchrun forwards a signal to workers that have received it themselves
 
@@ -35,13 +34,14 @@ class StopSignals:
     Args:
         single_process: Stop for a local signal at once; with several processes all ranks agree on the step first.
         log: Print a line when a signal arrives.
+        names: The signals.
 
     Attributes:
         local_signal: The first signal that this process received.
         agreed_signal: The signal that the training stops for.
     """
 
-    def __init__(self, *, single_process: bool = True, log: bool = True) -> None:
+    def __init__(self, *, single_process: bool = True, log: bool = True, names: Sequence[str] = STOP_SIGNALS) -> None:
         self.local_signal: signal.Signals | None = None
         self.agreed_signal: signal.Signals | None = None
         self._single_process, self._log = single_process, log
@@ -50,7 +50,7 @@ class StopSignals:
         self._pid = os.getpid()
         self._previous: dict[signal.Signals, Any] = {}
         if threading.current_thread() is threading.main_thread():
-            for number in _SIGNALS:
+            for number in map(signal.Signals.__getitem__, names):
                 if signal.getsignal(number) not in (signal.SIG_IGN, None) and not _is_interactive(number):
                     self._previous[number] = signal.signal(number, self._handle)
 

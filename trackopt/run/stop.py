@@ -9,7 +9,7 @@ from trackopt.distributed.preemption import PreemptionSync
 from trackopt.run.signals import StopSignals
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from trackopt.distributed.collectives import Collectives
 
@@ -21,11 +21,14 @@ class StopController:
 
     Args:
         collectives: The ranks of the training.
+        signals: The names of the stop signals.
     """
 
-    def __init__(self, collectives: Collectives) -> None:
+    def __init__(self, collectives: Collectives, signals: Sequence[str]) -> None:
         self._collectives = collectives
-        self._signals = StopSignals(single_process=collectives.world_size == 1, log=collectives.is_rank_zero)
+        self._signals = StopSignals(
+            single_process=collectives.world_size == 1, log=collectives.is_rank_zero, names=signals
+        )
         self._sync: PreemptionSync | None = None
 
     @property

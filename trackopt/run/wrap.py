@@ -23,6 +23,7 @@ from trackopt.errors import RunError, UsageError
 from trackopt.run.loop import TrackedLoop
 from trackopt.run.options import SINKS, validate_options
 from trackopt.run.run import Run
+from trackopt.run.signals import STOP_SIGNALS
 from trackopt.rundir import environment
 from trackopt.rundir.directory import ReadOnlyRunDirectory, RunDirectory
 from trackopt.telemetry.options import StatsOptions
@@ -67,6 +68,7 @@ def wrap(
     experiment: str | None = None,
     name: str | None = None,
     progress_bar: bool = True,
+    stop_signals: Sequence[str] = STOP_SIGNALS,
     strict: bool = True,
     **stateful: Stateful | Generator,
 ) -> Run:
@@ -102,6 +104,8 @@ def wrap(
         name: The run's name. Default: the directory's.
         progress_bar: Show the progress of ``epochs`` and ``batches``: two lines on a terminal, one line a minute
             elsewhere.
+        stop_signals: The signals after which the training saves and stops. ``()`` leaves them to the script: its own
+            handlers, and its ``except KeyboardInterrupt``.
         strict: Require a checkpoint to match the objects in every name, shape, dtype, class and setting. With
             ``False`` the matching part is loaded, and a warning lists the rest.
         **stateful: Other objects with ``state_dict`` and ``load_state_dict`` (a ``GradScaler``, an EMA model), and
@@ -144,7 +148,14 @@ def wrap(
         if not training.optimizers:
             raise UsageError("wrap() was given no optimizer; pass one, or a dict of them by name")
         training.validate()
-        validate_options(save_options, stats_options, retention, sinks, upload_checkpoints=upload_checkpoints)
+        validate_options(
+            save_options,
+            stats_options,
+            retention,
+            sinks,
+            upload_checkpoints=upload_checkpoints,
+            stop_signals=stop_signals,
+        )
 
     collectives.run_on_all(validate)
     scheduler_configs = {name: scheduler_config(each) for name, each in training.schedulers.items()}
@@ -162,6 +173,7 @@ def wrap(
             save_options=save_options,
             stats_options=stats_options,
             progress_bar=progress_bar,
+            stop_signals=stop_signals,
             sinks=destinations if environment.from_environment() is None else (),
         )
 

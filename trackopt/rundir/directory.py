@@ -19,7 +19,7 @@ from trackopt.utils.files import fsync_directory
 from trackopt.utils.lock import try_lock
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from trackopt.utils.mlflow_uri import MLflowTarget
 
@@ -28,6 +28,7 @@ _LOCK = ".lock"
 _LOCK_TIMEOUT_S = 30.0  # torchrun gives the processes that it stops as long before it starts others
 _STATUS_TIMEOUT_S = 0.3  # `is_running` may hold the lock for a moment
 _LOCK_POLL_INTERVAL_S = 0.1
+_HELD: dict[Path, RunDirectory] = {}  # by this process
 
 
 class RunDirectory:
@@ -40,6 +41,7 @@ class RunDirectory:
     Attributes:
         path: The directory, absolute.
         saved_identity: The content of ``run.json``; ``None`` in a new directory, until ``initialize``.
+        hand_over: Closes the run in it for another one of this process, if it may be closed; returns whether it did.
 
     Raises:
         RunError: The directory cannot be created or written, is held by another process, or holds something else.
@@ -54,6 +56,9 @@ class RunDirectory:
         self.checkpoints = self.path / CHECKPOINTS
         self.journal = self.path / journal.NAME
         self.saved_identity: RunIdentity | None = None
+        self.hand_over: Callable[[], bool] = lambda: False
+        if (held := _HELD.get(self.path)) is not None and not held.hand_over():
+            raise RunError(f"{self.path}: this process has a run open in it; close that one, or choose another dir")
         try:
             self._created = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
             self.path.mkdir(parents=True, exist_ok=True)
@@ -68,6 +73,7 @@ class RunDirectory:
             self._release_lock()
             reason = "open in another process" if isinstance(error, BlockingIOError) else error.strerror
             raise RunError(f"{self.path}: {reason}; stop that one, or choose another dir") from error
+        _HELD[self.path] = self
         try:
             self.saved_identity = self._read()
         except BaseException:
@@ -118,6 +124,8 @@ class RunDirectory:
             time.sleep(_LOCK_POLL_INTERVAL_S)
 
     def _release_lock(self) -> None:
+        if _HELD.get(self.path) is self:
+            del _HELD[self.path]
         if self._lock >= 0:
             with contextlib.suppress(OSError):  # the descriptor is closed even then
                 os.close(self._lock)

@@ -257,49 +257,58 @@ def test_an_epoch_that_takes_only_some_batches_continues_as_it_would_have(loop):
     assert_same_runs()
 
 
-@pytest.mark.parametrize("closes", ["finally", "with", "except", "later"])
-def test_an_exception_leaves_no_checkpoint_of_an_unfinished_iteration(closes, caplog):
+def crash(run, model, optimizer, fails_at):
+    for _ in run.epochs(3):
+        for batch in run.batches(DataLoader(Noisy(), batch_size=4, shuffle=True)):
+            optimizer.zero_grad()
+            if run.global_step == fails_at:
+                raise ValueError("out of memory")
+            step(run, model, optimizer, batch)
+
+
+def close_in_finally(run, *objects):
+    try:
+        crash(run, *objects)
+    finally:
+        run.close()
+
+
+def close_by_with(run, *objects):
+    with run:
+        crash(run, *objects)
+
+
+def close_in_except(run, *objects):
+    try:
+        crash(run, *objects)
+    except ValueError:
+        run.close()
+        raise
+
+
+def close_later(run, *objects):
+    try:
+        crash(run, *objects)
+    except ValueError as raised:
+        error = raised
+    run.close()
+    raise error
+
+
+@pytest.mark.parametrize("close", [close_in_finally, close_by_with, close_in_except, close_later])
+def test_an_exception_leaves_no_checkpoint_of_an_unfinished_iteration(close, caplog):
     """It ends FAILED, and the resumed run repeats from the checkpoint before."""
-
-    def loop(run, model, optimizer, fails_at):
-        for _ in run.epochs(3):
-            for batch in run.batches(DataLoader(Noisy(), batch_size=4, shuffle=True)):
-                optimizer.zero_grad()
-                if run.global_step == fails_at:
-                    raise ValueError("out of memory")
-                step(run, model, optimizer, batch)
-
-    def fail(run, *objects):
-        if closes == "with":
-            with run:
-                loop(run, *objects)
-        try:
-            loop(run, *objects)
-        except ValueError:
-            if closes == "except":
-                run.close()
-            elif closes == "finally":
-                raise
-        finally:
-            if closes == "finally":
-                run.close()
-        if closes == "later":
-            run.close()
-
     run, *objects, _ = start("resumed")
-    if closes in {"finally", "with"}:
-        with pytest.raises(ValueError, match="out of memory"):
-            fail(run, *objects, 11)
-    else:
-        fail(run, *objects, 11)
+    with pytest.raises(ValueError, match="out of memory"):
+        close(run, *objects, 11)
     (last,) = [line for line in journal.read(run.dir / journal.NAME) if line.event == "close"]
     assert last.details["status"] == "FAILED"
-    assert ("out of memory" in last.details["error"]) or closes == "later"
+    assert ("out of memory" in last.details["error"]) is (close is not close_later)
     assert max(run.dir.glob("checkpoints/step-*")).name == "step-00000009.pt"
-    assert ("nothing is saved" in caplog.text) is (closes == "later")
+    assert ("nothing is saved" in caplog.text) is (close is close_later)
     for directory in ("resumed", "whole"):
         run, *objects, _ = start(directory)
-        loop(run, *objects, -1)
+        crash(run, *objects, -1)
         run.close()
     assert_same_runs()
 
@@ -346,7 +355,7 @@ def test_break_is_told_from_an_exception(leave, wrap):
             break
 
     if leave in {"raise", "call"}:
-        with pytest.raises(ValueError, match="^(invalid literal.*)?$"):
+        with pytest.raises(ValueError, match=r"^(invalid literal.*)?$"):
             consume()
     else:
         consume()
