@@ -13,6 +13,7 @@ It is written under a temporary name, the manifest last, and renamed when all pr
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
 import shutil
@@ -28,12 +29,12 @@ from trackopt.archive.formats.directories import UNSHARDED_FILE
 from trackopt.archive.tree import UnknownObject
 from trackopt.checkpoint.resharding import LazyTensor, decode_key
 from trackopt.checkpoint.writer import PARTIAL_SUFFIX, write
-from trackopt.errors import ArchiveError, CheckpointError, TrackoptError
+from trackopt.errors import ArchiveError, CheckpointError, RunError
 from trackopt.training.sharding import contains_dtensor, is_dtensor, to_local
 from trackopt.utils.files import fsync_directory
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
     from pathlib import Path
 
     from trackopt.checkpoint.staging import Staged
@@ -44,6 +45,18 @@ _BACKUP_SUFFIX = ".before"
 _SHARDED_KEYS = ("model", "optimizer")
 
 T = TypeVar("T")
+
+
+class ProcessGroupLost(CheckpointError):
+    """A checkpoint was not written since the processes no longer reach each other.
+
+    Attributes:
+        path: The checkpoint.
+    """
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(f"{path}: not written ({reason})")
+        self.path = path
 
 
 @dataclass(frozen=True)
@@ -115,11 +128,14 @@ def write_collectively(
 
     Raises:
         CheckpointError: On all processes, if one could not write; the name and all earlier checkpoints are unchanged.
+        ProcessGroupLost: The processes could not tell each other that they have written.
     """
     part = path.with_name(f".{path.name}{PARTIAL_SUFFIX}")
     rank = collectives.rank
 
     def begin() -> None:
+        import torch.distributed.checkpoint  # takes a second, in which the training may destroy the group
+
         if checkpoint.error is not None:
             raise checkpoint.error
         if collectives.is_rank_zero:
@@ -133,6 +149,8 @@ def write_collectively(
             return
         write(checkpoint.rest, part / UNSHARDED_FILE, before_commit=lambda: None)
         listed = {name: checksum for own in rank_checksums for name, checksum in own.items()}
+        if missing := _missing_shards(metadata, listed):
+            raise CheckpointError(f"no process has written {missing[0]}")
         listed |= {name: manifest.checksum(part / name) for name in (".metadata", UNSHARDED_FILE)}
         _write_synced(part / manifest.NAME, manifest.encode(listed))
         before_commit()
@@ -140,15 +158,13 @@ def write_collectively(
 
     try:
         _gather_results(collectives, path, begin)
-        _gather_results(collectives, path, lambda: _write_parts(checkpoint.parts, part, collectives))
+        metadata = _write_parts_collectively(checkpoint.parts, part, path, collectives)
         rank_checksums = _gather_results(collectives, path, checksums)
         _gather_results(collectives, path, commit)
-    except TrackoptError as error:
+    except CheckpointError:
         if collectives.is_rank_zero:
             shutil.rmtree(part, ignore_errors=True)
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"{path}: not written ({error})") from error
+        raise
 
 
 def commit_directory(part: Path, path: Path) -> None:
@@ -208,16 +224,45 @@ def _create_directory(part: Path) -> None:
     fsync_directory(part.parent)
 
 
-def _write_parts(parts: CheckpointTree, part: Path, collectives: Collectives) -> None:
+def _write_parts_collectively(parts: CheckpointTree, part: Path, path: Path, collectives: Collectives) -> Any:
+    """Write the sharded state with DCP, and return its index; an error of one process is raised on all."""
+    written: list[Any] = []  # the index is large, and only rank 0 needs it
+    _gather_results(collectives, path, lambda: written.append(_write_parts(parts, part, collectives)))
+    return written[0]
+
+
+def _write_parts(parts: CheckpointTree, part: Path, collectives: Collectives) -> Any:
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.filesystem import FileSystemWriter
     from torch.distributed.checkpoint.state_dict_saver import save
 
+    if collectives.world_size > 1 and not torch.distributed.is_initialized():
+        return None  # DCP would write this process's part as a whole checkpoint; the next exchange reports it
     try:
-        save(parts, storage_writer=FileSystemWriter(part), process_group=collectives.group)
+        return save(parts, storage_writer=FileSystemWriter(part), process_group=collectives.group)
     except CheckpointException as error:  # a BaseException; each process gets the failures of all
         if collectives.rank in error.failures:
             raise error.failures[collectives.rank][0] from None
+        return None
+
+
+def _missing_shards(metadata: Any, listed: Collection[str]) -> list[str]:
+    """Return what the index describes and no listed file holds.
+
+    DCP takes a process whose group was destroyed for the only one, and its index for a complete one.
+    """
+    found = {(index.fqn, tuple(index.offset or ())) for index, info in metadata.storage_data.items() if info.relative_path in listed}
+    missing = []
+    for name, described in metadata.state_dict_metadata.items():
+        chunks = getattr(described, "chunks", None)
+        if chunks is None:
+            missing += [] if (name, ()) in found else [repr(name)]
+            continue
+        offsets = [tuple(chunk.offsets) for chunk in chunks]
+        missing += [f"the part of {name!r} at {list(each)}" for each in offsets if (name, each) not in found]
+        if sum(math.prod(chunk.sizes) for chunk in chunks) != math.prod(described.size):
+            missing.append(f"all parts of {name!r}")
+    return missing
 
 
 def _write_synced(file: Path, content: bytes) -> None:
@@ -235,24 +280,34 @@ def _gather_results(collectives: Collectives, path: Path, action: Callable[[], T
 
     Raises:
         CheckpointError: The action failed in one of the processes.
+        ProcessGroupLost: The result of one of them did not arrive.
     """
-    result, problem = None, ""
+    result, problem, advice = None, "", ""
     try:
         result = action()
     except Exception as error:  # noqa: BLE001 - the other ranks wait for the outcome
         problem = _reason(error)
-    outcomes = collectives.all_gather_object((problem, result))
-    for rank, (rank_problem, _) in enumerate(outcomes):
+        advice = "; check free space and the disk" if isinstance(_cause(error), OSError) else ""
+    try:
+        with collectives.during(f"the checkpoint {path.name}"):
+            outcomes = collectives.gather_or_raise((problem, advice, result))
+    except RunError as error:
+        raise ProcessGroupLost(path, str(error)) from error
+    for rank, (rank_problem, rank_advice, _) in enumerate(outcomes):
         if rank_problem:
             where = f"rank {rank}: " if len(outcomes) > 1 else ""
-            raise CheckpointError(f"{path}: not written ({where}{rank_problem}); check free space and the disk")
-    return [rank_result for _, rank_result in outcomes]  # type: ignore[misc]  # no rank failed, so none is missing
+            raise CheckpointError(f"{path}: not written ({where}{rank_problem}){rank_advice}")
+    return [rank_result for *_, rank_result in outcomes]  # type: ignore[misc]  # no rank failed, so none is missing
+
+
+def _cause(error: BaseException) -> BaseException:
+    is_wrapped = isinstance(error, CheckpointError) and error.__cause__ is not None
+    return error.__cause__ if is_wrapped else error  # type: ignore[return-value]  # it is not None then
 
 
 def _reason(error: BaseException) -> str:
     """Return an error's first line; for a failed write the disk's own message."""
-    if isinstance(error, CheckpointError) and error.__cause__ is not None:
-        error = error.__cause__
+    error = _cause(error)
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return (str(error).splitlines() or [type(error).__name__])[0]

@@ -80,7 +80,7 @@ class TrackedLoop:
         self._store = store
         self._collectives = collectives
         self.attempt = Attempt(
-            directory, training, stats_options, sinks if leads else (), collectives.all_gather_object
+            directory, training, stats_options, sinks if leads else (), collectives.gather_metrics
         )
         # In a rehearsal the step that a kill leads back to must not depend on the disk.
         self.checkpoints = RunCheckpoints(
@@ -222,7 +222,7 @@ class TrackedLoop:
             if self.attempt.step > self._telemetry.recorded:
                 self.end_iteration()
             self._telemetry.record_trailing()
-            self._saver.wait_until_finished()
+            self._saver.wait_until_finished(error)
             if status == "FINISHED" and not self._collectives.is_detached:
                 self.checkpoints.save_final()
         finally:
