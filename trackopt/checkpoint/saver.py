@@ -96,6 +96,11 @@ class CheckpointSaver:
         self._preparing: threading.Thread | None = None
 
     @property
+    def saves_by_itself(self) -> bool:
+        """True if checkpoints become due during the training without a request."""
+        return self._save_every is not None
+
+    @property
     def due(self) -> bool:
         """True if a checkpoint is to be taken before the next iteration."""
         return self._due is not None

@@ -13,6 +13,7 @@ It is written under a temporary name, the manifest last, and renamed when all pr
 
 from __future__ import annotations
 
+import importlib
 import math
 import os
 import pickle
@@ -134,7 +135,7 @@ def write_collectively(
     rank = collectives.rank
 
     def begin() -> None:
-        import torch.distributed.checkpoint  # takes a second, in which the training may destroy the group
+        importlib.import_module("torch.distributed.checkpoint.state_dict_saver")  # before the ranks meet: it takes long
 
         if checkpoint.error is not None:
             raise checkpoint.error
@@ -251,7 +252,11 @@ def _missing_shards(metadata: Any, listed: Collection[str]) -> list[str]:
 
     DCP takes a process whose group was destroyed for the only one, and its index for a complete one.
     """
-    found = {(index.fqn, tuple(index.offset or ())) for index, info in metadata.storage_data.items() if info.relative_path in listed}
+    found = {
+        (index.fqn, tuple(index.offset or ()))
+        for index, info in metadata.storage_data.items()
+        if info.relative_path in listed
+    }
     missing = []
     for name, described in metadata.state_dict_metadata.items():
         chunks = getattr(described, "chunks", None)

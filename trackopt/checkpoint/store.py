@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from trackopt.checkpoint import sharded
 from trackopt.checkpoint.folder import CheckpointFolder
 from trackopt.checkpoint.meta import KEY
+from trackopt.checkpoint.rank_states import remove_paths
 from trackopt.checkpoint.readback import ReadBack
 from trackopt.checkpoint.retention import RetainedCheckpoints, Retention, RetentionMarks
 from trackopt.checkpoint.sharded import CpuStateDict, ShardedCheckpoint
@@ -72,6 +73,7 @@ class CheckpointStore:
             if self._is_rank_zero:
                 self._mark(tree, marks)
             parts, rest = sharded.split_sharded(tree)
+            parts = remove_paths(parts, self._own_paths(tree))
             staged = self._staging.stage(rest) if self._is_rank_zero else None
             return ShardedCheckpoint(self._cpu_state.copy(parts), staged)
         except (CheckpointError, MemoryError, RuntimeError) as error:  # torch raises RuntimeError for lack of memory
@@ -109,6 +111,13 @@ class CheckpointStore:
         """Close the process group; all ranks must call it."""
         if self._collectives is not None:
             self._collectives.close()
+
+    def _own_paths(self, tree: CheckpointTree) -> list[Any]:
+        """Return where this rank's values differ from rank 0's, which alone are written for all ranks."""
+        if self._is_rank_zero or self._collectives is None:
+            return []
+        own = tree[KEY]["ranks"][self._collectives.rank - 1].get("own", {})
+        return [path for path, _ in own.get("values", ())] + list(own.get("skipped", ()))
 
     def _proven(self, staged: ShardedCheckpoint, path: Path) -> ShardedCheckpoint:
         """Return a checkpoint with the error that the other processes are to learn of, if it cannot be loaded."""

@@ -63,7 +63,7 @@ class Collectives:
             return self.all_gather_object(metrics)
 
     @contextlib.contextmanager
-    def during(self, call: str) -> Iterator[None]:
+    def during(self, call: str) -> Iterator[None]:  # noqa: ARG002 - a single process waits for nobody
         """Name the call that the collectives inside belong to, for messages; by default it is the public function."""
         yield
 

@@ -115,7 +115,7 @@ class _GlooCollectives(Collectives):
         calls = [pickle.loads(rank_payload) for rank_payload in payloads]  # noqa: S301 - from this very training
         for rank, call in enumerate(calls):
             if call[:2] != calls[0][:2]:
-                message = f"rank {rank} is in {call[2]} and rank 0 in {calls[0][2]}; all {_SAME_CALLS}"
+                message = f"rank {rank} has reached {call[2]}, and rank 0 {calls[0][2]}; all {_SAME_CALLS}"
                 raise _ExchangeError(message, log=self.is_rank_zero)
         return [call[3] for call in calls]
 
@@ -196,10 +196,9 @@ class _GlooCollectives(Collectives):
         if self._is_destroyed():
             return _DESTROYED
         if late:
-            return (
-                f"rank {join_names(late)} of {self.world_size} did not reach {self._call_name(call_site(_PACKAGE)[0])} in "
-                f"time: it ended, or all {_SAME_CALLS}"
-            )
+            call = self._call_name(call_site(_PACKAGE)[0])
+            ranks = f"rank {join_names(late)} of {self.world_size}"
+            return f"{ranks} did not reach {call} in time: it ended, or all {_SAME_CALLS}"
         reason = str(error).splitlines()[0]
         return f"a rank has ended, or has destroyed the process group ({reason}); start all of them again"
 

@@ -6,9 +6,10 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from trackopt.checkpoint.meta import RunProgress
-from trackopt.checkpoint.resume import gather_rank_states
+from trackopt.checkpoint.rank_states import RankStates
 from trackopt.checkpoint.round_trip import RoundTripCheck
 from trackopt.checkpoint.saver import CheckpointSaver
+from trackopt.errors import UsageError
 from trackopt.run.data_position import DataPosition
 from trackopt.training.objects import versions
 
@@ -62,6 +63,7 @@ class RunCheckpoints:
         self._scheduler_configs = scheduler_configs
         self._group_counts: dict[str, int] = {}  # parameter groups when the epoch began
         self._pending: PendingRestore | None = None
+        self._rank_states = RankStates(collectives, training)
         self._round_trip = RoundTripCheck(training)
         self._is_state_checked = False
 
@@ -107,6 +109,11 @@ class RunCheckpoints:
                 pending.meta.progress.world_size,
                 self._collectives.world_size,
             )
+            if any(rank.own for rank in pending.meta.progress.ranks):
+                logger.warning(
+                    "trackopt: in the checkpoint the ranks differ in the state of models, optimizers or schedulers: "
+                    "each rank that was there before continues with its own, the others with rank 0's"
+                )
 
     def begin_loop(self) -> None:
         """Keep the hyperparameters that the script has set since it resumed."""
@@ -119,7 +126,13 @@ class RunCheckpoints:
         self._group_counts = {name: len(optimizer.param_groups) for name, optimizer in optimizers.items()}
 
     def check_first_steps(self) -> None:
-        """Warn after a first step if a state cannot be saved, or its own ``state_dict`` does not restore it."""
+        """Warn after a first step if a state cannot be saved, or its own ``state_dict`` does not restore it.
+
+        Raises:
+            UsageError: The ranks could not take the checkpoints that become due in this pass.
+        """
+        if self.saver.saves_by_itself:
+            self._refuse_join()
         if not self._is_state_checked:
             self._is_state_checked = True
             self.saver.check_state()
@@ -127,9 +140,15 @@ class RunCheckpoints:
             logger.warning("trackopt: %s", line)
 
     def save(self, *, epoch_done: bool = False) -> None:
-        """Take a checkpoint now, on all ranks."""
-        progress = self._progress(epoch_done=epoch_done)
-        self._collectives.run_on_all(lambda: self.saver.save(progress))
+        """Take a checkpoint now, on all ranks.
+
+        Raises:
+            UsageError: A rank may be waiting in ``DDP.join`` for the others, instead of taking part.
+        """
+        self._refuse_join()
+        with self._collectives.during(f"the checkpoint of step {self._attempt.step}"):
+            progress = self._progress(epoch_done=epoch_done)
+            self._collectives.run_on_all(lambda: self.saver.save(progress))
 
     def save_final(self) -> None:
         """Take the last checkpoint and wait for it, on all ranks, if rank 0 has anything that is not saved."""
@@ -143,6 +162,17 @@ class RunCheckpoints:
         if not self._collectives.is_detached:
             self._store.close_group()
             self._collectives.close()
+
+    def _refuse_join(self) -> None:
+        """Refuse a checkpoint within a pass under ``DDP.join``: a rank without further batches would not take part."""
+        if not self.position.in_pass or self._collectives.world_size == 1:
+            return
+        if any(ddp._join_config.enable for ddp in self._training.ddp.values()):
+            raise UsageError(
+                "no checkpoint can be taken inside DDP.join(), where a rank without further batches waits for the "
+                "others: give all ranks the same number of batches (as DistributedSampler does) and leave join() out, "
+                "or use save_every=None and call run.save() after run.batches()"
+            )
 
     def _on_position_restored(self) -> None:
         """Undo what the epoch's first lines did, and logged, a second time."""
@@ -177,5 +207,5 @@ class RunCheckpoints:
             groups=self._group_counts,
             scheduler_configs=self._scheduler_configs,
             telemetry=telemetry,
-            ranks=gather_rank_states(self._collectives, self._training, position, telemetry) if several else (),
+            ranks=self._rank_states.gather(position, telemetry) if several else (),
         )

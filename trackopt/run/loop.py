@@ -79,9 +79,7 @@ class TrackedLoop:
         self._training = training
         self._store = store
         self._collectives = collectives
-        self.attempt = Attempt(
-            directory, training, stats_options, sinks if leads else (), collectives.gather_metrics
-        )
+        self.attempt = Attempt(directory, training, stats_options, sinks if leads else (), collectives.gather_metrics)
         # In a rehearsal the step that a kill leads back to must not depend on the disk.
         self.checkpoints = RunCheckpoints(
             training, store, collectives, self.attempt, scheduler_configs, save_options, background=not rehearses

@@ -12,8 +12,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from trackopt import remote
 from trackopt.checkpoint.meta import KEY, CheckpointMeta
+from trackopt.checkpoint.rank_states import select_rank_state
 from trackopt.checkpoint.reader import load_unverified
-from trackopt.checkpoint.resume import PendingRestore, find_resume_checkpoint, select_rank_state
+from trackopt.checkpoint.resume import PendingRestore, find_resume_checkpoint
 from trackopt.checkpoint.retention import Retention
 from trackopt.checkpoint.saver import SaveOptions
 from trackopt.checkpoint.store import CheckpointStore
