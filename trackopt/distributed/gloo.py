@@ -141,7 +141,7 @@ class _GlooCollectives(Collectives):
         """Detach after a failure; the other ranks do not wait for this one to close the group."""
         self.is_detached = True
         with contextlib.suppress(RuntimeError, ValueError):  # the process that kept the store has ended
-            self.store.set(f"closed/{self.rank}", "")
+            self.store.set(f"closed/{self.rank}", self._lost)
 
     def close(self) -> None:
         if self.is_detached:
@@ -195,12 +195,22 @@ class _GlooCollectives(Collectives):
     def _failure_message(self, error: Exception, late: list[int]) -> str:
         if self._is_destroyed():
             return _DESTROYED
+        left = [(rank, self._reason_of_leaving(rank)) for rank in range(self.world_size)]
+        if lost := next(((rank, reason) for rank, reason in left if reason), None):
+            return f"rank {lost[0]}: {lost[1]}"
         if late:
             call = self._call_name(call_site(_PACKAGE)[0])
             ranks = f"rank {join_names(late)} of {self.world_size}"
             return f"{ranks} did not reach {call} in time: it ended, or all {_SAME_CALLS}"
         reason = str(error).splitlines()[0]
         return f"a rank has ended, or has destroyed the process group ({reason}); start all of them again"
+
+    def _reason_of_leaving(self, rank: int) -> str:
+        """Return why another rank has left the group in the midst of a save, if it has."""
+        key = f"closed/{rank}"
+        with contextlib.suppress(RuntimeError):  # the process that kept the store has ended too
+            return self.store.get(key).decode() if self.store.check([key]) else ""
+        return ""
 
     def _is_destroyed(self) -> bool:
         """Return whether the training has destroyed the group; another one may have taken its place."""
