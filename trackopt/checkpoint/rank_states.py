@@ -105,6 +105,8 @@ class RankStates:
             own = {path: value for path, value in values.items() if path in self._different}
             missing = [list(path) for path in expected if path not in sums]
         skipped = self._report_trained(own)
+        if skipped:  # its state of a parameter may be among them
+            missing = []
         saved = [[list(path), _copy(value)] for path, value in own.items() if path not in skipped]
         state = {"values": saved, "missing": missing, "skipped": [list(path) for path in skipped]}
         return {key: value for key, value in state.items() if value}
@@ -179,19 +181,22 @@ def remove_paths(tree: CheckpointTree, paths: Sequence[Sequence[Any]]) -> Checkp
 def _merge(tree: CheckpointTree, own: Mapping[str, Any]) -> None:
     """Put a rank's own values in the place of rank 0's."""
     for path in own.get("missing", ()):
-        container, key = _container(tree, path)
-        container.pop(key, None)
+        _remove(tree, list(map(decode_key, path)))
     for path, value in own.get("values", ()):
-        container, key = _container(tree, path)
-        container[key] = value
+        *outer, last = map(decode_key, path)
+        container: Any = tree
+        for key in outer:
+            container = container.setdefault(key, {})
+        container[last] = value
 
 
-def _container(tree: CheckpointTree, path: Sequence[Any]) -> tuple[Any, Any]:
-    *outer, last = map(decode_key, path)
-    container: Any = tree
-    for key in outer:
-        container = container.setdefault(key, {})
-    return container, last
+def _remove(tree: Any, path: Sequence[Any]) -> None:
+    """Remove the value at a path, and the dicts that are empty without it: a parameter may have no state at all."""
+    key, *rest = path
+    if rest and key in tree:
+        _remove(tree[key], rest)
+    if not rest or tree.get(key) == {}:
+        tree.pop(key, None)
 
 
 def _flatten(value: Any, excluded: Collection[Path], path: Path = ()) -> Iterator[tuple[Path, Any]]:

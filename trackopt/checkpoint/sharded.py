@@ -150,7 +150,7 @@ def write_collectively(
             return
         write(checkpoint.rest, part / UNSHARDED_FILE, before_commit=lambda: None)
         listed = {name: checksum for own in rank_checksums for name, checksum in own.items()}
-        if missing := _missing_shards(metadata, listed):
+        if missing := missing_shards(metadata, listed):
             raise CheckpointError(f"no process has written {missing[0]}")
         listed |= {name: manifest.checksum(part / name) for name in (".metadata", UNSHARDED_FILE)}
         _write_synced(part / manifest.NAME, manifest.encode(listed))
@@ -247,7 +247,7 @@ def _write_parts(parts: CheckpointTree, part: Path, collectives: Collectives) ->
         return None
 
 
-def _missing_shards(metadata: Any, listed: Collection[str]) -> list[str]:
+def missing_shards(metadata: Any, listed: Collection[str]) -> list[str]:
     """Return what the index describes and no listed file holds.
 
     DCP takes a process whose group was destroyed for the only one, and its index for a complete one.
