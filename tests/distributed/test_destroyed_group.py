@@ -89,7 +89,8 @@ def test_the_reason_is_the_true_one_and_earlier_checkpoints_stay(tmp_path, kind,
     directory = tmp_path / "run" / "checkpoints"
     assert lines(outputs)[0].startswith(f"trackopt: {directory}/step-00000004: not written ({reason}"), outputs
     assert "training continues" not in "".join(lines(outputs))
-    assert [(each.path, each.status) for each in verify(tmp_path / "run")] == [(directory / "step-00000002", "sound")]
+    assert [each.status for each in verify(directory)] == ["sound"]
+    assert [path.name for path in directory.glob("step-*")] == ["step-00000002"]
     metadata = pickle.loads((directory / "step-00000002" / ".metadata").read_bytes())
     assert missing_shards(metadata, {"__0_0.distcp", "__1_0.distcp"}) == []
     assert missing_shards(metadata, {"__0_0.distcp"})[0] == "the part of 'model.weight' at [4, 0]"

@@ -1,7 +1,7 @@
 """Trainings whose ranks differ in their state: ``train_own_states.py DIRECTORY [KIND…]``; each is resumed and compared.
 
-For each kind, or all, a training of 10 steps is made without a stop, and in two attempts. Each rank exits with an error unless
-all of its state is the same, bit for bit.
+For each kind, or all, a training of 10 steps is made without a stop, and in two attempts. Each rank exits with an error
+unless all of its state is the same, bit for bit.
 """
 
 import logging

@@ -226,7 +226,7 @@ def _buffers(training: Training) -> set[Path]:
 def _broadcast_buffers(training: Training) -> Iterator[Path]:
     """Yield the paths of the buffers that DDP replaces by rank 0's at the next forward pass."""
     for name, ddp in training.ddp.items():
-        if ddp.will_sync_module_buffers():
+        if ddp.will_sync_module_buffers():  # type: ignore[no-untyped-call]  # torch leaves it so
             yield from ((*_model_path(training, name), buffer) for buffer, _ in ddp.module.named_buffers())
 
 
