@@ -11,7 +11,7 @@ import pytest
 from tests.distributed.test_ddp import ENVIRONMENT, lines, together
 from tests.scripts import destroy_groups
 from trackopt.analysis.verify import verify
-from trackopt.checkpoint.sharded import missing_shards
+from trackopt.checkpoint.sharded_writer import missing_shards
 
 COUNT = 5
 
@@ -42,7 +42,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 import trackopt
 from tests.scripts import train_ddp
-from trackopt.checkpoint import sharded
+from trackopt.checkpoint import sharded_writer
 
 def train():
     model = nn.Linear(8, 8)
@@ -54,8 +54,8 @@ def train():
         optimizer.step()
         if run.global_step == 4:  # the write waits until the group is destroyed
             run._loop._saver.wait_until_finished()
-            whole = sharded._write_parts
-            sharded._write_parts = lambda *args: (destroyed.wait(), whole(*args))
+            whole = sharded_writer._write_parts
+            sharded_writer._write_parts = lambda *args: (destroyed.wait(), whole(*args))
         run.step()
     if os.environ["KIND"] == "error":
         raise ValueError("out of memory")

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 from trackopt.checkpoint.async_write import AsyncWrite, lower_thread_priority
 from trackopt.checkpoint.meta import RunProgress
 from trackopt.checkpoint.retention import RetentionMarks
-from trackopt.checkpoint.sharded import ProcessGroupLost, ShardedCheckpoint
+from trackopt.checkpoint.sharded import ShardedCheckpoint
+from trackopt.checkpoint.sharded_writer import ProcessGroupLost
 from trackopt.checkpoint.snapshot import capture, check_saveable, estimate_nbytes
 from trackopt.errors import CheckpointError, UsageError
 
