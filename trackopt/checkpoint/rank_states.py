@@ -8,6 +8,7 @@ compares them by checksum, and saves for each rank what differs.
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ from trackopt.training.sharding import contains_dtensor, is_zero
 from trackopt.utils.text import join_names
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Mapping, Sequence
+    from collections.abc import Collection, Iterator, Sequence
 
     from trackopt.distributed.collectives import Collectives
     from trackopt.training.objects import Training
@@ -58,9 +59,7 @@ class RankStates:
         """Return the states; all ranks must make the same call."""
         stateful = self._states_of_objects()
         object_sums = {name: checksum_of_state(state) for name, state in stateful.items()}
-        values = self._values()
-        sums = checksums(values, complete=self._is_first)
-        self._is_first = False
+        values, sums = self._values_with_checksums()
         mine = (object_sums, summarize(sums), bool(self._different))
         ranks = self._collectives.all_gather_object(mine)
         expected = ranks[0][0]
@@ -83,15 +82,21 @@ class RankStates:
         }
         return {name: _to_cpu(state) for name, state in states.items() if not contains_dtensor(state)}
 
+    def _values_with_checksums(self) -> tuple[dict[Path, Any], dict[Path, bytes]]:
+        """Return the values in the other states by path; none if a state cannot be read, which its save reports."""
+        complete, self._is_first = self._is_first, False
+        try:
+            values = self._values()
+            return values, checksums(values, complete=complete)
+        except Exception:  # noqa: BLE001 - the user's code; the other ranks wait for this one
+            return {}, {}
+
     def _values(self) -> dict[Path, Any]:
         """Return the values in the other states by path, without those that several ranks hold together."""
-        try:
-            states = object_states(self._training)
-            for name, value in self._training.stateful.items():
-                if isinstance(value, nn.Module):
-                    states[name] = value.state_dict()
-        except Exception:  # noqa: BLE001 - the user's code; the save of this state reports it
-            return {}
+        states = object_states(self._training)
+        for name, value in self._training.stateful.items():
+            if isinstance(value, nn.Module):
+                states[name] = value.state_dict()
         excluded = {*_broadcast_buffers(self._training), *_zero_states(self._training)}
         return {path: value for path, value in _flatten(states, excluded) if not contains_dtensor(value)}
 
@@ -211,7 +216,7 @@ def _flatten(value: Any, excluded: Collection[Path], path: Path = ()) -> Iterato
 
 
 def _model_path(training: Training, name: str) -> Path:
-    return ("model", name) if isinstance(training.model, dict) else ("model",)
+    return ("model", name) if isinstance(training.model, Mapping) else ("model",)
 
 
 def _buffers(training: Training) -> set[Path]:
@@ -234,7 +239,7 @@ def _zero_states(training: Training) -> Iterator[Path]:
     """Yield the paths of states of which each rank keeps a part by design."""
     for name, optimizer in training.optimizers.items():
         if is_zero(optimizer):
-            yield ("optimizer", name, "state") if isinstance(training.optimizer, dict) else ("optimizer", "state")
+            yield ("optimizer", name, "state") if isinstance(training.optimizer, Mapping) else ("optimizer", "state")
 
 
 def _state_or_error(value: Any) -> Any:
