@@ -381,6 +381,6 @@ def test_a_rank_that_never_comes_is_named(tmp_path):
         second.communicate()
     assert first.returncode == 2, outputs
     assert (
-        "trackopt: rank 1 of 2 did not call wrap() in time: it ended, or all must make the same calls to trackopt\n"
-        in outputs
+        "trackopt: rank 1 of 2 did not reach trackopt.wrap() in time: "
+        "it ended, or all must make the same calls to trackopt\n" in outputs
     )

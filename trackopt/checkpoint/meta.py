@@ -36,6 +36,8 @@ class RankState:
         position: Its position in the data.
         pending: Its logged metrics that no record holds yet.
         state: Its ``run.state``.
+        own: Its values in models, optimizers and schedulers: ``values`` (paths and values), the paths that are
+            ``missing`` here, and those that were ``skipped`` for their size.
     """
 
     rng: Mapping[str, Any]
@@ -43,16 +45,18 @@ class RankState:
     position: StateDict
     pending: Mapping[str, Any]
     state: Mapping[str, Any] = field(default_factory=dict)
+    own: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def from_dict(cls, entry: Mapping[str, Any]) -> RankState:
         """Read an element of ``ranks``."""
-        return cls(entry["rng"], entry["stateful"], **entry["meta"])
+        return cls(entry["rng"], entry["stateful"], **entry["meta"], own=entry.get("own", {}))
 
     def as_dict(self) -> JsonObject:
         """Return an element of ``ranks``."""
         own = {"position": self.position, "pending": self.pending, "state": self.state}
-        return {"rng": self.rng, "stateful": self.stateful, "meta": own}
+        entry = {"rng": self.rng, "stateful": self.stateful, "meta": own}
+        return entry | ({"own": self.own} if self.own else {})
 
 
 @dataclass(frozen=True)

@@ -1,39 +1,31 @@
-"""Resume from a checkpoint: find it, select this rank's part, and apply it to the live objects."""
+"""Resume from a checkpoint: find it, and apply it to the live objects."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
-
 from trackopt import remote
 from trackopt.checkpoint.apply import apply
-from trackopt.checkpoint.encoding import StateEncoder
 from trackopt.checkpoint.gradients import restore_gradients
-from trackopt.checkpoint.meta import KEY, CheckpointMeta, RankState
-from trackopt.checkpoint.pickler import dump_tree
+from trackopt.checkpoint.meta import KEY
+from trackopt.checkpoint.rank_states import select_rank_state
 from trackopt.checkpoint.reader import load, load_unverified
 from trackopt.checkpoint.resharding import reshard
 from trackopt.checkpoint.saved_state import from_run
-from trackopt.checkpoint.snapshot import state_of
-from trackopt.errors import CheckpointError, RunError, UsageError
+from trackopt.errors import CheckpointError, RunError
 from trackopt.training import rng
-from trackopt.training.sharding import contains_dtensor
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Mapping, Sequence
 
+    from trackopt.checkpoint.meta import CheckpointMeta
     from trackopt.checkpoint.store import CheckpointStore
     from trackopt.distributed.collectives import Collectives
     from trackopt.rundir.directory import RunDirectory
     from trackopt.training.objects import Training
-    from trackopt.utils.types import CheckpointTree, ParamGroup, StateDict
+    from trackopt.utils.types import CheckpointTree, ParamGroup
 
 
 class PendingRestore:
@@ -112,55 +104,6 @@ class PendingRestore:
             parameter.requires_grad_(name not in frozen)
 
 
-def gather_rank_states(
-    collectives: Collectives,
-    training: Training,
-    position: StateDict,
-    telemetry: Mapping[str, Any],
-    user_state: Mapping[str, Any],
-) -> Sequence[RankState]:
-    """Gather the states of all ranks but rank 0 that differ from rank 0's.
-
-    Models are not among them: their weights are the same, and what DDP leaves to each process (a BatchNorm's averages,
-    if configured so) is saved as rank 0 has it. Objects whose state equals rank 0's, such as averaged weights, are
-    omitted, and sharded state is saved by all ranks together.
-    """
-    states = {
-        name: _state_or_error(value) for name, value in training.stateful.items() if not isinstance(value, nn.Module)
-    }
-    own = {name: _to_cpu(state) for name, state in states.items() if not contains_dtensor(state)}
-    checksums = {name: _checksum(state) for name, state in own.items()}
-    first = collectives.broadcast(checksums)
-    state = RankState(
-        rng.capture(),
-        {name: value for name, value in own.items() if checksums[name] != first.get(name)},
-        position,
-        telemetry["pending"],
-        user_state,
-    )
-    return collectives.all_gather_object(state)[1:]
-
-
-def select_rank_state(tree: CheckpointTree, training: Training, collectives: Collectives) -> CheckpointTree:
-    """Return the tree of a checkpoint as this rank restores it.
-
-    A rank that did not exist when the checkpoint was saved keeps the generators that the script gave it.
-    """
-    if collectives.is_rank_zero:
-        return tree
-    meta = CheckpointMeta.from_dict(tree[KEY])
-    progress = meta.progress
-    if collectives.rank < progress.world_size:
-        own = progress.ranks[collectives.rank - 1]
-        meta = meta.of_rank(own.position, own.pending, own.state)
-        return {**tree, **own.stateful, "rng": own.rng, KEY: meta.as_dict()}
-    here = {"rng": rng.capture(), "handed": {}, "own": {"generators": []}}
-    position = {key: here if key.endswith("_start") and value else value for key, value in progress.position.items()}
-    generators = {name: rng.state_of(value) for name, value in training.stateful.items() if rng.is_generator(value)}
-    meta = meta.of_rank({**position, "own": {}}, progress.telemetry["pending"])
-    return {**tree, **generators, "rng": here["rng"], KEY: meta.as_dict()}
-
-
 def find_resume_checkpoint(
     directory: RunDirectory, store: CheckpointStore, resume: str | os.PathLike[str]
 ) -> tuple[Path, CheckpointTree] | None:
@@ -192,27 +135,3 @@ def _hyperparameters(optimizer: Any) -> list[ParamGroup]:
         {key: value for key, value in group.items() if key not in ("params", "param_names")}
         for group in optimizer.param_groups
     ]
-
-
-def _state_or_error(value: Any) -> Any:
-    """Return an object's state; an error in place of it, which the save reports, so that no other rank waits."""
-    try:
-        return state_of(value)
-    except Exception as error:  # noqa: BLE001 - the user's code
-        return UsageError(str(error))
-
-
-def _to_cpu(state: Any) -> Any:
-    return tree_map_only(Tensor, Tensor.cpu, state)
-
-
-def _checksum(state: Any) -> bytes:
-    try:
-        pickled = dump_tree({"": StateEncoder().encode(state, "")})
-    except UsageError:  # the save names it
-        return b""
-    digest = blake2b(pickled.data)
-    for storage in pickled.storages:
-        content: Any = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage).numpy()
-        digest.update(content)
-    return digest.digest()

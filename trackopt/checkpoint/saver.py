@@ -13,6 +13,7 @@ from trackopt.checkpoint.async_write import AsyncWrite, lower_thread_priority
 from trackopt.checkpoint.meta import RunProgress
 from trackopt.checkpoint.retention import RetentionMarks
 from trackopt.checkpoint.sharded import ShardedCheckpoint
+from trackopt.checkpoint.sharded_writer import ProcessGroupLost
 from trackopt.checkpoint.snapshot import capture, check_saveable, estimate_nbytes
 from trackopt.errors import CheckpointError, UsageError
 
@@ -95,6 +96,11 @@ class CheckpointSaver:
         self._in_flight: AsyncWrite | None = None
         self._held: AsyncWrite | None = None
         self._preparing: threading.Thread | None = None
+
+    @property
+    def saves_by_itself(self) -> bool:
+        """True if checkpoints become due during the training without a request."""
+        return self._save_every is not None
 
     @property
     def due(self) -> bool:
@@ -197,11 +203,19 @@ class CheckpointSaver:
             self._mark_failed(progress, error)
             raise error
 
-    def wait_until_finished(self) -> None:
-        """Wait for the checkpoint that is being written, and report its outcome."""
+    def wait_until_finished(self, cause: BaseException | None = None) -> None:
+        """Wait for the checkpoint that is being written, and report its outcome.
+
+        Args:
+            cause: The exception that ended the training, and perhaps the process group before the write was done.
+        """
         writing, self._in_flight = self._in_flight, None
-        if writing is not None and (error := self._on_written(writing)):
-            self._on_failed(writing.progress, error)
+        if writing is None or (error := self._on_written(writing)) is None:
+            return
+        if cause is not None and isinstance(error, ProcessGroupLost):
+            reason = f"the training ended with {type(cause).__name__}: {cause}".splitlines()[0].removesuffix(": ")
+            error = ProcessGroupLost(error.path, f"{reason}, and the process group was destroyed during the write")
+        self._on_failed(writing.progress, error)
 
     def close(self) -> None:
         """Wait for the checkpoint that is being written, and release the memory."""
@@ -260,7 +274,8 @@ class CheckpointSaver:
         """Log an error, once for each reason."""
         if str(error) not in self._reported:
             self._reported.add(str(error))
-            logger.warning("trackopt: %s; training continues", error)
+            suffix = "" if isinstance(error, ProcessGroupLost) else "; training continues"
+            logger.warning("trackopt: %s%s", error, suffix)
 
     def _mark_failed(self, progress: RunProgress, error: CheckpointError) -> None:
         self._journal.mark("checkpoint_failed", progress.step, reason=str(error))

@@ -13,37 +13,30 @@ It is written under a temporary name, the manifest last, and renamed when all pr
 
 from __future__ import annotations
 
-import os
 import pickle
 import shutil
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from trackopt import archive, locations
-from trackopt.archive.formats import manifest
 from trackopt.archive.formats.directories import UNSHARDED_FILE
 from trackopt.archive.tree import UnknownObject
 from trackopt.checkpoint.resharding import LazyTensor, decode_key
-from trackopt.checkpoint.writer import PARTIAL_SUFFIX, write
-from trackopt.errors import ArchiveError, CheckpointError, TrackoptError
+from trackopt.errors import ArchiveError, CheckpointError
 from trackopt.training.sharding import contains_dtensor, is_dtensor, to_local
 from trackopt.utils.files import fsync_directory
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from pathlib import Path
 
     from trackopt.checkpoint.staging import Staged
-    from trackopt.distributed.collectives import Collectives
     from trackopt.utils.types import CheckpointTree
 
 _BACKUP_SUFFIX = ".before"
 _SHARDED_KEYS = ("model", "optimizer")
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -102,55 +95,6 @@ def split_sharded(tree: CheckpointTree) -> tuple[CheckpointTree, CheckpointTree]
     return parts, {key: value for key, value in tree.items() if key not in parts}
 
 
-def write_collectively(
-    checkpoint: ShardedCheckpoint, path: Path, collectives: Collectives, *, before_commit: Callable[[], None]
-) -> None:
-    """Write a checkpoint as a directory and commit it; all processes call this, and return when it is committed.
-
-    Args:
-        checkpoint: This process's part.
-        path: The directory's final name; it appears when everything is on the disk.
-        collectives: The processes; nothing else may use their group meanwhile.
-        before_commit: Called on rank 0 right before the rename.
-
-    Raises:
-        CheckpointError: On all processes, if one could not write; the name and all earlier checkpoints are unchanged.
-    """
-    part = path.with_name(f".{path.name}{PARTIAL_SUFFIX}")
-    rank = collectives.rank
-
-    def begin() -> None:
-        if checkpoint.error is not None:
-            raise checkpoint.error
-        if collectives.is_rank_zero:
-            _create_directory(part)
-
-    def checksums() -> dict[str, Any]:
-        return {file.name: manifest.checksum(file) for file in sorted(part.glob(f"__{rank}_*"))}
-
-    def commit() -> None:
-        if checkpoint.rest is None:  # on all ranks but rank 0
-            return
-        write(checkpoint.rest, part / UNSHARDED_FILE, before_commit=lambda: None)
-        listed = {name: checksum for own in rank_checksums for name, checksum in own.items()}
-        listed |= {name: manifest.checksum(part / name) for name in (".metadata", UNSHARDED_FILE)}
-        _write_synced(part / manifest.NAME, manifest.encode(listed))
-        before_commit()
-        commit_directory(part, path)
-
-    try:
-        _gather_results(collectives, path, begin)
-        _gather_results(collectives, path, lambda: _write_parts(checkpoint.parts, part, collectives))
-        rank_checksums = _gather_results(collectives, path, checksums)
-        _gather_results(collectives, path, commit)
-    except TrackoptError as error:
-        if collectives.is_rank_zero:
-            shutil.rmtree(part, ignore_errors=True)
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"{path}: not written ({error})") from error
-
-
 def commit_directory(part: Path, path: Path) -> None:
     """Rename a directory; one of the same name is kept as a backup for that moment (`recover_interrupted_commit`)."""
     backup = path.with_name(f".{path.name}{_BACKUP_SUFFIX}")
@@ -183,7 +127,7 @@ def load(path: Path) -> CheckpointTree:
         rest = torch.load(path / UNSHARDED_FILE, map_location="cpu", weights_only=True)
         return {key: _make_lazy(opened, node) for key, node in opened.tree.items() if key not in rest} | dict(rest)
     except (ArchiveError, OSError, RuntimeError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"{path}: cannot be loaded ({_reason(error)})") from error
+        raise CheckpointError(f"{path}: cannot be loaded ({reason_of(error)})") from error
 
 
 def _make_lazy(opened: archive.Archive, node: Any) -> Any:
@@ -201,58 +145,15 @@ def _make_lazy(opened: archive.Archive, node: Any) -> Any:
     return node
 
 
-def _create_directory(part: Path) -> None:
-    part.parent.mkdir(exist_ok=True)
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir()
-    fsync_directory(part.parent)
+def cause_of(error: BaseException) -> BaseException:
+    """Return the error from which a `CheckpointError` was raised, if it was."""
+    is_wrapped = isinstance(error, CheckpointError) and error.__cause__ is not None
+    return error.__cause__ if is_wrapped else error  # type: ignore[return-value]  # it is not None then
 
 
-def _write_parts(parts: CheckpointTree, part: Path, collectives: Collectives) -> None:
-    from torch.distributed.checkpoint.api import CheckpointException
-    from torch.distributed.checkpoint.filesystem import FileSystemWriter
-    from torch.distributed.checkpoint.state_dict_saver import save
-
-    try:
-        save(parts, storage_writer=FileSystemWriter(part), process_group=collectives.group)
-    except CheckpointException as error:  # a BaseException; each process gets the failures of all
-        if collectives.rank in error.failures:
-            raise error.failures[collectives.rank][0] from None
-
-
-def _write_synced(file: Path, content: bytes) -> None:
-    with file.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    fsync_directory(file.parent)
-
-
-def _gather_results(collectives: Collectives, path: Path, action: Callable[[], T]) -> list[T]:
-    """Run an action in each process, and return the results of all.
-
-    Unlike ``Collectives.run_on_all`` it takes any exception for a failed checkpoint, after which training continues.
-
-    Raises:
-        CheckpointError: The action failed in one of the processes.
-    """
-    result, problem = None, ""
-    try:
-        result = action()
-    except Exception as error:  # noqa: BLE001 - the other ranks wait for the outcome
-        problem = _reason(error)
-    outcomes = collectives.all_gather_object((problem, result))
-    for rank, (rank_problem, _) in enumerate(outcomes):
-        if rank_problem:
-            where = f"rank {rank}: " if len(outcomes) > 1 else ""
-            raise CheckpointError(f"{path}: not written ({where}{rank_problem}); check free space and the disk")
-    return [rank_result for _, rank_result in outcomes]  # type: ignore[misc]  # no rank failed, so none is missing
-
-
-def _reason(error: BaseException) -> str:
+def reason_of(error: BaseException) -> str:
     """Return an error's first line; for a failed write the disk's own message."""
-    if isinstance(error, CheckpointError) and error.__cause__ is not None:
-        error = error.__cause__
+    error = cause_of(error)
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return (str(error).splitlines() or [type(error).__name__])[0]

@@ -56,13 +56,18 @@ def check_saveable(training: Training) -> None:
 
 
 def _encode_states(encoder: StateEncoder, training: Training) -> CheckpointTree:
+    tree = {key: encoder.encode(value, key) for key, value in object_states(training).items()}
+    return tree | {name: encoder.encode(state_of(stateful), name) for name, stateful in training.stateful.items()}
+
+
+def object_states(training: Training) -> dict[str, Any]:
+    """Return the states of models, optimizers and schedulers, under the keys of a checkpoint."""
     states = {
         "model": _map_named(training.model, lambda module: module.state_dict()),
         "optimizer": _optimizer_states(training),
         "scheduler": _map_named(training.scheduler, scheduler_state_dict),
     }
-    tree = {key: encoder.encode(value, key) for key, value in states.items() if value is not None}
-    return tree | {name: encoder.encode(state_of(stateful), name) for name, stateful in training.stateful.items()}
+    return {key: value for key, value in states.items() if value is not None}
 
 
 def state_of(stateful: Any) -> Any:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from trackopt.checkpoint import sharded
 from trackopt.checkpoint.folder import CheckpointFolder
 from trackopt.checkpoint.meta import KEY
+from trackopt.checkpoint.rank_states import remove_paths
 from trackopt.checkpoint.readback import ReadBack
 from trackopt.checkpoint.retention import RetainedCheckpoints, Retention, RetentionMarks
-from trackopt.checkpoint.sharded import CpuStateDict, ShardedCheckpoint
+from trackopt.checkpoint.sharded import CpuStateDict, ShardedCheckpoint, split_sharded
+from trackopt.checkpoint.sharded_writer import write_collectively
 from trackopt.checkpoint.staging import Staging
 from trackopt.checkpoint.writer import write
 from trackopt.errors import CheckpointError
@@ -71,7 +72,8 @@ class CheckpointStore:
         try:
             if self._is_rank_zero:
                 self._mark(tree, marks)
-            parts, rest = sharded.split_sharded(tree)
+            parts, rest = split_sharded(tree)
+            parts = remove_paths(parts, self._own_paths(tree))
             staged = self._staging.stage(rest) if self._is_rank_zero else None
             return ShardedCheckpoint(self._cpu_state.copy(parts), staged)
         except (CheckpointError, MemoryError, RuntimeError) as error:  # torch raises RuntimeError for lack of memory
@@ -89,7 +91,7 @@ class CheckpointStore:
             assert self._collectives is not None  # noqa: S101 - for mypy: only collectives stage sharded checkpoints
             path, replaced = directory, file
             staged = self._proven(staged, path)
-            sharded.write_collectively(staged, path, self._collectives, before_commit=before_commit)
+            write_collectively(staged, path, self._collectives, before_commit=before_commit)
         else:
             path, replaced = file, directory
             self._read_back.check(staged, path)
@@ -109,6 +111,13 @@ class CheckpointStore:
         """Close the process group; all ranks must call it."""
         if self._collectives is not None:
             self._collectives.close()
+
+    def _own_paths(self, tree: CheckpointTree) -> list[Any]:
+        """Return where this rank's values differ from rank 0's, which alone are written for all ranks."""
+        if self._is_rank_zero or self._collectives is None:
+            return []
+        own = tree[KEY]["ranks"][self._collectives.rank - 1].get("own", {})
+        return [path for path, _ in own.get("values", ())] + list(own.get("skipped", ()))
 
     def _proven(self, staged: ShardedCheckpoint, path: Path) -> ShardedCheckpoint:
         """Return a checkpoint with the error that the other processes are to learn of, if it cannot be loaded."""

@@ -7,9 +7,10 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from trackopt.checkpoint.meta import RunProgress
-from trackopt.checkpoint.resume import gather_rank_states
+from trackopt.checkpoint.rank_states import RankStates
 from trackopt.checkpoint.round_trip import RoundTripCheck
 from trackopt.checkpoint.saver import CheckpointSaver
+from trackopt.errors import UsageError
 from trackopt.run.accumulation import AccumulationWindow
 from trackopt.run.data_position import DataPosition
 from trackopt.training import rng
@@ -72,6 +73,7 @@ class RunCheckpoints:
         self._held: RunProgress | None = None
         self._after_loop: tuple[StateDict, StateDict] | None = None  # position and global generators
         self.window = AccumulationWindow(training)
+        self._rank_states = RankStates(collectives, training)
         self._round_trip = RoundTripCheck(training)
         self._is_state_checked = False
 
@@ -119,6 +121,11 @@ class RunCheckpoints:
                 pending.meta.progress.world_size,
                 self._collectives.world_size,
             )
+            if any(rank.own for rank in pending.meta.progress.ranks):
+                logger.warning(
+                    "trackopt: in the checkpoint the ranks differ in the state of models, optimizers or schedulers: "
+                    "each rank that was there before continues with its own, the others with rank 0's"
+                )
 
     def begin_loop(self) -> None:
         """Keep the hyperparameters that the script has set since it resumed, and undo what else its set-up changed."""
@@ -132,7 +139,13 @@ class RunCheckpoints:
         self._group_counts = {name: len(optimizer.param_groups) for name, optimizer in optimizers.items()}
 
     def check_first_steps(self) -> None:
-        """Warn after a first step if a state cannot be saved, or its own ``state_dict`` does not restore it."""
+        """Warn after a first step if a state cannot be saved, or its own ``state_dict`` does not restore it.
+
+        Raises:
+            UsageError: The ranks could not take the checkpoints that become due in this pass.
+        """
+        if self.saver.saves_by_itself:
+            self._refuse_join()
         if not self._is_state_checked:
             self._is_state_checked = True
             self.saver.check_state()
@@ -146,11 +159,14 @@ class RunCheckpoints:
 
     def hold(self) -> None:
         """Copy the state of a pass that is being left: the next checkpoint, unless training goes on elsewhere."""
-        progress = self._progress()
-        if all(self._collectives.all_gather_object(self.saver.hold(progress))):
-            self._held = progress
-        else:
-            self.position.is_unfinished = True  # its state is lost, and the live one is that of a finished pass
+        if self._is_joining():
+            return
+        with self._collectives.during(f"the copy of the state of step {self._attempt.step}"):
+            progress = self._progress()
+            if all(self._collectives.all_gather_object(self.saver.hold(progress))):
+                self._held = progress
+            else:
+                self.position.is_unfinished = True  # its state is lost, and the live one is that of a finished pass
 
     def end_loop(self) -> None:
         """Remember the position, and the global generators, from which an evaluation after the loop may draw."""
@@ -162,9 +178,15 @@ class RunCheckpoints:
         self.saver.release()
 
     def save(self, *, epoch_done: bool = False) -> None:
-        """Take a checkpoint now, on all ranks."""
-        progress, self._held = self._held or self._progress(epoch_done=epoch_done), None
-        self._collectives.run_on_all(lambda: self.saver.save(progress))
+        """Take a checkpoint now, on all ranks.
+
+        Raises:
+            UsageError: A rank may be waiting in ``DDP.join`` for the others, instead of taking part.
+        """
+        self._refuse_join()
+        with self._collectives.during(f"the checkpoint of step {self._attempt.step}"):
+            progress, self._held = self._held or self._progress(epoch_done=epoch_done), None
+            self._collectives.run_on_all(lambda: self.saver.save(progress))
 
     def save_final(self) -> None:
         """Take the last checkpoint and wait for it, on all ranks, if rank 0 has anything that is not saved."""
@@ -178,6 +200,19 @@ class RunCheckpoints:
         if not self._collectives.is_detached:
             self._store.close_group()
             self._collectives.close()
+
+    def _is_joining(self) -> bool:
+        """Return True within a pass under ``DDP.join``: a rank without further batches would not take part in a save."""
+        is_one_of_several = self.position.in_pass and self._collectives.world_size > 1
+        return is_one_of_several and any(ddp._join_config.enable for ddp in self._training.ddp.values())
+
+    def _refuse_join(self) -> None:
+        if self._is_joining():
+            raise UsageError(
+                "no checkpoint can be taken inside DDP.join(), where a rank without further batches waits for the "
+                "others: give all ranks the same number of batches (as DistributedSampler does) and leave join() out, "
+                "or use save_every=None and call run.save() after run.batches()"
+            )
 
     def _on_position_restored(self) -> None:
         """Undo what the epoch's first lines did, and logged, a second time."""
@@ -217,9 +252,7 @@ class RunCheckpoints:
             groups=self._group_counts,
             scheduler_configs=self._scheduler_configs,
             telemetry=telemetry,
-            ranks=gather_rank_states(self._collectives, self._training, position, telemetry, self.user_state)
-            if several
-            else (),
+            ranks=self._rank_states.gather(position, telemetry, self.user_state) if several else (),
             state=self.user_state,
             has_gradients=not several and self.window.needs_gradients,
             keeps_gradients=self.window.keeps_gradients,

@@ -85,9 +85,7 @@ class TrackedLoop:
         self._training = training
         self._store = store
         self._collectives = collectives
-        self.attempt = Attempt(
-            directory, training, stats_options, sinks if leads else (), collectives.all_gather_object
-        )
+        self.attempt = Attempt(directory, training, stats_options, sinks if leads else (), collectives.gather_metrics)
         # In a rehearsal the step that a kill leads back to must not depend on the disk.
         self.checkpoints = RunCheckpoints(
             training, store, collectives, self.attempt, scheduler_configs, save_options, background=not rehearses
@@ -275,7 +273,7 @@ class TrackedLoop:
             self._in_iteration &= status == "FINISHED"
             self._end_open_iteration()
             self._telemetry.record_trailing()
-            self._saver.wait_until_finished()
+            self._saver.wait_until_finished(error)
             if status == "FINISHED" and not self._collectives.is_detached:
                 self.checkpoints.save_final()
                 if self._collectives.is_rank_zero:

@@ -12,13 +12,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from trackopt import remote
 from trackopt.checkpoint.meta import KEY, CheckpointMeta
+from trackopt.checkpoint.rank_states import select_rank_state
 from trackopt.checkpoint.reader import load_unverified
-from trackopt.checkpoint.resume import PendingRestore, find_resume_checkpoint, select_rank_state
+from trackopt.checkpoint.resume import PendingRestore, find_resume_checkpoint
 from trackopt.checkpoint.retention import Retention
 from trackopt.checkpoint.saver import SaveOptions
 from trackopt.checkpoint.store import CheckpointStore
-from trackopt.distributed.collectives import Collectives, current_collectives
 from trackopt.distributed.consistency import check_consistency
+from trackopt.distributed.gloo import current_collectives
 from trackopt.errors import RunError, UsageError
 from trackopt.run.loop import TrackedLoop
 from trackopt.run.options import SINKS, validate_options
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.optim import Optimizer
 
+    from trackopt.distributed.collectives import Collectives
     from trackopt.training.objects import Generator, Stateful
     from trackopt.utils.types import CheckpointTree
 
@@ -139,7 +141,7 @@ def wrap(
     collectives = current_collectives()
     if not collectives.is_rank_zero:
         logger.setLevel(logging.ERROR)  # rank 0 logs the warnings
-    training = Training(_unwrap_ddp(model), optimizer, scheduler, stateful)
+    training = Training(_unwrap_ddp(model), optimizer, scheduler, stateful, _ddp_modules(model))
     retention = Retention(keep, keep_best, keep_every)
     stats_options = StatsOptions(stats, stats_every, histograms_every)
     save_options = SaveOptions(save_every, save_overlap)
@@ -258,6 +260,11 @@ def _run_on_all(collectives: Collectives, action: Callable[[], T]) -> T:
             raise RunError(f"{path}: cannot be used ({error.strerror}); check the disk and the permissions") from error
 
     return collectives.run_on_all(convert_errors)
+
+
+def _ddp_modules(model: Any) -> dict[str, DistributedDataParallel]:
+    models = model if isinstance(model, Mapping) else {"model": model}
+    return {name: each for name, each in models.items() if isinstance(each, DistributedDataParallel)}
 
 
 def _unwrap_ddp(model: Any) -> Any:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import random
 
     import numpy as np
+    from torch.nn.parallel import DistributedDataParallel
 
     from trackopt.utils.types import JsonObject, ParamGroup
 
@@ -48,12 +49,14 @@ class Training:
         optimizer: One optimizer, a dict by name, or ``None``.
         scheduler: One scheduler, a dict by name, or ``None``.
         stateful: The user's other objects and random generators, by keyword.
+        ddp: The DDP module around each model that has one, by the model's name.
     """
 
     model: nn.Module | Mapping[str, nn.Module] | None
     optimizer: Optimizer | Mapping[str, Optimizer] | None
     scheduler: Any = None
     stateful: Mapping[str, Stateful | Generator] = field(default_factory=dict)
+    ddp: Mapping[str, DistributedDataParallel] = field(default_factory=dict)
 
     @property
     def models(self) -> dict[str, nn.Module]:
