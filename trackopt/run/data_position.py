@@ -149,32 +149,39 @@ class DataPosition:
         if saved is not None and self._pass < saved["pass"]:
             loader_state.start_workers(loader, own)
             return iter(())
+        is_stateful = any(loader is stateful for stateful in self._stateful_loaders)
+        if is_stateful:  # before its state is restored
+            loader_state.start_workers(loader, own)
         self._saved = None
         if saved is not None and saved["epoch_start"] is not None:
             self._on_restored()
             self._restore_rng(saved["here"])
         if saved is None or saved["pass_start"] is None:
-            loader_state.start_workers(loader, own)
+            if not is_stateful:
+                loader_state.start_workers(loader, own)
             if own is not loader_state.NO_STATE:
                 loader_state.warn_if_inexact(loader, own, own)
             loader_state.restore_loader(loader, own)
             self._pass_start = {**self._capture(), "own": loader_state.loader_state(loader)}
             return loader_state.begin_pass(loader)
-        iterator = self._resume(loader, saved, own)
+        iterator = self._resume(loader, saved, own, is_stateful=is_stateful)
         self._restore_rng(saved["here"])
         rng.restore_all(rng.find_generators(loader), own["generators"])
         return iterator
 
-    def _resume(self, loader: Iterable[T], saved: Mapping[str, Any], own: StateDict) -> Iterator[T]:
+    def _resume(
+        self, loader: Iterable[T], saved: Mapping[str, Any], own: StateDict, *, is_stateful: bool
+    ) -> Iterator[T]:
         """Return to the middle of a pass: begin it as it was begun, without the batches that were taken."""
         self._pass_start, self.batch = saved["pass_start"], self._scale_batch_index(saved)
         at_start = self._pass_start["own"]
         loader_state.warn_if_inexact(loader, own, at_start)
-        is_drawn = isinstance(getattr(loader, "dataset", None), IterableDataset)
-        loader_state.start_workers(loader, at_start if is_drawn else {**own, "warm": at_start["warm"]})
+        if not is_stateful:
+            is_drawn = isinstance(getattr(loader, "dataset", None), IterableDataset)
+            loader_state.start_workers(loader, at_start if is_drawn else {**own, "warm": at_start["warm"]})
         self._restore_rng(self._pass_start)
         loader_state.restore_loader(loader, at_start)
-        if any(loader is stateful for stateful in self._stateful_loaders):  # it returns to its position by itself
+        if is_stateful:  # it returns to its position by itself
             return iter(loader)
         return loader_state.resume_pass(loader, own, self.batch)
 
