@@ -10,6 +10,7 @@ import random
 import signal
 import sys
 import warnings
+from importlib import import_module
 
 import numpy as np
 import torch
@@ -113,7 +114,7 @@ def train(settings, directory):
 
 
 if __name__ == "__main__":
-    from tests.scripts import train_loaders  # by a name that the workers can import
+    train_loaders = import_module("tests.scripts.train_loaders")  # a name that the workers can import
 
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", message="This DataLoader will create|'pin_memory' argument")
