@@ -91,12 +91,8 @@ def resume_pass(loader: Any, own: Mapping[str, Any], count: int) -> Iterator[Any
     if _is_map_style(loader) and tracked and (workers is not None or saved not in {None, loader.num_workers}):
         return worker_tracking.begin_pass(loader, workers, skip=count)
     iterator = begin_pass(loader)
-    if _is_map_style(loader) and loader.num_workers == 0 and hasattr(iterator, "_next_index"):
-        try:
-            for _ in range(count):
-                iterator._next_index()
-        except StopIteration:  # the loader has become shorter
-            return iter(())
+    if _is_map_style(loader) and loader.num_workers == 0 and hasattr(iterator, "_sampler_iter"):
+        worker_tracking.skip_batches(iterator, count)
     else:
         _draw(iterator, loader, count)
     return iterator

@@ -8,10 +8,13 @@ return to it, the sampler skips the indices of the batches that were taken, and 
 from __future__ import annotations
 
 import logging
+from collections import deque
+from contextlib import suppress
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, ref
 
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 from torch.utils.data._utils.worker import _IterableDatasetStopIteration
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
@@ -19,7 +22,7 @@ from trackopt.run.worker_states import BatchWithStates, WorkerHooks
 from trackopt.training import rng
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator
 
     from trackopt.utils.types import StateDict
 
@@ -64,7 +67,7 @@ class TrackedIterator(_MultiProcessingDataLoaderIter):
     def _base_seed(self) -> int:
         """The seed of the workers: the saved one, if there is one. Torch draws another all the same."""
         assert self._seed is not None  # noqa: S101 - for mypy: torch has set it
-        return self._seed
+        return int(self._seed)
 
     @_base_seed.setter
     def _base_seed(self, seed: int) -> None:
@@ -81,11 +84,7 @@ class TrackedIterator(_MultiProcessingDataLoaderIter):
         if self._is_idle:
             return
         skip, self.skip = self.skip, 0
-        try:
-            for _ in range(skip):
-                self._next_index()
-        except StopIteration:
-            return
+        skip_batches(self, skip)
         for _ in range(skip % self._num_workers):
             next(self._worker_queue_idx_cycle)
         super()._try_put_index()
@@ -128,7 +127,7 @@ class TrackedIterator(_MultiProcessingDataLoaderIter):
         tasks = self._task_info
         try:
             while any(len(task) == 1 and self._workers_status[task[0]] for task in tasks.values()):
-                at, data = self._get_data()
+                at, data = self._get_data()  # type: ignore[no-untyped-call]  # torch leaves it so
                 self._tasks_outstanding -= 1
                 if isinstance(data, _IterableDatasetStopIteration):
                     self._workers_status[data.worker_id] = False
@@ -187,6 +186,21 @@ def start_workers(loader: DataLoader[Any], start: StateDict | None) -> None:
     _start(loader, start, is_idle=True)
 
 
+def skip_batches(iterator: Any, count: int) -> None:
+    """Skip the indices of the next ``count`` batches of an iterator of torch's that has drawn none yet."""
+    if count == 0:
+        return
+    sampler = iterator._index_sampler
+    if type(sampler) is BatchSampler:  # skipping samples is several times as fast as building batches of them
+        samples = iter(sampler.sampler)
+        deque(islice(samples, count * sampler.batch_size), maxlen=0)
+        iterator._sampler_iter = iter(BatchSampler(samples, sampler.batch_size, sampler.drop_last))
+    else:
+        with suppress(StopIteration):  # the loader has become shorter
+            for _ in range(count):
+                iterator._next_index()
+
+
 def worker_states(loader: object, taken: int | None) -> StateDict | None:
     """Return the states of a loader's workers as ``TrackedIterator.states`` does; ``None`` without such workers."""
     try:
@@ -198,7 +212,7 @@ def worker_states(loader: object, taken: int | None) -> StateDict | None:
     return iterator.states(taken)
 
 
-def _start(loader: Any, start: Mapping[str, Any] | None, **how: Any) -> TrackedIterator:
+def _start(loader: Any, start: StateDict | None, **how: Any) -> TrackedIterator:
     iterator = TrackedIterator(loader, start, **how)
     _ITERATORS[loader] = ref(iterator)
     if loader.persistent_workers:
