@@ -202,7 +202,7 @@ class RunCheckpoints:
             self._collectives.close()
 
     def _is_joining(self) -> bool:
-        """Return True within a pass under ``DDP.join``: a rank without further batches would not take part in a save."""
+        """Return True in a pass under ``DDP.join``: a rank without further batches would not take part in a save."""
         is_one_of_several = self.position.in_pass and self._collectives.world_size > 1
         return is_one_of_several and any(ddp._join_config.enable for ddp in self._training.ddp.values())
 

@@ -13,10 +13,11 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakKeyDictionary
 
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import IterableDataset
 from torch.utils.data.distributed import DistributedSampler
 
 from trackopt.errors import UsageError
+from trackopt.run import loader_state
 from trackopt.run.draw_state import DrawState
 from trackopt.training import rng
 
@@ -163,7 +164,7 @@ class DataPosition:
             "length": self._length,
             "one_loader": len(distinct) == 1,
             "carries": self._carries_passes,
-            "own": {number: _loader_state(loader) for number, loader in loaders.items()},
+            "own": {number: self._own_state(loader) for number, loader in loaders.items()},
         }
         if epoch_done or self.is_between_epochs:  # the next epoch's first lines have not run
             state |= {"pass": 0, "epoch_start": None}
@@ -192,33 +193,54 @@ class DataPosition:
 
     def _begin(self, loader: Iterable[T]) -> Iterator[T]:
         saved, key = self._saved, 0 if self._has_one_loader else self._pass
-        own = self._loader_states.get(key, {"generators": [], "warm": False})
-        if saved is not None and self._pass < saved["pass"]:
-            _restore_loader(loader, own)
-            if not self._has_one_loader:
-                self._loader_states.pop(self._pass, None)
+        own = self._loader_states.get(key, loader_state.NO_STATE)
+        is_over = saved is not None and self._pass < saved["pass"]
+        if not (is_over and self._has_one_loader):
+            self._loader_states.pop(key, None)
+        if is_over:
+            loader_state.start_workers(loader, own)
+            loader_state.restore_loader(loader, own)
             return iter(())
-        self._loader_states.pop(key, None)
-        if own["warm"]:
-            _start_workers(loader)
+        is_stateful = any(loader is stateful for stateful in self._stateful_loaders)
+        if is_stateful:  # before its state is restored
+            loader_state.start_workers(loader, own)
         self._saved = None
         if saved is not None and saved["epoch_start"] is not None:
             self._on_restored()
             self._restore_rng(saved["here"])
         here = self._capture()  # an epoch's first lines may have drawn
         if saved is None or saved["pass_start"] is None:
-            _restore_loader(loader, own)
-            self._pass_start = {**self._capture(), "own": _loader_state(loader)}
-            return iter(loader)
-        self._pass_start, self.batch = saved["pass_start"], self._scale_batch_index(saved)
-        self._restore_rng(self._pass_start)
-        _restore_loader(loader, self._pass_start["own"])
-        iterator = iter(loader)
-        if not any(loader is stateful for stateful in self._stateful_loaders):
-            _fast_forward(iterator, loader, self.batch)
+            if not is_stateful:
+                loader_state.start_workers(loader, own)
+            if own is not loader_state.NO_STATE:
+                loader_state.warn_if_inexact(loader, own, own)
+            loader_state.restore_loader(loader, own)
+            self._pass_start = {**self._capture(), "own": loader_state.loader_state(loader)}
+            return loader_state.begin_pass(loader)
+        iterator = self._resume(loader, saved, own, is_stateful=is_stateful)
         self._restore_rng(here)
         rng.restore_all(rng.find_generators(loader), own["generators"])
         return iterator
+
+    def _resume(
+        self, loader: Iterable[T], saved: Mapping[str, Any], own: StateDict, *, is_stateful: bool
+    ) -> Iterator[T]:
+        """Return to the middle of a pass: begin it as it was begun, without the batches that were taken."""
+        self._pass_start, self.batch = saved["pass_start"], self._scale_batch_index(saved)
+        at_start = self._pass_start["own"]
+        loader_state.warn_if_inexact(loader, own, at_start)
+        if not is_stateful:
+            is_drawn = isinstance(getattr(loader, "dataset", None), IterableDataset)
+            loader_state.start_workers(loader, at_start if is_drawn else {**own, "warm": at_start["warm"]})
+        self._restore_rng(self._pass_start)
+        loader_state.restore_loader(loader, at_start)
+        if is_stateful:  # it returns to its position by itself
+            return iter(loader)
+        return loader_state.resume_pass(loader, own, self.batch)
+
+    def _own_state(self, loader: object) -> StateDict:
+        is_current = self.in_pass and loader is self._loaders.get(self._pass)
+        return loader_state.loader_state(loader, self.batch if is_current else None)
 
     def _scale_batch_index(self, saved: Mapping[str, Any]) -> int:
         if self._world_size_changed and self._length and saved.get("length"):
@@ -241,46 +263,3 @@ def length(loader: object) -> int | None:
         return len(loader)  # type: ignore[arg-type]  # any object may be a loader
     except Exception:  # noqa: BLE001 - a loader's own `__len__` may raise anything, and an iteration needs none
         return None
-
-
-def _loader_state(loader: object) -> StateDict:
-    """Return a loader's own generators, whether its persistent workers run, and its count of passes."""
-    generators = [rng.state_of(generator) for generator in rng.find_generators(loader)]
-    iteration = getattr(loader, "iteration", None) if hasattr(loader, "set_epoch") else None
-    return {"generators": generators, "warm": getattr(loader, "_iterator", None) is not None, "counted": iteration}
-
-
-def _restore_loader(loader: Any, own: Mapping[str, Any]) -> None:
-    """Restore a loader's state from the beginning of a pass; Accelerate's loaders shuffle by the number of the pass."""
-    rng.restore_all(rng.find_generators(loader), own["generators"])
-    if (iteration := own.get("counted")) is not None:
-        loader.set_epoch(iteration)
-
-
-def _start_workers(loader: Any) -> None:
-    """Start persistent workers without changing any generator: only the first pass of a loader draws their seed."""
-    if getattr(loader, "persistent_workers", False) and loader._iterator is None:
-        before = rng.capture(), [rng.state_of(generator) for generator in rng.find_generators(loader)]
-        iter(loader)
-        rng.restore(before[0])
-        rng.restore_all(rng.find_generators(loader), before[1])
-
-
-def _fast_forward(iterator: Iterator[object], loader: object, count: int) -> None:
-    """Skip ``count`` batches.
-
-    A loader without workers loads its samples with generators that are restored afterwards, so drawing the indices is
-    enough. With workers, whose generators are out of reach, and for any other iterable, the batches themselves must be
-    drawn.
-    """
-    if (
-        isinstance(loader, DataLoader)
-        and loader.num_workers == 0
-        and not isinstance(loader.dataset, IterableDataset)
-        and hasattr(iterator, "_next_index")
-    ):
-        for _ in range(count):
-            iterator._next_index()
-    else:
-        for _ in range(count):
-            next(iterator, None)

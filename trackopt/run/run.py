@@ -127,7 +127,9 @@ class Run:
         """Yield the batches of one pass; in a resumed epoch, the remaining ones.
 
         Exact for a ``DataLoader`` with and without workers, with shuffling and random transforms, and for any other
-        iterable that yields the same items each time. Asking for the next batch ends the iteration.
+        iterable that yields the same items each time. A warning at the resume names a loader whose workers cannot
+        continue exactly; state that a dataset keeps in a worker is not saved, apart from its random generators.
+        Asking for the next batch ends the iteration.
         """
         return self._loop.batches(loader)
 

@@ -7,6 +7,7 @@ read and write its state, and `find_generators` finds those that a data loader d
 from __future__ import annotations
 
 import contextlib
+import pickle
 import random
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -57,6 +58,30 @@ def set_state(generator: Any, state: Any) -> None:
     else:
         version, internal, gauss = state
         generator.setstate((version, tuple(internal), gauss))
+
+
+def global_generators() -> tuple[Any, ...]:
+    """Return the global generators of Python, NumPy and torch's CPU, as objects."""
+    return random.getstate.__self__, np.random.get_state.__self__, torch.default_generator  # type: ignore[attr-defined]
+
+
+def pack_state(generator: Any) -> bytes:
+    """Return the state of a generator as bytes, fast: equal states have equal bytes."""
+    if isinstance(generator, torch.Generator):
+        state: Any = generator.get_state().numpy()
+    elif isinstance(generator, np.random.Generator):
+        state = generator.bit_generator.state
+    elif isinstance(generator, np.random.RandomState):
+        state = generator.get_state(legacy=False)
+    else:
+        state = generator.getstate()
+    return pickle.dumps(state, pickle.HIGHEST_PROTOCOL)
+
+
+def unpack_state(packed: bytes) -> Any:
+    """Return what ``state_of`` would have returned where ``pack_state`` was called; for bytes of this process tree."""
+    state = pickle.loads(packed)  # noqa: S301 - a worker of this process wrote it
+    return torch.from_numpy(state.copy()) if isinstance(state, np.ndarray) else _to_plain(state)
 
 
 def capture() -> StateDict:
