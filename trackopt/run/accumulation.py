@@ -38,7 +38,7 @@ class AccumulationWindow:
         self._mark = self._read_mark()
 
     def end_iteration(self, *, stepped: bool) -> None:
-        """Note the end of an iteration, and whether a step was taken in it."""
+        """Note the end of an iteration, and whether a step was taken, or skipped for an overflow, in it."""
         self._stepped = stepped
         if self._watched is None:
             self._watched = next((each for _, each in named_parameters(self._training) if each.grad is not None), None)

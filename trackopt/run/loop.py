@@ -192,11 +192,11 @@ class TrackedLoop:
 
     def end_iteration(self) -> None:
         """Record the step of this iteration, if there was one."""
-        self._in_iteration = False
+        self._in_iteration, skipped = False, self._telemetry.skipped
         self._telemetry.end_iteration()
         before, self._iteration_end_step = self._iteration_end_step, self.attempt.step
         stepped = self._iteration_end_step > before
-        self.checkpoints.window.end_iteration(stepped=stepped)
+        self.checkpoints.window.end_iteration(stepped=stepped or self._telemetry.skipped > skipped)
         if stepped:
             self.checkpoints.release()
             self._saver.on_step(before, self.attempt.step)

@@ -105,13 +105,18 @@ class MetricsCollector:
         return max((observer.steps for observer in self._observers.values()), default=0)
 
     @property
+    def skipped(self) -> int:
+        """Iterations whose step a ``GradScaler`` skipped."""
+        return self._scheduler_check.skipped
+
+    @property
     def step_counts(self) -> StepCounts:
         """The iterations and steps so far, by kind."""
         observers = self._observers.values()
         return StepCounts(
             iterations=self._scheduler_check.iterations,
             steps=sum(observer.steps for observer in observers),
-            skipped=self._scheduler_check.skipped,
+            skipped=self.skipped,
             closure_calls=sum(observer.closure_calls for observer in observers),
         )
 

@@ -87,7 +87,7 @@ def test_what_is_no_optimizer_is_refused():
 def test_a_directory_is_held_by_one_run_at_a_time():
     """A second run in it is refused, in this process as in another, until the first is closed."""
     run, _ = wrapped()
-    with pytest.raises(RunError, match="open in another process"):
+    with pytest.raises(RunError, match="this process has a run open in it"):
         wrapped()
     code = "import trackopt.rundir.directory as d\nd.RunDirectory('run')"
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
