@@ -81,7 +81,8 @@ class DataPosition:
     @property
     def is_fast_forwarding(self) -> bool:
         """True until the loop reaches the position within an epoch at which the checkpoint was taken."""
-        return self._saved is not None and self._saved["epoch_start"] is not None
+        saved = self._saved
+        return saved is not None and (saved["epoch_start"] is not None or saved["pass_start"] is not None)
 
     def epochs(self, total: int) -> Iterator[int]:
         """Yield the remaining epochs, of ``total``."""
@@ -154,7 +155,9 @@ class DataPosition:
     def state_dict(self, *, epoch_done: bool) -> StateDict:
         """Return the position as plain values; ``epoch_done`` means that the epoch's last line has run."""
         distinct = {id(loader): loader for loader in self._loaders.values()}
-        loaders = dict(enumerate(distinct.values())) if len(distinct) == 1 else self._loaders
+        has_one = len(distinct) == 1 and not self._loader_states
+        loaders = dict(enumerate(distinct.values())) if has_one else self._loaders
+        own = {number: self._own_state(loader) for number, loader in loaders.items()}
         state: StateDict = {
             "epoch": self.epoch + epoch_done,
             "pass": self._pass,
@@ -162,9 +165,9 @@ class DataPosition:
             "epoch_start": self._epoch_start,
             "pass_start": self._pass_start,
             "length": self._length,
-            "one_loader": len(distinct) == 1,
+            "one_loader": has_one,
             "carries": self._carries_passes,
-            "own": {number: self._own_state(loader) for number, loader in loaders.items()},
+            "own": self._loader_states | own,  # some loaders have not been used since the resume
         }
         if epoch_done or self.is_between_epochs:  # the next epoch's first lines have not run
             state |= {"pass": 0, "epoch_start": None}

@@ -179,7 +179,9 @@ class TrackedLoop:
                 self._telemetry.begin_iteration()
                 self.checkpoints.window.begin_iteration()
                 self._in_iteration = True
+                self._warnings.begin_iteration()
                 yield batch
+                self._warnings.end_iteration()
                 self._end_open_iteration()
                 self.at_safe_point()
         except GeneratorExit:
@@ -270,6 +272,8 @@ class TrackedLoop:
         if status != "FINISHED":
             self._collectives.detach()
         try:
+            if not self._in_iteration and not self._telemetry.step_counts.iterations:
+                self._warnings.warn_of_no_iterations(self._telemetry.pop_unended_steps() + 1)
             self._in_iteration &= status == "FINISHED"
             self._end_open_iteration()
             self._telemetry.record_trailing()
@@ -312,7 +316,7 @@ class TrackedLoop:
         comes in the middle of one.
         """
         if not on_purpose:
-            self.position.is_unfinished = self.position.in_epoch and not self.checkpoints.is_holding
+            self.position.is_unfinished |= self.position.in_epoch and not self.checkpoints.is_holding
             return
         if not self._in_iteration:  # the epoch that it belongs to is over
             return
@@ -363,8 +367,10 @@ class TrackedLoop:
     def end_explicit_iteration(self) -> None:
         """End an iteration where the loop says so, by ``run.step``."""
         self._telemetry.ends_iterations = True
+        self._warnings.end_iteration()
         self.end_iteration()
-        self._warnings.check_data_source()
+        self._warnings.begin_iteration()
+        self.checkpoints.window.begin_iteration()
 
     def _is_validation_pass(self) -> bool:
         """Return True in a pass that has taken no step: rank 0 may validate alone, so other ranks need not be in it."""
@@ -383,7 +389,9 @@ class TrackedLoop:
 
     def _close_at_exit(self, error: BaseException | None) -> None:
         """Close the run where the script ended without ``close``: by its last line, or by an uncaught exception."""
-        is_unfinished = (self.position.in_batch or self.position.is_unfinished) and error is None
+        is_touched = self.attempt.step > self._iteration_end_step or not self.checkpoints.window.is_untouched
+        is_within = self.position.in_batch or (self._telemetry.ends_iterations and is_touched)
+        is_unfinished = (is_within or self.position.is_unfinished) and error is None
         with contextlib.suppress(SystemExit):  # each rank has logged its error
             self.close("KILLED" if is_unfinished else _status(error), error)
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
-from trackopt.run.unseen import UnseenLoaderCheck, is_enumerated
+from trackopt.run.unseen import is_enumerated, loader_positions
 
 if TYPE_CHECKING:
     from types import FrameType
 
     from trackopt.run.data_position import DataPosition
     from trackopt.telemetry.error_boundary import ErrorBoundary
+
+_CHECKED_ITERATION = 2  # of an attempt: the first may draw for other purposes
+_LOADER_CHECK = "check of the data loaders"
 
 logger = logging.getLogger("trackopt")
 
@@ -27,7 +30,8 @@ class LoopWarnings:
     def __init__(self, position: DataPosition, boundary: ErrorBoundary) -> None:
         self._position = position
         self._boundary = boundary
-        self._loader_check = UnseenLoaderCheck()
+        self._iterations = 0
+        self._loader_positions: dict[int, int] | None = None  # at the beginning of the iteration that is checked
         self._warned: set[str] = set()
 
     def check_sampler(self, loader: object) -> None:
@@ -46,12 +50,22 @@ class LoopWarnings:
                 f"{self._position.batch - 1}; use run.enumerate(loader), or run.batch"
             )
 
-    def check_data_source(self) -> None:
-        """Warn of a loop that ends its iterations by ``run.step`` and takes its batches from a ``DataLoader``."""
-        if self._boundary.call("check of the data source", self._loader_check.end_iteration):
+    def begin_iteration(self) -> None:
+        """Look where all loaders stand, in the second iteration of the attempt; the run's own has been drawn from."""
+        self._iterations += 1
+        if self._iterations == _CHECKED_ITERATION:
+            self._loader_positions = self._boundary.call(_LOADER_CHECK, loader_positions)
+
+    def end_iteration(self) -> None:
+        """Warn of a ``DataLoader`` that the loop has drawn from by itself in the iteration that is checked."""
+        before, self._loader_positions = self._loader_positions, None
+        if before is None:
+            return
+        now = self._boundary.call(_LOADER_CHECK, loader_positions) or {}
+        if any(count > before.get(key, count) for key, count in now.items()):
             self._warn_once(
-                "the loop iterates over a DataLoader itself, so its position is not saved, and a resumed run begins a "
-                "new pass over it; take the batches from run.batches(loader)"
+                "the loop iterates over a DataLoader itself, whose position is not saved, so that a resumed run may "
+                "begin a new pass over it; take the batches from run.batches(loader)"
             )
 
     def warn_of_unended_steps(self, steps: int) -> None:
@@ -63,6 +77,14 @@ class LoopWarnings:
                 "between epochs: take the batches from run.batches(loader), or call run.step() after each step",
                 self._position.epoch,
                 steps,
+            )
+
+    def warn_of_no_iterations(self, steps: int) -> None:
+        """Warn of a training that took several steps and ended no iteration."""
+        if steps > 1:
+            self._warn_once(
+                f"{steps} steps, and no iteration has ended, so a resumed run begins its loop again: take the batches "
+                "from run.batches(loader), or call run.step() at the end of each iteration"
             )
 
     def warn_of_nothing_left(self, epochs: int, step: int) -> None:

@@ -14,21 +14,9 @@ if TYPE_CHECKING:
 _MAX_DEPTH = 4
 
 
-class UnseenLoaderCheck:
-    """Finds out in the first two iterations whether the loop takes its batches from a ``DataLoader`` itself."""
-
-    def __init__(self) -> None:
-        self._counts: dict[int, int] | None = None
-        self._is_done = False
-
-    def end_iteration(self) -> bool:
-        """Return True once, if an iterator of a ``DataLoader`` has moved since the iteration before."""
-        if self._is_done:
-            return False
-        before = self._counts
-        self._counts = {id(each): each._num_yielded for each in _live(_BaseDataLoaderIter)}
-        self._is_done = before is not None
-        return before is not None and any(count > before.get(key, count) for key, count in self._counts.items())
+def loader_positions() -> dict[int, int]:
+    """Return how many batches each live iterator of a ``DataLoader`` has yielded, by its id."""
+    return {id(each): each._num_yielded for each in _live(_BaseDataLoaderIter)}
 
 
 def is_enumerated(generator: FrameType) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 import random
 import shutil
@@ -122,7 +123,8 @@ def run_combination(shape: str, plans: Sequence[Plan], whole: Path, folder: Path
     if difference is None:
         return Outcome(shape, tuple(plans), "exact")
     is_reported = shape in REPORTED and any(
-        text in said for text in ("use run.enumerate", "take the batches from run.batches", "take them from run.batches")
+        text in said
+        for text in ("use run.enumerate", "take the batches from run.batches", "take them from run.batches")
     )
     return Outcome(shape, tuple(plans), "reported" if is_reported else "fault", f"{difference}\n{said}")
 
@@ -138,6 +140,11 @@ def run_all(
         only: A part of the names of the shapes to run. Default: all.
         on_outcome: Called with each outcome.
     """
+    import torch._dynamo  # noqa: F401 - the first optimizer imports it, in each process
+
+    trackopt.wrap  # noqa: B018 - loads what it needs
+    gc.collect()
+    gc.freeze()
     shapes = [name for name in SHAPES if only in name]
     draw = random.Random(seed)
     folder = Path(tempfile.mkdtemp(prefix="trackopt-loops-"))
