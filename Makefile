@@ -22,7 +22,7 @@ LOWEST_PYTHON ?= 3.10
 NEWEST_PYTHON ?= 3.13
 COMPAT := .venv-compat-lowest .venv-compat-newest
 
-.PHONY: demo test check lint matrix optimizers bench fuzz faults pictures compat compat-lowest compat-newest portable dist \
+.PHONY: demo test check lint matrix optimizers bench loops fuzz faults pictures compat compat-lowest compat-newest portable dist \
 	clean
 
 demo: $(VENV)/ready
@@ -41,6 +41,9 @@ lint: $(VENV)/ready
 
 matrix: $(VENV)/ready
 	TRACKOPT_MATRIX=full $(PYTEST) --dist worksteal tests/integration/test_resume_matrix.py tests/integration/test_rehearse.py
+
+loops: $(VENV)/ready
+	$(BIN)/python -m tests.robustness.loops
 
 optimizers: $(OPTIMIZERS)/ready
 	$(OPTIMIZERS)/bin/python -m tests.robustness.optimizers

@@ -11,10 +11,9 @@ import signal
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,6 +22,9 @@ import trackopt
 from tests.integration.test_resume import assert_same, final_state
 from tests.robustness.loops.shapes import REPORTED, SHAPES
 from trackopt import journal
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
 
 EVENTS = ("kill", "terminate", "interrupt", "twice", "raise", "catch", "exit", "stop")
 _EXIT_CODES = {"kill": -signal.SIGKILL, "terminate": 143, "interrupt": 130, "raise": 1, "exit": 3}
@@ -202,16 +204,16 @@ def _run_as_script(train: Callable[[Script], None], script: Script, output: Path
             code = 0
         except SystemExit as error:
             code = int(error.code or 0)
-        except BaseException:
+        except BaseException:  # noqa: BLE001 - as the interpreter does
             code = 1
             try:
-                sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
+                sys.excepthook(*sys.exc_info())
             except SystemExit as error:
                 code = int(error.code or 0)
             sys.last_value = sys.exc_info()[1]
         try:
             atexit._run_exitfuncs()
-        except BaseException:
+        except BaseException:  # noqa: BLE001 - as the interpreter does
             traceback.print_exc()
         sys.stdout.flush()
         os._exit(code)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +18,8 @@ from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader, Dataset
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
     from tests.robustness.loops.harness import Script
 
 SHAPES: dict[str, Callable[[Script], None]] = {}
@@ -315,7 +316,7 @@ def accumulate(script: Script, clears: str, window: int) -> None:
 for _clears in ("before", "after", "zeros"):
     for _window in (2, 3):
         shape(f"windows of {_window}, gradients cleared {_clears}")(
-            lambda script, clears=_clears, window=_window: accumulate(script, clears, window)  # type: ignore[misc]
+            lambda script, clears=_clears, window=_window: accumulate(script, clears, window)
         )
 
 
