@@ -75,7 +75,7 @@ class Run:
         one, so check it before a long validation.
         """
         if not self._loop.position.in_pass:
-            self._loop.sync_ranks()
+            self._loop.iterations.sync_ranks()
         return self._loop.stop.signal is not None
 
     def log(self, *, reduce: str | None = None, **metrics: Any) -> None:
@@ -102,9 +102,9 @@ class Run:
         if self._loop.position.in_batch:
             raise UsageError("run.step() inside run.batches(): batches() ends each iteration itself, so use run.log()")
         self.log(**metrics)
-        self._loop.end_explicit_iteration()
+        self._loop.iterations.end_explicit_iteration()
         if not self._loop.position.in_epoch:
-            self._loop.at_safe_point()
+            self._loop.iterations.at_safe_point()
         elif self.should_stop:
             self._loop.leave()
 
@@ -121,7 +121,7 @@ class Run:
         """
         if not 0 <= start <= total:
             raise UsageError(f"run.epochs({total}, start={start}): start must be between 0 and {total}")
-        return self._loop.epochs(total, start)
+        return self._loop.iterations.epochs(total, start)
 
     def batches(self, loader: Iterable[T]) -> Iterator[T]:
         """Yield the batches of one pass; in a resumed epoch, the remaining ones.
@@ -131,7 +131,7 @@ class Run:
         continue exactly; state that a dataset keeps in a worker is not saved, apart from its random generators.
         Asking for the next batch ends the iteration.
         """
-        return self._loop.batches(loader)
+        return self._loop.iterations.batches(loader)
 
     def enumerate(self, loader: Iterable[T], start: int = 0) -> Iterator[tuple[int, T]]:
         """Yield the number of each batch in its pass, and the batch, as ``enumerate(loader)`` does.
@@ -159,7 +159,7 @@ class Run:
         marks = RetentionMarks(keep, None if metric is None else float(metric))
         self._loop.checkpoints.saver.request(SaveRequest(marks, wait))
         if not self._loop.position.in_epoch:
-            self._loop.at_safe_point()
+            self._loop.iterations.at_safe_point()
 
     def close(self, *, wait: bool = True) -> None:
         """Take a last checkpoint, deliver everything, and release the optimizer and the directory.
