@@ -13,6 +13,7 @@ from trackopt.checkpoint.saver import CheckpointSaver
 from trackopt.errors import UsageError
 from trackopt.run.accumulation import AccumulationWindow
 from trackopt.run.data_position import DataPosition
+from trackopt.run.pass_mark import PassMark
 from trackopt.training import rng
 from trackopt.training.objects import versions
 
@@ -71,6 +72,7 @@ class RunCheckpoints:
         self._group_counts: dict[str, int] = {}  # parameter groups when the epoch began
         self._pending: PendingRestore | None = None
         self._held: RunProgress | None = None
+        self._pass_mark: PassMark | None = None
         self._after_loop: tuple[StateDict, StateDict] | None = None  # position and global generators
         self.window = AccumulationWindow(training)
         self._rank_states = RankStates(collectives, training)
@@ -132,6 +134,15 @@ class RunCheckpoints:
         if self._pending is not None:
             self._pending.snapshot_hyperparameters()
             self._restore_user_state(self._pending.meta.progress.state)
+
+    def begin_pass(self) -> None:
+        """Remember the objects; a validation begins again when it is resumed."""
+        self._pass_mark = None
+        if not self.position.is_fast_forwarding and self._collectives.world_size == 1:
+            attempt = self._attempt
+            self._pass_mark = attempt.telemetry.boundary.call(
+                "mark of the pass", PassMark.of, self._training, attempt.step, attempt.telemetry.state_dict()
+            )
 
     def begin_epoch(self) -> None:
         """Note the parameter groups: a resume within the epoch runs its first lines again."""
@@ -236,9 +247,13 @@ class RunCheckpoints:
 
     def _progress(self, *, epoch_done: bool = False) -> RunProgress:
         """Return where the run stands, for a checkpoint; all ranks call it together."""
-        position, generators = self._after_loop or (self.position.state_dict(epoch_done=epoch_done), None)
         self._attempt.telemetry.flush()
-        telemetry = self._attempt.telemetry.state_dict()
+        telemetry, mark = self._attempt.telemetry.state_dict(), self._pass_mark
+        if self.position.in_pass and mark is not None and mark.is_current(self._training, self._attempt.step):
+            telemetry = {**telemetry, "pending": mark.telemetry["pending"], "turns": mark.telemetry["turns"]}
+            position, generators = self.position.pass_start()
+        else:
+            position, generators = self._after_loop or (self.position.state_dict(epoch_done=epoch_done), None)
         several = self._collectives.world_size > 1
         return RunProgress(
             run_id=self._attempt.id,

@@ -175,6 +175,14 @@ class DataPosition:
                 state |= {"batch": 0, "pass_start": None}
         return state
 
+    def pass_start(self) -> tuple[StateDict, StateDict]:
+        """Return the position, and the global generators, at the beginning of the current pass."""
+        assert self._pass_start is not None  # noqa: S101 - for mypy: a pass has begun
+        state = self.state_dict(epoch_done=False)
+        key = 0 if state["one_loader"] else self._pass
+        own = {**state["own"], key: self._pass_start["own"]}
+        return {**state, "batch": 0, "pass_start": None, "own": own}, self._pass_start["rng"]
+
     def load_state_dict(
         self, state: StateDict, on_restored: Callable[[], None], *, world_size_changed: bool = False
     ) -> None:

@@ -106,6 +106,7 @@ class Iterations:
             self._telemetry.record_trailing(all_ranks=self._collectives.world_size == 1)
         self._pass_length, self._pass_start_step = length(loader), self._attempt.step
         self._warnings.check_sampler(loader)
+        self._checkpoints.begin_pass()
         batches = self._position.batches(loader, by_next=by_next, is_carried=is_carried)
         if self.observer is not None:
             batches = self.observer.watch(batches, loader)

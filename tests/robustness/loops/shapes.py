@@ -107,10 +107,12 @@ def validation_by_batches(script: Script) -> None:
         if script.stops:
             break
         losses = []
+        model.eval()
         for batch in run.batches(validation):
             with torch.no_grad():
                 losses.append(loss_of(model, batch).item())
             script.moment()
+        model.train()
         scheduler.step(sum(losses))
         run.log(validation=sum(losses))
     run.close()
