@@ -1,0 +1,147 @@
+"""Accelerate: checkpoints of earlier versions, and what ``accelerator.load_state`` does not restore."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from trackopt.training import rng
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from accelerate import Accelerator
+
+    from trackopt.utils.types import StateDict
+
+_REGISTERED = re.compile(r"custom_checkpoint_(\d+)\.pkl")
+_LEGACY_KEYS = {"run_id", "step", "journal_offset"}
+
+
+class LegacyState:
+    """Takes the state of a tracker that was registered for checkpointing, as earlier versions did.
+
+    Accelerate loads only as many registered objects as a checkpoint has.
+    """
+
+    def __init__(self, accelerator: Accelerator, index: int) -> None:
+        self._registered = accelerator._custom_objects
+        self._state: StateDict = {}
+        self._registered.insert(index, self)
+
+    @classmethod
+    def find(cls, accelerator: Accelerator, folder: str) -> LegacyState | None:
+        """Stand in for the tracker in a checkpoint that has its state among the registered objects."""
+        matches = {
+            int(match[1]): path for path in Path(folder).iterdir() if (match := _REGISTERED.fullmatch(path.name))
+        }
+        if len(matches) == len(accelerator._custom_objects) + 1:
+            for index, path in sorted(matches.items()):
+                if _is_legacy(path):
+                    return cls(accelerator, index)
+        return None
+
+    def state_dict(self) -> StateDict:
+        """Return what was loaded."""
+        return self._state
+
+    def load_state_dict(self, state: StateDict) -> None:
+        """Take what the checkpoint holds."""
+        self._state = state
+
+    def remove(self) -> StateDict:
+        """Leave the registered objects as they were; return what was loaded."""
+        self._registered[:] = [each for each in self._registered if each is not self]
+        return self._state
+
+
+class LoaderPositions:
+    """Restores the order in which the prepared loaders yield, and the random generators within a pass.
+
+    A shuffling sampler draws its order from a generator when a pass begins, so the state before the pass is the one
+    before the latest change.
+
+    Args:
+        accelerator: Its loaders are prepared.
+    """
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self._accelerator = accelerator
+        self._before: list[list[Any]] = []  # the states before the latest change, of each loader's generators
+        self._latest: list[list[Any]] = []
+        self._random: StateDict | None = None  # of the global generators, for the next iteration
+        self._observe()
+
+    def before_iteration(self) -> None:
+        """Note the generators of the loaders; after a resume within a pass, restore the global ones."""
+        self._observe()
+        if self._random is not None:
+            rng.restore(self._random)
+            self._random = None
+
+    def state_dict(self) -> StateDict:
+        """Return the positions of all loaders."""
+        self._observe()
+        in_pass = bool(self._accelerator.gradient_state.in_dataloader)
+        active = self._accelerator.gradient_state.active_dataloader
+        loaders = []
+        for index, loader in enumerate(self._accelerator._dataloaders):
+            before = in_pass and loader is active
+            states = (self._before if before else self._latest)[index]
+            loaders.append({"generators": states, "iteration": getattr(loader, "iteration", 0), "seed": _seed(loader)})
+        return {"loaders": loaders, "random": rng.capture() if in_pass else None}
+
+    def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
+        """Restore the loaders; a checkpoint that was saved without their positions leaves them as they are."""
+        if state is None:
+            return
+        for loader, saved in zip(self._accelerator._dataloaders, state["loaders"], strict=False):
+            rng.restore_all(rng.find_generators(loader), saved["generators"])
+            if hasattr(loader, "iteration"):
+                loader.iteration = saved["iteration"]
+            sampler = _seeded_sampler(loader)
+            if sampler is not None and saved["seed"] is not None:
+                sampler.initial_seed = saved["seed"]
+        self._random = state["random"]
+        self._before, self._latest = [], []
+        self._observe()
+
+    def _observe(self) -> None:
+        for index, loader in enumerate(self._accelerator._dataloaders):
+            states = [rng.state_of(each) for each in rng.find_generators(loader)]
+            if index == len(self._latest):
+                self._latest.append(states)
+                self._before.append(states)
+            elif not _are_equal(states, self._latest[index]):
+                self._before[index], self._latest[index] = self._latest[index], states
+
+
+def _seeded_sampler(loader: Any) -> Any:
+    """Return Accelerate's ``SeedableRandomSampler`` of a loader, if it has one."""
+    sampler = getattr(loader, "batch_sampler", None)
+    while sampler is not None and not hasattr(sampler, "initial_seed"):
+        sampler = getattr(sampler, "batch_sampler", None) or getattr(sampler, "sampler", None)
+    return sampler
+
+
+def _seed(loader: Any) -> int | None:
+    sampler = _seeded_sampler(loader)
+    return None if sampler is None else int(sampler.initial_seed)
+
+
+def _are_equal(states: list[Any], others: list[Any]) -> bool:
+    return len(states) == len(others) and all(
+        torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+        for one, other in zip(states, others, strict=True)
+    )
+
+
+def _is_legacy(path: Path) -> bool:
+    try:
+        state = torch.load(path, weights_only=True)
+    except Exception:  # noqa: BLE001 - an object of the user's, which is not looked at
+        return False
+    return isinstance(state, dict) and state.keys() >= _LEGACY_KEYS

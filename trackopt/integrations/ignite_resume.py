@@ -1,0 +1,233 @@
+"""ignite: the states of the recording beside the checkpoints, and what an engine does not restore."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+from ignite.engine import Events
+
+from trackopt.integrations import state_files
+from trackopt.training import rng
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+    from pathlib import Path
+
+    from ignite.engine import Engine
+
+    from trackopt.training.objects import Training
+    from trackopt.utils.types import StateDict
+
+logger = logging.getLogger("trackopt")
+
+_FOLDER = "ignite"  # in the run's directory
+
+
+class SavedStates:
+    """The states of the recording, one for each checkpoint, in the run's directory.
+
+    ignite does not say which checkpoint was loaded, so a state is found by the engine's iteration and the parameters.
+
+    Args:
+        training: The objects that the engine trains.
+
+    Attributes:
+        latest: The state that was taken last in this process.
+    """
+
+    def __init__(self, training: Training) -> None:
+        self.latest: StateDict | None = None
+        self._training = training
+        self._folder: Path | None = None
+
+    def take(self, telemetry: StateDict, iteration: int, position: StateDict | None) -> StateDict:
+        """Return the state after an iteration of the engine."""
+        parameters = state_files.fingerprint(self._training)
+        self.latest = {
+            "telemetry": telemetry,
+            "iteration": iteration,
+            "fingerprint": parameters,
+            "position": position,
+        }
+        return self.latest
+
+    def save(self, checkpoints: Sequence[Path], state: StateDict) -> None:
+        """Write the state of new checkpoints."""
+        for checkpoint in checkpoints if self._folder is not None else ():
+            state_files.save(self._folder / checkpoint.name, state)
+
+    def remove_all_but(self, checkpoints: Sequence[Path]) -> None:
+        """Remove the states of the other checkpoints, which ignite has removed."""
+        names = {path.name for path in checkpoints}
+        for path in self._files():
+            if path.name not in names:
+                path.unlink(missing_ok=True)
+
+    def find(self, directory: Path, iteration: int) -> StateDict | None:
+        """Return the state of the checkpoint that was loaded; ``None`` if it was saved without the recording.
+
+        Args:
+            directory: The run's directory.
+            iteration: The engine's; 0 if no checkpoint was loaded, or one that does not have the engine.
+        """
+        self._folder = directory / _FOLDER
+        saved = [self.latest, *map(state_files.load, self._files())]
+        parameters = state_files.fingerprint(self._training)
+        for state in saved:
+            if state and state["fingerprint"] == parameters and iteration in {0, state["iteration"]}:
+                return state
+        return None
+
+    def _files(self) -> list[Path]:
+        if self._folder is None or not self._folder.is_dir():
+            return []
+        return sorted(path for path in self._folder.iterdir() if not path.name.startswith("."))
+
+
+class StepCount:
+    """How many steps an optimizer has taken that was not recorded from the beginning.
+
+    An optimizer that does not count its own steps shows after how many iterations it takes one; the iterations before
+    are taken to have been like these.
+
+    Args:
+        training: The objects that the engine trains.
+        iteration: The engine's iterations so far.
+        steps: The steps so far, if known.
+
+    Attributes:
+        steps: The steps so far.
+    """
+
+    def __init__(self, training: Training, iteration: int, steps: int | None) -> None:
+        self.steps = iteration if steps is None else steps
+        self.is_known = steps is not None
+        self._iteration = iteration
+        self._seen = 0
+        self._has_stepped = False
+        self._handles = (
+            []
+            if self.is_known
+            else [each.register_step_post_hook(self._after_step) for each in training.optimizers.values()]
+        )
+
+    @classmethod
+    def of(cls, training: Training, iteration: int) -> StepCount:
+        """Count the steps as far as that can be known now."""
+        return cls(training, iteration, state_files.count_steps(training) if iteration else 0)
+
+    def end_iteration(self) -> bool:
+        """Count an iteration of the engine; return whether ``steps`` is known now."""
+        self._seen += 1
+        if not self._has_stepped:
+            return False
+        for handle in self._handles:
+            handle.remove()
+        if self._iteration % self._seen:
+            logger.warning(
+                "trackopt: iteration %d is not a multiple of the %d iterations of the first recorded step, so earlier "
+                "steps cannot be counted; the first one is taken to be step %d",
+                self._iteration,
+                self._seen,
+                self._iteration // self._seen + 1,
+            )
+        self.steps = self._iteration // self._seen
+        return True
+
+    def _after_step(self, *_: Any) -> None:
+        self._has_stepped = True
+
+
+class DataPosition:
+    """Restores the random generators and the position in the data, where an engine starts the pass over again.
+
+    Args:
+        trainer: The engine.
+    """
+
+    def __init__(self, trainer: Engine) -> None:
+        self._trainer = trainer
+        self._pass_start: StateDict = {}  # the generators before the latest pass over the data
+        self._fetched = 0  # batches of the pass
+        self._resumed: StateDict | None = None
+        self._handles: list[Any] = []
+
+    def start(self, state: Mapping[str, Any] | None) -> None:
+        """Follow the passes of a run of the engine, from a state if it resumes."""
+        for handle in self._handles:
+            handle.remove()
+        self._resumed = None if state is None else dict(state)
+        if state is not None:
+            self._restore(state["random"])
+            if state["seed"] is not None:  # of a DeterministicEngine
+                self._trainer.state.seed = state["seed"]
+        self._is_new_run = True
+        self._handles = [
+            self._trainer.add_event_handler(event, handler)
+            for event, handler in (
+                (Events.EPOCH_STARTED, self._before_first_pass),
+                (Events.GET_BATCH_STARTED, self._move_to_position),
+                (Events.DATALOADER_STOP_ITERATION, self._before_pass),
+                (Events.TERMINATE_SINGLE_EPOCH, self._before_pass),
+                (Events.GET_BATCH_COMPLETED, self._count_batch),
+            )
+        ]
+
+    def state_dict(self) -> StateDict:
+        """Return the position: what was drawn since the pass began, and the generators then and now."""
+        return {
+            "pass_start": self._pass_start,
+            "fetched": self._fetched,
+            "random": self._capture(),
+            "seed": getattr(self._trainer.state, "seed", None),
+        }
+
+    def _before_first_pass(self) -> None:
+        if self._is_new_run:
+            self._is_new_run = False
+            self._before_pass()
+
+    def _before_pass(self) -> None:
+        self._pass_start, self._fetched = self._capture(), 0
+
+    def _count_batch(self) -> None:
+        self._fetched += 1
+
+    def _move_to_position(self) -> None:
+        """Replace the pass that the engine has begun, before its first batch, by the one of the checkpoint."""
+        state, self._resumed = self._resumed, None
+        if state is None:
+            return
+        loader, fetched = self._trainer.state.dataloader, state["fetched"]
+        if hasattr(loader, "__len__") and fetched >= len(loader):  # the next batch begins another pass
+            self._restore(self._pass_start)
+            self._trainer.set_data(loader)
+            return
+        self._restore(state["pass_start"])
+        self._trainer.set_data(_Rest(loader, fetched))
+        self._trainer.state.dataloader = loader
+        self._pass_start, self._fetched = state["pass_start"], fetched
+        self._restore(state["random"])
+
+    def _capture(self) -> StateDict:
+        loader = self._trainer.state.dataloader
+        return {"global": rng.capture(), "loader": [rng.state_of(each) for each in rng.find_generators(loader)]}
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        rng.restore(state["global"])
+        rng.restore_all(rng.find_generators(self._trainer.state.dataloader), state["loader"])
+
+
+class _Rest:
+    """The batches of a pass over a loader, but for the first."""
+
+    def __init__(self, loader: Any, skipped: int) -> None:
+        self._loader = loader
+        self._skipped = skipped
+
+    def __iter__(self) -> Iterator[Any]:
+        batches = iter(self._loader)
+        for _ in range(self._skipped):
+            next(batches)
+        return batches
