@@ -16,7 +16,8 @@ except ImportError as error:
     ) from error
 
 from trackopt.errors import RunError, UsageError
-from trackopt.integrations.ignite_resume import DataPosition, SavedStates, StepCount
+from trackopt.integrations import state_files
+from trackopt.integrations.ignite_resume import DataPosition, EarlierSteps, SavedStates
 from trackopt.integrations.recording import Options, TelemetrySession, numbers, open_session
 from trackopt.training.objects import Training
 from trackopt.utils.text import describe_error
@@ -107,7 +108,7 @@ class TrackoptHandler:
         self._states = SavedStates(training)
         self._is_recording = True  # False on a rank that has nothing to do
         self._handles: list[Any] = []  # of the events of this run
-        self._count: StepCount | None = None  # until it is known how many steps were taken before
+        self._earlier_steps: EarlierSteps | None = None  # where they are not known at once
         self._output_pending = False  # the output of this iteration is not logged yet
         self._marked: list[tuple[Any, Path]] = []  # checkpoints that the journal has
 
@@ -187,28 +188,34 @@ class TrackoptHandler:
             self._states.remove_all_but([path for _, path in checkpoints])
 
     def _begin(self, session: TelemetrySession, state: StateDict | None) -> None:
+        iteration = self._trainer.state.iteration
+        steps = state_files.count_steps(self._training) if iteration else 0
+        self._earlier_steps = None
         if state is not None:
             session.begin(state["telemetry"])
-            return
-        self._count = StepCount.of(self._training, self._trainer.state.iteration)
-        if self._count.is_known:
-            session.begin(None, self._count.steps)
-            self._count = None
+        elif steps is not None:
+            session.begin(None, steps)
+        else:
+            self._earlier_steps = EarlierSteps(self._trainer, self._training, self._begin_at)
+
+    def _begin_at(self, step: int) -> None:
+        """Begin in the middle of an iteration."""
+        if self._session is not None:
+            in_iteration = self._session.in_iteration
+            self._session.begin(None, step)
+            self._session.in_iteration = in_iteration
 
     def _take_state(self, session: TelemetrySession) -> StateDict:
+        if self._earlier_steps is not None:
+            self._earlier_steps.settle()
         self._end_iteration()
         position = None if self.position is None else self.position.state_dict()
         return self._states.take(session.state_dict(), self._trainer.state.iteration, position)
 
     def _end_iteration(self) -> None:
-        if self._session is None:
-            return
-        self.log_output()
-        if self._count is not None and (self._count.end_iteration() or not self._session.in_iteration):
-            in_iteration = self._session.in_iteration
-            self._session.begin(None, self._count.steps)
-            self._session.in_iteration, self._count = in_iteration, None
-        self._session.end_iteration()
+        if self._session is not None:
+            self.log_output()
+            self._session.end_iteration()
 
     def _list_checkpoints(self) -> list[tuple[Any, Path]]:
         """List the priority and the path of each checkpoint that ignite's handler has saved and not removed."""
@@ -234,6 +241,8 @@ class TrackoptHandler:
 
     def _leave(self) -> None:
         """Close a run that did not come to its end."""
+        if self._earlier_steps is not None:
+            self._earlier_steps.settle()
         session, self._session = self._session, None
         if session is not None:
             session.abort()

@@ -11,7 +11,7 @@ from trackopt.integrations import state_files
 from trackopt.training import rng
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from ignite.engine import Engine
@@ -85,58 +85,43 @@ class SavedStates:
         return sorted(path for path in self._folder.iterdir() if not path.name.startswith("."))
 
 
-class StepCount:
-    """How many steps an optimizer has taken that was not recorded from the beginning.
+class EarlierSteps:
+    """How many steps were taken before the recording began, where the optimizer does not count them.
 
-    An optimizer that does not count its own steps shows after how many iterations it takes one; the iterations before
-    are taken to have been like these.
+    The first recorded step shows how many iterations a step takes; the earlier ones are taken to have been like it.
 
     Args:
-        training: The objects that the engine trains.
-        iteration: The engine's iterations so far.
-        steps: The steps so far, if known.
-
-    Attributes:
-        steps: The steps so far.
+        trainer: The engine that trains.
+        training: The objects that it trains.
+        begin: Called once with the number of earlier steps: before the first step, or in ``settle``.
     """
 
-    def __init__(self, training: Training, iteration: int, steps: int | None) -> None:
-        self.steps = iteration if steps is None else steps
-        self.is_known = steps is not None
-        self._iteration = iteration
-        self._seen = 0
-        self._has_stepped = False
-        self._handles = (
-            []
-            if self.is_known
-            else [each.register_step_post_hook(self._after_step) for each in training.optimizers.values()]
-        )
+    def __init__(self, trainer: Engine, training: Training, begin: Callable[[int], None]) -> None:
+        self._trainer = trainer
+        self._begin = begin
+        self._iterations = trainer.state.iteration
+        self._handles = [each.register_step_pre_hook(self._before_step) for each in training.optimizers.values()]
 
-    @classmethod
-    def of(cls, training: Training, iteration: int) -> StepCount:
-        """Count the steps as far as that can be known now."""
-        return cls(training, iteration, state_files.count_steps(training) if iteration else 0)
-
-    def end_iteration(self) -> bool:
-        """Count an iteration of the engine; return whether ``steps`` is known now."""
-        self._seen += 1
-        if not self._has_stepped:
-            return False
+    def settle(self, each: int = 1) -> None:
+        """Take a step to have been taken in each of so many iterations, if no step has shown that before."""
+        if not self._handles:
+            return
         for handle in self._handles:
             handle.remove()
-        if self._iteration % self._seen:
+        self._handles.clear()
+        steps, rest = divmod(self._iterations, each)
+        if rest:
             logger.warning(
-                "trackopt: iteration %d is not a multiple of the %d iterations of the first recorded step, so earlier "
-                "steps cannot be counted; the first one is taken to be step %d",
-                self._iteration,
-                self._seen,
-                self._iteration // self._seen + 1,
+                "trackopt: the first recorded step took %d iterations, and the %d before are no multiple of that, so "
+                "the number of earlier steps is estimated as %d",
+                each,
+                self._iterations,
+                steps,
             )
-        self.steps = self._iteration // self._seen
-        return True
+        self._begin(steps)
 
-    def _after_step(self, *_: Any) -> None:
-        self._has_stepped = True
+    def _before_step(self, *_: Any) -> None:
+        self.settle(max(1, self._trainer.state.iteration - self._iterations))
 
 
 class DataPosition:
