@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils.data import RandomSampler
 
 from trackopt.training import rng
 
@@ -61,8 +62,8 @@ class LegacyState:
 class LoaderPositions:
     """Restores the order in which the prepared loaders yield, and the random generators within a pass.
 
-    A shuffling sampler draws its order from a generator when a pass begins, so the state before the pass is the one
-    before the latest change.
+    A shuffling sampler draws its order from its generator when a pass begins, so the state before the pass is the one
+    before the latest change. A sampler without a generator gets one, as Accelerate does it with several processes.
 
     Args:
         accelerator: Its loaders are prepared.
@@ -73,11 +74,19 @@ class LoaderPositions:
         self._before: list[list[Any]] = []  # the states before the latest change, of each loader's generators
         self._latest: list[list[Any]] = []
         self._random: StateDict | None = None  # of the global generators, for the next iteration
+        for index, loader in enumerate(accelerator._dataloaders):
+            sampler = _sampler(loader)
+            if isinstance(sampler, RandomSampler) and sampler.generator is None and _seed(loader) is None:
+                sampler.generator = torch.Generator().manual_seed(torch.initial_seed() + index)
         self._observe()
 
     def before_iteration(self) -> None:
         """Note the generators of the loaders; after a resume within a pass, restore the global ones."""
         self._observe()
+        active = self._accelerator.gradient_state.active_dataloader
+        for loader in self._accelerator._dataloaders:
+            if active is not loader and _is_rest_of(active, loader):  # its passes are counted by the other one
+                loader.iteration = active.iteration + 1
         if self._random is not None:
             rng.restore(self._random)
             self._random = None
@@ -85,14 +94,14 @@ class LoaderPositions:
     def state_dict(self) -> StateDict:
         """Return the positions of all loaders."""
         self._observe()
-        in_pass = bool(self._accelerator.gradient_state.in_dataloader)
         active = self._accelerator.gradient_state.active_dataloader
         loaders = []
         for index, loader in enumerate(self._accelerator._dataloaders):
-            before = in_pass and loader is active
-            states = (self._before if before else self._latest)[index]
-            loaders.append({"generators": states, "iteration": getattr(loader, "iteration", 0), "seed": _seed(loader)})
-        return {"loaders": loaders, "random": rng.capture() if in_pass else None}
+            is_active = active is loader or _is_rest_of(active, loader)
+            states = (self._before if is_active else self._latest)[index]
+            iteration = getattr(active if is_active else loader, "iteration", 0)
+            loaders.append({"generators": states, "iteration": iteration, "seed": _seed(loader)})
+        return {"loaders": loaders, "random": None if active is None else rng.capture()}
 
     def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
         """Restore the loaders; a checkpoint that was saved without their positions leaves them as they are."""
@@ -102,9 +111,8 @@ class LoaderPositions:
             rng.restore_all(rng.find_generators(loader), saved["generators"])
             if hasattr(loader, "iteration"):
                 loader.iteration = saved["iteration"]
-            sampler = _seeded_sampler(loader)
-            if sampler is not None and saved["seed"] is not None:
-                sampler.initial_seed = saved["seed"]
+            if saved["seed"] is not None and _seed(loader) is not None:
+                _sampler(loader).initial_seed = saved["seed"]
         self._random = state["random"]
         self._before, self._latest = [], []
         self._observe()
@@ -119,17 +127,24 @@ class LoaderPositions:
                 self._before[index], self._latest[index] = self._latest[index], states
 
 
-def _seeded_sampler(loader: Any) -> Any:
-    """Return Accelerate's ``SeedableRandomSampler`` of a loader, if it has one."""
+def _sampler(loader: Any) -> Any:
+    """Return the sampler of single rows of a loader, if it has one."""
     sampler = getattr(loader, "batch_sampler", None)
-    while sampler is not None and not hasattr(sampler, "initial_seed"):
-        sampler = getattr(sampler, "batch_sampler", None) or getattr(sampler, "sampler", None)
-    return sampler
+    while hasattr(sampler, "batch_sampler"):
+        sampler = sampler.batch_sampler
+    return getattr(sampler, "sampler", None)
+
+
+def _is_rest_of(active: Any, loader: Any) -> bool:
+    """Return True if ``active`` was made of ``loader`` by ``accelerate.skip_first_batches``."""
+    sampler = _sampler(loader)
+    return active is not None and sampler is not None and _sampler(active) is sampler and hasattr(active, "iteration")
 
 
 def _seed(loader: Any) -> int | None:
-    sampler = _seeded_sampler(loader)
-    return None if sampler is None else int(sampler.initial_seed)
+    """Return the seed of Accelerate's ``SeedableRandomSampler``, if the loader has one."""
+    seed = getattr(_sampler(loader), "initial_seed", None)
+    return None if seed is None else int(seed)
 
 
 def _are_equal(states: list[Any], others: list[Any]) -> bool:

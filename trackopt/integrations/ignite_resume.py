@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
-from ignite.engine import Events
+from ignite.engine import DeterministicEngine, Events
+from ignite.engine.deterministic import ReproducibleBatchSampler
+from ignite.utils import manual_seed
 
 from trackopt.integrations import state_files
 from trackopt.training import rng
@@ -171,9 +173,12 @@ class DataPosition:
     def _before_first_pass(self) -> None:
         if self._is_new_run:
             self._is_new_run = False
+            if isinstance(self._trainer, DeterministicEngine):  # which does so before its first pass
+                passes = self._trainer.state.iteration // max(1, _length(self._trainer.state.dataloader) or 1)
+                manual_seed(self._trainer.state.seed + passes)
             self._before_pass()
 
-    def _before_pass(self) -> None:
+    def _before_pass(self, *_: Any, **__: Any) -> None:
         self._pass_start, self._fetched = self._capture(), 0
 
     def _count_batch(self) -> None:
@@ -185,10 +190,12 @@ class DataPosition:
         if state is None:
             return
         loader, fetched = self._trainer.state.dataloader, state["fetched"]
-        if hasattr(loader, "__len__") and fetched >= len(loader):  # the next batch begins another pass
+        if fetched == _length(loader):  # the next batch begins another pass
             self._restore(self._pass_start)
             self._trainer.set_data(loader)
             return
+        if isinstance(getattr(loader, "batch_sampler", None), ReproducibleBatchSampler):
+            loader.batch_sampler.start_iteration = None  # it would skip these batches once more
         self._restore(state["pass_start"])
         self._trainer.set_data(_Rest(loader, fetched))
         self._trainer.state.dataloader = loader
@@ -202,6 +209,14 @@ class DataPosition:
     def _restore(self, state: Mapping[str, Any]) -> None:
         rng.restore(state["global"])
         rng.restore_all(rng.find_generators(self._trainer.state.dataloader), state["loader"])
+
+
+def _length(loader: Any) -> int | None:
+    """Return the number of batches of a pass, if it is known before."""
+    try:
+        return len(loader)
+    except TypeError:
+        return None
 
 
 class _Rest:
