@@ -111,9 +111,10 @@ def accelerate(folder, seed, kill=None, variant=""):
             scheduler.step()
             accelerator.log({"loss": loss.item()})
             done += 1
-            if done % 3 == 0 and done % BATCHES and "epochs" not in variant:
+            if done % 3 == 0 and "epochs" not in variant or (done % BATCHES == 0 and "last" in variant):
                 save(accelerator, folder, done)
-        save(accelerator, folder, done)
+        if "last" not in variant:
+            save(accelerator, folder, done)
     accelerator.end_training()
     torch.save(accelerator.unwrap_model(model).state_dict(), folder / "weights.pt")
 

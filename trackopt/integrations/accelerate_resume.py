@@ -94,14 +94,15 @@ class LoaderPositions:
     def state_dict(self) -> StateDict:
         """Return the positions of all loaders."""
         self._observe()
-        active = self._accelerator.gradient_state.active_dataloader
+        gradient_state = self._accelerator.gradient_state
+        active, is_over = gradient_state.active_dataloader, bool(gradient_state.end_of_dataloader)
         loaders = []
         for index, loader in enumerate(self._accelerator._dataloaders):
             is_active = active is loader or _is_rest_of(active, loader)
-            states = (self._before if is_active else self._latest)[index]
-            iteration = getattr(active if is_active else loader, "iteration", 0)
+            states = (self._before if is_active and not is_over else self._latest)[index]
+            iteration = getattr(active if is_active else loader, "iteration", 0) + (is_active and is_over)
             loaders.append({"generators": states, "iteration": iteration, "seed": _seed(loader)})
-        return {"loaders": loaders, "random": None if active is None else rng.capture()}
+        return {"loaders": loaders, "random": None if active is None or is_over else rng.capture()}
 
     def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
         """Restore the loaders; a checkpoint that was saved without their positions leaves them as they are."""

@@ -190,7 +190,7 @@ class DataPosition:
         if state is None:
             return
         loader, fetched = self._trainer.state.dataloader, state["fetched"]
-        if fetched == _length(loader):  # the next batch begins another pass
+        if fetched == _length(loader) and not rng.find_generators(loader):  # the next batch begins another pass
             self._restore(self._pass_start)
             self._trainer.set_data(loader)
             return
