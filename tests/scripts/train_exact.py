@@ -1,6 +1,6 @@
 """ignite and Accelerate, shuffled and with dropout: killed at random steps, and resumed by their own means.
 
-Usage: ``python -m tests.scripts.train_exact FRAMEWORK VARIANT FOLDER SEED``.
+Usage: ``python -m tests.scripts.train_exact FRAMEWORK FOLDER SEED VARIANT...``.
 """
 
 import json
@@ -111,7 +111,7 @@ def accelerate(folder, seed, kill=None, variant=""):
             scheduler.step()
             accelerator.log({"loss": loss.item()})
             done += 1
-            if done % 3 == 0 and "epochs" not in variant or (done % BATCHES == 0 and "last" in variant):
+            if (done % 3 == 0 and "epochs" not in variant) or (done % BATCHES == 0 and "last" in variant):
                 save(accelerator, folder, done)
         if "last" not in variant:
             save(accelerator, folder, done)
@@ -124,15 +124,20 @@ def save(accelerator, folder, done):
     (folder / f"state-{done:02}" / "done.json").write_text(json.dumps(done))
 
 
-if __name__ == "__main__":
-    train, variant = {"ignite": ignite, "accelerate": accelerate}[sys.argv[1]], sys.argv[2]
-    home, choose = Path(sys.argv[3]), random.Random(int(sys.argv[4]))
-    home.mkdir(parents=True, exist_ok=True)
+def compare_lives(train, home, choose):
+    """One life that nobody ends, and one that is killed twice; they leave their runs and weights."""
     for name in ("whole", "again"):
-        (home / name).mkdir()
-    live(partial(train, home / "whole", 0, variant=variant))
+        (home / name).mkdir(parents=True)
+    live(partial(train, home / "whole", 0))
     first, second = sorted(choose.sample(range(2, STEPS + 1), 2))
-    print(f"killed in step {first} and step {second}")
-    live(partial(train, home / "again", 0, kill=first, variant=variant), killed=True)
-    live(partial(train, home / "again", 1, kill=second, variant=variant), killed=True)
-    live(partial(train, home / "again", 2, variant=variant))
+    print(f"{home.name}: killed in step {first} and step {second}")
+    live(partial(train, home / "again", 0, kill=first), killed=True)
+    live(partial(train, home / "again", 1, kill=second), killed=True)
+    live(partial(train, home / "again", 2))
+
+
+if __name__ == "__main__":
+    framework, folder, seed, *variants = sys.argv[1:]
+    for variant in variants:
+        train = partial({"ignite": ignite, "accelerate": accelerate}[framework], variant=variant)
+        compare_lives(train, Path(folder, variant), random.Random(f"{seed} {variant}"))

@@ -177,6 +177,7 @@ class TrackoptHandler:
         """Save the state of each new checkpoint, and mark it in the journal."""
         checkpoints = self._list_checkpoints()
         new = [checkpoint for checkpoint in checkpoints if checkpoint not in self._marked]
+        removed = [path for _, path in self._marked if path not in {path for _, path in checkpoints}]
         self._marked = checkpoints
         if self._session is None or not new:
             return
@@ -185,7 +186,7 @@ class TrackoptHandler:
             self._session.mark_checkpoint(path)
         if distributed.get_rank() == 0:
             self._states.save([path for _, path in new], state)
-            self._states.remove_all_but([path for _, path in checkpoints])
+            self._states.remove(removed)
 
     def _begin(self, session: TelemetrySession, state: StateDict | None) -> None:
         iteration = self._trainer.state.iteration

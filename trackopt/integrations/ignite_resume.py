@@ -56,15 +56,17 @@ class SavedStates:
 
     def save(self, checkpoints: Sequence[Path], state: StateDict) -> None:
         """Write the state of new checkpoints."""
-        for checkpoint in checkpoints if self._folder is not None else ():
+        if self._folder is None:
+            return
+        for checkpoint in checkpoints:
             state_files.save(self._folder / checkpoint.name, state)
 
-    def remove_all_but(self, checkpoints: Sequence[Path]) -> None:
-        """Remove the states of the other checkpoints, which ignite has removed."""
-        names = {path.name for path in checkpoints}
-        for path in self._files():
-            if path.name not in names:
-                path.unlink(missing_ok=True)
+    def remove(self, checkpoints: Sequence[Path]) -> None:
+        """Remove the states of checkpoints that ignite has removed."""
+        if self._folder is None:
+            return
+        for checkpoint in checkpoints:
+            (self._folder / checkpoint.name).unlink(missing_ok=True)
 
     def find(self, directory: Path, iteration: int) -> StateDict | None:
         """Return the state of the checkpoint that was loaded; ``None`` if it was saved without the recording.
