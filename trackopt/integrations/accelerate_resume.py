@@ -130,7 +130,7 @@ class LoaderPositions:
 
 def _sampler(loader: Any) -> Any:
     """Return the sampler of single rows of a loader, if it has one."""
-    sampler = getattr(loader, "batch_sampler", None)
+    sampler: Any = getattr(loader, "batch_sampler", None)
     while hasattr(sampler, "batch_sampler"):
         sampler = sampler.batch_sampler
     return getattr(sampler, "sampler", None)

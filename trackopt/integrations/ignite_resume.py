@@ -229,7 +229,7 @@ class _Rest:
         self._skipped = skipped
 
     def __iter__(self) -> Iterator[Any]:
-        batches = iter(self._loader)
+        batches: Iterator[Any] = iter(self._loader)
         for _ in range(self._skipped):
             next(batches)
         return batches
