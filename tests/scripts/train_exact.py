@@ -132,8 +132,8 @@ def compare_lives(train, home, choose):
     first, second = sorted(choose.sample(range(2, STEPS + 1), 2))
     print(f"{home.name}: killed in step {first} and step {second}")
     live(partial(train, home / "again", 0, kill=first), killed=True)
-    live(partial(train, home / "again", 1, kill=second), killed=True)
-    live(partial(train, home / "again", 2))
+    live(partial(train, home / "again", 100, kill=second), killed=True)
+    live(partial(train, home / "again", 200))
 
 
 if __name__ == "__main__":
