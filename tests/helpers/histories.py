@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from trackopt import journal
 
 if TYPE_CHECKING:
@@ -23,6 +25,26 @@ def trained(framework: str, factory: pytest.TempPathFactory) -> Path:
     command = [sys.executable, "-W", "ignore", "-m", f"tests.scripts.train_{framework}", str(home)]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    return home
+
+
+def resumed_exactly(home: Path) -> bool:
+    """Return whether a training that was killed twice left what the one left that was not: series and weights."""
+    weights = [torch.load(home / life / "weights.pt", weights_only=True) for life in ("whole", "again")]
+    series = [journal.series(home / life / "run") for life in ("whole", "again")]
+    assert len(series[1]["loss"]) == len(series[0]["loss"]) == 24
+    return series[0] == series[1] and all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+
+
+def killed_and_resumed(framework: str, factory: pytest.TempPathFactory, seed: int, variants: list[str]) -> Path:
+    """Where trainings of a framework were killed at random steps and resumed, one for each variant."""
+    home = factory.mktemp(f"exact-{framework}")
+    command = [sys.executable, "-W", "ignore", "-m", "tests.scripts.train_exact", framework, str(home), str(seed)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, *variants], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False
+    )
     assert done.returncode == 0, done.stderr
     return home
 

@@ -17,14 +17,14 @@ from trackopt.integrations.accelerate import TrackoptTracker
 
 
 class Last:
-    """What Accelerate saves behind the tracker: the journal names no checkpoint that is still without it."""
+    """What Accelerate saves last: the journal names no checkpoint that is still without it."""
 
     def __init__(self, run):
         self.run = run
 
     def state_dict(self):
         named = len(events(self.run, "checkpoint"))
-        assert named == len(list(self.run.parent.glob("states/*/custom_checkpoint_1.pkl"))), named
+        assert named == len(list(self.run.parent.glob("states/*/custom_checkpoint_0.pkl"))), named
         return {}
 
     def load_state_dict(self, state):

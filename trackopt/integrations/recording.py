@@ -76,6 +76,7 @@ class TelemetrySession:
 
     Attributes:
         in_iteration: True between ``begin_iteration`` and ``end_iteration``.
+        error: The exception that ended the training, where the framework reported it and went on.
     """
 
     def __init__(self, training: Training, options: Options, *, leads: bool = True) -> None:
@@ -96,7 +97,14 @@ class TelemetrySession:
         self._unconfirmed: tuple[str | os.PathLike[str], int] | None = None  # a checkpoint that may be incomplete
         self._is_open = True
         self.in_iteration = False
-        self._attempt.close_at_exit(self._close_at_exit)
+        self.error: BaseException | None = None
+        # A framework's loop does not say that an exception left it, so the next training in this directory takes over.
+        self._attempt.close_at_exit(self._close_at_exit, is_left=lambda: True)
+
+    @property
+    def directory(self) -> Path:
+        """The run's directory, on the rank that writes."""
+        return self._attempt.directory.path
 
     @property
     def step(self) -> int:
@@ -182,7 +190,7 @@ class TelemetrySession:
 
     def abort(self) -> None:
         """Close it as failed, where the framework neither finished the training nor reported an error."""
-        self.close(RuntimeError("the training was left before its end"))
+        self.close(self.error or RuntimeError("the training was left before its end"))
 
     def close(self, error: BaseException | None = None) -> None:
         """Deliver everything, and release the optimizers and the directory."""
@@ -214,7 +222,7 @@ class TelemetrySession:
         return int(state["step"])
 
     def _close_at_exit(self, error: BaseException | None) -> None:
-        self.close(error or SystemExit("the script ended within the training"))
+        self.close(self.error or error or SystemExit("the training was left before its end"))
 
 
 def open_session(training: Training, options: Options, *, leads: bool) -> TelemetrySession | None:

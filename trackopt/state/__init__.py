@@ -16,7 +16,7 @@ from trackopt.state.frameworks import find_counters, recognize
 from trackopt.state.layout import Entry, make_label, top_level_entries
 from trackopt.state.models import Model, find_models, is_state_dict
 from trackopt.state.optimizers import Buffer, Group, Optimizer, Parameter, is_optimizer, read_optimizer
-from trackopt.state.rng import is_rng_key, list_generators
+from trackopt.state.rng import is_rng_key, list_engine_generators, list_generators
 from trackopt.state.schedulers import Scheduler, is_scheduler, read_scheduler
 
 if TYPE_CHECKING:
@@ -193,6 +193,9 @@ class _Reader:
             if path not in self._used and is_rng_key(key):
                 self._used.add(path)
                 yield from list_generators(key, node)
+        if self._framework == "ignite":
+            for engine in self._counter_dicts:
+                yield from list_engine_generators(engine)
 
     def _read_progress(self) -> dict[str, int]:
         if self._meta is not None:
