@@ -78,10 +78,10 @@ class CheckpointFolder:
                 _rename(path, ABANDONED_SUFFIX)
         self.update_latest_link()
 
-    def remove_abandoned(self) -> None:
-        """Remove the checkpoints that ``discard_after`` has renamed, once what replaced them is complete."""
-        if self.path.exists():
-            for path in list_abandoned(self.path).values():
+    def remove_abandoned(self, step: int) -> None:
+        """Remove the checkpoints up to ``step`` that ``discard_after`` has renamed: the run has finished beyond them."""
+        for abandoned, path in (list_abandoned(self.path) if self.path.exists() else {}).items():
+            if abandoned <= step:
                 self.remove(path)
 
     def remove_partial(self) -> None:

@@ -89,7 +89,7 @@ def command(directory: str, as_json: bool) -> None:
 
     DIRECTORY is "runs" by default. The checkpoints of a run are read completely to check that they are sound;
     `trackopt verify` lists the problems of a damaged one. Those that a resume from an earlier one has superseded end in
-    .abandoned, and are removed when the run finishes.
+    .abandoned, and are removed when the run finishes beyond them.
 
     \b
     Example:

@@ -183,7 +183,7 @@ class TrackedLoop:
             if status == "FINISHED" and not self._collectives.is_detached:
                 self.checkpoints.save_final()
                 if self._collectives.is_rank_zero:
-                    self._store.folder.remove_abandoned()
+                    self._store.folder.remove_abandoned(self.attempt.step)
         finally:
             self._saver.close()
             if status == "FINISHED" and self._collectives.is_detached:
