@@ -79,7 +79,7 @@ class CheckpointFolder:
         self.update_latest_link()
 
     def remove_abandoned(self, step: int) -> None:
-        """Remove the checkpoints up to ``step`` that ``discard_after`` has renamed: the run has finished beyond them."""
+        """Remove the checkpoints up to ``step`` that ``discard_after`` has renamed, after the run has passed it."""
         for abandoned, path in (list_abandoned(self.path) if self.path.exists() else {}).items():
             if abandoned <= step:
                 self.remove(path)
