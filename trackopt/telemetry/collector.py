@@ -157,9 +157,13 @@ class MetricsCollector:
         return stepped
 
     def pop_unended_steps(self) -> int:
-        """Return how many steps were recorded, though their iteration has not ended, and count from 0 again."""
+        """Return how many steps were recorded, though their iteration has not ended, and count from 0 again.
+
+        Returns:
+            0 also if there were so many that a warning has been logged.
+        """
         steps, self._unended_steps = self._unended_steps, 0
-        return steps
+        return steps if steps < _WARN_AFTER_STEPS else 0
 
     @property
     def _ends_by_itself(self) -> bool:
