@@ -106,7 +106,8 @@ def apply_change(
 ) -> None:
     """Apply what ``Change.select`` returned to parameter groups and schedulers.
 
-    An LR scales the whole curve: each parameter group goes on with the LR that it has, times new by old.
+    An LR scales the whole curve: each parameter group continues with the LR that it has, times new by old. A bound that
+    a scheduler has for all groups (``eta_min``) scales as the first group does.
 
     Args:
         training: The live objects.
