@@ -27,7 +27,7 @@ def main():
     model, optimizer, scheduler, loader = accelerator.prepare(model, optimizer, scheduler, loader)
     accelerator.init_trackers("circle")
     tracker.watch(accelerator, optimizer, scheduler, model=model)  # before load_state
-    first = sum(1 for _ in Path("states").glob("epoch-*/custom_checkpoint_0.pkl"))  # which save_state writes last
+    first = sum(1 for _ in Path("states").glob("epoch-*/random_states_0.pkl"))  # which save_state writes last
     if first:
         accelerator.load_state(f"states/epoch-{first - 1}")
     for epoch in range(first, 5):

@@ -11,7 +11,7 @@ from trackopt.checkpoint.compatibility_optimizer import OptimizerCompatibility, 
 from trackopt.checkpoint.param_names import match_names
 from trackopt.checkpoint.resharding import LazyTensor
 from trackopt.training.objects import class_name, dtype_name
-from trackopt.training.scheduler_config import changed_keys, is_version_specific, scheduler_config
+from trackopt.training.scheduler_config import changed_keys, follows_lr, is_version_specific, scheduler_config
 from trackopt.training.scheduler_state import scheduler_state_dict
 from trackopt.training.sharding import inner_optimizer, to_local
 from trackopt.utils.text import format_shape_dtype, join_names
@@ -144,6 +144,8 @@ def _fit_scheduler(name: str, saved: SavedScheduler, live: Any, problems: list[s
     now = scheduler_config(live)
     state = saved.state
     for path in changed_keys(saved.config, now):
+        if follows_lr(path, saved.config, now):  # the optimizer's LR was changed, which is reported as such
+            continue
         problems.append(f"{name}.{path} {_change_message(saved.config.get(path), now.get(path))}")
         state = _remove_path(state, path.split("."))
     return state

@@ -74,6 +74,7 @@ class RunProgress:
         position: The position in the data, as ``DataPosition.state_dict`` returns it.
         groups: For each optimizer the number of its parameter groups when the epoch began.
         scheduler_configs: For each scheduler the configuration that it was built with.
+        optimizer_configs: For each optimizer the settings of its groups; older checkpoints have none.
         telemetry: The state of the telemetry, as ``MetricsCollector.state_dict`` returns it.
         ranks: The states of all ranks but rank 0.
         state: The user's ``run.state``.
@@ -93,6 +94,7 @@ class RunProgress:
     position: StateDict = field(default_factory=dict)
     groups: Mapping[str, int] = field(default_factory=dict)
     scheduler_configs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    optimizer_configs: Mapping[str, list[dict[str, Any]]] = field(default_factory=dict)
     telemetry: Mapping[str, Any] = field(default_factory=dict)
     ranks: Sequence[RankState] = ()
     state: Mapping[str, Any] = field(default_factory=dict)
@@ -168,6 +170,7 @@ class CheckpointMeta:
         progress = RunProgress(
             **{key: entry[key] for key in keys},
             scheduler_configs=entry["settings"],
+            optimizer_configs=entry.get("optimizer_settings", {}),
             telemetry={key: entry[key] for key in _TELEMETRY_KEYS if key in entry},
             ranks=[RankState.from_dict(rank) for rank in entry.get("ranks", ())],
             state=entry.get("state", {}),
@@ -192,6 +195,7 @@ class CheckpointMeta:
             "position": progress.position,
             "groups": progress.groups,
             "settings": progress.scheduler_configs,
+            "optimizer_settings": progress.optimizer_configs,
             "state": progress.state,
             "keeps_gradients": progress.keeps_gradients,
             **progress.telemetry,

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import os
 
     from trackopt.checkpoint.meta import CheckpointMeta
+    from trackopt.checkpoint.optimizer_settings import OptimizerSettings
     from trackopt.checkpoint.store import CheckpointStore
     from trackopt.distributed.collectives import Collectives
     from trackopt.rundir.directory import RunDirectory
@@ -39,6 +40,7 @@ class PendingRestore:
         training: The live objects.
         path: The checkpoint.
         meta: Its entry ``trackopt``.
+        settings: The settings of the optimizers, and what is changed after the restore.
         collectives: The processes of the training.
         strict: Whether all of it must fit.
 
@@ -47,7 +49,14 @@ class PendingRestore:
     """
 
     def __init__(
-        self, training: Training, path: Path, meta: CheckpointMeta, *, collectives: Collectives, strict: bool
+        self,
+        training: Training,
+        path: Path,
+        meta: CheckpointMeta,
+        settings: OptimizerSettings,
+        *,
+        collectives: Collectives,
+        strict: bool,
     ) -> None:
         self.path = path
         self.meta = meta
@@ -55,6 +64,7 @@ class PendingRestore:
         self._training = training
         self._collectives = collectives
         self._strict = strict
+        self._settings = settings
         self._user_hyperparameters: dict[str, list[ParamGroup]] = {}
 
     def apply(self, tree: CheckpointTree) -> list[str]:
@@ -69,6 +79,7 @@ class PendingRestore:
         within_epoch = self.meta.progress.position["epoch_start"] is not None
         saved = from_run(tree, self.meta.progress.groups if within_epoch else None)
         skipped = apply(self._training, saved, self.path, strict=self._strict)
+        self._settings.apply_change()
         self._restore_requires_grad()
         self.restore_gradients(tree)
         rng.restore(tree["rng"])
@@ -88,6 +99,7 @@ class PendingRestore:
             saved = from_run(tree)
             schedulers = {name: replace(scheduler, config=None) for name, scheduler in saved.schedulers.items()}
             apply(self._training, replace(saved, schedulers=schedulers), self.path)
+            self._settings.apply_change()
             self._restore_requires_grad()
         for name, groups in self._user_hyperparameters.items():
             for group, chosen in zip(self._training.optimizers[name].param_groups, groups, strict=False):

@@ -40,6 +40,7 @@ class RunCheckpoints:
         collectives: The ranks of the training.
         attempt: The attempt whose telemetry is saved.
         scheduler_configs: The configuration of each scheduler when the run began.
+        optimizer_configs: The settings of each optimizer that the run goes by.
         options: When checkpoints become due by themselves.
         background: Write them in a background thread.
 
@@ -57,6 +58,7 @@ class RunCheckpoints:
         collectives: Collectives,
         attempt: Attempt,
         scheduler_configs: Mapping[str, Any],
+        optimizer_configs: Mapping[str, Any],
         options: SaveOptions,
         *,
         background: bool,
@@ -69,6 +71,7 @@ class RunCheckpoints:
         self._collectives = collectives
         self._attempt = attempt
         self._scheduler_configs = scheduler_configs
+        self._optimizer_configs = optimizer_configs
         self._group_counts: dict[str, int] = {}  # parameter groups when the epoch began
         self._pending: PendingRestore | None = None
         self._held: RunProgress | None = None
@@ -266,6 +269,7 @@ class RunCheckpoints:
             position=position,
             groups=self._group_counts,
             scheduler_configs=self._scheduler_configs,
+            optimizer_configs=self._optimizer_configs,
             telemetry=telemetry,
             ranks=self._rank_states.gather(position, telemetry, self.user_state) if several else (),
             state=self.user_state,

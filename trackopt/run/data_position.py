@@ -59,6 +59,8 @@ class DataPosition:
         self._epoch_start: StateDict | None = None  # the generators when the epoch began
         self._pass_start: StateDict | None = None  # the generators, and the loader's, when the pass began
         self._length: int | None = None  # batches of the pass
+        self._size = loader_state.LoaderSize()  # of the loader of the pass
+        self._samples_before = 0  # samples that were taken in the pass, beyond its whole batches
         self._draws = DrawState(())
         self._loaders: dict[int, object] = {}
         self._saved: StateDict | None = None  # a restored position that the loop has not reached yet
@@ -130,7 +132,7 @@ class DataPosition:
         if saved is not None and by_next and self._has_one_loader:
             self._pass = saved["pass"]
         self._loaders[self._pass] = loader
-        self._length = length(loader)
+        self._length, self._size = length(loader), loader_state.LoaderSize.of(loader)
         self.in_pass, self.is_unfinished = True, False
         try:
             batches = self._begin(loader)
@@ -143,6 +145,7 @@ class DataPosition:
         finally:
             self.in_pass = self.in_batch = False
             self._pass, self.batch, self._pass_start = self._pass + 1, 0, None
+            self._samples_before = 0
 
     @contextmanager
     def before_batch(self) -> Iterator[None]:
@@ -165,6 +168,7 @@ class DataPosition:
             "epoch_start": self._epoch_start,
             "pass_start": self._pass_start,
             "length": self._length,
+            **self._size.as_dict(self.batch, self._samples_before),
             "one_loader": has_one,
             "carries": self._carries_passes,
             "own": self._loader_states | own,  # some loaders have not been used since the resume
@@ -181,7 +185,7 @@ class DataPosition:
         state = self.state_dict(epoch_done=False)
         key = 0 if state["one_loader"] else self._pass
         own = {**state["own"], key: self._pass_start["own"]}
-        return {**state, "batch": 0, "pass_start": None, "own": own}, self._pass_start["rng"]
+        return {**state, "batch": 0, "samples": 0, "pass_start": None, "own": own}, self._pass_start["rng"]
 
     def load_state_dict(
         self, state: StateDict, on_restored: Callable[[], None], *, world_size_changed: bool = False
@@ -237,7 +241,7 @@ class DataPosition:
         self, loader: Iterable[T], saved: Mapping[str, Any], own: StateDict, *, is_stateful: bool
     ) -> Iterator[T]:
         """Return to the middle of a pass: begin it as it was begun, without the batches that were taken."""
-        self._pass_start, self.batch = saved["pass_start"], self._scale_batch_index(saved)
+        self._pass_start, self.batch = saved["pass_start"], self._find_batch(saved)
         at_start = self._pass_start["own"]
         loader_state.warn_if_inexact(loader, own, at_start)
         if not is_stateful:
@@ -247,16 +251,20 @@ class DataPosition:
         loader_state.restore_loader(loader, at_start)
         if is_stateful:  # it returns to its position by itself
             return iter(loader)
-        return loader_state.resume_pass(loader, own, self.batch)
+        return loader_state.resume_pass(loader, own, self.batch, self._samples_before)
 
     def _own_state(self, loader: object) -> StateDict:
         is_current = self.in_pass and loader is self._loaders.get(self._pass)
         return loader_state.loader_state(loader, self.batch if is_current else None)
 
-    def _scale_batch_index(self, saved: Mapping[str, Any]) -> int:
-        if self._world_size_changed and self._length and saved.get("length"):
-            return int(saved["batch"] * self._length // saved["length"])
-        return int(saved["batch"])
+    def _find_batch(self, saved: Mapping[str, Any]) -> int:
+        """Return the index of the batch in which the next sample is; batches may have another size now."""
+        if self._world_size_changed:
+            if self._length and saved.get("length"):
+                return int(saved["batch"] * self._length // saved["length"])
+            return int(saved["batch"])
+        batch, self._samples_before = self._size.find(saved)
+        return batch
 
     def _capture(self) -> StateDict:
         generators = {name: rng.state_of(generator) for name, generator in self._generators.items()}

@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 from trackopt.run import worker_tracking
 from trackopt.training import rng
@@ -22,6 +23,50 @@ logger = logging.getLogger("trackopt")
 NO_STATE: StateDict = {"generators": [], "warm": False}
 _QUIET_S = 2.0  # batches are drawn for so long before a line says so
 _REFRESH_S = 0.5
+
+
+@dataclass(frozen=True)
+class LoaderSize:
+    """How a loader divides its samples into batches, as far as it is known.
+
+    Attributes:
+        batch_size: Samples in a batch.
+        samples: Samples in the dataset.
+    """
+
+    batch_size: int | None = None
+    samples: int | None = None
+
+    @classmethod
+    def of(cls, loader: Any) -> LoaderSize:
+        """Return the size of a loader of torch's; nothing is known of batches that a sampler of the user's makes."""
+        if not _is_map_style(loader) or type(loader.batch_sampler) is not BatchSampler:
+            return cls()
+        try:
+            return cls(loader.batch_size, len(loader.dataset))
+        except Exception:  # noqa: BLE001 - the user's `__len__` may raise anything, and an iteration needs none
+            return cls(loader.batch_size)
+
+    def as_dict(self, batch: int, samples_before: int) -> StateDict:
+        """Return the position after so many batches, and further samples, as plain values."""
+        taken = None if self.batch_size is None else batch * self.batch_size + samples_before
+        return {"batch_size": self.batch_size, "dataset_length": self.samples, "samples": taken}
+
+    def find(self, saved: Mapping[str, Any]) -> tuple[int, int]:
+        """Return the batches before a saved position, and the samples besides; say so if the size has changed."""
+        batch, taken = int(saved["batch"]), saved.get("samples")
+        if self.batch_size is None or taken is None:
+            return batch, 0
+        taken = min(taken, saved["dataset_length"] or taken)  # the last batch may have been smaller
+        pairs = (("batch_size", self.batch_size), ("dataset_length", self.samples))
+        if changes := [
+            f"{key.replace('dataset_length', 'the length of the dataset')} was {saved[key]}, here it is {now}"
+            for key, now in pairs
+            if None not in {saved[key], now} and saved[key] != now
+        ]:
+            order = " in another order" if saved["dataset_length"] != self.samples else ""
+            logger.warning("trackopt: %s: the epoch continues after %d samples%s", "; ".join(changes), taken, order)
+        return divmod(taken, self.batch_size)
 
 
 def loader_state(loader: object, taken: int | None = None) -> StateDict:
@@ -74,7 +119,7 @@ def begin_pass(loader: Iterable[Any]) -> Iterator[Any]:
     return iter(loader)
 
 
-def resume_pass(loader: Any, own: Mapping[str, Any], count: int) -> Iterator[Any]:
+def resume_pass(loader: Any, own: Mapping[str, Any], count: int, samples: int = 0) -> Iterator[Any]:
     """Begin a pass whose first ``count`` batches were taken already.
 
     A loader without workers loads its samples with generators that are restored afterwards, so drawing the indices of
@@ -85,14 +130,19 @@ def resume_pass(loader: Any, own: Mapping[str, Any], count: int) -> Iterator[Any
         loader: The loader.
         own: Its state after those batches.
         count: The number of those batches.
+        samples: The number of samples that were taken besides.
     """
     workers = _worker_start(loader, own)
     tracked, saved = worker_tracking.is_trackable(loader), own.get("num_workers")
-    if _is_map_style(loader) and tracked and (workers is not None or saved not in {None, loader.num_workers}):
-        return worker_tracking.begin_pass(loader, workers, skip=count)
+    if (
+        _is_map_style(loader)
+        and tracked
+        and (workers is not None or samples or saved not in {None, loader.num_workers})
+    ):
+        return worker_tracking.begin_pass(loader, workers, skip=count, samples=samples)
     iterator = begin_pass(loader)
     if _is_map_style(loader) and loader.num_workers == 0 and hasattr(iterator, "_sampler_iter"):
-        worker_tracking.skip_batches(iterator, count)
+        worker_tracking.skip_batches(iterator, count, samples)
     else:
         _draw(iterator, loader, count)
     return iterator

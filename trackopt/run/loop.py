@@ -25,6 +25,7 @@ from trackopt.training.sharding import has_sharded_parameters
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from trackopt.checkpoint.optimizer_settings import OptimizerSettings
     from trackopt.checkpoint.resume import PendingRestore
     from trackopt.checkpoint.saver import SaveOptions
     from trackopt.checkpoint.store import CheckpointStore
@@ -45,6 +46,7 @@ class TrackedLoop:
         store: Where checkpoints go.
         collectives: The ranks of the training.
         scheduler_configs: The configuration of each scheduler.
+        settings: The settings of the optimizers, and what was changed.
         save_options: When checkpoints become due by themselves.
         stats_options: What is measured, and how often.
         progress_bar: Show progress.
@@ -67,6 +69,7 @@ class TrackedLoop:
         collectives: Collectives,
         *,
         scheduler_configs: Mapping[str, Any],
+        settings: OptimizerSettings,
         save_options: SaveOptions,
         stats_options: StatsOptions,
         progress_bar: bool,
@@ -83,8 +86,16 @@ class TrackedLoop:
         self.attempt = Attempt(directory, training, stats_options, sinks if leads else (), collectives.gather_metrics)
         # In a rehearsal the step that a kill leads back to must not depend on the disk.
         self.checkpoints = RunCheckpoints(
-            training, store, collectives, self.attempt, scheduler_configs, save_options, background=not rehearses
+            training,
+            store,
+            collectives,
+            self.attempt,
+            scheduler_configs,
+            settings.configs,
+            save_options,
+            background=not rehearses,
         )
+        self._settings = settings
         self.position = self.checkpoints.position
         self._stop_signals = stop_signals
         self.is_open = True
@@ -124,6 +135,8 @@ class TrackedLoop:
             self.checkpoints.resume(pending, **ranks)
         else:
             self.attempt.mark_start(**ranks)
+        if self._settings.applied:
+            self.attempt.journal.mark("change", self.attempt.step, change=self._settings.applied)
         self.iterations.end_step = self.attempt.step
         self.stop.start_sync(self.attempt.step, self._saver.is_overdue)
         self.attempt.start_recorder()

@@ -42,11 +42,18 @@ class TrackedIterator(_MultiProcessingDataLoaderIter):
         loader: The loader.
         start: What ``worker_states`` returned, if the workers continue from there.
         skip: Batches of the pass that are not made, as the loop has taken them already.
+        samples: Samples that are not made besides.
         is_idle: Only start the workers; the first pass begins with ``_reset``.
     """
 
     def __init__(
-        self, loader: DataLoader[Any], start: StateDict | None, *, skip: int = 0, is_idle: bool = False
+        self,
+        loader: DataLoader[Any],
+        start: StateDict | None,
+        *,
+        skip: int = 0,
+        samples: int = 0,
+        is_idle: bool = False,
     ) -> None:
         self._seed = start["seed"] if start else None
         states = start["states"] if start else {}
@@ -54,6 +61,7 @@ class TrackedIterator(_MultiProcessingDataLoaderIter):
         self._before: tuple[int, dict[int, bytes] | None] = (0, None)  # of the latest batch's worker, before it
         self._restored = dict(states)  # of workers that have not made a batch since
         self._taken = self.skip = skip
+        self.samples = samples
         self._is_idle = is_idle
         self._warned = False
         view = object.__new__(type(loader))
@@ -83,8 +91,8 @@ class TrackedIterator(_MultiProcessingDataLoaderIter):
     def _try_put_index(self) -> None:
         if self._is_idle:
             return
-        skip, self.skip = self.skip, 0
-        skip_batches(self, skip)
+        skip, self.skip, samples, self.samples = self.skip, 0, self.samples, 0
+        skip_batches(self, skip, samples)
         for _ in range(skip % self._num_workers):
             next(self._worker_queue_idx_cycle)
         super()._try_put_index()
@@ -164,21 +172,24 @@ def is_trackable(loader: object) -> bool:
     )
 
 
-def begin_pass(loader: DataLoader[Any], start: StateDict | None = None, *, skip: int = 0) -> Iterator[Any]:
+def begin_pass(
+    loader: DataLoader[Any], start: StateDict | None = None, *, skip: int = 0, samples: int = 0
+) -> Iterator[Any]:
     """Do what ``iter(loader)`` does, with workers whose states can be read.
 
     Args:
         loader: A loader that ``is_trackable``.
         start: Where the workers continue, if they are started now.
         skip: Batches of the pass that the loop has taken already.
+        samples: Samples that it has taken besides.
     """
     running: Any = loader._iterator
     if running is not None:
-        running.skip = skip
+        running.skip, running.samples = skip, samples
         running._reset(loader)
         return running  # type: ignore[no-any-return]
     loader.check_worker_number_rationality()
-    return _start(loader, start, skip=skip)
+    return _start(loader, start, skip=skip, samples=samples)
 
 
 def start_workers(loader: DataLoader[Any], start: StateDict | None) -> None:
@@ -186,14 +197,14 @@ def start_workers(loader: DataLoader[Any], start: StateDict | None) -> None:
     _start(loader, start, is_idle=True)
 
 
-def skip_batches(iterator: Any, count: int) -> None:
-    """Skip the indices of the next ``count`` batches of an iterator of torch's that has drawn none yet."""
-    if count == 0:
+def skip_batches(iterator: Any, count: int, further: int = 0) -> None:
+    """Skip the indices of ``count`` batches, and of further samples, of an iterator of torch's that has drawn none."""
+    if count == further == 0:
         return
     sampler = iterator._index_sampler
     if type(sampler) is BatchSampler:  # skipping samples is several times as fast as building batches of them
         samples = iter(sampler.sampler)
-        deque(islice(samples, count * sampler.batch_size), maxlen=0)
+        deque(islice(samples, count * sampler.batch_size + further), maxlen=0)
         iterator._sampler_iter = iter(BatchSampler(samples, sampler.batch_size, sampler.drop_last))
     else:
         with suppress(StopIteration):  # the loader has become shorter

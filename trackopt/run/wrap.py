@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from trackopt import remote
 from trackopt.checkpoint.meta import KEY, CheckpointMeta
+from trackopt.checkpoint.optimizer_settings import OptimizerSettings
 from trackopt.checkpoint.rank_states import select_rank_state
 from trackopt.checkpoint.reader import load_unverified
 from trackopt.checkpoint.resume import PendingRestore, find_resume_checkpoint
@@ -28,6 +29,7 @@ from trackopt.run.signals import STOP_SIGNALS
 from trackopt.rundir import environment
 from trackopt.rundir.directory import ReadOnlyRunDirectory, RunDirectory
 from trackopt.telemetry.options import StatsOptions
+from trackopt.training.change import Change
 from trackopt.training.objects import Training
 from trackopt.training.scheduler_config import scheduler_config
 from trackopt.training.sharding import is_sharded
@@ -72,6 +74,7 @@ def wrap(
     progress_bar: bool = True,
     stop_signals: Sequence[str] = STOP_SIGNALS,
     strict: bool = True,
+    change: Mapping[str, Any] | None = None,
     **stateful: Stateful | Generator,
 ) -> Run:
     """Track a training, so that it can be stopped and resumed anywhere.
@@ -110,6 +113,9 @@ def wrap(
             handlers, and its ``except KeyboardInterrupt``.
         strict: Require a checkpoint to match the objects in every name, shape, dtype, class and setting. With
             ``False`` the matching part is loaded, and a warning lists the rest.
+        change: Hyperparameters to change from here on, such as ``{"lr": 1e-3, "weight_decay": 0.1}``, in all parameter
+            groups; with several optimizers such a dict by name. Another ``lr`` scales the schedule. A later resume
+            keeps the change, and does not apply it twice.
         **stateful: Other objects with ``state_dict`` and ``load_state_dict`` (a ``GradScaler``, an EMA model), and
             random generators of torch, NumPy or Python. Each is saved and restored under its keyword.
 
@@ -145,6 +151,7 @@ def wrap(
     retention = Retention(keep, keep_best, keep_every)
     stats_options = StatsOptions(stats, stats_every, histograms_every)
     save_options = SaveOptions(save_every, save_overlap)
+    changes = Change(change)
 
     def validate() -> None:
         if not training.optimizers:
@@ -158,10 +165,12 @@ def wrap(
             upload_checkpoints=upload_checkpoints,
             stop_signals=stop_signals,
         )
+        changes.validate(training)
 
     collectives.run_on_all(validate)
     scheduler_configs = {name: scheduler_config(each) for name, each in training.schedulers.items()}
-    check_consistency(collectives, training, scheduler_configs, [save_options, stats_options])
+    check_consistency(collectives, training, scheduler_configs, [save_options, stats_options, changes])
+    settings = OptimizerSettings(training, changes)
     directory = _open_directory(collectives, dir)
 
     def make_loop(store: CheckpointStore) -> TrackedLoop:
@@ -172,6 +181,7 @@ def wrap(
             store,
             collectives,
             scheduler_configs=scheduler_configs,
+            settings=settings,
             save_options=save_options,
             stats_options=stats_options,
             progress_bar=progress_bar,
@@ -183,13 +193,14 @@ def wrap(
         group = current_collectives() if is_sharded(training) else None
         store = CheckpointStore(directory.checkpoints, retention, group)
         checkpoint = _find_checkpoint(collectives, directory, store, resume)
-        pending, skipped = _restore(collectives, training, checkpoint, strict=strict)
+        pending, skipped = _restore(collectives, training, checkpoint, settings, strict=strict)
         _initialize_directory(collectives, directory, name, experiment)
         loop = _run_on_all(collectives, lambda: make_loop(store))
     except BaseException:
         directory.release()
         raise
     log_warnings(f"not restored: {problem}" for problem in skipped)
+    log_warnings(settings.notices)
     try:
         _run_on_all(collectives, lambda: loop.start(pending))
     except BaseException as error:
@@ -220,15 +231,22 @@ def _find_checkpoint(
 
 
 def _restore(
-    collectives: Collectives, training: Training, checkpoint: tuple[Path, CheckpointTree] | None, *, strict: bool
+    collectives: Collectives,
+    training: Training,
+    checkpoint: tuple[Path, CheckpointTree] | None,
+    settings: OptimizerSettings,
+    *,
+    strict: bool,
 ) -> tuple[PendingRestore | None, list[str]]:
     """Put a checkpoint into the objects; also return what was skipped because it does not fit."""
     if checkpoint is None:
+        collectives.run_on_all(settings.begin)
         return None, []
     path, contents = checkpoint
     tree = select_rank_state(contents, training, collectives)
     meta = CheckpointMeta.from_dict(tree[KEY])
-    pending = PendingRestore(training, path, meta, collectives=collectives, strict=strict)
+    collectives.run_on_all(lambda: settings.resume(meta.progress))
+    pending = PendingRestore(training, path, meta, settings, collectives=collectives, strict=strict)
     return pending, _run_on_all(collectives, partial(pending.apply, tree))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import math
 import sys
 from types import CodeType, FunctionType, MethodType
 from typing import TYPE_CHECKING, Any
@@ -40,6 +41,22 @@ def changed_keys(saved: Mapping[str, Any], live: Mapping[str, Any]) -> list[str]
     """Return the paths at which two configurations differ; code of different Python versions is not compared."""
     paths = (path for path in {**saved, **live} if not _is_equal(saved.get(path), live.get(path)))
     return [path for path in paths if (path in saved and path in live) or not is_version_specific(path)]
+
+
+def follows_lr(path: str, saved: Mapping[str, Any], live: Mapping[str, Any]) -> bool:
+    """Return whether a difference is that of the optimizer's LR, or of a bound that the script derives from it."""
+    parts = path.split(".")
+    if path not in saved or path not in live:
+        return False
+    if len(parts) > 1 and parts[-2] in {"base_lrs", "_last_lr"}:
+        return True
+    if parts[-1] != "eta_min" and (len(parts) < 2 or parts[-2] not in {"min_lrs", "max_lrs"}):
+        return False
+    prefix = ".".join(parts[: -1 if parts[-1] == "eta_min" else -2])
+    base = f"{prefix}.base_lrs.0" if prefix else "base_lrs.0"
+    if not saved.get(base) or base not in live:
+        return False
+    return math.isclose(live[path] * saved[base], saved[path] * live[base], rel_tol=1e-6)
 
 
 def is_version_specific(path: str) -> bool:
