@@ -45,7 +45,7 @@ def test_asking_takes_the_lock_from_nobody(platform, tmp_path):
 
 def test_a_held_directory_is_refused_soon(tmp_path):
     held = RunDirectory(tmp_path / "run")
-    with pytest.raises(RunError, match="open in another process; stop that one, or choose another dir"):
+    with pytest.raises(RunError, match="this process has a run open in it; close that one"):
         RunDirectory(tmp_path / "run")
     held.release()
     assert list(tmp_path.iterdir()) == []
