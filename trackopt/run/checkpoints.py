@@ -252,11 +252,14 @@ class RunCheckpoints:
         """Return where the run stands, for a checkpoint; all ranks call it together."""
         self._attempt.telemetry.flush()
         telemetry, mark = self._attempt.telemetry.state_dict(), self._pass_mark
+        generators: StateDict | None = None
         if self.position.in_pass and mark is not None and mark.is_current(self._training, self._attempt.step):
             telemetry = {**telemetry, "pending": mark.telemetry["pending"], "turns": mark.telemetry["turns"]}
             position, generators = self.position.pass_start()
         else:
-            position, generators = self._after_loop or (self.position.state_dict(epoch_done=epoch_done), None)
+            position = self.position.state_dict(epoch_done=epoch_done)
+            if self._after_loop is not None:
+                position, generators = self._after_loop
         several = self._collectives.world_size > 1
         return RunProgress(
             run_id=self._attempt.id,

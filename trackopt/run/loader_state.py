@@ -66,7 +66,8 @@ class LoaderSize:
         ]:
             order = " in another order" if saved["dataset_length"] != self.samples else ""
             logger.warning("trackopt: %s: the epoch continues after %d samples%s", "; ".join(changes), taken, order)
-        return divmod(taken, self.batch_size)
+        batch, rest = divmod(int(taken), self.batch_size)
+        return batch, rest
 
 
 def loader_state(loader: object, taken: int | None = None) -> StateDict:

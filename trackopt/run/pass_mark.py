@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from trackopt.training import rng
+from trackopt.checkpoint.snapshot import state_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -49,7 +49,7 @@ def _versions(training: Training) -> tuple[Any, ...]:
         for module in training.models.values()
         for tensor in (*module.parameters(), *module.buffers(), *(each.grad for each in module.parameters()))
     ]
-    others = [value.state_dict() for value in training.stateful.values() if not rng.is_generator(value)]
+    others = [state_of(value) for value in training.stateful.values()]
     return tuple(part for value in (*tensors, *others) for part in _parts(value))
 
 
