@@ -1,8 +1,11 @@
 """Hugging Face's Trainer records what a plain loop would, over its own checkpoints and resumes."""
 
+from pathlib import Path
+
 import pytest
 
 from tests.helpers.histories import events, is_as_plain, is_one_history, opens, trained
+from tests.helpers.processes import run_script
 from trackopt import journal
 
 
@@ -27,6 +30,16 @@ def test_accumulated_gradients_are_those_of_the_plain_loop(home):
 def test_killed_and_resumed_it_has_one_history(home, place):
     """In the middle of a shuffled epoch; also where the Trainer makes its callbacks anew from the checkpoint."""
     is_one_history(home / place, step=14)
+
+
+def test_a_training_that_it_is_added_to_later_goes_on_and_back(tmp_path, monkeypatch):
+    """From a checkpoint without the callback, at the right steps; then without it again, and with it once more."""
+    monkeypatch.chdir(tmp_path)
+    script = Path(__file__).parents[1] / "scripts" / "train_transformers_later.py"
+    monkeypatch.setenv("PYTHONPATH", str(script.parents[2]))
+    done = run_script(script)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "[3, 4] [7, 8]"
 
 
 def test_its_checkpoints_are_tagged_and_open(home, run_cli):

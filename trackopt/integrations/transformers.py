@@ -51,10 +51,12 @@ class TrackoptCallback(TrainerCallback, ExportableState):
         self._arguments = {key: str(value) if isinstance(value, Path) else value for key, value in options.items()}
         self._options = Options(**options)
         self._session: TelemetrySession | None = None
+        self._global_step = 0  # the Trainer's count, which a step that a GradScaler skipped is part of
 
     def state(self) -> StateDict:
         """Return what ``trainer_state.json`` holds of this callback."""
-        saved = {} if self._session is None else {"saved": self._session.state_dict()}
+        own = None if self._session is None else {**self._session.state_dict(), "global_step": self._global_step}
+        saved = {} if own is None else {"saved": own}
         return {"args": self._arguments, "attributes": saved}
 
     def on_train_begin(
@@ -69,10 +71,17 @@ class TrackoptCallback(TrainerCallback, ExportableState):
         self._session = open_session(training, self._options, leads=state.is_world_process_zero)
         if self._session is not None:
             self._session.begin(self._saved(state), state.global_step)
+        self._global_step = state.global_step
+        if state.stateful_callbacks is not None:  # a save expects an entry, which earlier checkpoints lack
+            state.stateful_callbacks.setdefault(type(self).__name__, {})
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         """End the previous iteration, whose metrics are logged by now, and begin the next."""
         self._next_iteration()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Note the Trainer's count of steps."""
+        self._global_step = state.global_step
 
     def on_substep_end(self, *_: Any, **__: Any) -> None:
         """Do the same between two micro-batches, where gradients are accumulated."""
@@ -105,9 +114,13 @@ class TrackoptCallback(TrainerCallback, ExportableState):
             self._session.begin_iteration()
 
     def _saved(self, state: TrainerState) -> StateDict | None:
-        """Return the state of this callback in the checkpoint; ``None`` if training begins or it holds none."""
+        """Return the state of this callback in the checkpoint; ``None`` if training begins or it holds none.
+
+        The Trainer also hands on the state of a callback that an attempt in between did not have.
+        """
         if not state.global_step or state.stateful_callbacks is None:
             return None
         own = state.stateful_callbacks.get(type(self).__name__, {})  # the key that the Trainer uses
         saved: StateDict | None = own.get("attributes", {}).get("saved")
-        return saved
+        is_stale = saved is not None and saved.get("global_step", state.global_step) != state.global_step
+        return None if is_stale else saved
