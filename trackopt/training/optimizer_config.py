@@ -81,7 +81,10 @@ def group_config(group: Mapping[str, Any]) -> dict[str, Any]:
 
 def _to_plain(value: Any) -> Any:
     if isinstance(value, Tensor):
-        return to_float(value) if value.numel() == 1 else NotImplemented
+        try:
+            return to_float(value) if value.numel() == 1 else NotImplemented
+        except Exception:  # noqa: BLE001 - a tensor that cannot be read is not compared, and ends no training
+            return NotImplemented
     if isinstance(value, (tuple, list)):
         parts = [_to_plain(part) for part in value]
         return NotImplemented if any(part is NotImplemented for part in parts) else parts
