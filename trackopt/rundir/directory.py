@@ -56,7 +56,7 @@ class RunDirectory:
         self.checkpoints = self.path / CHECKPOINTS
         self.journal = self.path / journal.NAME
         self.saved_identity: RunIdentity | None = None
-        self.hand_over: Callable[[], bool] = lambda: False
+        self.hand_over: Callable[[], bool] = _refuse
         if (held := _HELD.get(self.path)) is not None and not held.hand_over():
             raise RunError(f"{self.path}: this process has a run open in it; close that one, or choose another dir")
         try:
@@ -124,6 +124,7 @@ class RunDirectory:
             time.sleep(_LOCK_POLL_INTERVAL_S)
 
     def _release_lock(self) -> None:
+        self.hand_over = _refuse  # the hook for forks keeps this object, which must not keep the training
         if _HELD.get(self.path) is self:
             del _HELD[self.path]
         if self._lock >= 0:
@@ -140,6 +141,10 @@ class RunDirectory:
                 "so it is not a run that can be continued; choose another dir"
             )
         return None
+
+
+def _refuse() -> bool:
+    return False
 
 
 class ReadOnlyRunDirectory(RunDirectory):
