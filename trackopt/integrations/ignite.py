@@ -12,7 +12,7 @@ try:
     from ignite.engine import Events
 except ImportError as error:
     raise ImportError(
-        f"trackopt.integrations.ignite needs pytorch-ignite 0.5 or later ({error}); pip install 'trackopt[ignite]'"
+        f"trackopt.integrations.ignite needs pytorch-ignite 0.5.3 or later ({error}); pip install 'trackopt[ignite]'"
     ) from error
 
 from trackopt.errors import RunError, UsageError
