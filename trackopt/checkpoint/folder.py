@@ -80,9 +80,10 @@ class CheckpointFolder:
 
     def remove_abandoned(self, step: int) -> None:
         """Remove the checkpoints up to ``step`` that ``discard_after`` has renamed, after the run has passed it."""
-        for abandoned, path in (list_abandoned(self.path) if self.path.exists() else {}).items():
-            if abandoned <= step:
-                self.remove(path)
+        with contextlib.suppress(OSError):  # what stays does no harm
+            for abandoned, path in list_abandoned(self.path).items():
+                if abandoned <= step:
+                    self.remove(path)
 
     def remove_partial(self) -> None:
         """Remove the partial files of a killed writer; what cannot be removed does no harm."""
