@@ -83,12 +83,8 @@ class OptimizerSettings:
 
     def _notice(self, name: str, changes: list[tuple[str, Any]]) -> str:
         new = dict(value for _, value in changes)
-        advice = {name: new} if len(self._live) > 1 or name in self._change_names() else new
+        advice = {name: new} if isinstance(self._training.optimizer, Mapping) else new
         return (
             f"{name}: {'; '.join(text for text, _ in changes)}; the run continues with its own: to change it, "
             f"pass change={advice!r} to wrap()"
         )
-
-    def _change_names(self) -> set[str]:
-        optimizer = self._training.optimizer
-        return set(self._training.optimizers) if isinstance(optimizer, Mapping) else set()

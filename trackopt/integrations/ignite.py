@@ -151,7 +151,7 @@ class TrackoptHandler:
     def begin_iteration(self) -> None:
         """End the previous iteration, whose metrics are logged by now, and begin the next."""
         if self._session is None and self._is_recording:
-            self.start()  # a handler has taken an exception, and the engine goes on
+            self.start()  # a handler has taken an exception, and the engine continues
         if self._session is not None:
             self._session.error = None
             self._end_iteration()

@@ -58,7 +58,7 @@ def count_steps(training: Training) -> int | None:
 
 
 def save(path: Path, state: Mapping[str, Any]) -> None:
-    """Write a state; where that fails, log it, since the checkpoint itself is none the worse."""
+    """Write a state; a failure is logged, as it does not affect the checkpoint."""
     stream = io.BytesIO()
     torch.save(dict(state), stream)
     try:
@@ -74,8 +74,10 @@ def load(path: Path) -> StateDict | None:
         return None
     try:
         state: StateDict = torch.load(path, weights_only=True)
-    except Exception as error:  # noqa: BLE001 - torch raises many; the training must go on
-        logger.warning("trackopt: %s: cannot be read, so the run goes on without it (%s)", path, describe_error(error))
+    except Exception as error:  # noqa: BLE001 - torch raises many; training continues without it
+        logger.warning(
+            "trackopt: %s: cannot be read, so the run continues without it (%s)", path, describe_error(error)
+        )
         return None
     return state
 

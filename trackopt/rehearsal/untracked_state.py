@@ -38,7 +38,6 @@ _MAX_DEPTH = 4
 _MAX_NUMBERS = 200
 _LIBRARY_PATHS = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
 _PACKAGE_PATH = str(Path(__file__).parents[1])
-_GLOBAL_GENERATORS = (random._inst, np.random.mtrand._rand, torch.default_generator)
 _GENERATORS = {
     np.random.Generator: "NumPy's Generator",
     np.random.RandomState: "NumPy's RandomState",
@@ -85,7 +84,7 @@ def find_untracked(training: Training, loader: object) -> list[UntrackedObject]:
     tracked = _tracked_objects(training)
     loader_generators = {id(generator) for generator in rng.find_generators(loader)}
     untracked: list[UntrackedObject] = []
-    seen = {id(value) for value in tracked} | {id(value) for value in _GLOBAL_GENERATORS}
+    seen = {id(value) for value in tracked} | {id(value) for value in rng.global_generators()}
     model_tensors = {
         id(tensor) for module in training.models.values() for tensor in module.state_dict(keep_vars=True).values()
     }

@@ -172,7 +172,7 @@ class RunCheckpoints:
         return self._held is not None
 
     def hold(self) -> None:
-        """Copy the state of a pass that is being left: the next checkpoint, unless training goes on elsewhere."""
+        """Copy the state of a pass that is being left: the next checkpoint, unless training continues elsewhere."""
         if self._is_joining():
             return
         with self._collectives.during(f"the copy of the state of step {self._attempt.step}"):
@@ -187,7 +187,7 @@ class RunCheckpoints:
         self._after_loop = self.position.state_dict(epoch_done=False), rng.capture()
 
     def release(self) -> None:
-        """Forget what ``hold`` and ``end_loop`` have kept: training has gone on."""
+        """Forget what ``hold`` and ``end_loop`` have kept: training has continued."""
         self._held = self._after_loop = None
         self.saver.release()
 
@@ -248,18 +248,19 @@ class RunCheckpoints:
         position = self.position.state_dict(epoch_done=False)
         return saved.step > 0 and any(position[key] != saved.position[key] for key in ("epoch", "pass", "batch"))
 
+    def _safe_point(self, *, epoch_done: bool) -> tuple[StateDict, StateDict | None, StateDict]:
+        """Return where a resumed run continues: position, global generators (``None`` for the live ones), telemetry."""
+        telemetry, mark = self._attempt.telemetry.state_dict(), self._pass_mark
+        if self.position.in_pass and mark is not None and mark.is_current(self._training, self._attempt.step):
+            return *self.position.pass_start(), {**telemetry, **mark.telemetry}
+        if self._after_loop is not None:
+            return *self._after_loop, telemetry
+        return self.position.state_dict(epoch_done=epoch_done), None, telemetry
+
     def _progress(self, *, epoch_done: bool = False) -> RunProgress:
         """Return where the run stands, for a checkpoint; all ranks call it together."""
         self._attempt.telemetry.flush()
-        telemetry, mark = self._attempt.telemetry.state_dict(), self._pass_mark
-        generators: StateDict | None = None
-        if self.position.in_pass and mark is not None and mark.is_current(self._training, self._attempt.step):
-            telemetry = {**telemetry, "pending": mark.telemetry["pending"], "turns": mark.telemetry["turns"]}
-            position, generators = self.position.pass_start()
-        else:
-            position = self.position.state_dict(epoch_done=epoch_done)
-            if self._after_loop is not None:
-                position, generators = self._after_loop
+        position, generators, telemetry = self._safe_point(epoch_done=epoch_done)
         several = self._collectives.world_size > 1
         return RunProgress(
             run_id=self._attempt.id,

@@ -42,7 +42,7 @@ class DataPosition:
         in_epoch: True while the loop is inside an epoch.
         in_pass: True while it is inside a pass over a loader.
         in_batch: True while it works on a batch.
-        is_unfinished: True after the loop was left in the middle of an iteration, until it goes on.
+        is_unfinished: True after the loop was left in the middle of an iteration, until it continues.
         batch: Batches taken in the current pass.
     """
 
@@ -54,7 +54,7 @@ class DataPosition:
         self._stateful_loaders = [value for value in stateful.values() if not rng.is_generator(value)]
         self._pass = 0  # finished passes of this epoch
         self.batch = 0
-        self._carries_passes = False  # a pass that is open at the end of an epoch goes on in the next one
+        self._carries_passes = False  # a pass that is open at the end of an epoch continues in the next one
         self._has_one_loader = False  # all passes of the restored epoch went over one loader
         self._epoch_start: StateDict | None = None  # the generators when the epoch began
         self._pass_start: StateDict | None = None  # the generators, and the loader's, when the pass began
@@ -119,10 +119,10 @@ class DataPosition:
 
         Args:
             loader: The loader.
-            by_next: The batches are asked for by ``next``, so that the script begins the next pass by hand. Then the
+            by_next: The batches are asked for by ``next``, so that the script itself begins the next pass. Then the
                 passes that were over at the checkpoint are not repeated.
             is_carried: The iterator was made outside of the epoch, or a generator of the script's holds it. Then a
-                pass that is open at the end of an epoch goes on in the next one.
+                pass that is open at the end of an epoch continues in the next one.
         """
         if not self.in_epoch:
             raise UsageError("run.batches() needs `for epoch in run.epochs(n):` around it; without epochs, n is 1")
@@ -223,7 +223,6 @@ class DataPosition:
         if saved is not None and saved["epoch_start"] is not None:
             self._on_restored()
             self._restore_rng(saved["here"])
-        here = self._capture()  # an epoch's first lines may have drawn
         if saved is None or saved["pass_start"] is None:
             if not is_stateful:
                 loader_state.start_workers(loader, own)
@@ -232,6 +231,7 @@ class DataPosition:
             loader_state.restore_loader(loader, own)
             self._pass_start = {**self._capture(), "own": loader_state.loader_state(loader)}
             return loader_state.begin_pass(loader)
+        here = self._capture()  # an epoch's first lines may have drawn
         iterator = self._resume(loader, saved, own, is_stateful=is_stateful)
         self._restore_rng(here)
         rng.restore_all(rng.find_generators(loader), own["generators"])

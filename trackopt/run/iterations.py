@@ -134,9 +134,13 @@ class Iterations:
     @property
     def is_unfinished(self) -> bool:
         """True in the middle of an iteration, as far as the loop shows it."""
-        is_touched = self._attempt.step > self.end_step or not self._checkpoints.window.is_untouched
-        is_within = self._position.in_batch or (self._telemetry.ends_iterations and is_touched)
+        is_within = self._position.in_batch or (self._telemetry.ends_iterations and self._has_changed)
         return is_within or self._position.is_unfinished
+
+    @property
+    def _has_changed(self) -> bool:
+        """True if a step was taken, or a gradient computed, since the latest iteration."""
+        return self._attempt.step > self.end_step or not self._checkpoints.window.is_untouched
 
     def end_last(self, *, is_finished: bool) -> None:
         """End what is open when the run is closed.
@@ -195,7 +199,7 @@ class Iterations:
             self._saver.request(SaveRequest())
 
     def end_open_iteration(self) -> None:
-        """End an iteration that is not over yet, now that the loop has gone on."""
+        """End an iteration that is not over yet, now that the loop has continued."""
         if self.is_running or self._attempt.step > self.end_step:
             self.end_iteration()
 
@@ -220,7 +224,7 @@ class Iterations:
             return
         if not self.is_running:  # the epoch that it belongs to is over
             return
-        is_used = self._attempt.step > self.end_step or not self._checkpoints.window.is_untouched
+        is_used = self._has_changed
         if is_used:
             self.end_iteration()
         self.sync_ranks()

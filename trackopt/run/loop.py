@@ -152,8 +152,7 @@ class TrackedLoop:
         if not self.is_open or self.attempt.is_in_forked_child:
             return
         error = error or error_in_flight(self._error_at_start)
-        if isinstance(error, Exception) and self.stop.stop_after_error():
-            self.leave()
+        self._leave_after(error)
         if error is None and self.stop.has_any_rank_signal():
             if self.checkpoints.is_holding or (self.position.is_between_epochs and self.iterations.can_save()):
                 self.checkpoints.save()
@@ -211,15 +210,15 @@ class TrackedLoop:
             )
             self.attempt.close(wait=wait and self.stop.signal is None)
 
-    def _on_uncaught(self, error: BaseException) -> None:
-        """End the process as the signal wants it that came before an error."""
-        if (
-            isinstance(error, Exception)
-            and self.is_open
-            and not self.attempt.is_in_forked_child
-            and self.stop.stop_after_error()
-        ):
+    def _leave_after(self, error: BaseException | None) -> None:
+        """End the process for a signal that came before an error: it may have caused the error."""
+        if isinstance(error, Exception) and self.stop.stop_after_error():
             self.leave()
+
+    def _on_uncaught(self, error: BaseException) -> None:
+        """Let a signal decide how the process ends after an exception that nothing catches."""
+        if self.is_open and not self.attempt.is_in_forked_child:
+            self._leave_after(error)
 
     def _close_at_exit(self, error: BaseException | None) -> None:
         """Close the run where the script ended without ``close``: by its last line, or by an uncaught exception."""

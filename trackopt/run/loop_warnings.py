@@ -38,16 +38,18 @@ class LoopWarnings:
         """Warn of a sampler that repeats an epoch's order; call it before a pass."""
         if self._boundary.call("sampler check", self._position.sampler_epoch_is_stale, loader):
             self._warn_once(
+                "sampler",
                 "the sampler shuffles every epoch in the same order; call its set_epoch(epoch) at the beginning of "
-                "each epoch"
+                "each epoch",
             )
 
     def check_enumerate(self, generator: FrameType) -> None:
         """Warn of an ``enumerate`` around the batches; call it at the first batch of a resumed pass."""
         if self._position.batch > 1 and self._boundary.call("check for enumerate()", is_enumerated, generator):
             self._warn_once(
+                "enumerate",
                 f"enumerate(run.batches(…)) counts from 0 again in a resumed epoch, here at batch "
-                f"{self._position.batch - 1}; use run.enumerate(loader), or run.batch"
+                f"{self._position.batch - 1}; use run.enumerate(loader), or run.batch",
             )
 
     def begin_iteration(self) -> None:
@@ -64,37 +66,39 @@ class LoopWarnings:
         now = self._boundary.call(_LOADER_CHECK, loader_positions) or {}
         if any(count > before.get(key, count) for key, count in now.items()):
             self._warn_once(
+                "loader",
                 "the loop iterates over a DataLoader itself, whose position is not saved, so that a resumed run may "
-                "begin a new pass over it; take the batches from run.batches(loader)"
+                "begin a new pass over it; take the batches from run.batches(loader)",
             )
 
     def warn_of_unended_steps(self, steps: int) -> None:
         """Warn of an epoch with several steps and no end of an iteration."""
-        if steps > 1 and "epoch" not in self._warned:
-            self._warned.add("epoch")
-            logger.warning(
-                "trackopt: epoch %d took %d steps, and no iteration has ended in it, so checkpoints can be taken only "
-                "between epochs: take the batches from run.batches(loader), or call run.step() after each step",
-                self._position.epoch,
-                steps,
+        if steps > 1:
+            self._warn_once(
+                "epoch",
+                f"epoch {self._position.epoch} took {steps} steps, and no iteration has ended in it, so checkpoints "
+                "can be taken only between epochs: take the batches from run.batches(loader), or call run.step() "
+                "after each step",
             )
 
     def warn_of_no_iterations(self, steps: int) -> None:
         """Warn of a training that took several steps and ended no iteration."""
         if steps > 1:
             self._warn_once(
+                "iterations",
                 f"{steps} steps, and no iteration has ended, so a resumed run begins its loop again: take the batches "
-                "from run.batches(loader), or call run.step() at the end of each iteration"
+                "from run.batches(loader), or call run.step() at the end of each iteration",
             )
 
     def warn_of_nothing_left(self, epochs: int, step: int) -> None:
         """Say that a run that is started again is complete."""
         self._warn_once(
+            "epochs",
             f"all {epochs} epochs are done, at step {step:,}, so nothing is left to train; pass a larger number of "
-            "epochs to continue, or another dir to start a new run"
+            "epochs to continue, or another dir to start a new run",
         )
 
-    def _warn_once(self, text: str) -> None:
-        if text not in self._warned:
-            self._warned.add(text)
+    def _warn_once(self, subject: str, text: str) -> None:
+        if subject not in self._warned:
+            self._warned.add(subject)
             logger.warning("trackopt: %s", text)

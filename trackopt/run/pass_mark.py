@@ -25,8 +25,8 @@ class PassMark:
 
     Attributes:
         step: Completed optimizer steps.
-        telemetry: The state of the telemetry.
-        versions: Each tensor of the objects by its id and version, and every other value of their states as text.
+        telemetry: What the state of the telemetry has of the iterations of this pass: its counts and pending metrics.
+        versions: Shape and version of each tensor of the objects, and every other value of their states as text.
     """
 
     step: int
@@ -35,8 +35,8 @@ class PassMark:
 
     @classmethod
     def of(cls, training: Training, step: int, telemetry: Mapping[str, Any]) -> PassMark:
-        """Describe the objects as they are now."""
-        return cls(step, telemetry, _versions(training))
+        """Describe the objects, and the state of the telemetry, as they are now."""
+        return cls(step, {key: telemetry[key] for key in ("pending", "turns")}, _versions(training))
 
     def is_current(self, training: Training, step: int) -> bool:
         """Return whether nothing has changed since."""

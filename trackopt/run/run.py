@@ -136,7 +136,7 @@ class Run:
     def enumerate(self, loader: Iterable[T], start: int = 0) -> Iterator[tuple[int, T]]:
         """Yield the number of each batch in its pass, and the batch, as ``enumerate(loader)`` does.
 
-        In a resumed epoch the numbers go on where they stopped. Those of ``enumerate(run.batches(loader))`` begin at
+        In a resumed epoch the numbers continue where they stopped. Those of ``enumerate(run.batches(loader))`` begin at
         ``start`` again.
         """
         for batch in self.batches(loader):

@@ -14,6 +14,8 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any
 
+from trackopt.utils.interactive import is_interactive
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from types import FrameType
@@ -51,7 +53,9 @@ class StopSignals:
         self._previous: dict[signal.Signals, Any] = {}
         if threading.current_thread() is threading.main_thread():
             for number in map(signal.Signals.__getitem__, names):
-                if signal.getsignal(number) not in (signal.SIG_IGN, None) and not _is_interactive(number):
+                if signal.getsignal(number) not in (signal.SIG_IGN, None) and not (
+                    number == signal.SIGINT and is_interactive()
+                ):
                     self._previous[number] = signal.signal(number, self._handle)
 
     @property
@@ -107,7 +111,3 @@ class StopSignals:
     def _is_forwarded_duplicate(self, number: int) -> bool:
         delay = time.monotonic() - self._received_at
         return number == self.local_signal and delay < _FORWARD_WINDOW_S and "TORCHELASTIC_RUN_ID" in os.environ
-
-
-def _is_interactive(number: signal.Signals) -> bool:
-    return number == signal.SIGINT and hasattr(sys, "ps1")

@@ -56,7 +56,7 @@ def test_a_first_epoch_out_of_range_is_refused():
 
 
 def test_a_second_run_of_this_process_in_one_directory_is_refused():
-    """A message that is true; the first one goes on."""
+    """The message names this process; the first run continues."""
     run, *objects = start()
     with pytest.raises(RunError, match="this process has a run open in it"):
         start()

@@ -158,62 +158,57 @@ def left_by_generator(run, model, optimizer, loader, last):
 LEAVES = [left_after, left_before, left_by_return, left_by_return_before, left_by_next, left_by_generator]
 
 
-@pytest.mark.parametrize("leave", LEAVES)
-def test_a_loop_that_is_left_early_goes_on_with_the_next_batch(leave):
-    """max_steps in three attempts: 7 batches an epoch, left within one, at the end of one, and within another one."""
-
-    def train(directory, *limits):
-        for last in limits:
-            run, model, optimizer, _ = start(directory)
-            leave(run, model, optimizer, DataLoader(Noisy(), batch_size=4, shuffle=True), last)
+def assert_resumes_exactly(loop, whole, *limits):
+    """Train to ``whole`` at once, and in one attempt for each of the limits and for ``whole``."""
+    for directory, ends in (("whole", [whole]), ("resumed", [*limits, whole])):
+        for last in ends:
+            run, model, optimizer, scheduler = start(directory)
+            loader = DataLoader(Noisy(), batch_size=4, shuffle=True)
+            loop(run, model, optimizer, loader, last, *[scheduler] * (loop in BY_EPOCH))
             torch.rand(3)  # an evaluation
             run.close()
-            assert run.global_step == last
-
-    train("whole", 26)
-    train("resumed", 5, 7, 10, 26)
+            assert loop not in LEAVES or run.global_step == last
     assert_same_runs()
+
+
+@pytest.mark.parametrize("leave", LEAVES)
+def test_a_loop_that_is_left_early_continues_with_the_next_batch(leave):
+    """max_steps in four attempts: 7 batches an epoch, left within one, at the end of one, and within another one."""
+    assert_resumes_exactly(leave, 26, 5, 7, 10)
+
+
+def left_within_an_epoch_with_last_lines(run, model, optimizer, loader, last, scheduler):
+    for epoch in run.epochs(4):
+        for batch in run.batches(loader):
+            step(run, model, optimizer, batch)
+            if run.global_step == last:
+                break
+        scheduler.step()
+        run.log(learning_rate_after=optimizer.param_groups[0]["lr"], epoch=epoch)
+        if run.global_step == last:
+            break
+
+
+def left_after_its_pass(run, model, optimizer, loader, last, scheduler):
+    for epoch in run.epochs(4):
+        for batch in run.batches(loader):
+            step(run, model, optimizer, batch)
+        scheduler.step()
+        if epoch == last:
+            break
+
+
+BY_EPOCH = [left_within_an_epoch_with_last_lines, left_after_its_pass]
 
 
 def test_what_follows_a_loop_that_is_left_early_is_not_in_its_checkpoint():
     """The epoch's last lines run once: at the end of the epoch."""
-
-    def train(directory, *limits):
-        for last in limits:
-            run, model, optimizer, scheduler = start(directory)
-            for epoch in run.epochs(4):
-                for batch in run.batches(DataLoader(Noisy(), batch_size=4, shuffle=True)):
-                    step(run, model, optimizer, batch)
-                    if run.global_step == last:
-                        break
-                scheduler.step()
-                run.log(learning_rate_after=optimizer.param_groups[0]["lr"], epoch=epoch)
-                if run.global_step == last:
-                    break
-            run.close()
-
-    train("whole", 28)
-    train("resumed", 10, 28)
-    assert_same_runs()
+    assert_resumes_exactly(left_within_an_epoch_with_last_lines, 28, 10)
 
 
-def test_an_epoch_that_is_broken_off_after_its_pass_is_over():
-    """Early stopping at the end of an epoch: its last lines are not repeated when the patience grows."""
-
-    def train(directory, *limits):
-        for last in limits:
-            run, model, optimizer, scheduler = start(directory)
-            for epoch in run.epochs(4):
-                for batch in run.batches(DataLoader(Noisy(), batch_size=4, shuffle=True)):
-                    step(run, model, optimizer, batch)
-                scheduler.step()
-                if epoch == last:
-                    break
-            run.close()
-
-    train("whole", 3)
-    train("resumed", 1, 3)
-    assert_same_runs()
+def test_an_epoch_that_is_left_after_its_pass_is_over():
+    """Early stopping at the end of an epoch: its last lines are not repeated by an attempt that stops later."""
+    assert_resumes_exactly(left_after_its_pass, 3, 1)
 
 
 def by_steps_of_an_epoch(run, model, optimizer, loader, epochs):
@@ -244,17 +239,8 @@ def by_one_iterator(run, model, optimizer, loader, epochs):
 @pytest.mark.parametrize("loop", [by_steps_of_an_epoch, by_one_iterator])
 def test_an_epoch_that_takes_only_some_batches_continues_as_it_would_have(loop):
     """The iterator is gone when the run is closed."""
-
-    def train(directory, *totals):
-        for epochs in totals:
-            run, model, optimizer, _ = start(directory)
-            loop(run, model, optimizer, DataLoader(Noisy(), batch_size=4, shuffle=True), epochs)
-            run.close()
-
-    train("whole", 6)
-    train("resumed", 1, 3, 6)
+    assert_resumes_exactly(loop, 6, 1, 3)
     assert len(journal.series("whole")["loss"]) == 30
-    assert_same_runs()
 
 
 def crash(run, model, optimizer, fails_at):
