@@ -1,5 +1,6 @@
 """`trackopt rehearse`: real trainings, real kills, and planted faults that are named."""
 
+import contextlib
 import json
 import os
 import random
@@ -144,12 +145,20 @@ def kept(scratch):
     return list(scratch.glob("trackopt-*"))
 
 
+@contextlib.contextmanager
+def working_directory(path):
+    before = Path.cwd()
+    os.chdir(path)
+    yield
+    os.chdir(before)
+
+
 @pytest.fixture
 def forked(monkeypatch):
     """The rehearsed scripts are forked from a process that has torch loaded: its import takes most of a rehearsal."""
 
-    def start(command, *, env, stdin, stdout, stderr, start_new_session):
-        with tempfile.TemporaryFile() as nothing:
+    def start(command, *, cwd, env, stdin, stdout, stderr, start_new_session):
+        with tempfile.TemporaryFile() as nothing, working_directory(cwd):
             return Script(command[1], command[2:], env, [file.fileno() for file in (nothing, stdout, stderr)])
 
     names = {"DEVNULL": subprocess.DEVNULL, "TimeoutExpired": subprocess.TimeoutExpired}

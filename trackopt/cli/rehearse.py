@@ -45,28 +45,39 @@ _EXIT_NOT_EXACT = 1
 @click.option(
     "--seed", type=int, default=0, metavar="N", help="Set the random seed for choosing the kill steps.  [default: 0]"
 )
+@click.option(
+    "--resume-with",
+    default="",
+    metavar="WORDS",
+    help="Append this to the command after a kill; {checkpoint} is the newest checkpoint that it wrote.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the outcome as JSON.")
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
-def command(kills: int | None, at: tuple[int, ...], seed: int, as_json: bool, command: tuple[str, ...]) -> int:
+def command(
+    kills: int | None, at: tuple[int, ...], seed: int, resume_with: str, as_json: bool, command: tuple[str, ...]
+) -> int:
     r"""Prove that a training resumes exactly: run it, run it again under SIGKILL, and compare bit for bit.
 
-    COMMAND is the training command, started from this directory; it calls trackopt.wrap(). It runs to its end twice,
-    and a third time if both differ. Its runs go to a scratch directory (below TMPDIR), which is kept if something is
-    wrong, and not to MLflow or TensorBoard; any other output of the command is written as usual.
+    COMMAND is a training command, with or without trackopt. It runs to its end twice, and a third time if both differ,
+    in a copy of this directory: small files and checkpoints are copied, larger files are links. The copy and the runs
+    are in a scratch directory (below TMPDIR), which is kept if something is wrong. After a kill the command is started
+    again as it was, or with the words of --resume-with.
 
     \b
     Example:
       trackopt rehearse -- python train.py --epochs 2
       trackopt rehearse --at 100 --at 150 -- python train.py
+      trackopt rehearse --resume-with '--resume {checkpoint}' -- python train.py
 
-    Exit codes: 0 exact, 1 not exact, 2 trouble: the command fails or creates no run.
+    Exit codes: 0 exact, 1 not exact, 2 trouble: the command fails or makes no step.
     """
     if kills is not None and at:
         raise click.UsageError("--kills and --at exclude each other")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # or the training would be orphaned
     try:
         with _progress_bar() as report:
-            rehearsal = rehearse(command, kills=kills or KILLS, at=at, seed=seed, on_progress=report)
+            words = _split(resume_with)
+            rehearsal = rehearse(command, kills=kills or KILLS, at=at, seed=seed, resume_with=words, on_progress=report)
     except CommandError as error:
         for line in error.output_tail:
             click.echo(f"  {console.sanitize(line)}", err=True)
@@ -76,6 +87,13 @@ def command(kills: int | None, at: tuple[int, ...], seed: int, as_json: bool, co
     else:
         console.show(_render(rehearsal))
     return 0 if rehearsal.exact else _EXIT_NOT_EXACT
+
+
+def _split(words: str) -> list[str]:
+    try:
+        return shlex.split(words)
+    except ValueError as error:
+        raise click.UsageError(f"--resume-with {words}: {error}") from error
 
 
 @contextmanager
@@ -135,6 +153,10 @@ def _describe_kills(rehearsal: Rehearsal) -> str:
 
 def _describe_compared(runs: tuple[RunFacts, ...]) -> str:
     """``1,290 parameters, 24 optimizer buffers, the scheduler, the RNG and 17 series (1,530 points)``."""
+    if observed := [run for run in runs if run.tensors]:
+        tensors, steps = (sum(getattr(run, name) for run in observed) for name in ("tensors", "steps"))
+        compared = f"batches, {tensors:,} tensors of the model, optimizer state, learning rates and losses"
+        return f"{compared} of {steps:,} steps"
     parameters, buffers, schedulers, series, points = (
         sum(getattr(run, name) for run in runs) for name in ("parameters", "buffers", "schedulers", "series", "points")
     )

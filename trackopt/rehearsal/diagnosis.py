@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 _ROUNDING = 1e-6  # kernels that sum in another order differ by less, relative to the value
 _MAX_NAMES = 3
-_LIBRARIES = {"python": "random", "numpy": "NumPy", "torch": "torch", "cuda": "torch (CUDA)"}
+LIBRARIES = {"python": "random", "numpy": "NumPy", "torch": "torch", "cuda": "torch (CUDA)"}
 _SEEDS = {
     "python": "random.seed(0)",
     "numpy": "np.random.seed(0)",
@@ -34,8 +34,8 @@ class Cause:
     """Why two trainings diverge.
 
     Attributes:
-        kind: ``data``, ``lr``, ``rng``, ``weights``, ``object``, ``number``, ``length``, ``kernels``, ``state``,
-            ``directory`` or ``unknown``.
+        kind: ``data``, ``lr``, ``rng``, ``weights``, ``optimizer``, ``accumulation``, ``object``, ``number``,
+            ``length``, ``kernels``, ``state``, ``directory`` or ``unknown``.
         observation: The observed difference.
         advice: How to fix it.
     """
@@ -191,7 +191,7 @@ class _Comparison:
         names = divergence.changed_generators(*self._traces, *(step.before["rng"] for step in self._steps))
         if not names:
             return None  # the step drew more or fewer numbers for another reason
-        libraries = " and ".join(_LIBRARIES[name] for name in names)
+        libraries = " and ".join(LIBRARIES[name] for name in names)
         return Cause(
             "rng",
             f"the global generator of {libraries} was in another state when step {self._step:,} began",
@@ -254,7 +254,7 @@ class _Comparison:
         names = divergence.changed_generators(*self._traces, *(step.before["rng"] for step in self._steps))
         if not names:
             return None
-        libraries = " and ".join(_LIBRARIES[name] for name in names)
+        libraries = " and ".join(LIBRARIES[name] for name in names)
         return Cause(
             "rng", f"the global generator of {libraries} is not seeded", "; ".join(_SEEDS[name] for name in names)
         )

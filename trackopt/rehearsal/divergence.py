@@ -40,7 +40,7 @@ def first_divergence(a: Trace, b: Trace) -> Divergence | None:
 
     A learning rate that was changed after a step differs in the series of the next step, which used it.
     """
-    points = list(_points(a, b))
+    points = list(differing_points(a, b))
     differing = {step: differing_parts(a, b, step) for step in a.steps.keys() & b.steps.keys()}
     steps = {step for step, *_ in points} | a.steps.keys() ^ b.steps.keys()
     steps |= {step for step, parts in differing.items() if parts - {"lr"}}
@@ -48,7 +48,7 @@ def first_divergence(a: Trace, b: Trace) -> Divergence | None:
     if not steps:
         return None
     step = min(steps)
-    tensor = _find_tensor(a, a.steps[step], b.steps[step]) if step in differing else None
+    tensor = next(differing_names(a, a.steps[step], b.steps[step]), None) if step in differing else None
     candidates = sorted((point for point in points if point[0] == step), key=lambda point: _rank(point[1]))
     _, series, x, y = candidates[0] if candidates else (step, None, None, None)
     return Divergence(a.name, step, series, x, y, tensor)
@@ -56,7 +56,7 @@ def first_divergence(a: Trace, b: Trace) -> Divergence | None:
 
 def same_series(a: Trace, b: Trace) -> bool:
     """Return True if the effective series are identical in every bit; NaN equals NaN."""
-    return next(_points(a, b), None) is None
+    return next(differing_points(a, b), None) is None
 
 
 def differing_parts(a: Trace, b: Trace, step: int) -> set[str]:
@@ -78,7 +78,7 @@ def unused_generators(trace: Trace) -> set[str]:
     return {name for name in (states[0] if states else ()) if len({state.get(name) for state in states}) == 1}
 
 
-def _points(a: Trace, b: Trace) -> Iterator[tuple[int, str, float | None, float | None]]:
+def differing_points(a: Trace, b: Trace) -> Iterator[tuple[int, str, float | None, float | None]]:
     """Yield every differing point of the series: step, key, and both values."""
     for key in dict.fromkeys((*a.series, *b.series)):
         xs, ys = dict(a.series.get(key, ())), dict(b.series.get(key, ()))
@@ -93,11 +93,11 @@ def _rank(key: str) -> tuple[bool, bool]:
     return not key.startswith("lr/"), "/" in key
 
 
-def _find_tensor(trace: Trace, a: Step, b: Step) -> str | None:
+def differing_names(trace: Trace, a: Step, b: Step) -> Iterator[str]:
+    """Yield the tensors of the weights that differ after a step, then the parameters whose optimizer state differs."""
     for what in ("weights", "optimizer"):
         x, y = getattr(a, what), getattr(b, what)
         for index, name in enumerate(trace.names[what]):
             at = slice(index * _DIGITS, (index + 1) * _DIGITS)
             if x[at] != y[at]:
-                return name if what == "weights" else f"the optimizer's state of {name}"
-    return None
+                yield name if what == "weights" else f"the optimizer's state of {name}"

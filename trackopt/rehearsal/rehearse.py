@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 import random
-import re
 import shlex
 import shutil
 import tempfile
@@ -11,18 +11,18 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trackopt import journal, locations, state
-from trackopt.analysis.diff import diff
+from trackopt import locations, state
 from trackopt.errors import TrackoptError
-from trackopt.rehearsal.diagnosis import Cause, Diagnosis, diagnose
-from trackopt.rehearsal.divergence import Divergence, same_series, unused_generators
+from trackopt.rehearsal.comparison import find_fault
+from trackopt.rehearsal.trace import OBSERVED
 from trackopt.rehearsal.training_command import CommandError, TrainingCommand
 from trackopt.rundir.checkpoints import list_checkpoints
 from trackopt.rundir.environment import UNNAMED_PREFIX
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
+    from trackopt.rehearsal.diagnosis import Diagnosis
     from trackopt.rehearsal.trace import Trace
     from trackopt.utils.types import JsonObject
 
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     OnProgress = Callable[[str, int, int | None], None]
 
 KILLS = 3
-_RANDOM = re.compile(r"(?:^|\.)rng\.(\w+)")
 
 
 @dataclass(frozen=True)
@@ -61,6 +60,7 @@ class RunFacts:
         buffers: Tensors of the optimizers' state in it.
         schedulers: Number of schedulers in it.
         rng: The generators in it.
+        tensors: Tensors of the models, if the training is observed from outside.
     """
 
     name: str
@@ -71,6 +71,7 @@ class RunFacts:
     buffers: int = 0
     schedulers: int = 0
     rng: tuple[str, ...] = ()
+    tensors: int = 0
 
 
 @dataclass(frozen=True)
@@ -115,30 +116,32 @@ def rehearse(
     kills: int = KILLS,
     at: Sequence[int] = (),
     seed: int = 0,
+    resume_with: Sequence[str] = (),
     on_progress: OnProgress = lambda *_: None,
 ) -> Rehearsal:
     """Rehearse a training command in a scratch directory, which is kept if it is not exact or fails.
 
     Args:
-        command: Program and arguments, run in the current directory; it calls ``trackopt.wrap``.
+        command: Program and arguments, run in a copy of the current directory.
         kills: Number of kills, at random steps spread over the training, after its first checkpoint if there is one.
         at: Kill each of its runs after these steps instead.
         seed: Seed for choosing the random steps.
+        resume_with: Words that the command line gets after a kill, if the script does not find its checkpoint itself;
+            ``{checkpoint}`` is the newest checkpoint that it wrote.
         on_progress: Called with the progress.
 
     Raises:
-        CommandError: The command fails, does not call ``wrap``, makes no step, or ends before a step of ``at``; or its
-            runs cannot be read.
+        CommandError: The command fails, makes no step, or ends before a step of ``at``; or its runs cannot be read.
     """
     scratch = Path(tempfile.mkdtemp(prefix="trackopt-rehearsal-"))
+    run = functools.partial(_run_uninterrupted, command, on_progress)
     try:
-        reference = _run_uninterrupted(command, scratch / "uninterrupted", on_progress)
+        reference = run(scratch / "uninterrupted")
         total = sum(max(trace.steps, default=0) for trace in reference.traces.values())
         kill_steps = _steps_at(reference, at) if at else _random_steps(reference, kills, seed)
-        killed = _run_killed(command, scratch / "killed", kill_steps, total, on_progress)
-        verdict = _diagnose(
-            reference, killed, lambda: _run_uninterrupted(command, scratch / "control", on_progress, total)
-        )
+        training = TrainingCommand(command, scratch / "killed", resume_with)
+        killed = _run_killed(training, kill_steps, total, on_progress)
+        verdict = find_fault(reference, killed, lambda ends: run(scratch / "control", total, ends))
     except CommandError as error:
         if error.output_tail:
             raise CommandError(f"{error}; see {scratch}", error.output_tail) from error
@@ -164,20 +167,24 @@ def rehearse(
 
 
 def _run_uninterrupted(
-    command: Sequence[str], work_dir: Path, on_progress: OnProgress, total: int | None = None
+    command: Sequence[str],
+    on_progress: OnProgress,
+    work_dir: Path,
+    total: int | None = None,
+    ends: Mapping[str, int] | None = None,
 ) -> TrainingCommand:
     stage = "uninterrupted" if total is None else "uninterrupted, once more"
     on_progress(stage, 0, total)
-    training = TrainingCommand(command, work_dir, lambda done: on_progress(stage, done, total))
-    training.start()
+    training = TrainingCommand(command, work_dir)
+    training.start(ends, lambda done: on_progress(stage, done, total))
     training.read()
     if not training.traces:
-        if any(training.root.glob(f"*/{journal.NAME}")):  # of a framework's callback
-            raise CommandError(
-                f"{shlex.join(command)}: a framework saves and resumes its run, which rehearse cannot follow; "
-                "rehearse a loop with trackopt.wrap(), or compare a resumed run with `trackopt compare`"
-            )
-        raise CommandError(f"{shlex.join(command)}: made no run; does the script call trackopt.wrap()?")
+        raise CommandError(
+            f"{shlex.join(command)}: no optimizer step was seen; does the script train with torch, in a Python that "
+            "has trackopt?"
+        )
+    if failure := next(filter(None, (each.failure for each in training.traces.values())), ""):
+        raise CommandError(f"{shlex.join(command)}: its steps cannot be recorded ({failure})")
     if not training.runs_in_order():
         raise CommandError(
             f"{shlex.join(command)}: made no step; does the loop call optimizer.step(), and end its iterations with "
@@ -187,19 +194,22 @@ def _run_uninterrupted(
 
 
 def _run_killed(
-    command: Sequence[str], work_dir: Path, kill_steps: list[tuple[str, int]], total: int, on_progress: OnProgress
+    training: TrainingCommand, kill_steps: list[tuple[str, int]], total: int, on_progress: OnProgress
 ) -> TrainingCommand:
     stage = ""
-    training = TrainingCommand(command, work_dir, lambda done: on_progress(stage, done, total))
+
+    def report(done: int) -> None:
+        on_progress(stage, done, total)
+
     for number, (run, step) in enumerate(kill_steps):
         stage = f"kill {number + 1} of {len(kill_steps)}, at step {step:,}"
-        on_progress(stage, 0, total)
-        if not training.start({run: step}):
+        report(0)
+        if not training.start({run: step}, report):
             break
     else:
         stage = "resumed to the end"
-        on_progress(stage, 0, total)
-        training.start()
+        report(0)
+        training.start(None, report)
     training.read()
     return training
 
@@ -227,52 +237,6 @@ def _random_steps(reference: TrainingCommand, kills: int, seed: int) -> list[tup
     return [rng.choice(part) for part in parts]
 
 
-def _diagnose(
-    reference: TrainingCommand, killed: TrainingCommand, run_control: Callable[[], TrainingCommand]
-) -> Diagnosis | None:
-    """Find out why the killed training differs from the uninterrupted one; ``None`` if it does not."""
-    if reference.traces.keys() != killed.traces.keys():
-        names = ", ".join(sorted(reference.traces.keys() ^ killed.traces.keys())[:3])
-        seen = f"each start of the command chose another directory ({names}), so there was nothing to resume"
-        return Diagnosis(True, None, Cause("directory", seen, "give wrap() the same dir at every start"))
-    if all(_same(reference, killed, run) for run in reference.traces):
-        return None
-    control = run_control()
-    for run in reference.traces:
-        if run in control.traces and not _same(reference, control, run):
-            return _compare(reference, control, run, None)
-    run = next(run for run in reference.traces if not _same(reference, killed, run))
-    return _compare(reference, killed, run, control.traces.get(run))
-
-
-def _compare(a: TrainingCommand, b: TrainingCommand, run: str, control: Trace | None) -> Diagnosis:
-    diagnosis = diagnose(a.traces[run], b.traces[run], control)
-    if diagnosis is not None:
-        return diagnosis
-    path = _changed_paths(a, b, run)[0]
-    cause = Cause(
-        "state",
-        f"every step was the same, but {path} in the final checkpoint is not",
-        f"check that load_state_dict() of {path.partition('.')[0]} restores everything that its state_dict() returns",
-    )
-    return Diagnosis(control is not None, Divergence(run, None, tensor=path), cause)
-
-
-def _same(a: TrainingCommand, b: TrainingCommand, run: str) -> bool:
-    return same_series(a.traces[run], b.traces[run]) and not _changed_paths(a, b, run)
-
-
-def _changed_paths(a: TrainingCommand, b: TrainingCommand, run: str) -> list[str]:
-    """List what differs in the final checkpoints, without generators that nothing drew from: they have no effect."""
-    directories = [training.root / run for training in (a, b)]
-    saved = [bool(list_checkpoints(directory)) for directory in directories]
-    if not all(saved):
-        return ["the final checkpoint"] if any(saved) else []
-    unused = unused_generators(a.traces[run]) & unused_generators(b.traces[run])
-    paths = [change.path for change in diff(*directories).changes]
-    return [path for path in paths if not ((match := _RANDOM.search(path)) and match.group(1) in unused)]
-
-
 def _list_kills(killed: TrainingCommand, kill_steps: list[tuple[str, int]]) -> tuple[Kill, ...]:
     remaining = {run: iter(trace.kills) for run, trace in killed.traces.items()}
     done = [(run, next(remaining[run], None)) for run, _ in kill_steps if run in remaining]
@@ -297,6 +261,8 @@ def _write_notes(killed: TrainingCommand, kill_steps: list[tuple[str, int]]) -> 
 def _read_facts(directory: Path, trace: Trace) -> RunFacts:
     points = sum(map(len, trace.series.values()))
     facts = RunFacts(trace.name, max(trace.steps, default=0), len(trace.series), points)
+    if trace.name == OBSERVED:
+        return replace(facts, tensors=len(trace.names["weights"]))
     if not list_checkpoints(directory):
         return facts
     with locations.open(directory) as opened:

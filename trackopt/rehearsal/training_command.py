@@ -9,21 +9,22 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trackopt import journal
 from trackopt.errors import TrackoptError
-from trackopt.rehearsal import trace
+from trackopt.rehearsal import injection, trace, workspace
 from trackopt.rundir.environment import KILLED, ResumeCheckPlan
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
-    from pathlib import Path
 
     from trackopt.rehearsal.trace import Trace
 
 _POLL_INTERVAL_S = 0.1
 _TAIL_LINES = 12
+_CHECKPOINT = "{checkpoint}"
 OBSERVER = "trackopt.rehearsal.probe:Probe"
 
 
@@ -43,9 +44,9 @@ class TrainingCommand:
     """A training command with a directory of its own.
 
     Args:
-        command: Program and arguments; it runs in the current directory.
+        command: Program and arguments; it runs in a copy of the current directory.
         work_dir: The directory of its runs and its output; it must not exist yet.
-        on_progress: Called with the number of completed steps.
+        resume_with: What the command line gets after a kill; ``{checkpoint}`` is the newest checkpoint that it wrote.
 
     Attributes:
         root: The directory that holds the runs.
@@ -53,21 +54,24 @@ class TrainingCommand:
         seconds: How long the command has run.
     """
 
-    def __init__(self, command: Sequence[str], work_dir: Path, on_progress: Callable[[int], None]) -> None:
+    def __init__(self, command: Sequence[str], work_dir: Path, resume_with: Sequence[str] = ()) -> None:
         self._command = list(command)
+        self._resume_with = resume_with
         self._work_dir = work_dir
-        self._on_progress = on_progress
         self._latest_kill: Mapping[str, int] = {}
         self.root = work_dir / "runs"
         self.root.mkdir(parents=True)
+        self._began_at = time.time()
+        self._copy = workspace.copy_directory(Path.cwd(), work_dir / "copy")
         self.traces: dict[str, Trace] = {}
         self.seconds = 0.0
 
-    def start(self, kill: Mapping[str, int] | None = None) -> bool:
+    def start(self, kill: Mapping[str, int] | None = None, on_progress: Callable[[int], None] = lambda _: None) -> bool:
         """Run the command until it ends or is killed; return True if it was killed as planned.
 
         Args:
             kill: The step after which to kill it, by the run's name. Default: not at all.
+            on_progress: Called with the number of completed steps.
 
         Raises:
             CommandError: It failed.
@@ -76,23 +80,28 @@ class TrainingCommand:
         mark = self.root / KILLED
         mark.unlink(missing_ok=True)
         started_at = time.monotonic()
-        code = self._run({**os.environ, **plan.environment()})
+        variables = {**os.environ, **plan.environment()}
+        command = self._command + (self._resume_arguments() if self._latest_kill else [])
+        code = self._run(command, injection.prepare_environment(self._work_dir / "site", variables), on_progress)
         self.seconds += time.monotonic() - started_at
         if mark.exists():
             self._latest_kill = plan.kill
             return True
         if code:
             after = "".join(f", started again after the kill at step {step:,}," for step in self._latest_kill.values())
-            raise CommandError(f"{shlex.join(self._command)}{after} {_describe_exit(code)}", self._read_output_tail())
+            raise CommandError(f"{shlex.join(command)}{after} {_describe_exit(code)}", self._read_output_tail())
         return False
 
     def read(self) -> None:
         """Read the traces of the runs."""
         traces = [trace.read(file.parent) for file in self.root.glob(f"*/{trace.NAME}")]
-        self.traces = {each.name: each for each in sorted(traces, key=lambda each: each.started_at)}
+        of_runs = [each for each in traces if each.name != trace.OBSERVED] or traces
+        self.traces = {each.name: each for each in sorted(of_runs, key=lambda each: each.started_at)}
 
     def runs_in_order(self) -> list[tuple[str, int]]:
         """List run and step of every record, in chronological order."""
+        if trace.OBSERVED in self.traces:
+            return [(trace.OBSERVED, step) for step in sorted(self.traces[trace.OBSERVED].steps)]
         lines = [
             (line.time, run, line.step)
             for run, run_trace in self.traces.items()
@@ -101,13 +110,23 @@ class TrainingCommand:
         ]
         return list(dict.fromkeys((run, step) for _, run, step in sorted(lines)))
 
-    def _run(self, environment: dict[str, str]) -> int:
+    def _resume_arguments(self) -> list[str]:
+        """Return what the command line gets after a kill; nothing if it needs a checkpoint and there is none."""
+        if not any(_CHECKPOINT in word for word in self._resume_with):
+            return list(self._resume_with)
+        checkpoint = workspace.find_newest_checkpoint(self._copy, self._began_at)
+        if checkpoint is None:
+            return []
+        return [word.replace(_CHECKPOINT, str(checkpoint)) for word in self._resume_with]
+
+    def _run(self, command: list[str], environment: dict[str, str], on_progress: Callable[[int], None]) -> int:
         if sys.platform == "win32":
             raise CommandError("rehearse kills process groups, which Windows does not have; use it on Linux or macOS")
         with (self._work_dir / "stdout.txt").open("ab") as out, (self._work_dir / "stderr.txt").open("ab") as err:
             try:
                 process = subprocess.Popen(
-                    self._command,
+                    command,
+                    cwd=self._copy,
                     env=environment,
                     stdin=subprocess.DEVNULL,
                     stdout=out,
@@ -115,15 +134,15 @@ class TrainingCommand:
                     start_new_session=True,
                 )
             except OSError as error:
-                raise CommandError(f"{self._command[0]}: cannot be run ({error.strerror})") from error
+                raise CommandError(f"{command[0]}: cannot be run ({error.strerror})") from error
             try:
-                return self._wait(process)
+                return self._wait(process, on_progress)
             finally:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)  # processes that it left running; after Ctrl-C all of them
                 process.wait()
 
-    def _wait(self, process: subprocess.Popen[bytes]) -> int:
+    def _wait(self, process: subprocess.Popen[bytes], on_progress: Callable[[int], None]) -> int:
         seen: dict[Path, tuple[int, int]] = {}  # by journal: the offset already read, and the latest step
         while True:
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -131,7 +150,11 @@ class TrainingCommand:
             for file in self.root.glob(f"*/{journal.NAME}"):
                 for line in journal.read(file, seen.get(file, (0, 0))[0]):
                     seen[file] = (line.end_offset, line.step)
-            self._on_progress(sum(step for _, step in seen.values()))
+            observed = self.root / trace.OBSERVED / trace.NAME
+            steps = sum(step for _, step in seen.values())
+            if not steps and observed.exists():
+                steps = trace.latest_step(observed.parent)
+            on_progress(steps)
 
     def _read_output_tail(self) -> list[str]:
         for name in ("stderr.txt", "stdout.txt"):

@@ -1,0 +1,220 @@
+"""The rehearsal in a training process without ``trackopt.wrap``: record every optimizer step through torch's hooks.
+
+The file has the lines of ``probe``. What a step begins with also has the forward passes before it (``forward``), the
+learning rates that it uses (``lr``) and the positions of the schedulers (``schedulers``). Nothing here draws a random
+number or changes a tensor.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import signal
+import sys
+from typing import TYPE_CHECKING, Any
+
+import orjson
+import torch
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from trackopt.rehearsal import live_objects, trace
+from trackopt.rehearsal.fingerprint import fingerprint, global_rng, learning_rates, optimizer_state, weights
+from trackopt.rehearsal.untracked_state import UntrackedObject, find_untracked, numbers
+from trackopt.rundir.environment import KILLED
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch.optim import Optimizer
+
+    from trackopt.rundir.environment import ResumeCheckPlan
+    from trackopt.training.objects import Training
+    from trackopt.utils.types import StateDict
+
+_SCANS = 2  # steps at whose beginning the script's variables are searched
+_MAX_INPUTS = 32
+_log = logging.getLogger("trackopt")
+
+
+class _Start:
+    """The fingerprints of a training before its first step."""
+
+    def __init__(self, training: Training) -> None:
+        self.training = training
+        self.weights = weights(training)
+        self.optimizer = optimizer_state(training)
+        self.parameters = [self.weights[name] for name in training.named_parameters() if name in self.weights]
+
+
+class StepRecorder:
+    """Observes all optimizers of a process, as one run.
+
+    Args:
+        plan: The step after which to kill the process.
+    """
+
+    def __init__(self, plan: ResumeCheckPlan) -> None:
+        self._root = plan.root
+        self._kill_at = plan.kill.get(trace.OBSERVED)
+        self._training: Training | None = None  # from the first step on
+        self._schedulers: dict[str, Any] = {}
+        self._first_pass: _Start | None = None  # a forward pass changes buffers before the first step
+        self._step = self._first = 0
+        self._depth = 0  # of nested calls of modules
+        self._stepping: Optimizer | None = None
+        self._inputs: list[int] = []
+        self._passes = 0
+        self._losses: list[torch.Tensor] = []
+        self._before: StateDict | None = None
+        self._untracked: list[UntrackedObject] = []
+        self._scans = 0
+        self._active = True
+
+    def attach(self) -> None:
+        """Observe from now on."""
+        register_optimizer_step_pre_hook(self._guard(self._before_step))
+        register_optimizer_step_post_hook(self._guard(self._after_step))
+        self._wrap(nn.Module, "__call__", self._guard(self._see_call), self._leave_call)
+        self._wrap(torch.Tensor, "backward", self._guard(self._see_loss))
+        self._wrap(torch, "save", after=self._guard(self._see_save))
+
+    def _guard(self, function: Callable[..., None]) -> Callable[..., None]:
+        """Nothing that observes may stop a training."""
+
+        def guarded(*args: Any, **kwargs: Any) -> None:
+            if not self._active or torch.compiler.is_compiling():
+                return
+            try:
+                function(*args, **kwargs)
+            except Exception as error:  # noqa: BLE001 - whatever it is, the training goes on
+                self._active = False
+                _log.exception("the rehearsal cannot observe this training")
+                self._write(failure=f"{type(error).__name__}: {error}")
+
+        return guarded
+
+    def _wrap(
+        self,
+        owner: Any,
+        name: str,
+        before: Callable[..., None] = lambda *_, **__: None,
+        after: Callable[..., None] = lambda *_, **__: None,
+    ) -> None:
+        original = getattr(owner, name)
+
+        @functools.wraps(original)
+        def observed(*args: Any, **kwargs: Any) -> Any:
+            before(*args, **kwargs)
+            try:
+                return original(*args, **kwargs)
+            finally:
+                after(*args, **kwargs)
+
+        setattr(owner, name, observed)
+
+    def _see_call(self, module: nn.Module, /, *args: Any, **kwargs: Any) -> None:
+        """Fingerprint what the outermost module of a forward pass is given, except what the model computed."""
+        self._depth += 1
+        if self._depth > 1 or not torch.is_grad_enabled():
+            return
+        if self._before is None:
+            self._before = self._step_inputs()
+            if self._training is None:
+                self._first_pass = _Start(live_objects.find_training())
+        self._passes += any(parameter.requires_grad for parameter in module.parameters())
+        tensors = live_objects.tensors((args, kwargs))
+        self._inputs += [fingerprint(tensor) for tensor in tensors if not tensor.requires_grad]
+
+    def _leave_call(self, *_: Any, **__: Any) -> None:
+        if self._active and not torch.compiler.is_compiling():
+            self._depth -= 1
+
+    def _see_loss(self, loss: torch.Tensor, *_: Any, **__: Any) -> None:
+        if loss.numel() == 1:
+            self._losses.append(loss.detach())
+
+    def _see_save(self, *_: Any, **__: Any) -> None:
+        if self._training is not None:
+            self._write(saved=self._step)
+
+    def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
+        if self._stepping is not None:  # one optimizer calls another
+            return
+        if self._training is None and self._has_probe():
+            self._active = False
+            return
+        self._stepping = optimizer
+        if self._before is None:
+            self._before = self._step_inputs()
+        training = self._training or self._begin()
+        self._before["lr"] = {str(group): lr for group, lr in enumerate(learning_rates(training))}
+        self._before["schedulers"] = live_objects.scheduler_positions(self._schedulers)
+
+    def _has_probe(self) -> bool:
+        """Return whether the script uses ``wrap``, which records the steps of its own run."""
+        return any(file.parent.name != trace.OBSERVED for file in self._root.glob(f"*/{trace.NAME}"))
+
+    def _begin(self) -> Training:
+        """Find the training's objects, and the step whose weights they have."""
+        start = _Start(live_objects.find_training())
+        if self._first_pass is not None and self._first_pass.parameters == start.parameters:  # nothing was loaded since
+            start = self._first_pass
+        self._training = training = start.training
+        self._schedulers = live_objects.find_schedulers(training)
+        digits = trace.join(start.weights.values())
+        self._step = self._first = trace.find_step(self._root / trace.OBSERVED, digits)
+        self._write(names={"weights": list(start.weights), "optimizer": list(start.optimizer)})
+        self._write(
+            attempt=self._step,
+            weights=digits,
+            optimizer=trace.join(start.optimizer.values()),
+            dtypes=live_objects.state_dtypes(training),
+            loaders=live_objects.worker_counts(),
+        )
+        return training
+
+    def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
+        if optimizer is not self._stepping or self._before is None or self._training is None:
+            return
+        self._stepping = None
+        self._step += 1
+        forward = {"passes": self._passes, "inputs": self._inputs[:_MAX_INPUTS]}
+        self._write(
+            step=self._step,
+            batch=fingerprint(self._inputs),
+            loss=[float(loss) for loss in self._losses],
+            before={**self._before, "forward": forward},
+            rng=global_rng(),
+            weights=trace.join(weights(self._training).values()),
+            optimizer=trace.join(optimizer_state(self._training).values()),
+            lr=learning_rates(self._training),
+        )
+        self._inputs, self._losses, self._passes, self._before = [], [], 0, None
+        if self._step == self._first + 1:
+            self._write(dtypes=live_objects.state_dtypes(self._training))
+        if self._kill_at is not None and self._step >= self._kill_at:
+            self._write(killed=self._step)
+            (self._root / KILLED).touch()
+            if sys.platform != "win32":  # which has no rehearsals
+                os.killpg(0, signal.SIGKILL)
+
+    def _step_inputs(self) -> StateDict:
+        """Return what a step begins with, besides the weights and its batch."""
+        if self._scans < _SCANS:
+            self._scans += 1
+            training = self._training or live_objects.find_training()
+            self._untracked = find_untracked(training, None)
+            self._write(untracked={each.name: {"kind": each.kind, "label": each.label} for each in self._untracked})
+        return {
+            "rng": global_rng(),
+            "untracked": {untracked.name: untracked.state() for untracked in self._untracked},
+            "numbers": numbers(),
+        }
+
+    def _write(self, **line: Any) -> None:
+        directory = self._root / trace.OBSERVED
+        directory.mkdir(exist_ok=True)
+        with (directory / trace.NAME).open("ab") as file:
+            file.write(orjson.dumps(line) + b"\n")

@@ -1,0 +1,86 @@
+"""A copy of the working directory, so that a rehearsal neither reads nor overwrites checkpoints of other trainings."""
+
+from __future__ import annotations
+
+import shutil
+from collections import deque
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+_MAX_ENTRIES = 5_000
+_MAX_COPIED = 1 << 20  # bytes of a file; larger ones are linked, unless they may be checkpoints
+_MAX_CHECKPOINTS = 4 << 30  # bytes in all
+_SUFFIXES = {".pt", ".pth", ".ckpt", ".bin", ".tar", ".safetensors", ".pkl", ".distcp"}
+_ZIP = b"PK\x03\x04"
+_LEGACY = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"
+_SAFETENSORS = b"{"  # behind eight bytes of length
+#: Files of a checkpoint that is a directory, by the beginning of their names.
+_PARTS = ("optimizer", "scheduler", "model", "pytorch_model", "adapter_model", "rng_state", "random_states", "scaler")
+_METADATA = ".metadata"  # of a directory written by torch.distributed.checkpoint
+
+
+def copy_directory(source: Path, target: Path) -> Path:
+    """Copy a directory and link what is beside it; return the copy.
+
+    Small files and checkpoints are copied, so that a training cannot overwrite them. Larger files, hidden directories
+    and what exceeds 5,000 entries are links.
+
+    Args:
+        source: The working directory.
+        target: An empty directory.
+    """
+    copy = target / (source.parent.name or "root") / (source.name or "root")
+    copy.mkdir(parents=True)
+    for beside in source.parent.iterdir() if source.parent != source else ():
+        if beside != source and not target.is_relative_to(beside):
+            (copy.parent / beside.name).symlink_to(beside)
+    entries, room = 0, _MAX_CHECKPOINTS
+    queue = deque([(source, copy)])
+    while queue:
+        origin, place = queue.popleft()
+        for entry in sorted(origin.iterdir()):
+            entries += 1
+            new = place / entry.name
+            size = entry.stat().st_size if entry.is_file() else 0
+            if entry.is_dir() and not entry.is_symlink() and not entry.name.startswith(".") and entries < _MAX_ENTRIES:
+                if not target.is_relative_to(entry):
+                    new.mkdir()
+                    queue.append((entry, new))
+            elif entry.is_file() and (size <= _MAX_COPIED or (entry.suffix in _SUFFIXES and size <= room)):
+                room -= size if size > _MAX_COPIED else 0
+                shutil.copy2(entry, new)
+            else:
+                new.symlink_to(entry)
+    return copy
+
+
+def find_newest_checkpoint(directory: Path, since: float) -> Path | None:
+    """Find the checkpoint that was written last: a file, or a directory with one file for each part of the state.
+
+    Args:
+        directory: Where to search, without following links.
+        since: Unix seconds; older files are not of this training.
+    """
+    found = [
+        (file.stat().st_mtime_ns, str(file), file)
+        for file in directory.rglob("*")
+        if not file.is_symlink() and file.is_file() and file.stat().st_mtime >= since and _may_be_checkpoint(file)
+    ]
+    if not found:
+        return None
+    newest = max(found)[-1]
+    parts = [file for *_, file in found if file.parent == newest.parent and file.name.startswith(_PARTS)]
+    in_directory = (newest.parent / _METADATA).exists() or (len(parts) > 1 and newest in parts)
+    return newest.parent if in_directory else newest
+
+
+def _may_be_checkpoint(file: Path) -> bool:
+    if file.suffix == ".distcp":
+        return True
+    with file.open("rb") as opened:
+        head = opened.read(len(_LEGACY))
+    if file.suffix == ".safetensors":
+        return head[8:9] == _SAFETENSORS
+    return head.startswith(_ZIP) or head == _LEGACY
