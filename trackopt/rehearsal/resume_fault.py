@@ -171,6 +171,11 @@ class _Resume:
         seen = f"the batch of step {self._t:,} was not the same"
         advice = "save the position in the epoch, and skip the batches before it when the epoch resumes"
         if place := self._nearest(places):
+            if reseeded := self._reseeded(place, x, y):
+                names = " and ".join(LIBRARIES.get(name, name) for name in reseeded)
+                seen = f"the global generator of {names} starts again from its seed when the training resumes, so "
+                seen += f"step {self._t:,} had the batch of step {place:,}"
+                return Cause("rng", seen, "save the states of the random generators, and restore them last")
             if place > self._t:
                 seen = f"the batch of step {self._t:,} was that of step {place:,}: {place - self._t} of them "
                 seen += "had been fetched ahead when the checkpoint was written, and were skipped"
@@ -203,6 +208,11 @@ class _Resume:
         names = [LIBRARIES.get(name, name) for name in self._changed_generators(*self._steps)] if self._steps else []
         of = f": the generator of {' or '.join(names)} was in another state" if names else ""
         return Cause("rng", seen + of, "save and restore the states of the random generators")
+
+    def _reseeded(self, place: int, x: Step, y: Step) -> list[str]:
+        """Return the generators that were in the state that an earlier step began with."""
+        earlier = self._a.steps[place].before["rng"]
+        return [name for name in self._changed_generators(x, y) if y.before["rng"][name] == earlier[name]]
 
     def _nearest(self, places: list[int]) -> int | None:
         ahead = [place for place in places if 0 < place - self._t <= _MAX_AHEAD]
