@@ -392,7 +392,7 @@ def test_untracked_objects_are_found_by_the_names_that_the_script_has_for_them()
 
 def moment(**changes):
     """One step of a made-up trace."""
-    before = {"rng": {"torch": 1}, "untracked": {}, "numbers": {}} | changes.pop("before", {})
+    before = {"rng": {"torch": 1}, "untracked": {}, "values": {}} | changes.pop("before", {})
     return Step(
         **{"weights": "0" * 8, "optimizer": "", "lr": [0.1], "rng": {"torch": 2}, "batch": 1, **changes}, before=before
     )
@@ -431,7 +431,7 @@ def test_a_training_of_another_length_is_told():
 def test_a_number_that_is_different_each_time_is_no_evidence():
     """A start time differs between any two trainings; a running mean that starts again does not."""
     numbers = [{"start": "1.0", "mean": "3"}, {"start": "2.0", "mean": "0"}, {"start": "3.0", "mean": "3"}]
-    steps = [[moment(), moment(before={"numbers": each})] for each in numbers]
+    steps = [[moment(), moment(before={"values": each})] for each in numbers]
     a, b, again = (trace([1.0, loss], each, 0, 1) for loss, each in zip((0.5, 0.7, 0.5), steps, strict=True))
     assert diagnose(a, b, again).cause.observation.endswith("`mean` was 3 in the one and 0 in the other")
 
@@ -477,7 +477,7 @@ def test_a_batch_that_was_not_restored_is_told():
         in cause.observation
     )
     assert "random.Random `shuffle.rng` is not known to trackopt" in cause.observation
-    assert cause.advice == "hand it over: trackopt.wrap(…, rng=shuffle.rng)"
+    assert cause.advice == "hand it over: trackopt.wrap(…, own_rng=shuffle.rng)"
     assert diagnose(a, b).cause.advice.startswith("seed it: random.Random(0)")
     a, b = (trace([1.0, 0.5], [moment(), moment(batch=batch)], 0, 1) for batch in (1, 2))
     assert "the loader draws from something that trackopt does not know" in diagnose(a, b, a).cause.observation
@@ -485,7 +485,7 @@ def test_a_batch_that_was_not_restored_is_told():
 
 def test_a_learning_rate_that_the_script_counts_out_is_told():
     """The variable that it depends on is named with both values."""
-    a, b = (trace([1.0, 0.5], [moment(), moment(before={"numbers": {"warmup": n}})], 0, 1) for n in ("6", "0"))
+    a, b = (trace([1.0, 0.5], [moment(), moment(before={"values": {"warmup": n}})], 0, 1) for n in ("6", "0"))
     a.series["lr/group0"], b.series["lr/group0"] = [(1, 0.1), (2, 0.7)], [(1, 0.1), (2, 0.1)]
     cause = diagnose(a, b, a).cause
     assert cause.kind == "lr"

@@ -26,8 +26,11 @@ class Step:
         lr: The learning rate of each group after the step (and after the scheduler's, if that came first).
         rng: The global generators after the step.
         batch: The batches of the step; ``None`` if the loop does not take them from the run.
-        before: The inputs of the step: ``rng``, the state of each ``untracked`` object, and the user's ``numbers`` as
-            text.
+        before: The inputs of the step: ``rng``, the state of each ``untracked`` object, and the user's ``values``: a
+            number as text, a tensor or a container as kind and fingerprint.
+        objects: The state after the step of the objects that were handed to the run, eight digits for each entry.
+        position: The number of the latest batch among those that the process has drawn in this pass, from 0.
+        counters: The integers that the user's loops assign anew in each iteration, after the step.
     """
 
     weights: str
@@ -36,11 +39,14 @@ class Step:
     rng: Mapping[str, int]
     batch: int | None
     before: Mapping[str, Mapping[str, Any]]
+    objects: str = ""
+    position: int | None = None
+    counters: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class AttemptStart:
-    """The state of an attempt before its first step: restored as it was after ``step`` steps."""
+    """The state of an attempt when its first step began, which should be that after ``step`` steps."""
 
     step: int
     weights: str
@@ -56,7 +62,7 @@ class Trace:
         series: The effective series, by key.
         steps: The effective steps.
         attempts: The attempts, in order.
-        names: The names of the tensors in ``weights`` and of the parameters in ``optimizer``.
+        names: The names of the tensors in ``weights``, the parameters in ``optimizer`` and the entries in ``objects``.
         kills: The steps at which it was killed, each with the step from which the next attempt resumed.
         untracked: Kind and label of each untracked object, by name.
         first_checkpoint: The step of the first checkpoint; ``None`` if there was none.
@@ -86,6 +92,8 @@ def read(directory: Path) -> Trace:
             attempts.append(AttemptStart(line["attempt"], line["weights"]))
             resumed += [line["attempt"]] * (len(killed) - len(resumed))
             steps = {number: step for number, step in steps.items() if number <= line["attempt"]}
+        elif "start" in line:
+            attempts[-1] = AttemptStart(attempts[-1].step, line["start"])
         elif "killed" in line:
             killed.append(line["killed"])
         elif "untracked" in line:
