@@ -8,6 +8,7 @@ from __future__ import annotations
 import dis
 import re
 import types
+from bisect import bisect_right
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -25,14 +26,14 @@ def carried_names(frame: types.FrameType) -> frozenset[str]:
     In a ``for`` loop that asks for its next item, it is assumed that there is one. Variables that other functions share
     always count; what only an exception handler reads does not.
     """
-    live, positions = _live_before(frame.f_code)
-    following = positions.get(frame.f_lasti, len(live)) + 1
+    live, offsets = _live_before(frame.f_code)
+    following = bisect_right(offsets, frame.f_lasti)  # which may be within the instruction, at its cache
     return (live[following] if following < len(live) else frozenset()) | _shared_names(frame.f_code)
 
 
 @lru_cache(maxsize=256)
-def _live_before(code: types.CodeType) -> tuple[list[frozenset[str]], dict[int, int]]:
-    """Return the live variables before each instruction, and the instructions' positions by offset."""
+def _live_before(code: types.CodeType) -> tuple[list[frozenset[str]], list[int]]:
+    """Return the live variables before each instruction, and the instructions' offsets."""
     instructions = list(dis.get_instructions(code))
     positions = {instruction.offset: position for position, instruction in enumerate(instructions)}
     successors = [_successors(each, position, positions) for position, each in enumerate(instructions)]
@@ -46,7 +47,7 @@ def _live_before(code: types.CodeType) -> tuple[list[frozenset[str]], dict[int, 
                 (names.add if access == "LOAD" else names.discard)(name)
             if names != live[position]:
                 live[position], changed = frozenset(names), True
-    return live, positions
+    return live, list(positions)
 
 
 def _successors(instruction: dis.Instruction, position: int, positions: dict[int, int]) -> list[int]:
