@@ -17,13 +17,13 @@ import torch
 
 from tests.helpers.command import trackopt
 from tests.helpers.processes import Script
+from tests.helpers.traces import moment, trace
 from tests.helpers.training import make_training
 from trackopt import journal
 from trackopt.rehearsal import training_command
 from trackopt.rehearsal.diagnosis import diagnose
 from trackopt.rehearsal.divergence import first_divergence
 from trackopt.rehearsal.rehearse import rehearse
-from trackopt.rehearsal.trace import AttemptStart, Step, Trace
 from trackopt.rehearsal.training_command import OBSERVER, CommandError
 from trackopt.rehearsal.untracked_state import find_untracked
 from trackopt.rundir import environment
@@ -94,6 +94,115 @@ def main():
                 run.log(loss=loss, average=ema(x).sum())
 
 main()
+"""
+
+LOOPS = """
+import sys, torch, trackopt
+from torch.optim.swa_utils import AveragedModel
+from torch.utils.data import DataLoader
+
+FAULT = sys.argv[1]
+torch.set_num_threads(1)
+torch.manual_seed(0)
+model = torch.nn.Linear(3, 3)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+loader = DataLoader(torch.randn(24, 3), 4, shuffle=True)
+noise = torch.Generator().manual_seed(0)
+ema = AveragedModel(model)
+counted = 0
+run = trackopt.wrap(optimizer, model=model, ema=ema, dir="runs/small", save_every=4, sinks=(), stats=None)
+
+def update(x, hidden=0.0):
+    out = model(x + hidden)
+    loss = (out - x.sum(1, keepdim=True)).square().mean()
+    loss.backward()
+    return loss, out.detach()
+
+def step():
+    optimizer.step()
+    optimizer.zero_grad()
+
+class Saver:
+    def __init__(self):
+        self.optimizer, self.files = optimizer, []
+    def state_dict(self):
+        return {"files": self.files}
+    def load_state_dict(self, state):
+        self.files = state["files"]
+
+def index():
+    for epoch in run.epochs(2):
+        for i, x in enumerate(run.batches(loader)):
+            loss, _ = update(x)
+            step()
+            if i % 4 == 0:
+                ema.update_parameters(model)
+            run.log(loss=loss)
+
+def saver():
+    saver = Saver()
+    for epoch in run.epochs(2):
+        for i, x in enumerate(run.batches(loader)):
+            optimizer.param_groups[0]["lr"] = 0.05 / (1 + i)
+            run.log(loss=update(x)[0])
+            step()
+        saver.files = [*saver.files, "a file"]
+
+def accumulation():
+    for epoch in run.epochs(5):
+        for i, x in enumerate(run.batches(loader)):
+            run.log(loss=update(x)[0])
+            if (i + 1) % 4 == 0 or i == len(loader) - 1:
+                step()
+
+def hidden(total=0.0):
+    global counted
+    counted = run.global_step
+    noise.set_state(run.state.get("noise", noise.get_state()))
+    for epoch in run.epochs(2):
+        hidden, run.state["total"], loss = torch.zeros(4, 3), 0.0, 0.0
+        for i, x in run.enumerate(loader):
+            loss, hidden = update(x + torch.rand((4, 3), generator=noise), hidden if FAULT == "hidden" else 0.0)
+            step()
+            if i % 4 == 0:
+                ema.update_parameters(model)
+            run.state["total"] += loss.item()
+            run.state["noise"] = noise.get_state()
+            counted += 1
+            run.log(loss=loss, counted=counted, total=run.state["total"])
+
+def mean():
+    for epoch in run.epochs(2):
+        total = 0.0
+        for x in run.batches(loader):
+            loss, _ = update(x)
+            step()
+            total += loss.item()
+            run.log(loss=loss)
+        run.log(epoch_loss=total / len(loader))
+
+def ahead():
+    counted = run.global_step
+    x = torch.randn(4, 3)
+    while counted < 12:
+        loss, _ = update(x)
+        x = torch.randn(4, 3)
+        step()
+        counted += 1
+        run.step(loss=loss)
+
+def outside():
+    def cycle():
+        while True:
+            yield from loader
+    batches = cycle()
+    for counted in range(run.global_step, 16):
+        loss, _ = update(next(batches))
+        step()
+        run.step(loss=loss)
+
+{"right": hidden}.get(FAULT, globals().get(FAULT))()
+run.close()
 """
 
 FRAMEWORK = """
@@ -207,6 +316,42 @@ def test_a_fault_that_only_a_resume_shows_is_named(fault, kind, seen, advice, sc
         assert found.kills[0].step == 8
         assert found.kills[0].resumed_from == 6
         assert found.verdict.first.step in {7, 9}  # the StepLR would have changed the LR behind step 8
+
+
+@pytest.mark.usefixtures("forked")
+@pytest.mark.parametrize(
+    ("fault", "kind", "seen", "advice"),
+    [
+        (
+            "index",
+            "index",
+            "generators; `i` was 4 in the one and 0 in the other: the number of",
+            "run.enumerate(loader)",
+        ),
+        ("saver", "lr", "the learning rate differs first: `i` was 4 in the one and 0 in the", "run.enumerate(loader)"),
+        ("accumulation", "index", "was not; `i` was 5 in the one and 3 in the other: the", "run.enumerate(loader)"),
+        ("hidden", "value", "generators; `hidden` (tensor (4, 3)) was not the same", 'run.state["hidden"]'),
+        ("mean", "value", "generators; `total` was ", 'keep `total` in run.state["total"]'),
+        ("ahead", "ahead", "generators; `x` had the value of step 6 already", "fetch it at the beginning"),
+        ("outside", "data", "the loop does not take its data from run.batches()", "run.batches(loader)"),
+    ],
+)
+def test_a_loop_that_keeps_something_to_itself_is_told_what(fault, kind, seen, advice, tmp_path):
+    """The cause is named alone: nothing that was restored correctly is accused, nor is what the fault has changed."""
+    found = rehearse([*write(tmp_path, LOOPS), fault], at=[5])
+    assert found.verdict is not None
+    assert (found.verdict.reproducible, found.verdict.cause.kind) == (True, kind), found.verdict
+    assert seen in found.verdict.cause.observation
+    assert advice in found.verdict.cause.advice
+    assert "candidates" not in found.verdict.cause.observation
+
+
+@pytest.mark.usefixtures("forked")
+def test_a_script_that_restores_its_values_itself_is_exact(tmp_path):
+    """A counter, a generator's state, the sum of an epoch and the index of the batch, each restored after `wrap`."""
+    found = rehearse([*write(tmp_path, LOOPS), "right"], at=[5, 9])
+    assert found.exact, found.verdict
+    assert [kill.resumed_from for kill in found.kills] == [4, 8]
 
 
 @pytest.mark.usefixtures("forked")
@@ -388,21 +533,6 @@ def test_untracked_objects_are_found_by_the_names_that_the_script_has_for_them()
     }
     assert {name: found.get(name) for name in expected} == expected
     assert not found.keys() & {"model", "optimizer", "scheduler", "warmup", "chained", "known"}
-
-
-def moment(**changes):
-    """One step of a made-up trace."""
-    before = {"rng": {"torch": 1}, "untracked": {}, "values": {}} | changes.pop("before", {})
-    return Step(
-        **{"weights": "0" * 8, "optimizer": "", "lr": [0.1], "rng": {"torch": 2}, "batch": 1, **changes}, before=before
-    )
-
-
-def trace(losses, steps, *starts, **options):
-    points = list(enumerate(losses, 1))
-    starts = tuple(AttemptStart(step, "0" * 8) for step in starts or (0,))
-    names = {"weights": ["w"], "optimizer": []}
-    return Trace("run", 0.0, {"loss": points}, dict(enumerate(steps, 1)), starts, (), names, **options)
 
 
 def test_rounding_points_to_kernels():

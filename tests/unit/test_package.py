@@ -53,8 +53,9 @@ BACKENDS = {
     "recorder/sinks/tensorboard_events.py": {"tensorboard"},
     "recorder/sinks/tensorboard_layout.py": {"tensorboard"},
     "remote/artifacts.py": {"mlflow"},
-    "rehearsal/fingerprint.py": {"torch"},  # these two are the training process's side
+    "rehearsal/fingerprint.py": {"torch"},  # these three are the training process's side
     "rehearsal/untracked_state.py": {"torch"},
+    "rehearsal/values.py": {"torch"},
 }
 
 

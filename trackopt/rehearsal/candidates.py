@@ -6,8 +6,6 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from trackopt.training.objects import RESERVED
-
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -15,12 +13,11 @@ if TYPE_CHECKING:
 
 _MAX_NAMES = 3
 _FINGERPRINT = " #"
-#: The keywords that have a meaning in a checkpoint or in ``wrap`` itself.
-TAKEN = RESERVED | {
-    *("dir", "resume", "save_every", "save_overlap", "keep", "keep_best", "keep_every", "stats", "stats_every"),
-    *("histograms_every", "sinks", "upload_checkpoints", "experiment", "name", "progress_bar", "stop_signals"),
-    *("strict", "change"),
-}
+#: The keywords that have a meaning in a checkpoint, or in ``wrap`` itself.
+TAKEN = frozenset(
+    "model optimizer scheduler gradients rng trackopt dir resume save_every save_overlap keep keep_best keep_every stats "
+    "stats_every histograms_every sinks upload_checkpoints experiment name progress_bar stop_signals strict change".split()
+)
 
 
 @dataclass(frozen=True)
