@@ -110,7 +110,8 @@ loader = DataLoader(torch.randn(24, 3), 4, shuffle=True)
 noise = torch.Generator().manual_seed(0)
 ema = AveragedModel(model)
 counted = 0
-run = trackopt.wrap(optimizer, model=model, ema=ema, dir="runs/small", save_every=4, sinks=(), stats=None)
+save_every = 3 if FAULT == "accumulation" else 4
+run = trackopt.wrap(optimizer, model=model, ema=ema, dir="runs/small", save_every=save_every, sinks=(), stats=None)
 
 def update(x, hidden=0.0):
     out = model(x + hidden)
@@ -122,31 +123,14 @@ def step():
     optimizer.step()
     optimizer.zero_grad()
 
-class Saver:
-    def __init__(self):
-        self.optimizer, self.files = optimizer, []
-    def state_dict(self):
-        return {"files": self.files}
-    def load_state_dict(self, state):
-        self.files = state["files"]
-
 def index():
     for epoch in run.epochs(2):
         for i, x in enumerate(run.batches(loader)):
             loss, _ = update(x)
             step()
-            if i % 4 == 0:
+            if i % 3 == 0:
                 ema.update_parameters(model)
             run.log(loss=loss)
-
-def saver():
-    saver = Saver()
-    for epoch in run.epochs(2):
-        for i, x in enumerate(run.batches(loader)):
-            optimizer.param_groups[0]["lr"] = 0.05 / (1 + i)
-            run.log(loss=update(x)[0])
-            step()
-        saver.files = [*saver.files, "a file"]
 
 def accumulation():
     for epoch in run.epochs(5):
@@ -155,7 +139,7 @@ def accumulation():
             if (i + 1) % 4 == 0 or i == len(loader) - 1:
                 step()
 
-def hidden(total=0.0):
+def hidden():
     global counted
     counted = run.global_step
     noise.set_state(run.state.get("noise", noise.get_state()))
@@ -171,16 +155,6 @@ def hidden(total=0.0):
             counted += 1
             run.log(loss=loss, counted=counted, total=run.state["total"])
 
-def mean():
-    for epoch in run.epochs(2):
-        total = 0.0
-        for x in run.batches(loader):
-            loss, _ = update(x)
-            step()
-            total += loss.item()
-            run.log(loss=loss)
-        run.log(epoch_loss=total / len(loader))
-
 def ahead():
     counted = run.global_step
     x = torch.randn(4, 3)
@@ -189,16 +163,6 @@ def ahead():
         x = torch.randn(4, 3)
         step()
         counted += 1
-        run.step(loss=loss)
-
-def outside():
-    def cycle():
-        while True:
-            yield from loader
-    batches = cycle()
-    for counted in range(run.global_step, 16):
-        loss, _ = update(next(batches))
-        step()
         run.step(loss=loss)
 
 {"right": hidden}.get(FAULT, globals().get(FAULT))()
@@ -328,12 +292,9 @@ def test_a_fault_that_only_a_resume_shows_is_named(fault, kind, seen, advice, sc
             "generators; `i` was 4 in the one and 0 in the other: the number of",
             "run.enumerate(loader)",
         ),
-        ("saver", "lr", "the learning rate differs first: `i` was 4 in the one and 0 in the", "run.enumerate(loader)"),
         ("accumulation", "index", "was not; `i` was 5 in the one and 3 in the other: the", "run.enumerate(loader)"),
         ("hidden", "value", "generators; `hidden` (tensor (4, 3)) was not the same", 'run.state["hidden"]'),
-        ("mean", "value", "generators; `total` was ", 'keep `total` in run.state["total"]'),
         ("ahead", "ahead", "generators; `x` had the value of step 6 already", "fetch it at the beginning"),
-        ("outside", "data", "the loop does not take its data from run.batches()", "run.batches(loader)"),
     ],
 )
 def test_a_loop_that_keeps_something_to_itself_is_told_what(fault, kind, seen, advice, tmp_path):

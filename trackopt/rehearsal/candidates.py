@@ -15,8 +15,12 @@ _MAX_NAMES = 3
 _FINGERPRINT = " #"
 #: The keywords that have a meaning in a checkpoint, or in ``wrap`` itself.
 TAKEN = frozenset(
-    "model optimizer scheduler gradients rng trackopt dir resume save_every save_overlap keep keep_best keep_every stats "
-    "stats_every histograms_every sinks upload_checkpoints experiment name progress_bar stop_signals strict change".split()
+    {
+        *("model", "optimizer", "scheduler", "gradients", "rng", "trackopt"),
+        *("dir", "name", "experiment", "resume", "strict", "change", "sinks", "progress_bar", "stop_signals"),
+        *("save_every", "save_overlap", "keep", "keep_best", "keep_every", "upload_checkpoints"),
+        *("stats", "stats_every", "histograms_every"),
+    }
 )
 
 
