@@ -111,7 +111,11 @@ noise = torch.Generator().manual_seed(0)
 ema = AveragedModel(model)
 counted = 0
 save_every = 3 if FAULT == "accumulation" else 4
-run = trackopt.wrap(optimizer, model=model, ema=ema, dir="runs/small", save_every=save_every, sinks=(), stats=None)
+restores_itself = FAULT in ("right", "hidden")
+run = trackopt.wrap(
+    optimizer, model=None if restores_itself else model, ema=ema, dir="runs/small", save_every=save_every, sinks=(),
+    stats=None,
+)
 
 def update(x, hidden=0.0):
     out = model(x + hidden)
@@ -143,6 +147,7 @@ def hidden():
     global counted
     counted = run.global_step
     noise.set_state(run.state.get("noise", noise.get_state()))
+    model.load_state_dict(run.state.get("model", model.state_dict()))
     for epoch in run.epochs(2):
         hidden, run.state["total"], loss = torch.zeros(4, 3), 0.0, 0.0
         for i, x in run.enumerate(loader):
@@ -151,7 +156,7 @@ def hidden():
             if i % 4 == 0:
                 ema.update_parameters(model)
             run.state["total"] += loss.item()
-            run.state["noise"] = noise.get_state()
+            run.state["noise"], run.state["model"] = noise.get_state(), model.state_dict()
             counted += 1
             run.log(loss=loss, counted=counted, total=run.state["total"])
 
@@ -309,7 +314,7 @@ def test_a_loop_that_keeps_something_to_itself_is_told_what(fault, kind, seen, a
 
 @pytest.mark.usefixtures("forked")
 def test_a_script_that_restores_its_values_itself_is_exact(tmp_path):
-    """A counter, a generator's state, the sum of an epoch and the index of the batch, each restored after `wrap`."""
+    """A counter, weights, a generator, the sum of an epoch and the index of the batch, each restored after `wrap`."""
     found = rehearse([*write(tmp_path, LOOPS), "right"], at=[5, 9])
     assert found.exact, found.verdict
     assert [kill.resumed_from for kill in found.kills] == [4, 8]

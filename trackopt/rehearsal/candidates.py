@@ -108,7 +108,12 @@ class StepInputs:
 
     def _values(self) -> list[Candidate]:
         """Describe the script's own values that differed."""
-        changed = {name: pair for name, pair in self._changed("values").items() if not self._is_ahead(name, pair[1])}
+        objects = tuple(f"{name}." for name in self._changed("untracked"))  # which are candidates themselves
+        changed = {
+            name: pair
+            for name, pair in self._changed("values").items()
+            if not name.startswith(objects) and not self._is_ahead(name, pair[1])
+        }
         return [
             Candidate("value", _describe_pair(name, *pair), self._advise(name, pair[0]))
             for name, pair in changed.items()

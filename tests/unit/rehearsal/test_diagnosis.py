@@ -82,6 +82,14 @@ def test_several_values_that_differed_are_candidates():
     assert cause.advice == 'keep `total` in run.state["total"]; keep `hidden` in run.state["hidden"]'
 
 
+def test_the_parts_of_an_object_are_no_candidates_beside_it():
+    untracked = {"meter": {"kind": "stateful", "label": "Meter"}}
+    changes = [{"before": {"untracked": {"meter": state}, "values": {"meter.total": str(state)}}} for state in (1, 2)]
+    cause = cause_of(*changes, untracked=untracked)
+    assert cause.observation.endswith("generators; Meter `meter` is not known to trackopt")
+    assert cause.advice == "hand it over: trackopt.wrap(…, meter=meter)"
+
+
 def test_a_count_of_the_steps_is_to_be_taken_from_the_run():
     cause = cause_of({"before": {"values": {"done": "1"}}}, {"before": {"values": {"done": "0"}}})
     assert cause.advice == "take `done` from run.global_step"
