@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from trackopt.rehearsal.trace import Step, Trace
 
@@ -202,10 +202,10 @@ def _state(names: list[str]) -> str:
 
 
 def _key(name: str) -> str:
-    return re.findall(r"[A-Za-z_]\w*", name)[-1]
+    return str(re.findall(r"[A-Za-z_]\w*", name)[-1])
 
 
-def _list(names: Any) -> str:
+def _list(names: Iterable[str]) -> str:
     return " and ".join(list(names)[:_MAX_NAMES])
 
 

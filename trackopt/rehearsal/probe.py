@@ -12,6 +12,7 @@ import sys
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import orjson
+import torch
 
 from trackopt.rehearsal.fingerprint import (
     buffer_names,
@@ -28,7 +29,7 @@ from trackopt.rehearsal.values import carried, loop_counters, root, values
 from trackopt.rundir.environment import KILLED, ResumeCheckPlan
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
     from pathlib import Path
 
     from trackopt.training.objects import Training
@@ -61,8 +62,9 @@ class Probe:
         self._before: StateDict | None = None  # the inputs of the current step, once it has begun
         self._start: dict[str, int] | None = weights(training)  # until the first step begins
         self._write(attempt=step, **self._state())
+        untraced: Callable[..., Any] = torch.compiler.disable  # Dynamo must not trace the hook of a compiled step
         for optimizer in training.optimizers.values():
-            optimizer.register_step_pre_hook(lambda *_: self._begin_step_without_batch())
+            optimizer.register_step_pre_hook(untraced(self._begin_step_without_batch))
 
     def watch(self, batches: Iterable[T], loader: object) -> Iterator[T]:
         """Yield the batches of ``loader``, and fingerprint each."""
@@ -97,7 +99,7 @@ class Probe:
                 # Like a crash of the machine: the command that started this process must not run its next line.
                 os.killpg(0, signal.SIGKILL)
 
-    def _begin_step_without_batch(self) -> None:
+    def _begin_step_without_batch(self, *_: object) -> None:
         """Take the inputs of a step whose iteration has no batch of the run, when its optimizer is about to update."""
         if self._before is None:
             self._scan_untracked()
