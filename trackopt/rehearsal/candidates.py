@@ -120,9 +120,8 @@ class StepInputs:
         ]
 
     def _advise(self, name: str, text: str) -> str:
-        if text == str(self._step - 1):
-            return f"take `{name}` from run.global_step"
-        return f"keep `{name}` in {_state([name])}"
+        counts = ", or take it from run.global_step if it counts the steps" if text == str(self._step - 1) else ""
+        return f"keep `{name}` in {_state([name])}{counts}"
 
     def _objects(self, kind: str) -> list[Candidate]:
         names = self.changed_objects(kind)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _MAX_VALUES = 200
 _MAX_ELEMENTS = 1_000_000  # of a tensor; a larger one is data
 _MAX_ITEMS = 50  # of a container; of a longer list the last ones count
-_MAX_DEPTH = 3
+_MAX_DEPTH = 3  # of containers, and of objects
 _PLAIN = (bool, int, float, complex, np.generic, type(None))
 
 
@@ -33,12 +33,13 @@ def values(*, all_names: bool = False) -> dict[str, str]:
         By name: a number as text; a tensor or a container of numbers as its kind and a fingerprint.
     """
     texts: dict[str, str] = {}
+    seen: set[int] = set()
     for frame in user_frames():
         names = frozenset(frame.f_locals) if all_names else carried_names(frame)
         for name, value in list(frame.f_locals.items()):
             if name not in names or name.startswith("_"):
                 continue
-            for path, part in ((name, value), *_attributes(name, value)):
+            for path, part in ((name, value), *_attributes(name, value, seen)):
                 if path not in texts and len(texts) < _MAX_VALUES and (text := _try_describe(part)) is not None:
                     texts[path] = text
     return texts
@@ -65,20 +66,23 @@ def loop_counters() -> dict[str, int]:
     return counters
 
 
-def _attributes(name: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """Yield the attributes of the user's objects, and what a module keeps outside of its ``state_dict``."""
+def _attributes(name: str, value: Any, seen: set[int], depth: int = _MAX_DEPTH) -> Iterator[tuple[str, Any]]:
+    """Yield the attributes of the user's objects, and what a module keeps outside of its ``state_dict``; each once."""
+    if id(value) in seen or not depth:
+        return
     if isinstance(value, nn.Module):
+        seen.add(id(value))
         for path, module in value.named_modules(prefix=name):
             attributes = vars(module) if is_users_class(type(module)) else {}
             buffers = {key: module._buffers.get(key) for key in module._non_persistent_buffers_set}
             own = {key: part for key, part in attributes.items() if not key.startswith("_") and key != "training"}
             yield from ((f"{path}.{key}", part) for key, part in (own | buffers).items())
     elif is_users_class(type(value)):
+        seen.add(id(value))
         for key, part in list(getattr(value, "__dict__", {}).items()):
             if not key.startswith("_"):
                 yield f"{name}.{key}", part
-                if isinstance(part, nn.Module):
-                    yield from _attributes(f"{name}.{key}", part)
+                yield from _attributes(f"{name}.{key}", part, seen, depth - 1)
 
 
 def _try_describe(value: Any) -> str | None:

@@ -90,9 +90,9 @@ def test_the_parts_of_an_object_are_no_candidates_beside_it():
     assert cause.advice == "hand it over: trackopt.wrap(…, meter=meter)"
 
 
-def test_a_count_of_the_steps_is_to_be_taken_from_the_run():
+def test_a_count_of_the_steps_may_be_taken_from_the_run():
     cause = cause_of({"before": {"values": {"done": "1"}}}, {"before": {"values": {"done": "0"}}})
-    assert cause.advice == "take `done` from run.global_step"
+    assert cause.advice == 'keep `done` in run.state["done"], or take it from run.global_step if it counts the steps'
 
 
 def test_data_from_elsewhere_are_a_candidate_beside_a_value():
@@ -213,6 +213,25 @@ class Recurrent(torch.nn.Module):
         self.cell = torch.nn.Linear(2, 2)
         self.hidden = torch.zeros(2)
         self.register_buffer("seen", torch.zeros(3), persistent=False)
+
+
+class Trainer:
+    """Holds everything in its attributes, as classes of trainings do; one of them leads back to it."""
+
+    def __init__(self):
+        self.best, self.net, self.meter, self._cache = 0.5, Recurrent(), Saver(None), 1
+        self.meter.total, self.meter.trainer = 3, self
+
+    def look(self):
+        found = values()
+        return found, self
+
+
+def test_values_are_found_in_the_attributes_of_objects():
+    found, _ = Trainer().look()
+    mine = {name: text for name, text in found.items() if name.startswith("self.")}
+    assert mine.keys() == {"self.best", "self.net.hidden", "self.net.seen", "self.meter.total", "self.meter.optimizer"}
+    assert (mine["self.best"], mine["self.meter.total"], mine["self.meter.optimizer"]) == ("0.5", "3", "None")
 
 
 def test_values_are_those_that_the_loop_carries_on():
