@@ -18,13 +18,13 @@ import torch
 
 from tests.helpers.command import trackopt
 from tests.helpers.processes import Script
+from tests.helpers.traces import moment, trace
 from tests.helpers.training import make_training
 from trackopt import journal
 from trackopt.rehearsal import training_command
 from trackopt.rehearsal.diagnosis import diagnose
 from trackopt.rehearsal.divergence import first_divergence
 from trackopt.rehearsal.rehearse import rehearse
-from trackopt.rehearsal.trace import AttemptStart, Step, Trace
 from trackopt.rehearsal.training_command import OBSERVER, CommandError
 from trackopt.rehearsal.untracked_state import find_untracked
 from trackopt.rundir import environment
@@ -95,6 +95,84 @@ def main():
                 run.log(loss=loss, average=ema(x).sum())
 
 main()
+"""
+
+LOOPS = """
+import sys, torch, trackopt
+from torch.optim.swa_utils import AveragedModel
+from torch.utils.data import DataLoader
+
+FAULT = sys.argv[1]
+torch.set_num_threads(1)
+torch.manual_seed(0)
+model = torch.nn.Linear(3, 3)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+loader = DataLoader(torch.randn(24, 3), 4, shuffle=True)
+noise = torch.Generator().manual_seed(0)
+ema = AveragedModel(model)
+counted = 0
+save_every = 3 if FAULT == "accumulation" else 4
+restores_itself = FAULT in ("right", "hidden")
+run = trackopt.wrap(
+    optimizer, model=None if restores_itself else model, ema=ema, dir="runs/small", save_every=save_every, sinks=(),
+    stats=None,
+)
+
+def update(x, hidden=0.0):
+    out = model(x + hidden)
+    loss = (out - x.sum(1, keepdim=True)).square().mean()
+    loss.backward()
+    return loss, out.detach()
+
+def step():
+    optimizer.step()
+    optimizer.zero_grad()
+
+def index():
+    for epoch in run.epochs(2):
+        for i, x in enumerate(run.batches(loader)):
+            loss, _ = update(x)
+            step()
+            if i % 3 == 0:
+                ema.update_parameters(model)
+            run.log(loss=loss)
+
+def accumulation():
+    for epoch in run.epochs(5):
+        for i, x in enumerate(run.batches(loader)):
+            run.log(loss=update(x)[0])
+            if (i + 1) % 4 == 0 or i == len(loader) - 1:
+                step()
+
+def hidden():
+    global counted
+    counted = run.global_step
+    noise.set_state(run.state.get("noise", noise.get_state()))
+    model.load_state_dict(run.state.get("model", model.state_dict()))
+    for epoch in run.epochs(2):
+        hidden, run.state["total"], loss = torch.zeros(4, 3), 0.0, 0.0
+        for i, x in run.enumerate(loader):
+            loss, hidden = update(x + torch.rand((4, 3), generator=noise), hidden if FAULT == "hidden" else 0.0)
+            step()
+            if i % 4 == 0:
+                ema.update_parameters(model)
+            run.state["total"] += loss.item()
+            run.state["noise"], run.state["model"] = noise.get_state(), model.state_dict()
+            counted += 1
+            run.log(loss=loss, counted=counted, total=run.state["total"])
+
+def ahead():
+    counted = run.global_step
+    x = torch.randn(4, 3)
+    while counted < 12:
+        loss, _ = update(x)
+        x = torch.randn(4, 3)
+        step()
+        counted += 1
+        run.step(loss=loss)
+
+{"right": hidden}.get(FAULT, globals().get(FAULT))()
+run.close()
 """
 
 FRAMEWORK = """
@@ -216,6 +294,39 @@ def test_a_fault_that_only_a_resume_shows_is_named(fault, kind, seen, advice, sc
         assert found.kills[0].step == 8
         assert found.kills[0].resumed_from == 6
         assert found.verdict.first.step in {7, 9}  # the StepLR would have changed the LR behind step 8
+
+
+@pytest.mark.usefixtures("forked")
+@pytest.mark.parametrize(
+    ("fault", "kind", "seen", "advice"),
+    [
+        (
+            "index",
+            "index",
+            "generators; `i` was 4 in the one and 0 in the other: the number of",
+            "run.enumerate(loader)",
+        ),
+        ("accumulation", "index", "was not; `i` was 5 in the one and 3 in the other: the", "run.enumerate(loader)"),
+        ("hidden", "value", "generators; `hidden` (tensor (4, 3)) was not the same", 'run.state["hidden"]'),
+        ("ahead", "ahead", "generators; `x` had the value of step 6 already", "fetch it at the beginning"),
+    ],
+)
+def test_a_loop_that_keeps_something_to_itself_is_told_what(fault, kind, seen, advice, tmp_path):
+    """The cause is named alone: nothing that was restored correctly is accused, nor is what the fault has changed."""
+    found = rehearse([*write(tmp_path, LOOPS), fault], at=[5])
+    assert found.verdict is not None
+    assert (found.verdict.reproducible, found.verdict.cause.kind) == (True, kind), found.verdict
+    assert seen in found.verdict.cause.observation
+    assert advice in found.verdict.cause.advice
+    assert "candidates" not in found.verdict.cause.observation
+
+
+@pytest.mark.usefixtures("forked")
+def test_a_script_that_restores_its_values_itself_is_exact(tmp_path):
+    """A counter, weights, a generator, the sum of an epoch and the index of the batch, each restored after `wrap`."""
+    found = rehearse([*write(tmp_path, LOOPS), "right"], at=[5, 9])
+    assert found.exact, found.verdict
+    assert [kill.resumed_from for kill in found.kills] == [4, 8]
 
 
 @pytest.mark.usefixtures("forked")
@@ -399,21 +510,6 @@ def test_untracked_objects_are_found_by_the_names_that_the_script_has_for_them()
     assert not found.keys() & {"model", "optimizer", "scheduler", "warmup", "chained", "known"}
 
 
-def moment(**changes):
-    """One step of a made-up trace."""
-    before = {"rng": {"torch": 1}, "untracked": {}, "numbers": {}} | changes.pop("before", {})
-    return Step(
-        **{"weights": "0" * 8, "optimizer": "", "lr": [0.1], "rng": {"torch": 2}, "batch": 1, **changes}, before=before
-    )
-
-
-def trace(losses, steps, *starts, **options):
-    points = list(enumerate(losses, 1))
-    starts = tuple(AttemptStart(step, "0" * 8) for step in starts or (0,))
-    names = {"weights": ["w"], "optimizer": []}
-    return Trace("run", 0.0, {"loss": points}, dict(enumerate(steps, 1)), starts, (), names, **options)
-
-
 def test_rounding_points_to_kernels():
     """All that a step came from is the same, and the loss is another in its last bits."""
     a, b = (trace([1.0, loss], [moment(), moment()]) for loss in (0.5, 0.5000000001))
@@ -440,7 +536,7 @@ def test_a_training_of_another_length_is_told():
 def test_a_number_that_is_different_each_time_is_no_evidence():
     """A start time differs between any two trainings; a running mean that starts again does not."""
     numbers = [{"start": "1.0", "mean": "3"}, {"start": "2.0", "mean": "0"}, {"start": "3.0", "mean": "3"}]
-    steps = [[moment(), moment(before={"numbers": each})] for each in numbers]
+    steps = [[moment(), moment(before={"values": each})] for each in numbers]
     a, b, again = (trace([1.0, loss], each, 0, 1) for loss, each in zip((0.5, 0.7, 0.5), steps, strict=True))
     assert diagnose(a, b, again).cause.observation.endswith("`mean` was 3 in the one and 0 in the other")
 
@@ -486,7 +582,7 @@ def test_a_batch_that_was_not_restored_is_told():
         in cause.observation
     )
     assert "random.Random `shuffle.rng` is not known to trackopt" in cause.observation
-    assert cause.advice == "hand it over: trackopt.wrap(…, rng=shuffle.rng)"
+    assert cause.advice == "hand it over: trackopt.wrap(…, own_rng=shuffle.rng)"
     assert diagnose(a, b).cause.advice.startswith("seed it: random.Random(0)")
     a, b = (trace([1.0, 0.5], [moment(), moment(batch=batch)], 0, 1) for batch in (1, 2))
     assert "the loader draws from something that trackopt does not know" in diagnose(a, b, a).cause.observation
@@ -494,7 +590,7 @@ def test_a_batch_that_was_not_restored_is_told():
 
 def test_a_learning_rate_that_the_script_counts_out_is_told():
     """The variable that it depends on is named with both values."""
-    a, b = (trace([1.0, 0.5], [moment(), moment(before={"numbers": {"warmup": n}})], 0, 1) for n in ("6", "0"))
+    a, b = (trace([1.0, 0.5], [moment(), moment(before={"values": {"warmup": n}})], 0, 1) for n in ("6", "0"))
     a.series["lr/group0"], b.series["lr/group0"] = [(1, 0.1), (2, 0.7)], [(1, 0.1), (2, 0.1)]
     cause = diagnose(a, b, a).cause
     assert cause.kind == "lr"

@@ -53,8 +53,10 @@ BACKENDS = {
     "recorder/sinks/tensorboard_events.py": {"tensorboard"},
     "recorder/sinks/tensorboard_layout.py": {"tensorboard"},
     "remote/artifacts.py": {"mlflow"},
-    "rehearsal/fingerprint.py": {"torch"},  # these two are the training process's side
+    "rehearsal/fingerprint.py": {"torch"},  # these four are the training process's side
+    "rehearsal/probe.py": {"torch"},
     "rehearsal/untracked_state.py": {"torch"},
+    "rehearsal/values.py": {"torch"},
 }
 
 

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from trackopt.rehearsal import divergence
+from trackopt.rehearsal.candidates import Candidate, StepInputs, describe, hand_over, hand_over_models, join
 
 if TYPE_CHECKING:
     from trackopt.rehearsal.divergence import Divergence
     from trackopt.rehearsal.trace import Step, Trace
 
 _ROUNDING = 1e-6  # kernels that sum in another order differ by less, relative to the value
-_MAX_NAMES = 3
 LIBRARIES = {"python": "random", "numpy": "NumPy", "torch": "torch", "cuda": "torch (CUDA)"}
 _SEEDS = {
     "python": "random.seed(0)",
@@ -34,8 +33,9 @@ class Cause:
     """Why two trainings diverge.
 
     Attributes:
-        kind: ``data``, ``lr``, ``rng``, ``weights``, ``optimizer``, ``accumulation``, ``object``, ``number``,
-            ``length``, ``kernels``, ``state``, ``directory`` or ``unknown``.
+        kind: ``data``, ``lr``, ``rng``, ``weights``, ``optimizer``, ``accumulation``, ``index`` (of an ``enumerate``),
+            ``ahead`` (a value fetched a step ahead), ``object``, ``value``, ``length``, ``kernels``, ``state``,
+            ``directory`` or ``unknown``.
         observation: The observed difference.
         advice: How to fix it.
     """
@@ -79,7 +79,7 @@ def diagnose(a: Trace, b: Trace, control: Trace | None = None) -> Diagnosis | No
 
 
 class _Comparison:
-    """Two trainings and the step at which they diverge; candidates are checked in the order of cause and effect."""
+    """Two trainings and the step at which they diverge; causes are checked in the order of cause and effect."""
 
     def __init__(self, a: Trace, b: Trace, first: Divergence, control: Trace | None) -> None:
         self._traces = (a, b)
@@ -92,12 +92,21 @@ class _Comparison:
         self._parts = divergence.differing_parts(a, b, self._step) if self._step in common else set()
         at = self._step if self._step in common else max(common, default=0)
         self._steps: tuple[Step, Step] | None = (a.steps[at], b.steps[at]) if at else None
-        self._control = control.steps.get(at) if control else None
+        resumed_at = max((start.step for start in b.attempts if start.step < at), default=0)
+        after_resume = min((step for step in common if step > resumed_at), default=at)
+        # What differed since the resume may show its effect only later.
+        self._inputs = [StepInputs(a, b, control, step) for step in dict.fromkeys((at, after_resume)) if step]
 
     def cause(self) -> Cause:
         """Return the likely cause."""
-        checks = (self._length, self._weights, self._data, self._learning_rate, self._rng, self._untracked_state)
+        checks = (
+            *(self._length, self._weights, self._data, self._learning_rate, self._rng),
+            *(self._untracked_state, self._own_data, self._restored_object),
+        )
         return next(filter(None, (check() for check in checks)), None) or self._unknown()
+
+    def _candidates(self, *kinds: str) -> list[Candidate]:
+        return next(filter(None, (inputs.candidates(*kinds) for inputs in self._inputs)), [])
 
     def _length(self) -> Cause | None:
         a, b = (max(trace.steps, default=0) for trace in self._traces)
@@ -106,12 +115,13 @@ class _Comparison:
         seen = f"one training ended at step {a:,}, the other at step {b:,}"
         if not self._resumed:
             return Cause("length", seen, "make its length depend on steps or epochs, not on time")
-        seen += "".join(f"; {number}" for number in self._numbers())
-        return Cause(
-            "length",
-            seen,
-            "take epochs and batches from run.epochs(n) and run.batches(loader), or start the loop at run.global_step",
+        advice = (
+            "take epochs and batches from run.epochs(n) and run.batches(loader), or start the loop at run.global_step"
         )
+        if found := self._candidates("index", "value"):
+            observation, advice = join(found)
+            seen += f"; {observation}"
+        return Cause("length", seen, advice)
 
     def _weights(self) -> Cause | None:
         a = self._traces[0]
@@ -127,11 +137,8 @@ class _Comparison:
         models = self._changed("module")
         seen = f"training resumed with other weights than those of step {self._previous:,}"
         if models:
-            return Cause(
-                "weights",
-                f"{seen}: {self._describe(models)} not handed to wrap()",
-                _hand_over(models),
-            )
+            described = describe(models, self._traces[1].untracked)
+            return Cause("weights", f"{seen}: {described} not handed to wrap()", hand_over_models(models))
         return Cause("weights", seen, "hand the model to wrap(…, model=model), and do not change it afterwards")
 
     def _data(self) -> Cause | None:
@@ -141,17 +148,21 @@ class _Comparison:
         if self._step > 1 or self._resumed:
             seen = f"the weights at step {self._previous:,} were identical, the batch of step {self._step:,} was not"
         if self._resumed:
-            seen += ": the data are not restored"
-            if found := self._object("generator", "stateful"):
-                return Cause("data", f"{seen}; {found.observation}", found.advice)
-            seen += "".join(f"; {number}" for number in self._numbers())
-            return Cause(
+            if found := self._candidates("index", "generator", "stateful"):
+                observation, advice = join(found)
+                if found[0].kind == "index":
+                    return Cause("index", f"{seen}; {observation}", advice)
+                return Cause("data", f"{seen}: the data are not restored; {observation}", advice)
+            loader = Candidate(
                 "data",
-                f"{seen}, so the loader draws from something that trackopt does not know",
-                "let it draw from a generator that is created once, and hand that over: trackopt.wrap(…, rng=rng)",
+                "the loader draws from something that trackopt does not know",
+                "let it draw from a generator that is created once, and hand that over: trackopt.wrap(…, "
+                "generator=generator)",
             )
-        if found := self._unseeded():
-            return Cause("data", f"{seen}: {found.observation}", found.advice)
+            observation, advice = join([*self._candidates("value"), loader])
+            return Cause("data", f"{seen}: the data are not restored; {observation}", advice)
+        if found_unseeded := self._unseeded():
+            return Cause("data", f"{seen}: {found_unseeded.observation}", found_unseeded.advice)
         return Cause(
             "data",
             f"{seen}: the order depends on something that is different each time, such as the time, the system's "
@@ -168,15 +179,11 @@ class _Comparison:
             return Cause(
                 "lr", f"{seen}: it depends on something that is different each time", "compute it from the step"
             )
-        if schedulers := self._changed("scheduler"):
-            name = schedulers[0]
-            restart = "they start again" if len(schedulers) > 1 else "it starts again"
-            return Cause(
-                "lr",
-                f"{seen}: {self._describe(schedulers)} not handed to wrap(), so {restart} after a resume",
-                f"hand it over: trackopt.wrap(optimizer, {name}, …)",
-            )
-        seen += "".join(f"; {number}" for number in self._numbers())
+        if found := self._candidates("index", "scheduler", "value") or self._candidates("stateful"):
+            observation, advice = join(found)
+            if {each.kind for each in found} == {"value"}:
+                advice = f"compute it from run.global_step or run.epoch; or {advice}"
+            return Cause("lr", f"{seen}: {observation}", advice)
         return Cause(
             "lr",
             f"{seen}: the script sets it without a scheduler",
@@ -201,54 +208,79 @@ class _Comparison:
     def _untracked_state(self) -> Cause | None:
         if not self._resumed:
             return self._unseeded()
-        seen = f"step {self._step:,} began with the same weights, batch and global generators"
-        if found := self._object("generator"):
-            return Cause("object", f"{seen}; {found.observation}", found.advice)
-        found, numbers = self._object("scheduler", "optimizer", "stateful", "module"), self._numbers()
-        if found or numbers:
-            known = "keep it in an object with state_dict() and load_state_dict(), and hand that to wrap()"
-            observations = [part for part in (found and found.observation, *numbers) if part]
-            advice = [part for part in (found and found.advice, numbers and known) if part]
-            return Cause("object" if found else "number", f"{seen}; {'; '.join(observations)}", "; ".join(advice))
-        if self._restored is not None and self._steps is not None and self._steps[0].batch is None:
+        found = self._candidates(
+            *("index", "ahead", "generator", "scheduler", "optimizer", "stateful", "module", "value")
+        )
+        if not found:
+            return None
+        kind = found[0].kind if found[0].kind in {"index", "ahead", "value"} else "object"
+        if kind != "ahead" and self._steps is not None and self._steps[0].batch is None and (data := self._own_data()):
+            found.append(Candidate("data", data.observation, data.advice))
+        observation, advice = join(found)
+        return Cause(kind, f"{self._same_inputs()}; {observation}", advice)
+
+    def _own_data(self) -> Cause | None:
+        """Find that the loop takes its data from elsewhere: they begin again after a resume."""
+        if not self._resumed or self._restored is None or self._steps is None:
+            return None
+        if self._steps[0].batch is None:
             return Cause(
                 "data",
                 "the loop does not take its data from run.batches(), so their order is not restored",
                 "take the batches from run.batches(loader)",
             )
-        if self._restored is not None and (names := self._all("iterator")):
+        untracked = self._traces[1].untracked
+        if names := [name for name, about in untracked.items() if about["kind"] == "iterator"]:
             return Cause(
                 "object",
-                f"{seen}; {self._describe(names)} in the middle of its data, and starts again after a resume",
+                f"{describe(names, untracked)} in the middle of its data, and starts again after a resume",
                 "create the iterator in each epoch, or take its batches from run.batches(loader)",
             )
         return None
 
+    def _restored_object(self) -> Cause | None:
+        """Find an object whose own ``load_state_dict`` does not restore all of it."""
+        name = self._first.tensor
+        if not self._resumed or self._restored is None or self._parts != {"objects"} or name is None:
+            return None
+        return Cause(
+            "state",
+            f"{self._same_inputs()}, and {name} differs after it",
+            f"check that load_state_dict() of {name.partition('.')[0]} restores all that its state_dict() returns",
+        )
+
+    def _same_inputs(self) -> str:
+        return f"step {self._step:,} began with the same weights, batch and global generators"
+
     def _unknown(self) -> Cause:
-        a, b = self._first.a, self._first.b
-        if self._first.series is None or (
-            a is not None and b is not None and abs(a - b) <= _ROUNDING * max(abs(a), abs(b))
-        ):
+        same = "all inputs of the step that trackopt sees were identical"
+        # If the weights alone differ, the metrics of the next step show by how much.
+        size = divergence.relative_difference(*self._traces, self._step + 1)
+        if size is not None and size <= _ROUNDING:
             return Cause(
                 "kernels",
-                "all inputs of the step were identical, and the results differ by no more than rounding: some "
-                "kernel sums in another order each time",
+                f"{same}, and the results differ by no more than rounding ({size:.0e} of the value): some kernel sums "
+                "in another order each time",
                 "torch.use_deterministic_algorithms(True)",
             )
-        return Cause(
-            "unknown",
-            "all inputs of the step that trackopt sees were identical: it depends on something else, such as a file, "
-            "the time or an object without a state_dict()",
-            "look for what the step reads besides its batch",
-        )
+        unseen = "something else, such as a file, the time or an object without a state_dict()"
+        if size is None:
+            return Cause(
+                "unknown",
+                f"{same}; tensors are compared by fingerprints alone, so the size of the difference is not known: it "
+                f"depends on {unseen}, or on a kernel that sums in another order each time",
+                "look for what the step reads besides its batch; torch.use_deterministic_algorithms(True) excludes the "
+                "kernel",
+            )
+        return Cause("unknown", f"{same}: it depends on {unseen}", "look for what the step reads besides its batch")
 
     def _unseeded(self) -> Cause | None:
         """Find the generator that was not seeded, between two uninterrupted trainings."""
         untracked = self._traces[1].untracked
         if names := self._changed("generator", "loader"):
             own = [name for name in names if untracked[name]["kind"] == "generator"]
-            advice = f"seed it: {_SEEDED[untracked[names[0]]['label']]}" + (f"; and {_hand_over(own)}" if own else "")
-            return Cause("object", f"{self._describe(names)} not seeded", advice)
+            advice = f"seed it: {_SEEDED[untracked[names[0]]['label']]}" + (f"; and {hand_over(own)}" if own else "")
+            return Cause("object", f"{describe(names, untracked)} not seeded", advice)
         if self._steps is None:
             return None
         names = divergence.changed_generators(*self._traces, *(step.before["rng"] for step in self._steps))
@@ -259,47 +291,6 @@ class _Comparison:
             "rng", f"the global generator of {libraries} is not seeded", "; ".join(_SEEDS[name] for name in names)
         )
 
-    def _object(self, *kinds: str) -> Cause | None:
-        names = self._changed(*kinds)
-        if not names:
-            return None
-        return Cause("object", f"{self._describe(names)} not known to trackopt", _hand_over(names))
-
     def _changed(self, *kinds: str) -> list[str]:
         """Return the untracked objects of these kinds whose state differed when the step began."""
-        return [name for name in self._all(*kinds) if name in self._changed_inputs("untracked")]
-
-    def _all(self, *kinds: str) -> list[str]:
-        return [name for name, about in self._traces[1].untracked.items() if about["kind"] in kinds]
-
-    def _numbers(self) -> list[str]:
-        """Describe the user's own numbers that differed when the step began."""
-        changed = list(self._changed_inputs("numbers").items())[:_MAX_NAMES]
-        return [f"`{name}` was {a} in the one and {b} in the other" for name, (a, b) in changed]
-
-    def _changed_inputs(self, what: str) -> dict[str, tuple[Any, Any]]:
-        """Return the inputs of the step that differed, except those that differ in every training."""
-        if self._steps is None:
-            return {}
-        a, b = (step.before[what] for step in self._steps)
-        expected = a if self._control is None else self._control.before[what]
-        return {
-            name: (a[name], b[name]) for name in a if name in b and a[name] != b[name] and a[name] == expected.get(name)
-        }
-
-    def _describe(self, names: list[str]) -> str:
-        """Join names and verb: ``NumPy's Generator `noise` is``, ``Adam `a` and SGD `b` are``."""
-        parts = [f"{self._traces[1].untracked[name]['label']} `{name}`" for name in names[:_MAX_NAMES]]
-        return f"{' and '.join(parts)} {'are' if len(names) > 1 else 'is'}"
-
-
-def _hand_over(names: list[str]) -> str:
-    arguments = [
-        f"{re.findall(r'[A-Za-z_]+[A-Za-z_0-9]*', name)[-1]}={_expression(name)}" for name in names[:_MAX_NAMES]
-    ]
-    return f"hand {'them' if len(names) > 1 else 'it'} over: trackopt.wrap(…, {', '.join(arguments)})"
-
-
-def _expression(name: str) -> str:
-    closure = re.search(r"\(…(\w+)…\)$", name)
-    return closure.group(1) if closure else name
+        return self._inputs[0].changed_objects(*kinds) if self._inputs else []

@@ -23,8 +23,8 @@ class Divergence:
         series: The series that differs at that step, if any.
         a: Its value in the first training; ``None`` if it has none.
         b: Its value in the second.
-        tensor: The first tensor of the weights or the optimizer's state that differs after that step, or the entry
-            that differs in the final checkpoint.
+        tensor: The first tensor of the weights, the optimizer's state or the tracked objects that differs after that
+            step, or the entry that differs in the final checkpoint.
     """
 
     run: str
@@ -54,6 +54,24 @@ def first_divergence(a: Trace, b: Trace) -> Divergence | None:
     return Divergence(a.name, step, series, x, y, tensor)
 
 
+def relative_difference(a: Trace, b: Trace, until: int) -> float | None:
+    """Return the largest difference, relative to the value, of the first points that differ; ``None`` without a pair.
+
+    The user's metrics count if one of them differs there: statistics near zero differ by more than rounding.
+
+    Args:
+        a: A training.
+        b: Another one.
+        until: The last step that counts.
+    """
+    points = [(step, key, x, y) for step, key, x, y in differing_points(a, b) if step <= until and x != y]
+    first = min((step for step, *_ in points), default=None)
+    points = sorted((point for point in points if point[0] == first), key=lambda point: _rank(point[1]))
+    pairs = [(x, y) for _, key, x, y in points if _rank(key) == _rank(points[0][1])]
+    differences = [float("inf") if x is None or y is None else abs(x - y) / max(abs(x), abs(y)) for x, y in pairs]
+    return max(differences, default=None)
+
+
 def same_series(a: Trace, b: Trace) -> bool:
     """Return True if the effective series are identical in every bit; NaN equals NaN."""
     return next(differing_points(a, b), None) is None
@@ -62,7 +80,8 @@ def same_series(a: Trace, b: Trace) -> bool:
 def differing_parts(a: Trace, b: Trace, step: int) -> set[str]:
     """Return the attributes of `Step` that differ at a step, among those that determine the next one."""
     x, y = a.steps[step], b.steps[step]
-    parts = {name for name in ("batch", "weights", "optimizer", "lr") if getattr(x, name) != getattr(y, name)}
+    names = ("batch", "weights", "optimizer", "lr", "objects")
+    parts = {name for name in names if getattr(x, name) != getattr(y, name)}
     return parts | ({"rng"} if changed_generators(a, b, x.rng, y.rng) else set())
 
 
@@ -94,10 +113,10 @@ def _rank(key: str) -> tuple[bool, bool]:
 
 
 def differing_names(trace: Trace, a: Step, b: Step) -> Iterator[str]:
-    """Yield the tensors of the weights that differ after a step, then the parameters whose optimizer state differs."""
-    for what in ("weights", "optimizer"):
+    """Yield what differs after a step: tensors of the weights, the optimizer's states, entries of tracked objects."""
+    for what in ("weights", "optimizer", "objects"):
         x, y = getattr(a, what), getattr(b, what)
-        for index, name in enumerate(trace.names[what]):
+        for index, name in enumerate(trace.names.get(what, ())):
             at = slice(index * _DIGITS, (index + 1) * _DIGITS)
             if x[at] != y[at]:
-                yield name if what == "weights" else f"the optimizer's state of {name}"
+                yield f"the optimizer's state of {name}" if what == "optimizer" else name

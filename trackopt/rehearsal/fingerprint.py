@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from trackopt.archive.io.checksums import crc32
+from trackopt.checkpoint.snapshot import state_of
 from trackopt.training import rng
 
 if TYPE_CHECKING:
@@ -62,9 +63,34 @@ def weights(training: Training) -> dict[str, int]:
     return fingerprints
 
 
+def buffer_names(training: Training) -> set[str]:
+    """Return the names that `weights` has for the buffers of the models."""
+    models = training.models
+    return {
+        name if len(models) == 1 else f"{model}.{name}"
+        for model, module in models.items()
+        for name, _ in module.named_buffers()
+    }
+
+
 def optimizer_state(training: Training) -> dict[str, int]:
     """Fingerprint the optimizers' state of each parameter, by its name."""
     return {name: fingerprint(dict(state)) for name, state, _ in _parameters(training)}
+
+
+def tracked_objects(training: Training) -> dict[str, int]:
+    """Fingerprint the state of the objects that were handed to the run by keyword, entry by entry."""
+    fingerprints: dict[str, int] = {}
+    for name, stateful in training.stateful.items():
+        try:
+            state = state_of(stateful)
+        except Exception:  # noqa: BLE001, S112 - the user's state_dict() may raise anything; saving it reports that
+            continue
+        if isinstance(state, Mapping) and not rng.is_generator(stateful):
+            fingerprints |= {f"{name}.{key}": fingerprint(part) for key, part in state.items()}
+        else:
+            fingerprints[name] = fingerprint(state)
+    return fingerprints
 
 
 def learning_rates(training: Training) -> list[float]:

@@ -12,14 +12,24 @@ import sys
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import orjson
+import torch
 
-from trackopt.rehearsal.fingerprint import fingerprint, global_rng, learning_rates, optimizer_state, weights
+from trackopt.rehearsal.fingerprint import (
+    buffer_names,
+    fingerprint,
+    global_rng,
+    learning_rates,
+    optimizer_state,
+    tracked_objects,
+    weights,
+)
 from trackopt.rehearsal.trace import NAME
-from trackopt.rehearsal.untracked_state import UntrackedObject, find_untracked, numbers
+from trackopt.rehearsal.untracked_state import UntrackedObject, find_untracked
+from trackopt.rehearsal.values import carried, loop_counters, root, values
 from trackopt.rundir.environment import KILLED, ResumeCheckPlan
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
     from pathlib import Path
 
     from trackopt.training.objects import Training
@@ -46,30 +56,42 @@ class Probe:
         self._untracked: list[UntrackedObject] = []
         self._names: dict[str, list[str]] = {}
         self._batch: int | None = None  # the fingerprint of the batches since the latest record
+        self._position: int | None = None
         self._loader: object = None
-        self._uses_batches = False  # the loop takes its batches from the run
+        self._rng = global_rng()
+        self._before: StateDict | None = None  # the inputs of the current step, once it has begun
+        self._start: dict[str, int] | None = weights(training)  # until the first step begins
         self._write(attempt=step, **self._state())
-        self._scan_untracked()
-        self._before = self._step_inputs()
+        untraced: Callable[..., Any] = torch.compiler.disable  # Dynamo must not trace the hook of a compiled step
+        for optimizer in training.optimizers.values():
+            optimizer.register_step_pre_hook(untraced(self._begin_step_without_batch))
 
     def watch(self, batches: Iterable[T], loader: object) -> Iterator[T]:
         """Yield the batches of ``loader``, and fingerprint each."""
-        self._uses_batches, self._loader = True, loader
+        self._loader = loader
         for number, batch in enumerate(batches):
             if number == 0:
                 self._scan_untracked()
             if self._batch is None:
-                self._before = self._step_inputs()
-            self._batch = fingerprint(batch, self._batch or 0)
+                self._rng = global_rng()
+                self._before = self._step_inputs(values())
+                self._mark_start(weights(self._training))
+            self._batch, self._position = fingerprint(batch, self._batch or 0), number
             yield batch
 
     def record(self, step: int) -> None:
         """Record the step that is in the journal now, then kill the process if the plan says so."""
-        self._write(step=step, batch=self._batch, before=self._before, rng=global_rng(), **self._state())
-        self._batch = None
-        if not self._uses_batches:
-            self._scan_untracked()
-            self._before = self._step_inputs()
+        self._write(
+            step=step,
+            batch=self._batch,
+            before=self._pop_inputs(),
+            rng=global_rng(),
+            position=self._position,
+            counters=loop_counters() if self._position is not None else {},
+            **self._state(),
+        )
+        self._batch = self._position = None
+        self._rng = global_rng()
         if self._kill_at is not None and step >= self._kill_at:
             self._write(killed=step)
             (self._root / KILLED).touch()
@@ -77,23 +99,50 @@ class Probe:
                 # Like a crash of the machine: the command that started this process must not run its next line.
                 os.killpg(0, signal.SIGKILL)
 
+    def _begin_step_without_batch(self, *_: object) -> None:
+        """Take the inputs of a step whose iteration has no batch of the run, when its optimizer is about to update."""
+        if self._before is None:
+            self._scan_untracked()
+            self._before = self._step_inputs(values(all_names=True))
+            at_wrap = self._start or {}  # buffers have been updated by the forward pass
+            buffers = {name: at_wrap[name] for name in buffer_names(self._training) if name in at_wrap}
+            self._mark_start(weights(self._training) | buffers)
+
+    def _pop_inputs(self) -> StateDict:
+        """Return the inputs of the step that has ended; of the variables, those that are carried from step to step."""
+        inputs = self._before or self._step_inputs(values())
+        self._before = None
+        if self._batch is None:
+            names = carried()
+            inputs["values"] = {path: text for path, text in inputs["values"].items() if root(path) in names}
+        return inputs
+
+    def _mark_start(self, fingerprints: dict[str, int]) -> None:
+        """Note the weights with which the attempt begins: the script may have changed them after ``wrap``."""
+        if self._start is not None:
+            self._start = None
+            self._write(start=_join(fingerprints))
+
     def _state(self) -> StateDict:
-        """Return the weights and the optimizers' state, eight digits for each tensor; their names are written once."""
-        fingerprints = {"weights": weights(self._training), "optimizer": optimizer_state(self._training)}
+        """Return the state of what the run tracks, eight digits for each tensor; their names are written once."""
+        fingerprints = {
+            "weights": weights(self._training),
+            "optimizer": optimizer_state(self._training),
+            "objects": tracked_objects(self._training),
+        }
         names = {what: list(parts) for what, parts in fingerprints.items()}
         if names != self._names:
             self._names = names
             self._write(names=names)
-        joined = {what: "".join(f"{crc:08x}" for crc in parts.values()) for what, parts in fingerprints.items()}
-        return {**joined, "lr": learning_rates(self._training)}
-
-    def _step_inputs(self) -> StateDict:
-        """Return what a step begins with, besides the weights and its batch."""
         return {
-            "rng": global_rng(),
-            "untracked": {untracked.name: untracked.state() for untracked in self._untracked},
-            "numbers": numbers(),
+            **{what: _join(parts) for what, parts in fingerprints.items()},
+            "lr": learning_rates(self._training),
         }
+
+    def _step_inputs(self, found: dict[str, str]) -> StateDict:
+        """Return what a step begins with, besides the weights and its batch."""
+        states = {untracked.name: untracked.state() for untracked in self._untracked}
+        return {"rng": self._rng, "untracked": states, "values": found}
 
     def _scan_untracked(self) -> None:
         """Look for untracked objects; some of them are made only after ``wrap``, or in each epoch."""
@@ -102,3 +151,7 @@ class Probe:
 
     def _write(self, **line: Any) -> None:
         self._file.write(orjson.dumps(line) + b"\n")
+
+
+def _join(fingerprints: dict[str, int]) -> str:
+    return "".join(f"{crc:08x}" for crc in fingerprints.values())

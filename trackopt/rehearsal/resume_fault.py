@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from trackopt.rehearsal.candidates import describe_pair
 from trackopt.rehearsal.diagnosis import LIBRARIES, Cause, Diagnosis
 from trackopt.rehearsal.divergence import Divergence, changed_generators, differing_names, differing_points
 
@@ -146,26 +147,27 @@ class _Resume:
         seen = f"step {self._t:,} used the learning rate {pairs[0][1]} instead of {pairs[0][0]}"
         return Cause(
             "lr",
-            "; ".join([seen, *positions, *([] if positions else self._numbers())]),
+            "; ".join([seen, *positions, *([] if positions else self._values())]),
             "save scheduler.state_dict() and load it after the optimizer's; step it once for each step or epoch",
         )
 
     def _passes(self, x: Step, y: Step) -> Cause | None:
         a, b = x.before["forward"]["passes"], y.before["forward"]["passes"]
-        if a == b:
+        if a == b and not _is_shifted(x.before["forward"]["inputs"], y.before["forward"]["inputs"]):
             return None
-        seen = f"step {self._t:,} was made of {b} forward passes instead of {a}: accumulation resumed in another phase"
+        passes = f"was made of {b} forward passes instead of {a}" if a != b else "took part of the batches of another"
+        seen = f"step {self._t:,} {passes}: accumulation resumed in another phase"
         return Cause(
             "accumulation",
-            "; ".join([seen, *self._numbers()]),
+            "; ".join([seen, *self._values()]),
             "save only after optimizer.step(), or count the batches of the epoch from the position that was restored",
         )
 
     def _data(self, x: Step, y: Step) -> Cause | None:
         if x.batch == y.batch:
             return None
-        inputs = x.before["forward"]["inputs"], y.before["forward"]["inputs"]
-        if set(inputs[0]) & set(inputs[1]):
+        fetched = x.before["forward"]["fetched"], y.before["forward"]["fetched"]
+        if len({a == b for a, b in zip(*fetched, strict=False)}) > 1:  # of samples and labels, one is the same
             return self._augmentation()
         places = [step for step, each in self._a.steps.items() if each.batch == y.batch]
         seen = f"the batch of step {self._t:,} was not the same"
@@ -195,7 +197,7 @@ class _Resume:
             )
         else:
             seen += f": {self._repeated()}" if self._more_steps() else "; the order of the data is not restored"
-        return Cause("data", "; ".join([seen, *self._numbers()]), advice)
+        return Cause("data", "; ".join([seen, *self._values()]), advice)
 
     def _augmentation(self) -> Cause:
         seen = f"step {self._t:,} had the same samples, changed by other random transformations"
@@ -242,25 +244,26 @@ class _Resume:
         return changed_generators(self._a, self._b, x.before["rng"], y.before["rng"])
 
     def _objects(self, *_: Step) -> Cause | None:
-        names, numbers = self._changed(*_STATEFUL), self._numbers()
-        if not names and not numbers:
+        names, found = self._changed(*_STATEFUL), self._values()
+        if not names and not found:
             return None
         seen = f"step {self._t:,} began with the same weights, batch and generators"
-        found = [self._describe(names)] * bool(names) + numbers
-        label = "candidates: " if len(names) + len(numbers) > 1 else ""
+        found = [self._describe(names)] * bool(names) + found
+        label = "candidates: " if len(found) > 1 else ""
         return Cause(
-            "object" if names else "number",
+            "object" if names else "value",
             f"{seen}; {label}{'; '.join(found)}",
             "save and restore " + ("its state" if len(found) == 1 else "what the step depends on"),
         )
 
     def _changed(self, *kinds: str) -> list[str]:
+        """Return the untracked objects of these kinds whose state differed; of several names for one, the first."""
         about = self._b.untracked
-        return [name for name, *_ in self._changed_inputs("untracked") if about[name]["kind"] in kinds]
+        pairs = {(a, b): name for name, a, b in self._changed_inputs("untracked") if about[name]["kind"] in kinds}
+        return list(pairs.values())
 
-    def _numbers(self) -> list[str]:
-        changed = list(self._changed_inputs("numbers"))[:_MAX_NAMES]
-        return [f"`{name}` was {b} instead of {a}" for name, a, b in changed]
+    def _values(self) -> list[str]:
+        return [describe_pair(*changed) for changed in self._changed_inputs("values")][:_MAX_NAMES]
 
     def _changed_inputs(self, what: str) -> Iterator[tuple[str, Any, Any]]:
         """Yield what differed when the step began, except what differs in every training."""
@@ -284,6 +287,11 @@ class _Resume:
 def _changed_models(a: Trace, b: Trace, step: int) -> list[str]:
     x, y = (trace.steps[step].before["untracked"] for trace in (a, b))
     return [name for name in x if name in y and x[name] != y[name] and a.untracked[name]["kind"] == "module"]
+
+
+def _is_shifted(x: list[int], y: list[int]) -> bool:
+    """Return whether some, not all, inputs of a step are those of the other at another place."""
+    return any(x[shift:] == y[:-shift] or y[shift:] == x[:-shift] for shift in range(1, min(len(x), len(y))))
 
 
 def _differing(names: list[str], x: str, y: str) -> list[str]:

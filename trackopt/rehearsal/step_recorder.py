@@ -18,10 +18,12 @@ import orjson
 import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from trackopt.rehearsal import live_objects, trace
 from trackopt.rehearsal.fingerprint import fingerprint, global_rng, learning_rates, optimizer_state, weights
-from trackopt.rehearsal.untracked_state import UntrackedObject, find_untracked, numbers
+from trackopt.rehearsal.untracked_state import UntrackedObject, find_untracked
+from trackopt.rehearsal.values import loop_counters, values
 from trackopt.rundir.environment import KILLED
 
 if TYPE_CHECKING:
@@ -65,6 +67,7 @@ class StepRecorder:
         self._depth = 0  # of nested calls of modules
         self._stepping: Optimizer | None = None
         self._inputs: list[int] = []
+        self._fetched: list[int] = []
         self._passes = 0
         self._losses: list[torch.Tensor] = []
         self._before: StateDict | None = None
@@ -78,7 +81,8 @@ class StepRecorder:
         register_optimizer_step_post_hook(self._guard(self._after_step))
         self._wrap(nn.Module, "__call__", self._guard(self._see_call), self._leave_call)
         self._wrap(torch.Tensor, "backward", self._guard(self._see_loss))
-        self._wrap(torch, "save", after=self._guard(self._see_save))
+        self._wrap(torch, "save", self._guard(self._see_save))
+        self._wrap(_BaseDataLoaderIter, "__next__", after=self._guard(self._see_batch))
 
     def _guard(self, function: Callable[..., None]) -> Callable[..., None]:
         """Nothing that observes may stop a training."""
@@ -100,7 +104,8 @@ class StepRecorder:
         owner: Any,
         name: str,
         before: Callable[..., None] = lambda *_, **__: None,
-        after: Callable[..., None] = lambda *_, **__: None,
+        leave: Callable[[], None] = lambda: None,
+        after: Callable[[Any], None] = lambda _: None,
     ) -> None:
         original = getattr(owner, name)
 
@@ -108,9 +113,11 @@ class StepRecorder:
         def observed(*args: Any, **kwargs: Any) -> Any:
             before(*args, **kwargs)
             try:
-                return original(*args, **kwargs)
+                result = original(*args, **kwargs)
             finally:
-                after(*args, **kwargs)
+                leave()
+            after(result)
+            return result
 
         setattr(owner, name, observed)
 
@@ -127,13 +134,16 @@ class StepRecorder:
         tensors = live_objects.tensors((args, kwargs))
         self._inputs += [fingerprint(tensor) for tensor in tensors if not tensor.requires_grad]
 
-    def _leave_call(self, *_: Any, **__: Any) -> None:
+    def _leave_call(self) -> None:
         if self._active and not torch.compiler.is_compiling():
             self._depth -= 1
 
     def _see_loss(self, loss: torch.Tensor, *_: Any, **__: Any) -> None:
         if loss.numel() == 1:
             self._losses.append(loss.detach())
+
+    def _see_batch(self, batch: Any) -> None:
+        self._fetched = [fingerprint(tensor) for tensor in live_objects.tensors(batch)][:_MAX_INPUTS]
 
     def _see_save(self, *_: Any, **__: Any) -> None:
         if self._training is not None:
@@ -180,7 +190,7 @@ class StepRecorder:
             return
         self._stepping = None
         self._step += 1
-        forward = {"passes": self._passes, "inputs": self._inputs[:_MAX_INPUTS]}
+        forward = {"passes": self._passes, "inputs": self._inputs[:_MAX_INPUTS], "fetched": self._fetched}
         self._write(
             step=self._step,
             batch=fingerprint(self._inputs),
@@ -205,12 +215,12 @@ class StepRecorder:
         if self._scans < _SCANS:
             self._scans += 1
             training = self._training or live_objects.find_training()
-            self._untracked = find_untracked(training, None)
+            self._untracked = find_untracked(training, None, aliases=True)
             self._write(untracked={each.name: {"kind": each.kind, "label": each.label} for each in self._untracked})
         return {
             "rng": global_rng(),
             "untracked": {untracked.name: untracked.state() for untracked in self._untracked},
-            "numbers": numbers(),
+            "values": {name: repr(count) for name, count in loop_counters().items()} | values(),
         }
 
     def _write(self, **line: Any) -> None:

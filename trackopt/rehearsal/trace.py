@@ -32,9 +32,13 @@ class Step:
         lr: The learning rate of each group after the step (and after the scheduler's, if that came first).
         rng: The global generators after the step.
         batch: The batches of the step; ``None`` if the loop does not take them from the run.
-        before: The inputs of the step: ``rng``, the state of each ``untracked`` object, and the user's ``numbers`` as
-            text. If it is observed from outside, also ``lr``, the positions of the ``schedulers``, and in ``forward``
-            the number of ``passes`` and the fingerprints of their ``inputs``.
+        before: The inputs of the step: ``rng``, the state of each ``untracked`` object, and the user's ``values``: a
+            number as text, a tensor or a container as kind and fingerprint. If the training is observed from outside,
+            also ``lr``, the positions of the ``schedulers``, and in ``forward`` the number of ``passes``, the
+            fingerprints of their ``inputs`` and those of the tensors in the batch that was ``fetched`` last.
+        objects: The state after the step of the objects that were handed to the run, eight digits for each entry.
+        position: The number of the latest batch among those that the process has drawn in this pass, from 0.
+        counters: The integers that the user's loops assign anew in each iteration, after the step.
     """
 
     weights: str
@@ -43,11 +47,14 @@ class Step:
     rng: Mapping[str, int]
     batch: int | None
     before: Mapping[str, Mapping[str, Any]]
+    objects: str = ""
+    position: int | None = None
+    counters: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class AttemptStart:
-    """The state of an attempt before its first step: restored as it was after ``step`` steps.
+    """The state of an attempt when its first step began, which should be that after ``step`` steps.
 
     Attributes:
         step: The number of steps that the weights are the result of.
@@ -74,7 +81,7 @@ class Trace:
         series: The effective series, by key.
         steps: The effective steps.
         attempts: The attempts, in order.
-        names: The names of the tensors in ``weights`` and of the parameters in ``optimizer``.
+        names: The names of the tensors in ``weights``, the parameters in ``optimizer`` and the entries in ``objects``.
         kills: The steps at which it was killed, each with the step from which the next attempt resumed.
         untracked: Kind and label of each untracked object, by name.
         first_checkpoint: The step of the first checkpoint; ``None`` if there was none.
@@ -145,6 +152,8 @@ def read(directory: Path) -> Trace:
             attempts.append(AttemptStart(start, **{key: line[key] for key in _ATTEMPT if key in line}))
             resumed += [start] * (len(killed) - len(resumed))
             steps = {number: step for number, step in steps.items() if number <= start}
+        elif "start" in line:
+            attempts[-1] = AttemptStart(attempts[-1].step, line["start"])
         elif "step" in line:
             number = line.pop("step")
             losses[number] = line.pop("loss", [])

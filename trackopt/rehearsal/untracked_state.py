@@ -1,4 +1,4 @@
-"""Untracked state of a training script: objects with a state that the run does not save, and its own counters.
+"""Untracked state of a training script: objects with a state that the run does not save.
 
 They are found by name where a script holds them: in the variables of the running functions, in the globals of the
 user's modules, and in the attributes of the objects found there.
@@ -10,10 +10,9 @@ import collections.abc
 import io
 import random
 import sys
-import sysconfig
 import types
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +24,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from trackopt.checkpoint.snapshot import state_of
 from trackopt.rehearsal.fingerprint import fingerprint
+from trackopt.rehearsal.user_code import is_users_class, is_users_file, user_frames
 from trackopt.training import rng
 
 if TYPE_CHECKING:
@@ -35,15 +35,13 @@ if TYPE_CHECKING:
 _MAX_OBJECTS = 20_000
 _MAX_ITEMS = 50  # of a container
 _MAX_DEPTH = 4
-_MAX_NUMBERS = 200
-_LIBRARY_PATHS = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
-_PACKAGE_PATH = str(Path(__file__).parents[1])
 _GENERATORS = {
     np.random.Generator: "NumPy's Generator",
     np.random.RandomState: "NumPy's RandomState",
     torch.Generator: "torch.Generator",
     random.Random: "random.Random",
 }
+_SCHEDULER_ATTRIBUTES = ("last_epoch", "get_last_lr", "get_lr", "step_update")  # one of them
 _DATA_MODULES = "torch.utils.data."
 
 
@@ -74,16 +72,18 @@ class UntrackedObject:
             return None
 
 
-def find_untracked(training: Training, loader: object) -> list[UntrackedObject]:
+def find_untracked(training: Training, loader: object, *, aliases: bool = False) -> list[UntrackedObject]:
     """Find every object with a state that the user's variables reach and that is not part of the training.
 
     Args:
         training: The objects that the run saves.
         loader: The loop's source of batches; the run saves the generators in it too.
+        aliases: List an object once for each variable that holds it, as another process may lack one of them.
     """
     tracked = _tracked_objects(training)
     loader_generators = {id(generator) for generator in rng.find_generators(loader)}
     untracked: list[UntrackedObject] = []
+    found: dict[int, UntrackedObject] = {}
     seen = {id(value) for value in tracked} | {id(value) for value in rng.global_generators()}
     model_tensors = {
         id(tensor) for module in training.models.values() for tensor in module.state_dict(keep_vars=True).values()
@@ -93,59 +93,29 @@ def find_untracked(training: Training, loader: object) -> list[UntrackedObject]:
     )
     while queue and len(seen) < _MAX_OBJECTS:
         name, value, depth = queue.popleft()
+        if aliases and depth == 0 and id(value) in found:
+            untracked.append(replace(found[id(value)], name=name))
         if id(value) in seen or isinstance(value, (type, types.ModuleType, torch.Tensor, np.ndarray, str, int, float)):
             continue
         kind = _kind(value, model_tensors)
         seen |= {id(part) for part in value.modules()} if kind == "module" else {id(value)}
         if kind is not None:
-            untracked.append(
-                UntrackedObject(name, "loader" if id(value) in loader_generators else kind, _label(value), value)
-            )
+            kind = "loader" if id(value) in loader_generators else kind
+            found[id(value)] = UntrackedObject(name, kind, _label(value), value)
+            untracked.append(found[id(value)])
         if depth < _MAX_DEPTH and (kind is None or kind == "module"):
             queue.extend((f"{name}{path}", part, depth + 1) for path, part in _children(value))
     return untracked
 
 
-def numbers() -> dict[str, str]:
-    """Return the numbers in the variables of the user's running functions and in their objects' attributes, as text."""
-    texts: dict[str, str] = {}
-    for space in _user_frames():
-        for name, value in space.items():
-            inner = vars(value) if _is_users(type(value)) and hasattr(value, "__dict__") else {}
-            named = {name: value} | {f"{name}.{key}": part for key, part in inner.items()}
-            for key, part in named.items():
-                if isinstance(part, (bool, int, float)) and not key.startswith("_") and len(texts) < _MAX_NUMBERS:
-                    texts.setdefault(key, repr(part))
-    return texts
-
-
-def _user_frames() -> Iterator[Mapping[str, Any]]:
-    """Yield the variables of the user's running functions, innermost first."""
-    frame: types.FrameType | None = sys._getframe(1)
-    while frame is not None:
-        if _is_users_file(frame.f_code.co_filename):
-            yield frame.f_locals
-        frame = frame.f_back
-
-
 def _namespaces() -> Iterator[Mapping[str, Any]]:
-    yield from _user_frames()
+    yield from (frame.f_locals for frame in user_frames())
     for name, module in list(sys.modules.items()):
         file = getattr(module, "__file__", None)
         if name == "__main__":
             yield vars(module)
-        elif isinstance(file, str) and _is_users_file(file) and Path(file).is_relative_to(Path.cwd()):
+        elif isinstance(file, str) and is_users_file(file) and Path(file).is_relative_to(Path.cwd()):
             yield {f"{name}.{key}": value for key, value in vars(module).items() if not key.startswith("__")}
-
-
-def _is_users_file(file: str) -> bool:
-    return not file.startswith(("<frozen", _PACKAGE_PATH, *_LIBRARY_PATHS)) and "site-packages" not in file
-
-
-def _is_users(cls: type) -> bool:
-    module = sys.modules.get(cls.__module__)
-    file = getattr(module, "__file__", None)
-    return cls.__module__ == "__main__" or (isinstance(file, str) and _is_users_file(file))
 
 
 def _tracked_objects(training: Training) -> list[Any]:
@@ -168,11 +138,17 @@ def _kind(value: Any, model_tensors: set[int]) -> str | None:
             else None
         )
     if hasattr(type(value), "state_dict") and hasattr(type(value), "load_state_dict"):
-        return "scheduler" if isinstance(value, LRScheduler) or hasattr(value, "optimizer") else "stateful"
+        return "scheduler" if _is_scheduler(value) else "stateful"
     if isinstance(value, collections.abc.Iterator) and not isinstance(value, io.IOBase):
         code = getattr(value, "gi_code", None)
-        return None if code is not None and not _is_users_file(code.co_filename) else "iterator"
+        return None if code is not None and not is_users_file(code.co_filename) else "iterator"
     return None
+
+
+def _is_scheduler(value: Any) -> bool:
+    """Return whether an object sets learning rates: of torch, or like those of timm and transformers."""
+    steps = callable(getattr(value, "step", None)) or callable(getattr(value, "step_update", None))
+    return isinstance(value, LRScheduler) or (steps and any(hasattr(value, name) for name in _SCHEDULER_ATTRIBUTES))
 
 
 def _label(value: Any) -> str:
@@ -192,5 +168,5 @@ def _children(value: Any) -> Iterator[tuple[str, Any]]:
     elif isinstance(value, nn.Module):
         yield from ((f".{key}", part) for key, part in vars(value).items() if not key.startswith("_"))
         yield from ((f".{name}", part) for name, part in value.named_children())
-    elif hasattr(value, "__dict__") and (_is_users(type(value)) or type(value).__module__.startswith(_DATA_MODULES)):
-        yield from ((f".{key}", part) for key, part in list(vars(value).items()))
+    elif is_users_class(type(value)) or type(value).__module__.startswith(_DATA_MODULES):
+        yield from ((f".{key}", part) for key, part in list(getattr(value, "__dict__", {}).items()))

@@ -61,7 +61,7 @@ class Case:
 
 FAULTY = (
     Case("plain no-optimizer", "optimizer", "its state was dropped"),
-    Case("plain half", "optimizer", "exp_avg is bfloat16 instead of float32"),
+    Case("plain half", "optimizer", "exp_avg_sq is bfloat16 instead of float32"),
     Case("plain no-scheduler", "lr", "StepLR was at"),
     Case("plain buffers", "weights", "1.running_mean"),
     Case("plain no-average", "object", "AveragedModel `average` is not restored"),
@@ -70,8 +70,8 @@ FAULTY = (
     Case("plain generators", "rng", "the global generator of torch"),
     Case("plain phase", "accumulation", "in another phase"),
     Case("plain ahead", "data", "had been fetched ahead"),
-    Case("plain enumerate", "number", "`index` was"),
-    Case("plain running", "number", "`running` was"),
+    Case("plain enumerate", "value", "`index` was"),
+    Case("plain running", "value", "`running` was"),
     Case("plain hidden", "data", ""),
     Case("plain augment", "data", "the generators of the loader's workers are not restored"),
     Case("transformers_trainer no-optimizer", "optimizer", "its state was dropped"),
