@@ -18,7 +18,7 @@ from trackopt import journal
 from trackopt.run import loader_state
 
 SCRIPT = Path(train_loaders.__file__)
-_SAMPLED = 8
+_SAMPLED = 4
 
 FIXED = {
     "every generator, persistent": {"persistent_workers": True, "draws": ["torch", "python", "numpy", "own"]},

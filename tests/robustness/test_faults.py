@@ -8,7 +8,7 @@ from tests.robustness.faults.forks import missing_tools
 from tests.robustness.faults.report import STRACE, WITHOUT, Budget, lines, prove
 
 pytestmark = pytest.mark.timeout(900)  # many trainings, some of them under strace
-SAMPLE = Budget(seed=7, kills=40, flips=1, states=1, most=20, workers=1)
+SAMPLE = Budget(seed=7, kills=20, flips=1, states=1, most=12, workers=1)
 
 
 def proven(kinds, record_property):

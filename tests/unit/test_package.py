@@ -53,8 +53,10 @@ BACKENDS = {
     "recorder/sinks/tensorboard_events.py": {"tensorboard"},
     "recorder/sinks/tensorboard_layout.py": {"tensorboard"},
     "remote/artifacts.py": {"mlflow"},
-    "rehearsal/fingerprint.py": {"torch"},  # these four are the training process's side
+    "rehearsal/fingerprint.py": {"torch"},  # these six are the training process's side
+    "rehearsal/live_objects.py": {"torch"},
     "rehearsal/probe.py": {"torch"},
+    "rehearsal/step_recorder.py": {"torch"},
     "rehearsal/untracked_state.py": {"torch"},
     "rehearsal/values.py": {"torch"},
 }
