@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _MAX_VALUES = 200
-_MAX_ELEMENTS = 1_000_000  # of a tensor; a larger one is data
+_MAX_ELEMENTS = 250_000  # of a tensor; a larger one is data
 _MAX_ITEMS = 50  # of a container; of a longer list the last ones count
 _MAX_DEPTH = 3  # of containers, and of objects
 _PLAIN = (bool, int, float, complex, np.generic, type(None))
