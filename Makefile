@@ -22,7 +22,7 @@ LOWEST_PYTHON ?= 3.10
 NEWEST_PYTHON ?= 3.13
 COMPAT := .venv-compat-lowest .venv-compat-newest
 
-.PHONY: demo test check lint matrix optimizers bench loops fuzz faults pictures compat compat-lowest compat-newest portable dist \
+.PHONY: demo test check lint matrix optimizers bench loops rehearsals fuzz faults pictures compat compat-lowest compat-newest portable dist \
 	clean
 
 demo: $(VENV)/ready
@@ -44,6 +44,9 @@ matrix: $(VENV)/ready
 
 loops: $(VENV)/ready
 	$(BIN)/python -m tests.robustness.loops
+
+rehearsals: $(VENV)/ready
+	$(BIN)/python -m tests.robustness.rehearsals
 
 optimizers: $(OPTIMIZERS)/ready
 	$(OPTIMIZERS)/bin/python -m tests.robustness.optimizers

@@ -35,6 +35,11 @@ MARKERS = ("integration", "distributed", "robustness")
 LONGEST = ("test_recorder_faults", "test_mlflow_server", "test_examples", "test_rehearse", "test_recorder")
 
 
+def pytest_xdist_auto_num_workers():
+    """One more than there are cores: many tests wait for servers, locks and processes that they have started."""
+    return (os.cpu_count() or 1) + 1
+
+
 def pytest_collection_modifyitems(items):
     """Mark tests by their folder; those of ``unit`` have no marker. The longest come first, so that none is last."""
     items.sort(key=lambda item: item.path.stem not in LONGEST)

@@ -243,8 +243,11 @@ class _Resume:
     def _changed_generators(self, x: Step, y: Step) -> list[str]:
         return changed_generators(self._a, self._b, x.before["rng"], y.before["rng"])
 
-    def _objects(self, *_: Step) -> Cause | None:
-        names, found = self._changed(*_STATEFUL), self._values()
+    def _objects(self, x: Step, y: Step) -> Cause | None:
+        if (x.weights, x.optimizer) == (y.weights, y.optimizer):  # another model alone
+            names, found = self._changed("module"), []
+        else:
+            names, found = self._changed(*_STATEFUL), self._values()
         if not names and not found:
             return None
         seen = f"step {self._t:,} began with the same weights, batch and generators"

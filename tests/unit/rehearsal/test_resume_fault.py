@@ -29,10 +29,8 @@ def step(number, **changes):
 
 def training(*steps, start=None):
     starts = (AttemptStart(0, "0" * 8, "0" * 8), *([start] if start else []))
-    made = replace(
-        trace([0.5] * len(steps), steps), attempts=starts, untracked=UNTRACKED, dtypes={"exp_avg": "float32"}
-    )
-    return replace(made, names={"weights": ["w"], "optimizer": ["w"]}, series={})
+    made = trace([0.5] * len(steps), steps, untracked=UNTRACKED, dtypes={"exp_avg": "float32"})
+    return replace(made, attempts=starts, names={"weights": ["w"], "optimizer": ["w"]}, series={})
 
 
 WHOLE = training(*map(step, range(1, 7)))
@@ -73,7 +71,7 @@ def test_a_state_that_was_not_restored_is_named(start, kind, seen):
         (
             {"before": {"lr": {"0": 0.2}, "schedulers": {"StepLR": 0}}},
             "lr",
-            "0.2 instead of 0.1; StepLR was at 0 instead",
+            "0.2 instead of 0.1; StepLR was at 0",
         ),
         ({"forward": {"passes": 1}}, "accumulation", "1 forward passes instead of 2"),
         ({"forward": {"inputs": [104, 105]}}, "accumulation", "part of the batches of another"),
@@ -82,7 +80,7 @@ def test_a_state_that_was_not_restored_is_named(start, kind, seen):
         (
             {"batch": 99, "forward": {"fetched": [99, 7]}},
             "rng",
-            "same samples, changed by other random transformations",
+            "the same samples, changed by other random",
         ),
         (
             {"batch": 2, "forward": {"fetched": [2, 8]}, "before": {"rng": {"torch": 2}}},
@@ -98,12 +96,12 @@ def test_a_state_that_was_not_restored_is_named(start, kind, seen):
         (
             {"before": {"untracked": {"average": 9, "order": 4}}},
             "object",
-            "generators; Module `average` is not restored",
+            "Module `average` is not restored",
         ),
         (
             {"before": {"values": {"total": "1", "first": "3"}}},
             "value",
-            "generators; `total` was 4 in the one and 1 in",
+            "; `total` was 4 in the one and 1 in",
         ),
         ({}, "unknown", "began with the same weights, optimizer state, learning rates, batch and generators"),
     ],
@@ -115,8 +113,11 @@ def test_an_input_of_the_step_that_differs_is_named(changes, kind, seen):
 
 
 def test_an_average_that_nothing_depends_on_counts():
-    cause = cause_of({"before": {"untracked": {"average": 9, "order": 4}}})
-    assert cause.observation.endswith("Module `average` is not restored")
+    """It is named alone: a generator in another state has not changed it."""
+    resumed = training(*map(step, range(1, 4)), step(4, before={"untracked": {"average": 9, "order": 9}}), start=START)
+    found = diagnose_resume(WHOLE, resumed, WHOLE)
+    assert (found.first.step, found.first.tensor) == (4, "average")
+    assert found.cause.observation.endswith("generators; Module `average` is not restored")
 
 
 def test_workers_are_the_cause_where_a_loader_has_them():
