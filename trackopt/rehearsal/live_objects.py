@@ -58,9 +58,9 @@ def state_dtypes(training: Training) -> dict[str, str]:
     return dtypes
 
 
-def worker_counts() -> list[int]:
-    """Return the number of workers of each live ``DataLoader``."""
-    return sorted(loader.num_workers for loader in _live(DataLoader))
+def find_loaders() -> list[DataLoader[Any]]:
+    """Find all data loaders."""
+    return _live(DataLoader)
 
 
 def tensors(value: Any, depth: int = _MAX_DEPTH) -> Iterator[torch.Tensor]:

@@ -181,7 +181,7 @@ class StepRecorder:
             weights=digits,
             optimizer=trace.join(start.optimizer.values()),
             dtypes=live_objects.state_dtypes(training),
-            loaders=live_objects.worker_counts(),
+            loaders=sorted(loader.num_workers for loader in live_objects.find_loaders()),
         )
         return training
 
@@ -215,7 +215,7 @@ class StepRecorder:
         if self._scans < _SCANS:
             self._scans += 1
             training = self._training or live_objects.find_training()
-            self._untracked = find_untracked(training, None, aliases=True)
+            self._untracked = find_untracked(training, live_objects.find_loaders(), aliases=True)
             self._write(untracked={each.name: {"kind": each.kind, "label": each.label} for each in self._untracked})
         return {
             "rng": global_rng(),
