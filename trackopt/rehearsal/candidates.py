@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from trackopt.rehearsal.trace import Step, Trace
 
 _MAX_NAMES = 3
-_FINGERPRINT = " #"
+FINGERPRINT = " #"
 #: The keywords that have a meaning in a checkpoint, or in ``wrap`` itself.
 TAKEN = frozenset(
     {
@@ -104,7 +104,7 @@ class StepInputs:
 
     def _is_ahead(self, name: str, text: str) -> bool:
         following = self._next.before.get("values", {}).get(name) if self._next else None
-        return _FINGERPRINT in text and text == following
+        return FINGERPRINT in text and text == following
 
     def _values(self) -> list[Candidate]:
         """Describe the script's own values that differed."""
@@ -189,9 +189,9 @@ def _as_argument(names: list[str]) -> str:
 
 def describe_pair(name: str, a: str, b: str) -> str:
     """Describe a value that differed: ```best` was 0.5 in the one and inf in the other``."""
-    kind, is_fingerprint, _ = a.partition(_FINGERPRINT)
-    other, _, _ = b.partition(_FINGERPRINT)
-    if not is_fingerprint and _FINGERPRINT not in b:
+    kind, is_fingerprint, _ = a.partition(FINGERPRINT)
+    other, _, _ = b.partition(FINGERPRINT)
+    if not is_fingerprint and FINGERPRINT not in b:
         return f"`{name}` was {a} in the one and {b} in the other"
     same_kind = f"`{name}` ({kind}) was not the same"
     return same_kind if kind == other else f"`{name}` was {kind} in the one and {other} in the other"

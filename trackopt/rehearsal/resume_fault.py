@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from trackopt.rehearsal.candidates import describe_pair
+from trackopt.rehearsal.candidates import FINGERPRINT, describe_pair
 from trackopt.rehearsal.diagnosis import LIBRARIES, Cause, Diagnosis
 from trackopt.rehearsal.divergence import Divergence, changed_generators, differing_names, differing_points
 
@@ -197,7 +197,7 @@ class _Resume:
             )
         else:
             seen += f": {self._repeated()}" if self._more_steps() else "; the order of the data is not restored"
-        return Cause("data", "; ".join([seen, *self._values()]), advice)
+        return Cause("data", "; ".join([seen, *self._values(tensors=False)]), advice)
 
     def _augmentation(self) -> Cause:
         seen = f"step {self._t:,} had the same samples, changed by other random transformations"
@@ -265,8 +265,10 @@ class _Resume:
         pairs = {(a, b): name for name, a, b in self._changed_inputs("untracked") if about[name]["kind"] in kinds}
         return list(pairs.values())
 
-    def _values(self) -> list[str]:
-        return [describe_pair(*changed) for changed in self._changed_inputs("values")][:_MAX_NAMES]
+    def _values(self, *, tensors: bool = True) -> list[str]:
+        """Describe the variables that differed, without tensors where the batch is one of them."""
+        changed = [pair for pair in self._changed_inputs("values") if tensors or FINGERPRINT not in pair[1]]
+        return [describe_pair(*pair) for pair in changed][:_MAX_NAMES]
 
     def _changed_inputs(self, what: str) -> Iterator[tuple[str, Any, Any]]:
         """Yield what differed when the step began, except what differs in every training."""
