@@ -77,7 +77,8 @@ def test_commands_and_their_options_exist(path):
         assert name in cli.group.list_commands(context), name
         options = {word for each in cli.group.get_command(context, name).params for word in each.opts}
         given = words[: words.index("--")] if "--" in words else words
-        assert {word for word in given if word.startswith("-") and " " not in word} <= options | {"--help"}, (name, words)
+        dashed = {word for word in given if word.startswith("-") and " " not in word}
+        assert dashed <= options | {"--help"}, (name, words)
 
 
 @documents
