@@ -248,7 +248,14 @@ def _write_notes(killed: TrainingCommand, kill_steps: list[tuple[str, int]]) -> 
     notes = []
     if len(kills) < len(kill_steps):
         notes.append(f"the training ended before {len(kill_steps) - len(kills)} of the planned kills")
-    if kills and not any(kill.resumed_from for kill in kills):
+    resumed = any(kill.resumed_from for kill in kills)
+    observed = killed.traces.get(OBSERVED)
+    if kills and not resumed and observed is not None and observed.first_checkpoint:
+        notes.append(
+            "every attempt started at step 0, although the training saves something; say how it resumes: "
+            "--resume-with '--resume {checkpoint}'"
+        )
+    elif kills and not resumed:
         notes.append(
             "there was no checkpoint when it was killed, so every attempt started at step 0; train longer, or save "
             "more often (save_every)"

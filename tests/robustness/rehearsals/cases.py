@@ -72,7 +72,7 @@ FAULTY = (
     Case("plain ahead", "data", "had been fetched ahead"),
     Case("plain enumerate", "value", "`index` was"),
     Case("plain running", "value", "`running` was"),
-    Case("plain hidden", "data", ""),
+    Case("plain hidden", "value", "`hidden` (tensor"),
     Case("plain augment", "data", "the generators of the loader's workers are not restored"),
     Case("transformers_trainer no-optimizer", "optimizer", "its state was dropped"),
     Case("transformers_trainer no-skip", "data", "the data start again"),

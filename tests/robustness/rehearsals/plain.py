@@ -105,9 +105,10 @@ def main():  # noqa: C901 - as such scripts are
             Path("last.pt"),
         )
 
-    workers = 2 if {"augment", "seeded-augment", "workers"} & WORDS else 0
+    changed = bool({"augment", "seeded-augment"} & WORDS)
+    workers = 2 if changed or "workers" in WORDS else 0
     loader = DataLoader(
-        ChangedPoints(), 8, shuffle=True, generator=order, num_workers=workers, persistent_workers=workers > 0
+        ChangedPoints(), 8, shuffle=not changed, generator=order, num_workers=workers, persistent_workers=changed
     )
     for epoch in range(first_epoch, arguments.epochs):
         order.manual_seed(epoch + 1000 * bool(arguments.resume and "order" in WORDS))
