@@ -14,6 +14,7 @@ from importlib.abc import Loader, MetaPathFinder
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trackopt.rehearsal import trace
 from trackopt.rundir import environment
 
 if TYPE_CHECKING:
@@ -89,4 +90,7 @@ class _ObservingLoader(Loader):
         self._loader.exec_module(module)
         plan = environment.from_environment()
         if plan is not None and os.environ.get("RANK", "0") == "0":
-            importlib.import_module("trackopt.rehearsal.step_recorder").StepRecorder(plan).attach()
+            try:
+                importlib.import_module("trackopt.rehearsal.step_recorder").StepRecorder(plan).attach()
+            except Exception as error:  # noqa: BLE001 - an observer ends no training; the rehearsal reports it
+                trace.write(plan.root / trace.OBSERVED, failure=f"{type(error).__name__}: {error}")

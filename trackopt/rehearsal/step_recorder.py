@@ -14,7 +14,6 @@ import signal
 import sys
 from typing import TYPE_CHECKING, Any
 
-import orjson
 import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
@@ -224,7 +223,4 @@ class StepRecorder:
         }
 
     def _write(self, **line: Any) -> None:
-        directory = self._root / trace.OBSERVED
-        directory.mkdir(exist_ok=True)
-        with (directory / trace.NAME).open("ab") as file:
-            file.write(orjson.dumps(line) + b"\n")
+        trace.write(self._root / trace.OBSERVED, **line)

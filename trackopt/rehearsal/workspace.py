@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pathlib import Path
 
-_MAX_ENTRIES = 5_000
+_MAX_ENTRIES = 100_000
+_MAX_FILES = 5_000  # small ones
 _MAX_COPIED = 1 << 20  # bytes of a file; larger ones are linked, unless they may be checkpoints
 _MAX_CHECKPOINTS = 4 << 30  # bytes in all
 _SUFFIXES = {".pt", ".pth", ".ckpt", ".bin", ".tar", ".safetensors", ".pkl", ".distcp"}
@@ -25,7 +26,7 @@ def copy_directory(source: Path, target: Path) -> Path:
     """Copy a directory and link what is beside it; return the copy.
 
     Small files and checkpoints are copied, so that a training cannot overwrite them. Larger files, hidden directories
-    and what exceeds 5,000 entries are links.
+    and what exceeds the limits are links.
 
     Args:
         source: The working directory.
@@ -36,24 +37,44 @@ def copy_directory(source: Path, target: Path) -> Path:
     for beside in source.parent.iterdir() if source.parent != source else ():
         if beside != source and not target.is_relative_to(beside):
             (copy.parent / beside.name).symlink_to(beside)
-    entries, room = 0, _MAX_CHECKPOINTS
+    copier = _Copier()
     queue = deque([(source, copy)])
     while queue:
         origin, place = queue.popleft()
         for entry in sorted(origin.iterdir()):
-            entries += 1
-            new = place / entry.name
-            size = entry.stat().st_size if entry.is_file() else 0
-            if entry.is_dir() and not entry.is_symlink() and not entry.name.startswith(".") and entries < _MAX_ENTRIES:
-                if not target.is_relative_to(entry):
-                    new.mkdir()
-                    queue.append((entry, new))
-            elif entry.is_file() and (size <= _MAX_COPIED or (entry.suffix in _SUFFIXES and size <= room)):
-                room -= size if size > _MAX_COPIED else 0
-                shutil.copy2(entry, new)
+            if target.is_relative_to(entry):
+                continue
+            if copier.enters(entry):
+                (place / entry.name).mkdir()
+                queue.append((entry, place / entry.name))
             else:
-                new.symlink_to(entry)
+                copier.copy_or_link(entry, place / entry.name)
     return copy
+
+
+class _Copier:
+    """Decides what is copied, as long as there is room."""
+
+    def __init__(self) -> None:
+        self._entries = 0
+        self._files = 0
+        self._checkpoints = 0
+
+    def enters(self, entry: Path) -> bool:
+        self._entries += 1
+        hidden = entry.name.startswith(".")
+        return self._entries < _MAX_ENTRIES and entry.is_dir() and not entry.is_symlink() and not hidden
+
+    def copy_or_link(self, entry: Path, place: Path) -> None:
+        size = entry.stat().st_size if entry.is_file() else 0
+        small = size <= _MAX_COPIED and self._files < _MAX_FILES
+        checkpoint = entry.suffix in _SUFFIXES and self._checkpoints + size <= _MAX_CHECKPOINTS
+        if not entry.is_file() or not (small or checkpoint):
+            place.symlink_to(entry)
+            return
+        self._files += small
+        self._checkpoints += 0 if small else size
+        shutil.copy2(entry, place)
 
 
 def find_newest_checkpoint(directory: Path, since: float) -> Path | None:

@@ -2,7 +2,6 @@
 
 import argparse
 import random
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -112,10 +111,10 @@ def main():  # noqa: C901 - as such scripts are
     )
     for epoch in range(first_epoch, arguments.epochs):
         order.manual_seed(epoch + 1000 * bool(arguments.resume and "order" in WORDS))
-        iterator = islice(loader, batches_before, None)
-        if generators is not None and "generators" not in WORDS:
-            next_batches = list(iterator)  # the loader draws its workers' seed first
-            iterator = iter(next_batches)
+        iterator = iter(loader)
+        for _ in range(batches_before):
+            next(iterator)
+        if generators is not None and "generators" not in WORDS:  # the loader has drawn its workers' seed
             torch.set_rng_state(generators[0])
             np.random.set_state(generators[1])
             random.setstate(generators[2])

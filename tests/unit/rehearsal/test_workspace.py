@@ -24,6 +24,7 @@ def test_a_copy_protects_what_a_training_may_overwrite(tmp_path):
     assert (source / "runs" / "old" / "last.pt").stat().st_size > 1 << 20
     assert (source / "train.py").read_text() == "code"
     assert (copy / ".." / "data.txt").read_text() == "data"
+    assert (copy / ".venv").resolve() == source / ".venv"
     assert [(copy / name).is_symlink() for name in ("large.csv", ".venv", "runs")] == [True, True, False]
 
 
