@@ -77,7 +77,7 @@ FAULTY = (
     Case("transformers_trainer no-optimizer", "optimizer", "its state was dropped"),
     Case("transformers_trainer no-skip", "data", "the data start again"),
     Case("lightning_trainer shuffle", "rng", "the global generator of torch starts again from its seed"),
-    Case("accelerate_loop no-scheduler", "lr", "ExponentialLR was at"),
+    Case("accelerate_loop no-scheduler", "lr", "LambdaLR was at"),
     Case("accelerate_loop twice", "data", "an epoch is counted twice"),
     Case("ignite_engine no-optimizer", "optimizer", "its state was dropped"),
 )
