@@ -19,20 +19,24 @@ _MAX_DEPTH = 4  # levels of containers around a tensor
 
 def find_training() -> Training:
     """Find all optimizers, and the outermost modules that own their parameters, in an order that repeats itself."""
-    live = _live(Optimizer, nn.Module)
-    optimizers = [value for value in live if isinstance(value, Optimizer) and not _wraps(value) and _parameters(value)]
+    optimizers = [optimizer for optimizer in find_optimizers() if not _wraps(optimizer) and _parameters(optimizer)]
     optimizers.sort(key=lambda each: (type(each).__name__, -len(_parameters(each))))
     owned = [id(parameter) for optimizer in optimizers for parameter in _parameters(optimizer)]
     position = {identity: index for index, identity in enumerate(owned)}
     owners = {
         id(module): module
-        for module in live
-        if isinstance(module, nn.Module) and any(id(parameter) in position for parameter in module.parameters())
+        for module in _live(nn.Module)
+        if any(id(parameter) in position for parameter in module.parameters())
     }
     parts = {id(part) for module in owners.values() for part in module.modules() if part is not module}
     roots = [module for identity, module in owners.items() if identity not in parts]
     roots.sort(key=lambda module: (min(position.get(id(p), len(position)) for p in module.parameters()), _size(module)))
     return Training(_name(roots), _name(optimizers))
+
+
+def find_optimizers() -> list[Optimizer]:
+    """Find all optimizers, also those that wrap another one."""
+    return _live(Optimizer)
 
 
 def find_schedulers(training: Training) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import logging
 import os
 import signal
 import sys
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -49,6 +50,14 @@ class _Start:
         self.parameters = [self.weights[name] for name in training.named_parameters() if name in self.weights]
 
 
+@dataclass
+class _Passes:
+    """The number of forward passes of trained models since the latest step, and the fingerprints of all inputs."""
+
+    count: int = 0
+    inputs: list[int] = field(default_factory=list)
+
+
 class StepRecorder:
     """Observes all optimizers of a process, as one run.
 
@@ -61,13 +70,14 @@ class StepRecorder:
         self._kill_at = plan.kill.get(trace.OBSERVED)
         self._training: Training | None = None  # from the first step on
         self._schedulers: dict[str, Any] = {}
+        self._optimizers: list[Optimizer] = []
         self._first_pass: _Start | None = None  # a forward pass changes buffers before the first step
         self._step = self._first = 0
         self._depth = 0  # of nested calls of modules
         self._stepping: Optimizer | None = None
-        self._inputs: list[int] = []
+        self._passes = {True: _Passes(), False: _Passes()}  # in training mode, and in evaluation mode
+        self._is_training = True
         self._fetched: list[int] = []
-        self._passes = 0
         self._losses: list[torch.Tensor] = []
         self._before: StateDict | None = None
         self._untracked: list[UntrackedObject] = []
@@ -125,13 +135,17 @@ class StepRecorder:
         self._depth += 1
         if self._depth > 1 or not torch.is_grad_enabled():
             return
-        if self._before is None:
+        is_trained = any(parameter.requires_grad for parameter in module.parameters())
+        if is_trained:  # the mode of a loss function is never changed
+            self._is_training = module.training
+        passes = self._passes[self._is_training]
+        if self._before is None or (self._is_training and not passes.inputs):
             self._before = self._step_inputs()
             if self._training is None:
                 self._first_pass = _Start(live_objects.find_training())
-        self._passes += any(parameter.requires_grad for parameter in module.parameters())
+        passes.count += is_trained
         tensors = live_objects.tensors((args, kwargs))
-        self._inputs += [fingerprint(tensor) for tensor in tensors if not tensor.requires_grad]
+        passes.inputs += [fingerprint(tensor) for tensor in tensors if not tensor.requires_grad]
 
     def _leave_call(self) -> None:
         if self._active and not torch.compiler.is_compiling():
@@ -149,7 +163,7 @@ class StepRecorder:
             self._write(saved=self._step)
 
     def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
-        if self._stepping is not None:  # one optimizer calls another
+        if self._stepping not in (None, optimizer):  # one optimizer calls another
             return
         if self._training is None and self._has_probe():
             self._active = False
@@ -158,6 +172,9 @@ class StepRecorder:
         if self._before is None:
             self._before = self._step_inputs()
         training = self._training or self._begin()
+        if all(optimizer is not each for each in self._optimizers):  # it was made after the first step
+            training = self._find_objects(live_objects.find_training())
+            self._write(names={"weights": list(weights(training)), "optimizer": list(optimizer_state(training))})
         self._before["lr"] = {str(group): lr for group, lr in enumerate(learning_rates(training))}
         self._before["schedulers"] = live_objects.scheduler_positions(self._schedulers)
 
@@ -170,8 +187,7 @@ class StepRecorder:
         start = _Start(live_objects.find_training())
         if self._first_pass is not None and self._first_pass.parameters == start.parameters:  # nothing was loaded since
             start = self._first_pass
-        self._training = training = start.training
-        self._schedulers = live_objects.find_schedulers(training)
+        training = self._find_objects(start.training)
         digits = trace.join(start.weights.values())
         self._step = self._first = trace.find_step(self._root / trace.OBSERVED, digits)
         self._write(names={"weights": list(start.weights), "optimizer": list(start.optimizer)})
@@ -184,15 +200,22 @@ class StepRecorder:
         )
         return training
 
+    def _find_objects(self, training: Training) -> Training:
+        self._training = training
+        self._optimizers = live_objects.find_optimizers()
+        self._schedulers = live_objects.find_schedulers(training)
+        return training
+
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
         if optimizer is not self._stepping or self._before is None or self._training is None:
             return
         self._stepping = None
         self._step += 1
-        forward = {"passes": self._passes, "inputs": self._inputs[:_MAX_INPUTS], "fetched": self._fetched}
+        passes = self._passes[bool(self._passes[True].count)]  # a validation before the step is not part of it
+        forward = {"passes": passes.count, "inputs": passes.inputs[:_MAX_INPUTS], "fetched": self._fetched}
         self._write(
             step=self._step,
-            batch=fingerprint(self._inputs),
+            batch=fingerprint(passes.inputs),
             loss=[float(loss) for loss in self._losses],
             before={**self._before, "forward": forward},
             rng=global_rng(),
@@ -200,7 +223,8 @@ class StepRecorder:
             optimizer=trace.join(optimizer_state(self._training).values()),
             lr=learning_rates(self._training),
         )
-        self._inputs, self._losses, self._passes, self._before = [], [], 0, None
+        self._passes = {True: _Passes(), False: _Passes()}
+        self._losses, self._before = [], None
         if self._step == self._first + 1:
             self._write(dtypes=live_objects.state_dtypes(self._training))
         if self._kill_at is not None and self._step >= self._kill_at:

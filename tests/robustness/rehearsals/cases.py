@@ -93,6 +93,7 @@ CORRECT = tuple(
             "plain accumulate",
             "plain noise",
             "plain workers",
+            "plain validate",
             "plain middle",
             "plain middle batchnorm cosine",
             "plain keep-running",

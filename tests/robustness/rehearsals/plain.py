@@ -142,6 +142,11 @@ def main():  # noqa: C901 - as such scripts are
         batches_before = 0
         if not MIDDLE:
             save(epoch if "twice" in WORDS else epoch + 1, 0)
+        if "validate" in WORDS:
+            model.eval()
+            points, labels = zip(*map(Points().__getitem__, range(96)), strict=True)
+            print(nn.CrossEntropyLoss()(model(torch.stack(points)), torch.stack(labels)).item())
+            model.train()
 
 
 if __name__ == "__main__":
