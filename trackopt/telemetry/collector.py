@@ -101,8 +101,14 @@ class MetricsCollector:
 
     @property
     def step(self) -> int:
-        """Completed optimizer steps; with several optimizers, the largest number."""
-        return max((observer.steps for observer in self._observers.values()), default=0)
+        """Completed optimizer steps.
+
+        Several optimizers that step in one iteration make one step of the run: the largest of their numbers. Where they
+        take turns by iteration, each iteration is a step.
+        """
+        observers = self._observers.values()
+        latest = max((observer.steps for observer in observers), default=0)
+        return max(latest, self.recorded + any(observer.has_metrics for observer in observers))
 
     @property
     def skipped(self) -> int:
@@ -270,7 +276,7 @@ class MetricsCollector:
         return {
             "observers": observers,
             "pending": self._accumulator.state_dict(),
-            "turns": self._scheduler_check.state_dict() | {"explicit": self.ends_iterations},
+            "turns": self._scheduler_check.state_dict() | {"explicit": self.ends_iterations, "step": self.step},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -282,7 +288,8 @@ class MetricsCollector:
         self.load_pending(state)
         self._scheduler_check.load_state_dict(state["turns"])
         self.ends_iterations = state["turns"].get("explicit", False)
-        self.recorded = self.step
+        self.recorded = 0
+        self.recorded = state["turns"].get("step", self.step)
 
     def load_pending(self, state: Mapping[str, Any]) -> None:
         """Restore only the metrics that were logged and not recorded, and drop the current ones."""
