@@ -17,7 +17,8 @@ except ImportError as error:
 
 from trackopt.errors import RunError, UsageError
 from trackopt.integrations import state_files
-from trackopt.integrations.ignite_resume import DataPosition, EarlierSteps, SavedStates
+from trackopt.integrations.earlier_steps import EarlierSteps
+from trackopt.integrations.ignite_resume import DataPosition, SavedStates
 from trackopt.integrations.recording import Options, TelemetrySession, numbers, open_session
 from trackopt.training.objects import Training
 from trackopt.utils.text import describe_error
@@ -197,14 +198,9 @@ class TrackoptHandler:
         elif steps is not None:
             session.begin(None, steps)
         else:
-            self._earlier_steps = EarlierSteps(self._trainer, self._training, self._begin_at)
-
-    def _begin_at(self, step: int) -> None:
-        """Begin in the middle of an iteration."""
-        if self._session is not None:
-            in_iteration = self._session.in_iteration
-            self._session.begin(None, step)
-            self._session.in_iteration = in_iteration
+            self._earlier_steps = EarlierSteps(
+                lambda: self._trainer.state.iteration, self._training, session.begin_within
+            )
 
     def _take_state(self, session: TelemetrySession) -> StateDict:
         if self._earlier_steps is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import TYPE_CHECKING, Any
 
 from ignite.engine import DeterministicEngine, Events
@@ -13,15 +12,13 @@ from trackopt.integrations import state_files
 from trackopt.training import rng
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     from ignite.engine import Engine
 
     from trackopt.training.objects import Training
     from trackopt.utils.types import StateDict
-
-logger = logging.getLogger("trackopt")
 
 _FOLDER = "ignite"  # in the run's directory
 
@@ -87,45 +84,6 @@ class SavedStates:
         if self._folder is None or not self._folder.is_dir():
             return []
         return sorted(path for path in self._folder.iterdir() if not path.name.startswith("."))
-
-
-class EarlierSteps:
-    """How many steps were taken before the recording began, where the optimizer does not count them.
-
-    The first recorded step shows how many iterations a step takes; the earlier ones are taken to have been like it.
-
-    Args:
-        trainer: The engine that trains.
-        training: The objects that it trains.
-        begin: Called once with the number of earlier steps: before the first step, or in ``settle``.
-    """
-
-    def __init__(self, trainer: Engine, training: Training, begin: Callable[[int], None]) -> None:
-        self._trainer = trainer
-        self._begin = begin
-        self._iterations = trainer.state.iteration
-        self._handles = [each.register_step_pre_hook(self._before_step) for each in training.optimizers.values()]
-
-    def settle(self, each: int = 1) -> None:
-        """Take a step to have been taken in each of so many iterations, if no step has shown that before."""
-        if not self._handles:
-            return
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        steps, rest = divmod(self._iterations, each)
-        if rest:
-            logger.warning(
-                "trackopt: the first recorded step took %d iterations, and the %d before are no multiple of that, so "
-                "the number of earlier steps is estimated as %d",
-                each,
-                self._iterations,
-                steps,
-            )
-        self._begin(steps)
-
-    def _before_step(self, *_: Any) -> None:
-        self.settle(max(1, self._trainer.state.iteration - self._iterations))
 
 
 class DataPosition:

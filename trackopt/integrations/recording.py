@@ -144,6 +144,12 @@ class TelemetrySession:
         self.in_iteration = False
         self._attempt.start_recorder()
 
+    def begin_within(self, step: int) -> None:
+        """Begin at a step that is found only within an iteration."""
+        in_iteration = self.in_iteration
+        self.begin(None, step)
+        self.in_iteration = in_iteration
+
     def begin_iteration(self) -> None:
         """Begin an iteration of the loop."""
         self.in_iteration = True
