@@ -19,7 +19,8 @@ from trackopt.errors import RunError, UsageError
 from trackopt.integrations import state_files
 from trackopt.integrations.earlier_steps import EarlierSteps
 from trackopt.integrations.ignite_resume import DataPosition, SavedStates
-from trackopt.integrations.recording import Options, TelemetrySession, numbers, open_session
+from trackopt.integrations.recording import Options, TelemetrySession, open_session
+from trackopt.integrations.values import numbers
 from trackopt.training.objects import Training
 from trackopt.utils.text import describe_error
 
@@ -139,6 +140,7 @@ class TrackoptHandler:
             directory = self._session.directory if distributed.get_rank() == 0 else Path(self._options.dir or "runs")
             state = self._states.find(directory, self._trainer.state.iteration)
             self._begin(self._session, state)
+            self._states.keep_in(self._session.directory)
         if self.position is not None:
             self.position.start(None if state is None else state.get("position"))
         # After the handlers that are attached by now, which may save and log.

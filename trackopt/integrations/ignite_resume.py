@@ -8,7 +8,7 @@ from ignite.engine import DeterministicEngine, Events
 from ignite.engine.deterministic import ReproducibleBatchSampler
 from ignite.utils import manual_seed
 
-from trackopt.integrations import state_files
+from trackopt.integrations import run_choice, state_files
 from trackopt.training import rng
 
 if TYPE_CHECKING:
@@ -69,21 +69,20 @@ class SavedStates:
         """Return the state of the checkpoint that was loaded; ``None`` if it was saved without the recording.
 
         Args:
-            directory: The run's directory.
+            directory: The directory that was asked for; other runs of it are next to it.
             iteration: The engine's; 0 if no checkpoint was loaded, or one that does not have the engine.
         """
-        self._folder = directory / _FOLDER
-        saved = [self.latest, *map(state_files.load, self._files())]
+        files = [file for each in run_choice.directories(directory) for file in _files(each / _FOLDER)]
+        saved = [self.latest, *map(state_files.load, files)]
         parameters = state_files.fingerprint(self._training)
         for state in saved:
             if state and state["fingerprint"] == parameters and iteration in {0, state["iteration"]}:
                 return state
         return None
 
-    def _files(self) -> list[Path]:
-        if self._folder is None or not self._folder.is_dir():
-            return []
-        return sorted(path for path in self._folder.iterdir() if not path.name.startswith("."))
+    def keep_in(self, directory: Path) -> None:
+        """Write the states of further checkpoints into the directory of a run."""
+        self._folder = directory / _FOLDER
 
 
 class DataPosition:
@@ -169,6 +168,10 @@ class DataPosition:
     def _restore(self, state: Mapping[str, Any]) -> None:
         rng.restore(state["global"])
         rng.restore_all(rng.find_generators(self._trainer.state.dataloader), state["loader"])
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if not path.name.startswith(".")) if folder.is_dir() else []
 
 
 def _length(loader: Any) -> int | None:

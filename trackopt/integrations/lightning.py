@@ -15,7 +15,8 @@ from trackopt.integrations import state_files
 from trackopt.integrations.earlier_steps import EarlierSteps
 from trackopt.integrations.lightning_checkpoints import CheckpointObserver
 from trackopt.integrations.lightning_metrics import LoggedMetrics
-from trackopt.integrations.recording import Options, TelemetrySession, by_name, numbers, open_session
+from trackopt.integrations.recording import Options, TelemetrySession, open_session
+from trackopt.integrations.values import by_name, numbers
 from trackopt.training.objects import Training
 
 if TYPE_CHECKING:

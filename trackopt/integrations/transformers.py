@@ -15,7 +15,8 @@ except ImportError as error:
         "pip install 'trackopt[transformers]'"
     ) from error
 
-from trackopt.integrations.recording import Options, TelemetrySession, numbers, open_session
+from trackopt.integrations.recording import Options, TelemetrySession, open_session
+from trackopt.integrations.values import numbers
 from trackopt.training.objects import Training
 
 if TYPE_CHECKING:
