@@ -152,6 +152,9 @@ class TelemetrySession:
             self._attempt.mark_resume(step, **details)
             if self._leads:
                 logger.warning("trackopt: resumed %s at step %d", self._attempt.name, step)
+        elif self._attempt.has_history:  # of a training that was left; MLflow cannot replace its values
+            everything = self._attempt.hyperparameters(params)
+            self._attempt.mark_resume(0, **{"offset": 0, **details}, starts_over=True, params=everything)
         else:
             self._attempt.mark_start(params, **details)
         self.in_iteration = False
@@ -173,6 +176,11 @@ class TelemetrySession:
         """Log numbers of this iteration; after its end, they belong to its step."""
         self._mark_unconfirmed()
         self._telemetry.log({key: value for key, value in metrics.items() if key not in self._already_logged})
+
+    def log_at_start(self, metrics: Mapping[str, Any]) -> None:
+        """Record numbers from before the first step at step 0."""
+        self._telemetry.log(metrics)
+        self._telemetry.record_trailing(at_start=True)
 
     def end_iteration(self) -> None:
         """Record the iteration's step; if it is recorded already, record what has been logged since."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 try:
-    from transformers import TrainerCallback
+    from transformers import Trainer, TrainerCallback
     from transformers.trainer_callback import ExportableState
     from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 except ImportError as error:
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 # The journal has the LR that each step used. The others depend on the attempt: a resumed run would log other values.
 _IGNORED_METRICS = {"epoch", "learning_rate", "train_loss", "total_flos"}
 _TIMES = ("_runtime", "_per_second")
+_EPOCH = "_run_epoch"  # the Trainer's method that runs an epoch
 
 
 class TrackoptCallback(TrainerCallback, ExportableState):
@@ -52,6 +55,8 @@ class TrackoptCallback(TrainerCallback, ExportableState):
         self._arguments = {key: str(value) if isinstance(value, Path) else value for key, value in options.items()}
         self._options = Options(**options)
         self._session: TelemetrySession | None = None
+        self._trainer: Any = None
+        self._logged: set[str] = set()  # since the latest step
         self._global_step = 0  # the Trainer's count, which a step that a GradScaler skipped is part of
 
     def state(self) -> StateDict:
@@ -73,11 +78,15 @@ class TrackoptCallback(TrainerCallback, ExportableState):
         if self._session is not None:
             self._session.begin(self._saved(state), state.global_step)
         self._global_step = state.global_step
+        self._logged.clear()
+        self._trainer = _find_trainer(self)
+        self._close_on_error()
         if state.stateful_callbacks is not None:  # a save expects an entry, which earlier checkpoints lack
             state.stateful_callbacks.setdefault(type(self).__name__, {})
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         """End the previous iteration, whose metrics are logged by now, and begin the next."""
+        self._logged.clear()
         self._next_iteration()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -91,12 +100,16 @@ class TrackoptCallback(TrainerCallback, ExportableState):
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **_: Any
     ) -> None:
-        """Log the losses and metrics."""
-        if self._session is not None:
-            metrics = {
-                key: value for key, value in logs.items() if key not in _IGNORED_METRICS and not key.endswith(_TIMES)
-            }
+        """Log the losses and metrics: of those that have one name at one step, the first."""
+        if self._session is None:
+            return
+        ignored = _IGNORED_METRICS | self._logged
+        metrics = {key: value for key, value in logs.items() if key not in ignored and not key.endswith(_TIMES)}
+        self._logged |= metrics.keys()
+        if state.global_step:
             self._session.log(numbers(metrics))
+        else:
+            self._session.log_at_start(numbers(metrics))
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Mark the checkpoint in the journal."""
@@ -105,9 +118,31 @@ class TrackoptCallback(TrainerCallback, ExportableState):
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
         """Close the run."""
+        self._close()
+
+    def _close(self, error: BaseException | None = None) -> None:
+        if self._trainer is not None:
+            vars(self._trainer).pop(_EPOCH, None)
+            self._trainer = None
         if self._session is not None:
-            self._session.close()
+            self._session.close(error)
             self._session = None
+
+    def _close_on_error(self) -> None:
+        """Take an exception that leaves an epoch: the Trainer has no event for it."""
+        run_epoch = getattr(self._trainer, _EPOCH, None)
+        if run_epoch is None or _EPOCH in vars(self._trainer):
+            return
+
+        @wraps(run_epoch)
+        def observed(*args: Any, **options: Any) -> Any:
+            try:
+                return run_epoch(*args, **options)
+            except BaseException as error:
+                self._close(error)
+                raise
+
+        setattr(self._trainer, _EPOCH, observed)
 
     def _next_iteration(self) -> None:
         if self._session is not None:
@@ -125,3 +160,14 @@ class TrackoptCallback(TrainerCallback, ExportableState):
         saved: StateDict | None = own.get("attributes", {}).get("saved")
         is_stale = saved is not None and saved.get("global_step", state.global_step) != state.global_step
         return None if is_stale else saved
+
+
+def _find_trainer(callback: TrainerCallback) -> Any:
+    """Return the Trainer that is calling a method of the callback; callbacks are not given it."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, Trainer) and callback in caller.callback_handler.callbacks:
+            return caller
+        frame = frame.f_back
+    return None

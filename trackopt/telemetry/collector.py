@@ -205,14 +205,15 @@ class MetricsCollector:
         while self._in_flight:
             self._record(self._in_flight.popleft())
 
-    def record_trailing(self, *, all_ranks: bool = True) -> None:
+    def record_trailing(self, *, all_ranks: bool = True, at_start: bool = False) -> None:
         """Record metrics that were logged after the last step, as a second line of that step.
 
         Args:
             all_ranks: All ranks make this call; if not, metrics that are reduced over ranks wait.
+            at_start: Before the first step, record them at step 0; if not, they wait for it.
         """
         self.flush()
-        if self.recorded and (metrics := self._accumulator.pop_unrecorded(all_ranks=all_ranks)):
+        if (self.recorded or at_start) and (metrics := self._accumulator.pop_unrecorded(all_ranks=all_ranks)):
             self._journal.record(self.recorded, AsyncMetrics(metrics, boundary=self.boundary).metrics())
 
     def _record(self, step: _Step) -> None:
