@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 try:
@@ -11,10 +12,12 @@ except ImportError as error:
         f"trackopt.integrations.lightning needs lightning 2.5 or later ({error}); pip install 'trackopt[lightning]'"
     ) from error
 
+from trackopt.errors import UsageError
 from trackopt.integrations import state_files
 from trackopt.integrations.earlier_steps import EarlierSteps
 from trackopt.integrations.lightning_checkpoints import CheckpointObserver
 from trackopt.integrations.lightning_metrics import LoggedMetrics
+from trackopt.integrations.lightning_resume import DataPosition, is_within_epoch, skips_validation
 from trackopt.integrations.recording import Options, TelemetrySession, open_session
 from trackopt.integrations.values import by_name, numbers
 from trackopt.training.objects import Training
@@ -23,6 +26,8 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
     from trackopt.utils.types import StateDict
+
+logger = logging.getLogger("trackopt")
 
 
 class TrackoptCallback(Callback):
@@ -33,11 +38,12 @@ class TrackoptCallback(Callback):
     …, as in ``lr/optimizer0.group0``.
 
     Args:
+        exact: Also restore what Lightning does not: the random number generators, and the position in the data.
         **options: ``dir``, ``stats``, ``stats_every``, ``histograms_every``, ``sinks``, ``experiment`` and ``name``, as
             ``trackopt.wrap`` takes them.
 
     Raises:
-        UsageError: An option is invalid.
+        UsageError: An option is invalid; or, in ``trainer.fit``, ``exact=True`` in several processes.
         RunError: In ``trainer.fit``: the directory is in use, belongs to something else, or cannot be written.
 
     Example:
@@ -45,11 +51,13 @@ class TrackoptCallback(Callback):
         >>> trainer = lightning.Trainer(callbacks=TrackoptCallback(dir="runs/digits"), logger=False, accelerator="cpu")
     """
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, *, exact: bool = False, **options: Any) -> None:
+        self._is_exact = exact
         self._options = Options(**options)
         self._session: TelemetrySession | None = None
         self._saved: StateDict | None = None
         self._earlier_steps: EarlierSteps | None = None  # where they are not known at once
+        self._position: DataPosition | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin, or resume from the checkpoint."""
@@ -62,6 +70,8 @@ class TrackoptCallback(Callback):
             by_name("scheduler", [config.scheduler for config in trainer.lr_scheduler_configs]),
             {} if scaler is None else {"scaler": scaler},
         )
+        if self._is_exact and trainer.world_size > 1:
+            raise UsageError("exact=True restores the order of one process; several resume as Lightning resumes them")
         self._trainer = trainer
         self._session = open_session(training, self._options, leads=trainer.is_global_zero)
         if self._session is None:
@@ -69,6 +79,9 @@ class TrackoptCallback(Callback):
         saved = self._find_saved(trainer)
         self._metrics = LoggedMetrics(trainer, (saved or {}).get("keys"))
         self._checkpoints = CheckpointObserver(trainer, self.state_key, self._close_if_failed)
+        self._metrics.is_partial = bool(trainer.global_step) and is_within_epoch(trainer)
+        if self._is_exact:
+            self._resume_exactly(trainer, saved)
         if saved is not None or not trainer.global_step or len(trainer.optimizers) == 1:
             self._session.begin(saved, trainer.global_step)
         else:
@@ -81,7 +94,11 @@ class TrackoptCallback(Callback):
 
     def on_train_epoch_start(self, *_: Any) -> None:
         """Log what Lightning has worked out at the end of the epoch before."""
-        self._log_means()
+        if self._session is not None:
+            self._log_means()
+            self._metrics.is_partial = False
+        if self._position is not None:
+            self._position.begin_epoch()
 
     def on_train_batch_start(self, *_: Any) -> None:
         """End the previous iteration, whose metrics are complete only now, and begin the next."""
@@ -98,10 +115,14 @@ class TrackoptCallback(Callback):
             if values := numbers({"loss": loss}):
                 parts = trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1
                 self._session.log(self._metrics.take_returned(values["loss"] * parts))
+        if self._position is not None:
+            self._position.end_batch()
 
     def on_validation_end(self, *_: Any) -> None:
         """Log what the validation has worked out."""
         self._log_means()
+        if self._position is not None and not self._trainer.sanity_checking:
+            self._position.end_validation()
 
     def on_train_end(self, *_: Any) -> None:
         """Log what Lightning has worked out at the end of the last epoch."""
@@ -119,6 +140,8 @@ class TrackoptCallback(Callback):
             self._earlier_steps.settle()
         self._end_iteration()
         state = {"global_step": self._trainer.global_step, "keys": self._metrics.state_dict()}
+        if self._position is not None:
+            state["position"] = self._position.state_dict()
         return {**self._session.state_dict(), **state}
 
     def load_state_dict(self, state_dict: StateDict) -> None:
@@ -142,6 +165,19 @@ class TrackoptCallback(Callback):
             return None
         is_stale = self._saved.get("global_step", trainer.global_step) != trainer.global_step
         return None if is_stale else self._saved
+
+    def _resume_exactly(self, trainer: Trainer, saved: StateDict | None) -> None:
+        position = None if saved is None else saved.get("position")
+        self._position = DataPosition(trainer, position)
+        if trainer.global_step and position is None:
+            logger.warning(
+                "trackopt: the checkpoint was saved without exact=True, so generators and data are not restored"
+            )
+        elif trainer.global_step and skips_validation(trainer):
+            logger.warning(
+                "trackopt: the checkpoint was taken before the end of its epoch: Lightning leaves out the validation "
+                "and the schedulers that follow it"
+            )
 
     def _begin_within(self, step: int) -> None:
         self._earlier_steps = None
@@ -173,4 +209,4 @@ class TrackoptCallback(Callback):
             self._checkpoints.remove()
             self._mark_checkpoints()
             self._session.close(self._session.error)
-            self._session = self._earlier_steps = None
+            self._session = self._earlier_steps = self._position = None

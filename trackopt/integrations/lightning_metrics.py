@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -10,6 +11,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from lightning.pytorch import Trainer
+
+logger = logging.getLogger("trackopt")
 
 _RETURNED = "returned loss"
 _OTHER_NAMES = {"step": "{}_step", "epoch": "{}_epoch", "val": "val_{}"}
@@ -28,10 +31,11 @@ class LoggedMetrics:
 
     Attributes:
         is_over: True after the last epoch, when Lightning moves what it shows, and nothing new comes.
+        is_partial: True in an epoch that was resumed: what is logged over it is over its rest only, and left out.
     """
 
     def __init__(self, trainer: Trainer, kinds: Mapping[str, str] | None = None) -> None:
-        self.is_over = False
+        self.is_over = self.is_partial = False
         self._trainer = trainer
         self._kinds = dict(kinds or {})  # the kind and name of the values, by key
         self._steps: dict[str, Tensor] = {}  # the latest values of batches
@@ -70,7 +74,15 @@ class LoggedMetrics:
             if value.data_ptr() not in of_batches and not _is_same(value, self._shown.get(name))
         }
         self._shown = shown
-        return self._with_keys("val" if self._trainer.validating else "epoch", new)
+        kind = "val" if self._trainer.validating else "epoch"
+        if self.is_partial and kind == "epoch" and new:
+            logger.warning(
+                "trackopt: %s: not recorded for the epoch in which the run was resumed, as Lightning has only the rest "
+                "of the epoch",
+                ", ".join(sorted(new)),
+            )
+            return {}
+        return self._with_keys(kind, new)
 
     def _with_keys(self, kind: str, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         keys = self._keys(kind, values)

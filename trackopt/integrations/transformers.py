@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,9 @@ except ImportError as error:
         "pip install 'trackopt[transformers]'"
     ) from error
 
+from trackopt.errors import UsageError
 from trackopt.integrations.recording import Options, TelemetrySession, open_session
+from trackopt.integrations.transformers_resume import DataPosition
 from trackopt.integrations.values import numbers
 from trackopt.training.objects import Training
 
@@ -25,6 +28,8 @@ if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
     from trackopt.utils.types import StateDict
+
+logger = logging.getLogger("trackopt")
 
 # The journal has the LR that each step used. The others depend on the attempt: a resumed run would log other values.
 _IGNORED_METRICS = {"epoch", "learning_rate", "train_loss", "total_flos"}
@@ -40,19 +45,23 @@ class TrackoptCallback(TrainerCallback, ExportableState):
     history. The loss is recorded when the Trainer logs it: with ``logging_steps=1`` at each step.
 
     Args:
+        exact: Also restore what the Trainer does not: the random number generators of data that is drawn at random.
         **options: ``dir``, ``stats``, ``stats_every``, ``histograms_every``, ``sinks``, ``experiment`` and ``name``, as
             ``trackopt.wrap`` takes them.
 
     Raises:
-        UsageError: An option is invalid.
+        UsageError: An option is invalid; or, in ``trainer.train``, ``exact=True`` in several processes.
         RunError: In ``trainer.train``: the directory is in use, belongs to something else, or cannot be written.
 
     Example:
         >>> callback = TrackoptCallback(dir="runs/digits", stats_every=10)  # Trainer(…, callbacks=[callback])
     """
 
-    def __init__(self, **options: Any) -> None:
-        self._arguments = {key: str(value) if isinstance(value, Path) else value for key, value in options.items()}
+    def __init__(self, *, exact: bool = False, **options: Any) -> None:
+        plain = {key: str(value) if isinstance(value, Path) else value for key, value in options.items()}
+        self._arguments = {**plain, "exact": exact}
+        self._is_exact = exact
+        self._position: DataPosition | None = None
         self._options = Options(**options)
         self._session: TelemetrySession | None = None
         self._trainer: Any = None
@@ -63,6 +72,8 @@ class TrackoptCallback(TrainerCallback, ExportableState):
         """Return what ``trainer_state.json`` holds of this callback."""
         own = None if self._session is None else {**self._session.state_dict(), "global_step": self._global_step}
         saved = {} if own is None else {"saved": own}
+        if own is not None and self._position is not None:
+            own["position"] = self._position.state()
         return {"args": self._arguments, "attributes": saved}
 
     def on_train_begin(
@@ -75,8 +86,11 @@ class TrackoptCallback(TrainerCallback, ExportableState):
         scaler = getattr(optimizer, "scaler", None)
         training = Training(objects["model"], optimizer, scheduler, {} if scaler is None else {"scaler": scaler})
         self._session = open_session(training, self._options, leads=state.is_world_process_zero)
+        saved = self._saved(state)
         if self._session is not None:
-            self._session.begin(self._saved(state), state.global_step)
+            self._session.begin(saved, state.global_step)
+        if self._is_exact:
+            self._resume_exactly(args, state, objects["train_dataloader"], saved)
         self._global_step = state.global_step
         self._logged.clear()
         self._trainer = _find_trainer(self)
@@ -87,14 +101,20 @@ class TrackoptCallback(TrainerCallback, ExportableState):
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         """End the previous iteration, whose metrics are logged by now, and begin the next."""
         self._logged.clear()
+        if self._position is not None:
+            self._position.begin_step()
         self._next_iteration()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Note the Trainer's count of steps."""
         self._global_step = state.global_step
+        if self._position is not None:
+            self._position.end_batch()
 
     def on_substep_end(self, *_: Any, **__: Any) -> None:
         """Do the same between two micro-batches, where gradients are accumulated."""
+        if self._position is not None:
+            self._position.end_batch()
         self._next_iteration()
 
     def on_log(
@@ -114,7 +134,9 @@ class TrackoptCallback(TrainerCallback, ExportableState):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Mark the checkpoint in the journal."""
         if self._session is not None:
-            self._session.mark_checkpoint(Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"))
+            path = Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+            if path.exists():  # a trial of a search saves elsewhere
+                self._session.mark_checkpoint(path)
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
         """Close the run."""
@@ -126,7 +148,7 @@ class TrackoptCallback(TrainerCallback, ExportableState):
             self._trainer = None
         if self._session is not None:
             self._session.close(error)
-            self._session = None
+            self._session = self._position = None
 
     def _close_on_error(self) -> None:
         """Take an exception that leaves an epoch: the Trainer has no event for it."""
@@ -148,6 +170,20 @@ class TrackoptCallback(TrainerCallback, ExportableState):
         if self._session is not None:
             self._session.end_iteration()
             self._session.begin_iteration()
+
+    def _resume_exactly(
+        self, args: TrainingArguments, state: TrainerState, loader: Any, saved: StateDict | None
+    ) -> None:
+        if args.world_size > 1:
+            raise UsageError("exact=True restores the order of one process; several resume as the Trainer resumes them")
+        position = None if saved is None else saved.get("position")
+        if state.global_step and position is None:
+            logger.warning(
+                "trackopt: the checkpoint was saved without exact=True, so the generators of data are not exact"
+            )
+        if args.ignore_data_skip:
+            logger.warning("trackopt: with ignore_data_skip=True the epoch begins again, so the resume is not exact")
+        self._position = DataPosition(loader, position)
 
     def _saved(self, state: TrainerState) -> StateDict | None:
         """Return the state of this callback in the checkpoint; ``None`` if training begins or it holds none.
