@@ -27,12 +27,13 @@ class CheckpointObserver:
         self._key = key
         self._written: list[tuple[str, int | None]] = []
         self._outer = trainer.strategy.checkpoint_io
-        self._inner = getattr(self._outer, "checkpoint_io", None)  # of one that writes in the background
-        if self._inner is not None:
-            self._outer.checkpoint_io = _ObservedIO(self._inner, self._note, self._forget)
-            trainer.strategy.checkpoint_io = _ObservedIO(self._outer, torn_down=torn_down)
-        else:
+        self._wrapper = _innermost_wrapper(self._outer)
+        if self._wrapper is None:
             trainer.strategy.checkpoint_io = _ObservedIO(self._outer, self._note, self._forget, torn_down)
+        else:
+            self._inner = self._wrapper.checkpoint_io
+            self._wrapper._checkpoint_io = _ObservedIO(self._inner, self._note, self._forget)
+            trainer.strategy.checkpoint_io = _ObservedIO(self._outer, torn_down=torn_down)
 
     def pop_written(self) -> list[tuple[str, int | None]]:
         """Remove and return the paths of the checkpoints written since the last call, and their steps if known."""
@@ -43,8 +44,8 @@ class CheckpointObserver:
 
     def remove(self) -> None:
         """Leave the trainer as it was."""
-        if self._inner is not None:
-            self._outer.checkpoint_io = self._inner
+        if self._wrapper is not None:
+            self._wrapper._checkpoint_io = self._inner
         self._strategy.checkpoint_io = self._outer
 
     def _note(self, checkpoint: dict[str, Any], path: str | Path) -> None:
@@ -85,3 +86,11 @@ class _ObservedIO(CheckpointIO):
             self._inner.teardown()
         finally:
             self._torn_down()
+
+
+def _innermost_wrapper(checkpoint_io: Any) -> Any:
+    """Return the ``CheckpointIO`` that writes through another one, as in the background; ``None`` if none does."""
+    wrapper = None
+    while getattr(checkpoint_io, "checkpoint_io", None) is not None:
+        wrapper, checkpoint_io = checkpoint_io, checkpoint_io.checkpoint_io
+    return wrapper

@@ -39,14 +39,15 @@ class DataPosition:
         self._batches = 0  # of the pass that were trained on
         self._latest: tuple[int, StateDict] = (-1, {})  # the batch fetched last, and the generators before it
         self._fetched: StateDict | None = None  # the generators after the fetch of the batches of a resumed step
-        if getattr(loader, "num_workers", 0) or not isinstance(getattr(loader, "batch_sampler", None), BatchSampler):
-            logger.warning(
-                "trackopt: exact=True needs a loader without workers over a dataset with a length; this one is resumed "
-                "as the Trainer does it"
-            )
-            return
         if self._resumed is not None and self._resumed["seed"] is not None and sampler_seed(loader) is not None:
             row_sampler(loader).initial_seed = self._resumed["seed"]
+        if getattr(loader, "num_workers", 0) or not isinstance(getattr(loader, "batch_sampler", None), BatchSampler):
+            self._resumed = None
+            logger.warning(
+                "trackopt: exact=True restores the random transforms of a loader without workers over a dataset with a "
+                "length; those of this loader are not exact"
+            )
+            return
         if self._resumed is not None and self._resumed["batches"] >= len(loader):  # the Trainer begins another pass
             self._restore(self._resumed["random"])
             self._resumed = None
@@ -101,7 +102,8 @@ class DataPosition:
         rng.restore_all(self._generators(), state["loader"])
 
     def _generators(self) -> list[Any]:
-        return rng.find_generators(self._loader.dataset) + rng.find_generators(self._loader.sampler)
+        parts = [getattr(self._loader, name, None) for name in ("dataset", "sampler")]
+        return rng.find_generators(parts)
 
 
 class _ObservedBatches(BatchSampler):
