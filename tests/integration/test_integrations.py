@@ -3,15 +3,17 @@
 import importlib
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
 import trackopt
+from tests.helpers.stores import drain, mlflow_run, without_warnings
 from tests.helpers.training import train_step
 from trackopt import ArchiveError, UsageError, journal
 from trackopt.integrations.recording import Options, open_session
-from trackopt.rundir.identity import read_identity
+from trackopt.rundir.identity import read_identity, update_identity
 from trackopt.training.objects import Training
 
 QUIET = {"sinks": ()}
@@ -139,6 +141,32 @@ def test_a_training_that_was_left_begins_again_in_its_directory(tmp_path, traini
     assert [step for step, _ in journal.series(tmp_path)["loss"]] == [1, 2]
     (marker,) = (line for line in journal.read(tmp_path / journal.NAME) if line.event == "resume")
     assert (marker.step, marker.details["starts_over"], "optimizer" in marker.details["params"]) == (0, True, True)
+
+
+@pytest.mark.usefixtures("mlflow_store")
+def test_mlflow_has_each_training_from_the_first_step_whole(tmp_path, training):
+    """One that failed, and the one that begins again in its directory, at other values."""
+    histories = []
+    for count, error in ((2, ValueError("no")), (3, None)):
+        recording, (model, optimizer, _) = opened(tmp_path / "run", training)
+        recording.begin()
+        for step in range(1, count + 1):
+            recording.end_iteration()
+            recording.begin_iteration()
+            train_step(model, optimizer)
+            recording.log({"loss": 10.0 * count + step})
+        recording.close(error)
+        update_identity(tmp_path / "run", lambda now: replace(now, sinks=("mlflow",)))
+        drain(tmp_path / "run")
+        histories.append([(step, 10.0 * count + step) for step in range(1, count + 1)])
+    client, latest = mlflow_run(tmp_path / "run")
+    with without_warnings():
+        runs = client.search_runs([latest.info.experiment_id], order_by=["attributes.start_time"])
+        found = [[(m.step, m.value) for m in client.get_metric_history(run.info.run_id, "loss")] for run in runs]
+    assert found == histories
+    assert [run.info.status for run in runs] == ["FAILED", "FINISHED"]
+    assert runs[-1].info.run_id == latest.info.run_id
+    assert runs[0].data.params == runs[1].data.params
 
 
 def test_a_checkpoint_from_before_trackopt_is_gone_on_from(tmp_path, training):
