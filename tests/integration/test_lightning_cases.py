@@ -20,7 +20,7 @@ with warnings.catch_warnings():
     from trackopt.integrations.lightning import TrackoptCallback
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-EXACT = ["noise", "epochs,generator", "validation,noise", "workers,noise"]
+EXACT = ["noise", "epochs,generator", "validation,fours,noise", "workers,noise"]  # the third: at an epoch's last batch
 INEXACT = ["inexact", "inexact,epochs"]
 DATA = DataLoader([torch.full((1,), float(value)) for value in range(1, 5)])
 
@@ -218,18 +218,49 @@ def test_exact_changes_no_number_of_a_training_that_is_not_resumed(exact):
     assert series[0] == series[1]
 
 
-def test_what_lightning_does_not_save_is_a_warning(tmp_path, caplog):
-    """Accumulated gradients, an iteration that failed, and the end of an epoch after its last batch."""
-    accumulate = {"accumulate_grad_batches": 2, "exact": True}
-    with pytest.raises(ValueError, match="a mistake"):
-        fit(Module(raise_at(3)), tmp_path / "run", OnExceptionCheckpoint(tmp_path / "saved"), **accumulate)
-    fit(Module(), tmp_path / "run", ckpt_path=tmp_path / "saved" / "on_exception.ckpt", **accumulate)
-    assert "taken within an iteration" in caplog.text
-    every = ModelCheckpoint(tmp_path / "every", every_n_train_steps=4)
-    fit(Logging(), tmp_path / "other", every, validation=DATA, exact=True)
-    last = tmp_path / "every" / "epoch=0-step=4.ckpt"
-    fit(Logging(), tmp_path / "other", epochs=2, ckpt_path=last, validation=DATA, exact=True)
-    assert "leaves out the validation" in caplog.text
+class SaveAfter(lightning.Callback):
+    def __init__(self, index, path):
+        self.index = index
+        self.path = path
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, index):
+        if index == self.index:
+            trainer.save_checkpoint(self.path)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "options", "told"),
+    [
+        (1, {"saving": 2, "accumulate_grad_batches": 2}, "between two steps, and Lightning does not save the"),
+        (1, {"failing": 2}, "taken within an iteration"),
+        (2, {"saving": 3, "validation": DATA}, "leaves out the validation"),
+    ],
+)
+def test_what_lightning_does_not_save_is_a_warning(tmp_path, caplog, epochs, options, told):
+    options, path = {"exact": True, **options}, tmp_path / "saved" / "on_exception.ckpt"
+    saving, failing = options.pop("saving", None), options.pop("failing", None)
+    if failing is None:
+        fit(Logging(), tmp_path / "run", SaveAfter(saving, path), **options)
+    else:
+        with pytest.raises(ValueError, match="a mistake"):
+            fit(Logging(raise_at(failing)), tmp_path / "run", OnExceptionCheckpoint(path.parent), **options)
+    assert told not in caplog.text
+    fit(Logging(), tmp_path / "run", epochs=epochs, ckpt_path=path, **options)
+    assert told in caplog.text
+
+
+def test_a_loader_without_a_length_is_a_warning(tmp_path, caplog):
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter([torch.ones(1)] * 3)
+
+    trainer = lightning.Trainer(
+        max_epochs=2, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
+        enable_checkpointing=False, callbacks=TrackoptCallback(dir=tmp_path, exact=True, sinks=()),
+    )  # fmt: skip
+    trainer.fit(Module(), DataLoader(Stream()))
+    assert steps_of(tmp_path) == list(range(1, 7))
+    assert "the loader has no length" in caplog.text
 
 
 def test_exact_is_for_one_process(tmp_path, monkeypatch):

@@ -34,7 +34,7 @@ def train(folder, seed, kill=None, variant=""):
     """Seeded otherwise in each life; the first begins until there is a checkpoint."""
     from tests.scripts.train_exact import loader_of
 
-    every = {} if "epochs" in variant else {"every_n_train_steps": 3, "save_top_k": -1}
+    every = {} if "epochs" in variant else {"every_n_train_steps": 4 if "fours" in variant else 3, "save_top_k": -1}
     saving = ModelCheckpoint(folder / "checkpoints", save_last=True, **every)
     last = folder / "checkpoints" / "last.ckpt"
     torch.manual_seed(seed if last.exists() else 0)
