@@ -249,6 +249,16 @@ def test_what_lightning_does_not_save_is_a_warning(tmp_path, caplog, epochs, opt
     assert told in caplog.text
 
 
+@pytest.mark.parametrize("exact", [False, True])
+def test_an_epoch_that_lightning_repeats_is_a_warning(tmp_path, caplog, exact):
+    """It does where the second of two resumes is from the last batch of an epoch, too."""
+    checkpoints = [tmp_path / f"{number}.ckpt" for number in range(3)]
+    for epochs, (before, after) in enumerate(zip([None, *checkpoints], checkpoints, strict=False), 1):
+        fit(Module(), tmp_path / "run", SaveAfter(3, after), epochs=epochs, ckpt_path=before, exact=exact)
+    assert len(steps_of(tmp_path / "run")) == (12 if exact else 16)
+    assert ("Lightning repeats epoch 1" in caplog.text) is not exact
+
+
 def test_a_loader_without_a_length_is_a_warning(tmp_path, caplog):
     class Stream(torch.utils.data.IterableDataset):
         def __iter__(self):

@@ -17,7 +17,7 @@ from trackopt.integrations import state_files
 from trackopt.integrations.earlier_steps import EarlierSteps
 from trackopt.integrations.lightning_checkpoints import CheckpointObserver
 from trackopt.integrations.lightning_metrics import LoggedMetrics
-from trackopt.integrations.lightning_resume import DataPosition, is_within_epoch, skips_validation
+from trackopt.integrations.lightning_resume import DataPosition, is_at_last_batch, is_within_epoch, skips_validation
 from trackopt.integrations.recording import Options, TelemetrySession, open_session
 from trackopt.integrations.values import by_name, numbers
 from trackopt.training.objects import Training
@@ -79,6 +79,12 @@ class TrackoptCallback(Callback):
         saved = self._find_saved(trainer)
         self._metrics = LoggedMetrics(trainer, (saved or {}).get("keys"))
         self._checkpoints = CheckpointObserver(trainer, self.state_key, self._close_if_failed)
+        if saved is not None and saved.get("epoch") == trainer.current_epoch and is_at_last_batch(trainer):
+            logger.warning(
+                "trackopt: Lightning repeats epoch %d, of which the checkpoint has every batch; resumes from the last "
+                "batch of an epoch are exact once the run has been resumed with exact=True",
+                trainer.current_epoch,
+            )
         self._metrics.is_partial = bool(trainer.global_step) and is_within_epoch(trainer)
         if self._is_exact:
             self._resume_exactly(trainer, saved)
@@ -139,7 +145,8 @@ class TrackoptCallback(Callback):
         if self._earlier_steps is not None:
             self._earlier_steps.settle()
         self._end_iteration()
-        state = {"global_step": self._trainer.global_step, "keys": self._metrics.state_dict()}
+        trainer = self._trainer
+        state = {"global_step": trainer.global_step, "epoch": trainer.current_epoch, "keys": self._metrics.state_dict()}
         if self._position is not None:
             state["position"] = self._position.state_dict()
         return {**self._session.state_dict(), **state}
@@ -168,6 +175,8 @@ class TrackoptCallback(Callback):
 
     def _resume_exactly(self, trainer: Trainer, saved: StateDict | None) -> None:
         position = None if saved is None else saved.get("position")
+        if trainer.global_step and is_at_last_batch(trainer):
+            trainer.fit_loop.reset_restart_stage()  # it would not count the next epoch, and repeat a later one
         self._position = DataPosition(trainer, position)
         if trainer.global_step and position is None:
             logger.warning(

@@ -36,6 +36,7 @@ class DataPosition:
         self._pass_start: StateDict = {}  # the generators before the latest pass over the data
         self._rewinds = False  # the generators were set back to it after the pass had begun
         self._after_batch: StateDict | None = None
+        self._skips_validation = skips_validation(trainer)
         if state is not None:
             rng.restore(state["random"])
             self._restore_loader(state["loader"])
@@ -84,6 +85,8 @@ class DataPosition:
         """Begin a pass when its first batch is asked for: the one of the checkpoint, or a new one."""
         state, self._resumed = self._resumed, None
         done = self._batches_begun()
+        if state is not None and not done and self._skips_validation:  # Lightning has begun its pass over the data
+            rng.restore(state["random"])
         if state is None or not done:
             self._pass_start, self._rewinds = {"random": rng.capture(), "loader": self._loader_states()}, rewinds
             return self._begun(loader)
@@ -145,12 +148,16 @@ class _Passes:
         self.loader.reset()
 
 
-def skips_validation(trainer: Trainer) -> bool:
+def is_at_last_batch(trainer: Trainer) -> bool:
     """Return whether the checkpoint was taken after the last batch of an epoch, whose end Lightning then leaves out."""
     progress = trainer.fit_loop.epoch_loop.batch_progress.current
-    is_at_end = progress.ready == trainer.num_training_batches and progress.completed < progress.ready
+    return progress.ready == trainer.num_training_batches and progress.completed < progress.ready
+
+
+def skips_validation(trainer: Trainer) -> bool:
+    """Return whether something depends on the end of the epoch that Lightning leaves out."""
     has_plateau = any(config.reduce_on_plateau for config in trainer.lr_scheduler_configs)
-    return is_at_end and (trainer.enable_validation or has_plateau)
+    return is_at_last_batch(trainer) and (trainer.enable_validation or has_plateau)
 
 
 def is_within_epoch(trainer: Trainer) -> bool:
