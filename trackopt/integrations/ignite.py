@@ -89,7 +89,7 @@ def attach(
     trainer.add_event_handler(Events.EXCEPTION_RAISED, handler.take_error)
     if checkpoint is not None:
         trainer.register_events(*checkpoint.SAVED_CHECKPOINT.__class__)
-        trainer.add_event_handler(checkpoint.SAVED_CHECKPOINT, handler.note_checkpoints)
+        trainer.add_event_handler(checkpoint.SAVED_CHECKPOINT, handler.note_saved)
     return handler
 
 
@@ -113,6 +113,7 @@ class TrackoptHandler:
         self._earlier_steps: EarlierSteps | None = None  # where they are not known at once
         self._output_pending = False  # the output of this iteration is not logged yet
         self._marked: list[tuple[Any, Path]] = []  # checkpoints that the journal has
+        self._items: list[Any] = []  # the same, as ignite has them
 
     def log(self, **metrics: Any) -> None:
         """Log numbers at the current step, such as an evaluator's metrics; also after the end of ``trainer.run``.
@@ -132,7 +133,7 @@ class TrackoptHandler:
         """Begin when the engine starts, or resume from the checkpoint that was loaded."""
         if self._session is not None:
             self._leave()
-        self._marked = self._list_checkpoints()
+        self._marked, self._items = self._list_checkpoints(), list(getattr(self._checkpoint, "_saved", []))
         self._session = open_session(self._training, self._options, leads=distributed.get_rank() == 0)
         self._is_recording = self._session is not None
         state = None
@@ -176,12 +177,20 @@ class TrackoptHandler:
             self._close_failed(error)
             raise error
 
+    def note_saved(self) -> None:
+        """Note the checkpoint that ignite has saved now, perhaps under the name of one from an earlier run."""
+        items = getattr(self._checkpoint, "_saved", [])
+        index = [index for index, item in enumerate(items) if all(item is not known for known in self._items)]
+        if len(index) == 1:
+            self._marked = [each for each in self._marked if each != self._list_checkpoints()[index[0]]]
+        self.note_checkpoints()
+
     def note_checkpoints(self) -> None:
         """Save the state of each new checkpoint, and mark it in the journal."""
         checkpoints = self._list_checkpoints()
         new = [checkpoint for checkpoint in checkpoints if checkpoint not in self._marked]
         removed = [path for _, path in self._marked if path not in {path for _, path in checkpoints}]
-        self._marked = checkpoints
+        self._marked, self._items = checkpoints, list(getattr(self._checkpoint, "_saved", []))
         if self._session is None or not new:
             return
         state = self._take_state(self._session)

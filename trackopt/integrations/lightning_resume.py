@@ -110,7 +110,7 @@ class DataPosition:
         return batches
 
     def _begun(self, loader: CombinedLoader) -> Iterator[Any]:
-        batches = iter(loader)
+        batches: Iterator[Any] = iter(loader)
         if self._rewinds:
             rng.restore(self._pass_start["random"])
         return batches
@@ -151,15 +151,15 @@ class _Passes:
 def is_at_last_batch(trainer: Trainer) -> bool:
     """Return whether the checkpoint was taken after the last batch of an epoch, whose end Lightning then leaves out."""
     progress = trainer.fit_loop.epoch_loop.batch_progress.current
-    return progress.ready == trainer.num_training_batches and progress.completed < progress.ready
+    return bool(progress.ready == trainer.num_training_batches and progress.completed < progress.ready)
 
 
 def skips_validation(trainer: Trainer) -> bool:
     """Return whether something depends on the end of the epoch that Lightning leaves out."""
     has_plateau = any(config.reduce_on_plateau for config in trainer.lr_scheduler_configs)
-    return is_at_last_batch(trainer) and (trainer.enable_validation or has_plateau)
+    return is_at_last_batch(trainer) and (bool(trainer.enable_validation) or has_plateau)
 
 
 def is_within_epoch(trainer: Trainer) -> bool:
     """Return whether the checkpoint was taken within an epoch, of whose metrics Lightning keeps only the rest."""
-    return 0 < trainer.fit_loop.epoch_loop.batch_progress.current.ready < trainer.num_training_batches
+    return bool(0 < trainer.fit_loop.epoch_loop.batch_progress.current.ready < trainer.num_training_batches)
