@@ -234,6 +234,7 @@ class SaveAfter(lightning.Callback):
         (1, {"saving": 2, "accumulate_grad_batches": 2}, "between two steps, and Lightning does not save the"),
         (1, {"failing": 2}, "taken within an iteration"),
         (2, {"saving": 3, "validation": DATA}, "leaves out the validation"),
+        (2, {"saving": 3, "reload_dataloaders_every_n_epochs": 1}, "the order of the data is not exact"),
     ],
 )
 def test_what_lightning_does_not_save_is_a_warning(tmp_path, caplog, epochs, options, told):

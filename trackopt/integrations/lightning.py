@@ -178,6 +178,10 @@ class TrackoptCallback(Callback):
         if trainer.global_step and is_at_last_batch(trainer):
             trainer.fit_loop.reset_restart_stage()  # it would not count the next epoch, and repeat a later one
         self._position = DataPosition(trainer, position)
+        if trainer.global_step and trainer.reload_dataloaders_every_n_epochs:
+            logger.warning(
+                "trackopt: with reload_dataloaders_every_n_epochs the order of the data is not exact after a resume"
+            )
         if trainer.global_step and position is None:
             logger.warning(
                 "trackopt: the checkpoint was saved without exact=True, so generators and data are not restored"
