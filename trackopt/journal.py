@@ -12,6 +12,7 @@ derived from it. A line is one ``write(2)``, so it survives the death of the pro
 such as the scheduler check, lacks the last two keys.
 
 A ``resume`` marker at step k means that training went back to step k: later records of earlier attempts are superseded.
+With ``"starts_over": true`` another training begins at step 0, and MLflow has it as a run of its own.
 The *effective* series are the others. Non-finite numbers are the strings ``"NaN"``, ``"Infinity"`` and ``"-Infinity"``,
 since JSON has no such numbers.
 """

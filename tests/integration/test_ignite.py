@@ -236,3 +236,21 @@ def test_inspect_recognizes_the_generators_of_a_deterministic_engine(tmp_path, r
     engine.run(range(2), max_epochs=1)
     torch.save({"trainer": engine.state_dict()}, tmp_path / "engine.pt")
     assert json.loads(run_cli("inspect", tmp_path / "engine.pt", "--json").out)["rng"] == ["python", "torch", "numpy"]
+
+
+def test_a_training_with_other_weights_is_a_run_of_its_own(tmp_path):
+    """A checkpoint of it finds it again, and so does what is logged after it."""
+    for _ in range(2):
+        training = Training(tmp_path)
+        attached = training.attach()
+        training.run()
+    torch.nn.init.zeros_(training.model.weight)
+    training.run()
+    attached.log(score=1.0)
+    assert journal.series(tmp_path / "run-3")["score"] == [(8, 1.0)]
+    again = Training(tmp_path)
+    again.attach()
+    Checkpoint.load_objects(again.objects, tmp_path / "checkpoints" / "checkpoint_8.pt")  # the last one's
+    again.run(epochs=2)
+    runs = [journal.series(tmp_path / name) for name in ("run", "run-2", "run-3")]
+    assert [len(run["loss"]) for run in runs] == [8, 8, 16]

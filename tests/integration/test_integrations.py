@@ -3,14 +3,17 @@
 import importlib
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
 import trackopt
+from tests.helpers.stores import drain, mlflow_run, without_warnings
 from tests.helpers.training import train_step
 from trackopt import ArchiveError, UsageError, journal
 from trackopt.integrations.recording import Options, open_session
+from trackopt.rundir.identity import read_identity, update_identity
 from trackopt.training.objects import Training
 
 QUIET = {"sinks": ()}
@@ -18,7 +21,7 @@ QUIET = {"sinks": ()}
 
 def opened(folder, training, **options):
     model, optimizer, scheduler = training()
-    recording = open_session(Training(model, optimizer, scheduler), Options(dir=folder, **QUIET), leads=True)
+    recording = open_session(Training(model, optimizer, scheduler), Options(dir=folder, **QUIET, **options), leads=True)
     return recording, (model, optimizer, scheduler)
 
 
@@ -90,21 +93,80 @@ def test_going_back_at_any_time_leaves_one_point_for_each_step(tmp_path, trainin
     assert events(tmp_path)[1] == ("resume", 3)
 
 
-def test_going_back_to_the_first_step_leaves_one_point_for_each_step(tmp_path, training):
+def test_each_training_from_the_first_step_is_a_run_of_its_own(tmp_path, training, caplog):
     """A state of step 0 is loaded for each fold, and once more by another process."""
-    recording, objects = opened(tmp_path, training)
+    recording, objects = opened(tmp_path / "run", training)
     recording.begin()
     state = recording.state_dict()
-    for _ in range(2):
+    for count in (3, 2):
         recording.begin(state)
-        steps(recording, objects, 3)
+        steps(recording, objects, count)
     recording.close()
-    recording, objects = opened(tmp_path, training)
+    recording, objects = opened(tmp_path / "run", training)
+    recording.begin()
+    steps(recording, objects, 1)
+    recording.close()
+    runs = [tmp_path / name for name in ("run", "run-2", "run-3")]
+    assert [len(journal.series(run)["loss"]) for run in runs] == [3, 2, 1]
+    assert [event for event, _ in events(runs[0])] == ["start", "resume", "close"]
+    assert all([event for event, _ in events(run)] == ["start", "close"] for run in runs[1:])
+    assert f"it is a new run, in {runs[2]}" in caplog.text
+
+
+def test_a_state_finds_its_run_again(tmp_path, training):
+    """The directory that was asked for holds the first fold, the state is the second one's."""
+    for _ in range(2):
+        recording, objects = opened(tmp_path / "run", training, name="fold")
+        recording.begin()
+        steps(recording, objects, 2)
+        state = recording.state_dict()
+        recording.close()
+    recording, objects = opened(tmp_path / "run", training)
     recording.begin(state)
+    assert recording.directory == tmp_path / "run-2"
     steps(recording, objects, 2)
     recording.close()
+    assert [step for step, _ in journal.series(tmp_path / "run-2")["loss"]] == [1, 2, 3, 4]
+    assert [event for event, _ in events(tmp_path / "run")] == ["start", "close"]
+    assert read_identity(tmp_path / "run-2").name == "fold-2"
+
+
+def test_a_training_that_was_left_begins_again_in_its_directory(tmp_path, training):
+    """The marker says so: MLflow cannot replace what was sent."""
+    for count, error in ((3, ValueError("no")), (2, None)):
+        recording, objects = opened(tmp_path, training)
+        recording.begin()
+        steps(recording, objects, count)
+        recording.close(error)
     assert [step for step, _ in journal.series(tmp_path)["loss"]] == [1, 2]
-    assert [event for event, _ in events(tmp_path)] == ["start", "resume", "resume", "close", "resume", "close"]
+    (marker,) = (line for line in journal.read(tmp_path / journal.NAME) if line.event == "resume")
+    assert (marker.step, marker.details["starts_over"], "optimizer" in marker.details["params"]) == (0, True, True)
+
+
+@pytest.mark.usefixtures("mlflow_store")
+def test_mlflow_has_each_training_from_the_first_step_whole(tmp_path, training):
+    """One that failed, and the one that begins again in its directory, at other values."""
+    histories = []
+    for count, error in ((2, ValueError("no")), (3, None)):
+        recording, (model, optimizer, _) = opened(tmp_path / "run", training)
+        recording.begin()
+        for step in range(1, count + 1):
+            recording.end_iteration()
+            recording.begin_iteration()
+            train_step(model, optimizer)
+            recording.log({"loss": 10.0 * count + step})
+        recording.close(error)
+        update_identity(tmp_path / "run", lambda now: replace(now, sinks=("mlflow",)))
+        drain(tmp_path / "run")
+        histories.append([(step, 10.0 * count + step) for step in range(1, count + 1)])
+    client, latest = mlflow_run(tmp_path / "run")
+    with without_warnings():
+        runs = client.search_runs([latest.info.experiment_id], order_by=["attributes.start_time"])
+        found = [[(m.step, m.value) for m in client.get_metric_history(run.info.run_id, "loss")] for run in runs]
+    assert found == histories
+    assert [run.info.status for run in runs] == ["FAILED", "FINISHED"]
+    assert runs[-1].info.run_id == latest.info.run_id
+    assert runs[0].data.params == runs[1].data.params
 
 
 def test_a_checkpoint_from_before_trackopt_is_gone_on_from(tmp_path, training):

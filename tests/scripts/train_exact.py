@@ -1,8 +1,9 @@
-"""ignite and Accelerate, shuffled and with dropout: killed at random steps, and resumed by their own means.
+"""Frameworks, shuffled and with dropout: killed at random steps, and resumed by their own means.
 
 Usage: ``python -m tests.scripts.train_exact FRAMEWORK FOLDER SEED VARIANT...``.
 """
 
+import importlib
 import json
 import random
 import sys
@@ -139,5 +140,7 @@ def compare_lives(train, home, choose):
 if __name__ == "__main__":
     framework, folder, seed, *variants = sys.argv[1:]
     for variant in variants:
-        train = partial({"ignite": ignite, "accelerate": accelerate}[framework], variant=variant)
+        here = {"ignite": ignite, "accelerate": accelerate}
+        train = here.get(framework) or importlib.import_module(f"tests.scripts.exact_{framework}").train
+        train = partial(train, variant=variant)
         compare_lives(train, Path(folder, variant), random.Random(f"{seed} {variant}"))

@@ -21,7 +21,8 @@ except ImportError as error:
 from trackopt.errors import UsageError
 from trackopt.integrations import state_files
 from trackopt.integrations.accelerate_resume import LegacyState, LoaderPositions
-from trackopt.integrations.recording import Options, TelemetrySession, numbers, open_session
+from trackopt.integrations.recording import Options, TelemetrySession, open_session
+from trackopt.integrations.values import numbers
 from trackopt.training.objects import Training
 
 if TYPE_CHECKING:

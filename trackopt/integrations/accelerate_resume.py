@@ -75,8 +75,8 @@ class LoaderPositions:
         self._latest: list[list[Any]] = []
         self._random: StateDict | None = None  # of the global generators, for the next iteration
         for index, loader in enumerate(accelerator._dataloaders):
-            sampler = _sampler(loader)
-            if isinstance(sampler, RandomSampler) and sampler.generator is None and _seed(loader) is None:
+            sampler = row_sampler(loader)
+            if isinstance(sampler, RandomSampler) and sampler.generator is None and sampler_seed(loader) is None:
                 sampler.generator = torch.Generator().manual_seed(torch.initial_seed() + index)
         self._observe()
 
@@ -101,7 +101,7 @@ class LoaderPositions:
             is_active = active is loader or _is_rest_of(active, loader)
             states = (self._before if is_active and not is_over else self._latest)[index]
             iteration = getattr(active if is_active else loader, "iteration", 0) + (is_active and is_over)
-            loaders.append({"generators": states, "iteration": iteration, "seed": _seed(loader)})
+            loaders.append({"generators": states, "iteration": iteration, "seed": sampler_seed(loader)})
         return {"loaders": loaders, "random": None if active is None or is_over else rng.capture()}
 
     def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
@@ -112,8 +112,8 @@ class LoaderPositions:
             rng.restore_all(rng.find_generators(loader), saved["generators"])
             if hasattr(loader, "iteration"):
                 loader.iteration = saved["iteration"]
-            if saved["seed"] is not None and _seed(loader) is not None:
-                _sampler(loader).initial_seed = saved["seed"]
+            if saved["seed"] is not None and sampler_seed(loader) is not None:
+                row_sampler(loader).initial_seed = saved["seed"]
         self._random = state["random"]
         self._before, self._latest = [], []
         self._observe()
@@ -128,7 +128,7 @@ class LoaderPositions:
                 self._before[index], self._latest[index] = self._latest[index], states
 
 
-def _sampler(loader: Any) -> Any:
+def row_sampler(loader: Any) -> Any:
     """Return the sampler of single rows of a loader, if it has one."""
     sampler: Any = getattr(loader, "batch_sampler", None)
     while hasattr(sampler, "batch_sampler"):
@@ -138,13 +138,15 @@ def _sampler(loader: Any) -> Any:
 
 def _is_rest_of(active: Any, loader: Any) -> bool:
     """Return True if ``active`` was made of ``loader`` by ``accelerate.skip_first_batches``."""
-    sampler = _sampler(loader)
-    return active is not None and sampler is not None and _sampler(active) is sampler and hasattr(active, "iteration")
+    sampler = row_sampler(loader)
+    return (
+        active is not None and sampler is not None and row_sampler(active) is sampler and hasattr(active, "iteration")
+    )
 
 
-def _seed(loader: Any) -> int | None:
+def sampler_seed(loader: Any) -> int | None:
     """Return the seed of Accelerate's ``SeedableRandomSampler``, if the loader has one."""
-    seed = getattr(_sampler(loader), "initial_seed", None)
+    seed = getattr(row_sampler(loader), "initial_seed", None)
     return None if seed is None else int(seed)
 
 

@@ -17,8 +17,10 @@ except ImportError as error:
 
 from trackopt.errors import RunError, UsageError
 from trackopt.integrations import state_files
-from trackopt.integrations.ignite_resume import DataPosition, EarlierSteps, SavedStates
-from trackopt.integrations.recording import Options, TelemetrySession, numbers, open_session
+from trackopt.integrations.earlier_steps import EarlierSteps
+from trackopt.integrations.ignite_resume import DataPosition, SavedStates
+from trackopt.integrations.recording import Options, TelemetrySession, open_session
+from trackopt.integrations.values import numbers
 from trackopt.training.objects import Training
 from trackopt.utils.text import describe_error
 
@@ -87,7 +89,7 @@ def attach(
     trainer.add_event_handler(Events.EXCEPTION_RAISED, handler.take_error)
     if checkpoint is not None:
         trainer.register_events(*checkpoint.SAVED_CHECKPOINT.__class__)
-        trainer.add_event_handler(checkpoint.SAVED_CHECKPOINT, handler.note_checkpoints)
+        trainer.add_event_handler(checkpoint.SAVED_CHECKPOINT, handler.note_saved)
     return handler
 
 
@@ -111,6 +113,7 @@ class TrackoptHandler:
         self._earlier_steps: EarlierSteps | None = None  # where they are not known at once
         self._output_pending = False  # the output of this iteration is not logged yet
         self._marked: list[tuple[Any, Path]] = []  # checkpoints that the journal has
+        self._items: list[Any] = []  # the same, as ignite has them
 
     def log(self, **metrics: Any) -> None:
         """Log numbers at the current step, such as an evaluator's metrics; also after the end of ``trainer.run``.
@@ -130,7 +133,7 @@ class TrackoptHandler:
         """Begin when the engine starts, or resume from the checkpoint that was loaded."""
         if self._session is not None:
             self._leave()
-        self._marked = self._list_checkpoints()
+        self._marked, self._items = self._list_checkpoints(), list(getattr(self._checkpoint, "_saved", []))
         self._session = open_session(self._training, self._options, leads=distributed.get_rank() == 0)
         self._is_recording = self._session is not None
         state = None
@@ -138,6 +141,7 @@ class TrackoptHandler:
             directory = self._session.directory if distributed.get_rank() == 0 else Path(self._options.dir or "runs")
             state = self._states.find(directory, self._trainer.state.iteration)
             self._begin(self._session, state)
+            self._states.keep_in(self._session.directory)
         if self.position is not None:
             self.position.start(None if state is None else state.get("position"))
         # After the handlers that are attached by now, which may save and log.
@@ -173,12 +177,20 @@ class TrackoptHandler:
             self._close_failed(error)
             raise error
 
+    def note_saved(self) -> None:
+        """Note the checkpoint that ignite has saved now, perhaps under the name of one from an earlier run."""
+        items = getattr(self._checkpoint, "_saved", [])
+        index = [index for index, item in enumerate(items) if all(item is not known for known in self._items)]
+        if len(index) == 1:
+            self._marked = [each for each in self._marked if each != self._list_checkpoints()[index[0]]]
+        self.note_checkpoints()
+
     def note_checkpoints(self) -> None:
         """Save the state of each new checkpoint, and mark it in the journal."""
         checkpoints = self._list_checkpoints()
         new = [checkpoint for checkpoint in checkpoints if checkpoint not in self._marked]
         removed = [path for _, path in self._marked if path not in {path for _, path in checkpoints}]
-        self._marked = checkpoints
+        self._marked, self._items = checkpoints, list(getattr(self._checkpoint, "_saved", []))
         if self._session is None or not new:
             return
         state = self._take_state(self._session)
@@ -197,14 +209,9 @@ class TrackoptHandler:
         elif steps is not None:
             session.begin(None, steps)
         else:
-            self._earlier_steps = EarlierSteps(self._trainer, self._training, self._begin_at)
-
-    def _begin_at(self, step: int) -> None:
-        """Begin in the middle of an iteration."""
-        if self._session is not None:
-            in_iteration = self._session.in_iteration
-            self._session.begin(None, step)
-            self._session.in_iteration = in_iteration
+            self._earlier_steps = EarlierSteps(
+                lambda: self._trainer.state.iteration, self._training, session.begin_within
+            )
 
     def _take_state(self, session: TelemetrySession) -> StateDict:
         if self._earlier_steps is not None:

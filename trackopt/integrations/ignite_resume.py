@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import logging
 from typing import TYPE_CHECKING, Any
 
 from ignite.engine import DeterministicEngine, Events
 from ignite.engine.deterministic import ReproducibleBatchSampler
 from ignite.utils import manual_seed
 
-from trackopt.integrations import state_files
+from trackopt.integrations import run_choice, state_files
 from trackopt.training import rng
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     from ignite.engine import Engine
 
     from trackopt.training.objects import Training
     from trackopt.utils.types import StateDict
-
-logger = logging.getLogger("trackopt")
 
 _FOLDER = "ignite"  # in the run's directory
 
@@ -72,60 +69,20 @@ class SavedStates:
         """Return the state of the checkpoint that was loaded; ``None`` if it was saved without the recording.
 
         Args:
-            directory: The run's directory.
+            directory: The directory that was asked for; other runs of it are next to it.
             iteration: The engine's; 0 if no checkpoint was loaded, or one that does not have the engine.
         """
-        self._folder = directory / _FOLDER
-        saved = [self.latest, *map(state_files.load, self._files())]
+        files = [file for each in run_choice.directories(directory) for file in _files(each / _FOLDER)]
+        saved = [self.latest, *map(state_files.load, files)]
         parameters = state_files.fingerprint(self._training)
         for state in saved:
             if state and state["fingerprint"] == parameters and iteration in {0, state["iteration"]}:
                 return state
         return None
 
-    def _files(self) -> list[Path]:
-        if self._folder is None or not self._folder.is_dir():
-            return []
-        return sorted(path for path in self._folder.iterdir() if not path.name.startswith("."))
-
-
-class EarlierSteps:
-    """How many steps were taken before the recording began, where the optimizer does not count them.
-
-    The first recorded step shows how many iterations a step takes; the earlier ones are taken to have been like it.
-
-    Args:
-        trainer: The engine that trains.
-        training: The objects that it trains.
-        begin: Called once with the number of earlier steps: before the first step, or in ``settle``.
-    """
-
-    def __init__(self, trainer: Engine, training: Training, begin: Callable[[int], None]) -> None:
-        self._trainer = trainer
-        self._begin = begin
-        self._iterations = trainer.state.iteration
-        self._handles = [each.register_step_pre_hook(self._before_step) for each in training.optimizers.values()]
-
-    def settle(self, each: int = 1) -> None:
-        """Take a step to have been taken in each of so many iterations, if no step has shown that before."""
-        if not self._handles:
-            return
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        steps, rest = divmod(self._iterations, each)
-        if rest:
-            logger.warning(
-                "trackopt: the first recorded step took %d iterations, and the %d before are no multiple of that, so "
-                "the number of earlier steps is estimated as %d",
-                each,
-                self._iterations,
-                steps,
-            )
-        self._begin(steps)
-
-    def _before_step(self, *_: Any) -> None:
-        self.settle(max(1, self._trainer.state.iteration - self._iterations))
+    def keep_in(self, directory: Path) -> None:
+        """Write the states of further checkpoints into the directory of a run."""
+        self._folder = directory / _FOLDER
 
 
 class DataPosition:
@@ -211,6 +168,10 @@ class DataPosition:
     def _restore(self, state: Mapping[str, Any]) -> None:
         rng.restore(state["global"])
         rng.restore_all(rng.find_generators(self._trainer.state.dataloader), state["loader"])
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if not path.name.startswith(".")) if folder.is_dir() else []
 
 
 def _length(loader: Any) -> int | None:

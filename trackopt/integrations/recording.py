@@ -8,16 +8,13 @@ from __future__ import annotations
 import logging
 import os
 from dataclasses import dataclass
-from numbers import Number
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
-from trackopt import journal
 from trackopt.checkpoint.retention import Retention
 from trackopt.checkpoint.saver import SaveOptions
 from trackopt.errors import UsageError
+from trackopt.integrations import run_choice
 from trackopt.run.attempt import Attempt
 from trackopt.run.options import SINKS, validate_options
 from trackopt.rundir import environment
@@ -80,24 +77,33 @@ class TelemetrySession:
     """
 
     def __init__(self, training: Training, options: Options, *, leads: bool = True) -> None:
-        sinks = options.sinks if leads and environment.from_environment() is None else ()
-        directory = RunDirectory(options.dir) if leads else ReadOnlyRunDirectory(Path(os.devnull), _NO_IDENTITY)
-        try:
-            if directory.saved_identity is None:
-                directory.initialize(options.name, default_tracking(options.experiment))
-            self._attempt = Attempt(directory, training, options.stats_options, sinks)
-        except BaseException:
-            directory.release()
-            raise
         self._training = training
+        self._options = options
         self._leads = leads
-        self._run_id = self._attempt.id if leads else None
-        self._telemetry = self._attempt.telemetry
+        self._base: Path | None = None  # the directory that was asked for; other runs of it are next to it
+        self._open(RunDirectory(options.dir) if leads else _no_directory())
+        self._has_begun = False
         self._already_logged: set[str] = set()  # keys that the journal has at the step that a resumed run begins with
         self._unconfirmed: tuple[str | os.PathLike[str], int] | None = None  # a checkpoint that may be incomplete
         self._is_open = True
         self.in_iteration = False
         self.error: BaseException | None = None
+
+    def _open(self, directory: RunDirectory) -> None:
+        """Begin an attempt of the run in a directory, or of a new one."""
+        options, is_rehearsal = self._options, environment.from_environment() is not None
+        self._base = base = self._base or directory.path
+        try:
+            if directory.saved_identity is None:
+                name = options.name and options.name + directory.path.name.removeprefix(base.name)
+                directory.initialize(name, default_tracking(options.experiment))
+            sinks = options.sinks if self._leads and not is_rehearsal else ()
+            self._attempt = Attempt(directory, self._training, options.stats_options, sinks)
+        except BaseException:
+            directory.release()
+            raise
+        self._run_id = self._attempt.id if self._leads else None
+        self._telemetry = self._attempt.telemetry
         # A framework's loop does not say that an exception left it, so the next training in this directory takes over.
         self._attempt.close_at_exit(self._close_at_exit, is_left=lambda: True)
 
@@ -116,6 +122,9 @@ class TelemetrySession:
     ) -> None:
         """Begin at the first step, or resume from a checkpoint of the framework; may be called again at any time.
 
+        A training that begins at the first step after another one has come to its end is a new run, in a directory next
+        to that of the other.
+
         Args:
             state: What ``state_dict`` returned when the checkpoint was taken; ``None`` if it holds no such state.
             step: The framework's count of optimizer steps, used without ``state``.
@@ -123,14 +132,18 @@ class TelemetrySession:
 
         Raises:
             UsageError: The checkpoint was taken with other optimizers.
+            RunError: The directory of the run that the checkpoint belongs to is in use.
         """
         self._telemetry.flush()
         self._mark_unconfirmed()
+        self._choose_run(None if state is None else state["run_id"], step if state is None else state["step"])
+        self._has_begun = True
+        self._already_logged = set()
         details: JsonObject = {}
         if state is not None:
             step = self._load(state)
             if state["run_id"] == self._run_id:
-                offset, later = _history_end(self._attempt.journal.path, state["journal_offset"], step)
+                offset, later = run_choice.history_end(self._attempt.journal.path, state["journal_offset"], step)
                 self._already_logged = {*state["pending"]["recorded"], *later}
                 details["offset"] = offset
         elif step:
@@ -139,10 +152,19 @@ class TelemetrySession:
             self._attempt.mark_resume(step, **details)
             if self._leads:
                 logger.warning("trackopt: resumed %s at step %d", self._attempt.name, step)
+        elif self._attempt.has_history:  # of a training that was left; MLflow cannot replace its values
+            everything = self._attempt.hyperparameters(params)
+            self._attempt.mark_resume(0, **{"offset": 0, **details}, starts_over=True, params=everything)
         else:
             self._attempt.mark_start(params, **details)
         self.in_iteration = False
         self._attempt.start_recorder()
+
+    def begin_within(self, step: int) -> None:
+        """Begin at a step that is found only within an iteration."""
+        in_iteration = self.in_iteration
+        self.begin(None, step)
+        self.in_iteration = in_iteration
 
     def begin_iteration(self) -> None:
         """Begin an iteration of the loop."""
@@ -154,6 +176,11 @@ class TelemetrySession:
         """Log numbers of this iteration; after its end, they belong to its step."""
         self._mark_unconfirmed()
         self._telemetry.log({key: value for key, value in metrics.items() if key not in self._already_logged})
+
+    def log_at_start(self, metrics: Mapping[str, Any]) -> None:
+        """Record numbers from before the first step at step 0."""
+        self._telemetry.log(metrics)
+        self._telemetry.record_trailing(at_start=True)
 
     def end_iteration(self) -> None:
         """Record the iteration's step; if it is recorded already, record what has been logged since."""
@@ -205,6 +232,26 @@ class TelemetrySession:
         self._attempt.mark_close("FINISHED" if error is None else "KILLED" if is_killed else "FAILED", error)
         self._attempt.close(wait=not is_killed)
 
+    def _choose_run(self, run_id: str | None, step: int) -> None:
+        """Leave the run that is open, if a training at this step belongs to another one."""
+        path = None
+        if environment.from_environment() is not None or self._base is None:
+            return
+        if not self._leads:
+            path = self._base if not step and self.step else None
+        elif not step:
+            path = run_choice.choose_new(self._base) if self.step or run_choice.is_finished(self.directory) else None
+        elif run_id not in {None, self._run_id}:
+            path = run_choice.find_run(self._base, run_id)
+        if path is None or (self._leads and path == self.directory):
+            return
+        if self._has_begun:
+            self.end_iteration()
+            self._telemetry.flush()
+            self._attempt.mark_close("FINISHED")
+        self._attempt.close(wait=False)
+        self._open(RunDirectory(path, is_final=True) if self._leads else _no_directory())
+
     def _mark_unconfirmed(self) -> None:
         unconfirmed, self._unconfirmed = self._unconfirmed, None
         if unconfirmed is not None:
@@ -225,6 +272,10 @@ class TelemetrySession:
         self.close(self.error or error or SystemExit("the training was left before its end"))
 
 
+def _no_directory() -> RunDirectory:
+    return ReadOnlyRunDirectory(Path(os.devnull), _NO_IDENTITY)
+
+
 def open_session(training: Training, options: Options, *, leads: bool) -> TelemetrySession | None:
     """Open the telemetry of a training on this rank; ``None`` where the rank has nothing to do.
 
@@ -238,37 +289,3 @@ def open_session(training: Training, options: Options, *, leads: bool) -> Teleme
         raise UsageError("the training has no optimizer, so there is nothing to record")
     training.validate()
     return TelemetrySession(training, options, leads=leads) if leads or has_sharded_parameters(training) else None
-
-
-def by_name(role: str, objects: Sequence[Any]) -> Any:
-    """Return the objects of a framework's list as ``Training`` takes them."""
-    return objects[0] if len(objects) == 1 else {f"{role}{index}": each for index, each in enumerate(objects)}
-
-
-def numbers(values: Mapping[Any, Any]) -> dict[str, Any]:
-    """Select the values that can be logged.
-
-    Example:
-        >>> import torch
-        >>> numbers({"loss": 0.5, "note": "warm-up", "logits": torch.ones(4)})
-        {'loss': 0.5}
-    """
-    return {str(key): value for key, value in values.items() if _is_number(value)}
-
-
-def _is_number(value: object) -> bool:
-    return value.numel() == 1 if isinstance(value, Tensor) else isinstance(value, Number)
-
-
-def _history_end(path: Path, offset: int, step: int) -> tuple[int, set[str]]:
-    """Find where the history of a checkpoint ends, and the keys of its last step that were logged after it was taken.
-
-    Frameworks save in the middle of their work at a step, and do not repeat the rest of that work when they resume.
-    """
-    logged: set[str] = set()
-    for line in journal.read(path, offset):
-        if line.event in {"start", "resume", "close"} or (line.event is None and line.step > step):
-            break
-        logged |= line.metrics.keys()
-        offset = line.end_offset
-    return offset, logged

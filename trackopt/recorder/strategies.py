@@ -44,8 +44,8 @@ class DeliveryStrategy(ABC):
             if line.event in {"start", "resume"}:
                 self._send(records)
                 records = []
-                self._status = "RUNNING"
                 self._begin(line)
+                self._status = "RUNNING"
             elif line.event == "close":
                 self._status = line.details["status"]
             elif line.event is None:
@@ -55,8 +55,8 @@ class DeliveryStrategy(ABC):
         return len(records) >= batch_size
 
     def finish(self) -> str:
-        """Give the sink the run's final status, and return it: a run without a ``close`` marker was killed."""
-        status = "KILLED" if self._status == "RUNNING" else self._status
+        """Give the sink the run's final status, and return it."""
+        status = self._final_status()
         self._sink.finish(status)
         return status
 
@@ -84,6 +84,10 @@ class DeliveryStrategy(ABC):
         new = {key: value for key, value in values.items() if step > self._last_step_by_key.get(prefix + key, -1)}
         self._last_step_by_key |= {prefix + key: step for key in new}
         return new
+
+    def _final_status(self) -> str:
+        """Return the status of what was read: a training without a ``close`` marker was killed."""
+        return "KILLED" if self._status == "RUNNING" else self._status
 
     def _send(self, records: list[Line]) -> None:
         if records:
@@ -159,7 +163,7 @@ class StoreOnceDelivery(DeliveryStrategy):
     """Deliver to a sink that stores a repeated record once, and can take back none.
 
     Steps that a resumed run repeats are not sent again. They are compared with the superseded ones instead: the first
-    difference is reported.
+    difference is reported. A training that starts over is sent whole, to be stored apart from the one before.
     """
 
     def __init__(self, path: Path, sink: Sink, cursor: Cursor, notify: Callable[[str], None]) -> None:
@@ -170,7 +174,10 @@ class StoreOnceDelivery(DeliveryStrategy):
             self._superseded_metrics = self._read_superseded(next(journal.read(path, cursor.resume_offset)))
 
     def _begin(self, marker: Line) -> None:
-        if marker.event == "resume":
+        if marker.details.get("starts_over"):
+            self._sink.start_over(self._final_status())
+            self._last_step_by_key, self._superseded_metrics, self._resume_offset = {}, {}, None
+        elif marker.event == "resume":
             self._superseded_metrics = self._read_superseded(marker)
             self._resume_offset = marker.start_offset
         self._sink.begin(marker)

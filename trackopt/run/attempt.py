@@ -45,6 +45,7 @@ class Attempt:
 
     Attributes:
         number: The number of the attempt, from 1.
+        has_history: True if this or an earlier attempt has begun in the directory.
         journal: The journal that it appends to.
         telemetry: The collector that writes the records.
     """
@@ -63,7 +64,7 @@ class Attempt:
         self.telemetry = MetricsCollector(training, self.journal, stats_options, gather)
         self._training = training
         self._sinks = sinks
-        self._has_history = self.number > 1
+        self.has_history = self.number > 1
         self._recorder: RecorderProcess | None = None
         self._on_exit: Callable[[BaseException | None], None] = lambda _: None
         self._pid = os.getpid()
@@ -100,7 +101,7 @@ class Attempt:
             extra: Hyperparameters besides those of the objects.
             **details: What else the marker says.
         """
-        if self._has_history:
+        if self.has_history:
             self.mark_resume(0, **{"offset": 0, **details})
         else:
             self._mark("start", 0, params=self.hyperparameters(extra), **details)
@@ -110,7 +111,7 @@ class Attempt:
         self._mark("resume", step, **details)
 
     def _mark(self, event: str, step: int, **details: Any) -> None:
-        self._has_history = True
+        self.has_history = True
         self.journal.mark(event, step, attempt=self.number, pid=os.getpid(), versions=versions(), **details)
 
     def start_recorder(self) -> None:

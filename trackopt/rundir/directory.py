@@ -37,6 +37,7 @@ class RunDirectory:
     Args:
         path: The directory; it is created if needed. ``None`` creates ``runs/<date-time>``. ``TRACKOPT_DIR`` in the
             environment overrides both.
+        is_final: Nothing overrides the path.
 
     Attributes:
         path: The directory, absolute.
@@ -47,8 +48,8 @@ class RunDirectory:
         RunError: The directory cannot be created or written, is held by another process, or holds something else.
     """
 
-    def __init__(self, path: str | os.PathLike[str] | None) -> None:
-        chosen = os.environ.get("TRACKOPT_DIR") or path
+    def __init__(self, path: str | os.PathLike[str] | None, *, is_final: bool = False) -> None:
+        chosen = path if is_final else os.environ.get("TRACKOPT_DIR") or path
         if (rehearsal := environment.from_environment()) is not None:
             self.path = rehearsal.directory(chosen)
         else:

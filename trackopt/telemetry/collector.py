@@ -101,8 +101,14 @@ class MetricsCollector:
 
     @property
     def step(self) -> int:
-        """Completed optimizer steps; with several optimizers, the largest number."""
-        return max((observer.steps for observer in self._observers.values()), default=0)
+        """Completed optimizer steps.
+
+        Several optimizers that step in one iteration make one step of the run: the largest of their numbers. Where they
+        take turns by iteration, each iteration is a step.
+        """
+        observers = self._observers.values()
+        latest = max((observer.steps for observer in observers), default=0)
+        return max(latest, self.recorded + any(observer.has_metrics for observer in observers))
 
     @property
     def skipped(self) -> int:
@@ -199,14 +205,15 @@ class MetricsCollector:
         while self._in_flight:
             self._record(self._in_flight.popleft())
 
-    def record_trailing(self, *, all_ranks: bool = True) -> None:
+    def record_trailing(self, *, all_ranks: bool = True, at_start: bool = False) -> None:
         """Record metrics that were logged after the last step, as a second line of that step.
 
         Args:
             all_ranks: All ranks make this call; if not, metrics that are reduced over ranks wait.
+            at_start: Before the first step, record them at step 0; if not, they wait for it.
         """
         self.flush()
-        if self.recorded and (metrics := self._accumulator.pop_unrecorded(all_ranks=all_ranks)):
+        if (self.recorded or at_start) and (metrics := self._accumulator.pop_unrecorded(all_ranks=all_ranks)):
             self._journal.record(self.recorded, AsyncMetrics(metrics, boundary=self.boundary).metrics())
 
     def _record(self, step: _Step) -> None:
@@ -270,7 +277,7 @@ class MetricsCollector:
         return {
             "observers": observers,
             "pending": self._accumulator.state_dict(),
-            "turns": self._scheduler_check.state_dict() | {"explicit": self.ends_iterations},
+            "turns": self._scheduler_check.state_dict() | {"explicit": self.ends_iterations, "step": self.step},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -282,7 +289,8 @@ class MetricsCollector:
         self.load_pending(state)
         self._scheduler_check.load_state_dict(state["turns"])
         self.ends_iterations = state["turns"].get("explicit", False)
-        self.recorded = self.step
+        self.recorded = 0
+        self.recorded = state["turns"].get("step", self.step)
 
     def load_pending(self, state: Mapping[str, Any]) -> None:
         """Restore only the metrics that were logged and not recorded, and drop the current ones."""

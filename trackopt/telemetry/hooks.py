@@ -48,6 +48,7 @@ class OptimizerObserver:
         steps: Completed steps, without those that a ``GradScaler`` skipped.
         closure_calls: Calls of the closures that ``step`` was given.
         is_called: True once ``step`` was called.
+        has_metrics: True after a step until its metrics are popped.
     """
 
     def __init__(
@@ -63,10 +64,9 @@ class OptimizerObserver:
     ):
         self.optimizer = optimizer
         self.steps = self.closure_calls = 0
-        self.is_called = False
+        self.is_called = self.has_metrics = False
         self._before_first = before_first
         self._before_another = before_another
-        self._has_metrics = False  # of a step, not popped yet
         self._overflowed = False
         self._every = options.stats_every if options.stats else 0
         self._histograms_every = options.histograms_every
@@ -113,7 +113,7 @@ class OptimizerObserver:
     def pop_metrics(self) -> AsyncMetrics:
         """Remove and return the metrics of the latest step since the last call; empty without a step."""
         metrics, self._metrics = self._metrics, AsyncMetrics({})
-        self._has_metrics = False
+        self.has_metrics = False
         return metrics
 
     def pop_histograms(self) -> dict[str, Histogram]:
@@ -149,6 +149,7 @@ class OptimizerObserver:
     def load_state_dict(self, state: StateDict) -> None:
         """Restore what ``state_dict`` returned."""
         self.steps, self.closure_calls = state["steps"], state["evaluations"]
+        self.pop_metrics()
         self._hyperparameters.seen = state["hyperparameters"]
         if state.get("in_backward"):
             self._backward_steps.follow()
@@ -167,7 +168,7 @@ class OptimizerObserver:
     def _begin_step(self) -> None:
         if not self.steps:
             self._before_first()
-        if self._has_metrics:
+        if self.has_metrics:
             self._before_another()
         self._hyperparameters_used = self._boundary.call("hyperparameters", self._hyperparameters.read) or {}
         if self._every and self.steps % (self._every * _UPDATE_EVERY) == 0:
@@ -201,7 +202,7 @@ class OptimizerObserver:
 
     def _end_step(self) -> None:
         self.steps += 1
-        self._has_metrics = True
+        self.has_metrics = True
         if self._every and (self.steps - 1) % self._every == 0:
             self._metrics = self._optimizer_metrics.compute(self._hyperparameters_used)
         else:

@@ -36,5 +36,8 @@ class Sink(ABC):
     def diverged(self, step: int) -> None:
         """Note that a resumed run measured other values at ``step`` than those that were delivered."""
 
+    def start_over(self, status: str) -> None:
+        """Give what was received the status, and receive a training that begins at step 0 again apart from it."""
+
     def close(self) -> None:
         """Close files and connections."""

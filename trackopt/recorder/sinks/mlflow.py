@@ -1,4 +1,4 @@
-"""The MLflow sink: one MLflow run for all attempts of a run."""
+"""The MLflow sink: one MLflow run for all attempts of a run, until one starts over at step 0."""
 
 from __future__ import annotations
 
@@ -48,9 +48,10 @@ class MLflowSink(Sink):
         self._trackopt_id: str = identity.id
         with _lock_store(target.tracking_uri):
             self._client = MlflowClient(tracking_uri=target.tracking_uri)
-            self._run_id = target.run_id or self._find_or_create_run(directory, identity)
+            self._run_id = target.run_id or self._find_run(identity) or self._create_run(directory, identity)
+        self._directory = directory
         if target.run_id is None:
-            update_identity(directory, lambda now: replace(now, mlflow=replace(now.mlflow, run_id=self._run_id)))
+            self._save_run_id()
         self._client.update_run(self._run_id, status="RUNNING")
 
     def begin(self, marker: Line) -> None:
@@ -81,12 +82,25 @@ class MLflowSink(Sink):
         """Tag the run, since MLflow cannot replace a value."""
         self._client.log_batch(self._run_id, tags=[RunTag("trackopt.diverged_at_step", str(step))])
 
-    def _find_or_create_run(self, directory: Path, identity: RunIdentity) -> str:
+    def start_over(self, status: str) -> None:
+        """Receive what follows in another MLflow run, since MLflow cannot replace a value."""
+        self._client.set_terminated(self._run_id, status)
+        self._run_id = self._create_run(self._directory, read_identity(self._directory))
+        self._save_run_id()
+
+    def _save_run_id(self) -> None:
+        update_identity(self._directory, lambda now: replace(now, mlflow=replace(now.mlflow, run_id=self._run_id)))
+
+    def _find_run(self, identity: RunIdentity) -> str | None:
+        """Return the run that an interrupted delivery has created."""
+        experiment = self._client.get_experiment_by_name(identity.mlflow.experiment)
+        runs = self._search_runs(experiment.experiment_id) if experiment else []
+        return str(runs[0].info.run_id) if runs else None
+
+    def _create_run(self, directory: Path, identity: RunIdentity) -> str:
         name = identity.mlflow.experiment
         experiment = self._client.get_experiment_by_name(name)
         experiment_id = experiment.experiment_id if experiment else self._client.create_experiment(name)
-        if runs := self._search_runs(experiment_id):
-            return str(runs[0].info.run_id)
         tags = {
             "mlflow.source.name": identity.command,
             "mlflow.source.type": "LOCAL",
