@@ -40,6 +40,8 @@ def fingerprint(value: Any, start: int = 0, depth: int = _MAX_DEPTH) -> int:
         return int(crc32(value.tobytes(), start))
     if value is None or isinstance(value, (str, bytes, bool, int, float, complex, np.generic)):
         return int(crc32(repr(value).encode(errors="surrogatepass"), start))
+    if isinstance(value, (list, tuple)) and all(type(part) is int for part in value):  # a generator's 624 numbers
+        return int(crc32(repr(value).encode(), start))
     if isinstance(value, np.ndarray):
         value = value.tolist()
     crc = int(crc32(type(value).__qualname__.encode(), start))

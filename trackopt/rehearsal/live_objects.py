@@ -19,6 +19,7 @@ _MAX_DEPTH = 4  # levels of containers around a tensor
 
 def find_training() -> Training:
     """Find all optimizers, and the outermost modules that own their parameters, in an order that repeats itself."""
+    gc.collect()  # or objects that only a cycle keeps would count
     optimizers = [optimizer for optimizer in find_optimizers() if not _wraps(optimizer) and _parameters(optimizer)]
     optimizers.sort(key=lambda each: (type(each).__name__, -len(_parameters(each))))
     owned = [id(parameter) for optimizer in optimizers for parameter in _parameters(optimizer)]
@@ -78,7 +79,6 @@ def tensors(value: Any, depth: int = _MAX_DEPTH) -> Iterator[torch.Tensor]:
 
 
 def _live(*classes: type) -> list[Any]:
-    gc.collect()
     return [value for value in gc.get_objects() if issubclass(type(value), classes)]
 
 
