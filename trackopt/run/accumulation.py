@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import TYPE_CHECKING
 
 from trackopt.checkpoint.gradients import gradients, named_parameters
@@ -31,7 +32,7 @@ class AccumulationWindow:
         self._versions: dict[str, int] | None = None  # after the first step
         self.keeps_gradients: bool | None = None
         self._watched: Tensor | None = None  # a parameter that has had a gradient
-        self._mark: tuple[int, int] | None = None
+        self._mark: tuple[weakref.ref[Tensor], int] | None = None
 
     def begin_iteration(self) -> None:
         """Remember the gradients, for ``is_untouched``."""
@@ -40,8 +41,6 @@ class AccumulationWindow:
     def end_iteration(self, *, stepped: bool) -> None:
         """Note the end of an iteration, and whether a step was taken, or skipped for an overflow, in it."""
         self._stepped = stepped
-        if self._watched is None:
-            self._watched = next((each for _, each in named_parameters(self._training) if each.grad is not None), None)
         if not stepped or self.keeps_gradients is not None:
             return
         versions = {name: gradient._version for name, gradient in gradients(self._training).items()}
@@ -54,7 +53,10 @@ class AccumulationWindow:
     @property
     def is_untouched(self) -> bool:
         """True if no gradient has changed since ``begin_iteration``."""
-        return self._read_mark() == self._mark
+        mark = self._read_mark()
+        if mark is None or self._mark is None:
+            return mark is self._mark
+        return mark[0]() is self._mark[0]() and mark[1] == self._mark[1]
 
     @property
     def is_open(self) -> bool:
@@ -66,6 +68,8 @@ class AccumulationWindow:
         """True if a checkpoint must hold the gradients."""
         return (not self._stepped or self.keeps_gradients is not False) and bool(gradients(self._training))
 
-    def _read_mark(self) -> tuple[int, int] | None:
+    def _read_mark(self) -> tuple[weakref.ref[Tensor], int] | None:
+        if self._watched is None:
+            self._watched = next((each for _, each in named_parameters(self._training) if each.grad is not None), None)
         gradient = None if self._watched is None else self._watched.grad
-        return None if gradient is None else (id(gradient), gradient._version)
+        return None if gradient is None else (weakref.ref(gradient), gradient._version)

@@ -66,6 +66,8 @@ class LoaderSize:
         ]:
             order = " in another order" if saved["dataset_length"] != self.samples else ""
             logger.warning("trackopt: %s: the epoch continues after %d samples%s", "; ".join(changes), taken, order)
+        if taken == self.samples:  # a sampler draws once more behind its last sample, for the last, smaller batch
+            return -(-int(taken) // self.batch_size), 0
         batch, rest = divmod(int(taken), self.batch_size)
         return batch, rest
 

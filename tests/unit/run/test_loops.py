@@ -381,6 +381,58 @@ def test_a_checkpoint_within_an_accumulation_window_holds_the_gradients(stop, cl
     assert_same_runs()
 
 
+def test_a_window_that_is_open_twice_in_a_row_loses_no_batch():
+    """Left early within a window, resumed, and left within the next one, whose gradients are the first to be seen."""
+
+    def train(directory, batches=None):
+        run, model, optimizer, _ = start(directory, save_every=None)
+        loader = DataLoader(Noisy(), batch_size=4, shuffle=True)
+        for _ in run.epochs(3):
+            for index, batch in run.enumerate(loader):
+                loss = model(batch).square().mean() / 2
+                loss.backward()
+                run.log(loss=loss)
+                if index % 2:
+                    optimizer.step()
+                    optimizer.zero_grad()
+                is_left = run.iteration + 1 == batches  # the current one is not over yet
+                if is_left:
+                    break
+            if is_left:
+                break
+        run.close()
+
+    train("whole")
+    for batches in (3, 5, None):
+        train("resumed", batches)
+    assert_same_runs()
+
+
+@pytest.mark.parametrize("size", [28, 26])
+def test_a_loader_that_is_used_up_at_the_checkpoint_keeps_its_generator(size):
+    """Its sampler draws once more behind the last sample, when it fills the last batch if that is smaller."""
+
+    def train(directory, last=None):
+        run, model, optimizer, _ = start(directory, save_every=None)
+        data = torch.arange(4.0 * size).reshape(size, 4) / size
+        loaders = [DataLoader(data, 4, shuffle=True, generator=torch.Generator().manual_seed(n)) for n in (1, 2)]
+        for _ in run.epochs(3):
+            for loader in loaders:
+                for batch in run.batches(loader):
+                    step(run, model, optimizer, batch)
+                    if run.global_step == last:
+                        run.save(wait=True)
+                    if run.global_step == (last or 1000) + 2:
+                        return  # like a kill: the run is not closed
+        run.close()
+
+    train("whole")
+    train("resumed", 7)
+    drop_the_open_run()
+    train("resumed")
+    assert_same_runs()
+
+
 def test_the_gradients_of_an_open_window_are_in_the_checkpoint_and_only_those():
     run, model, optimizer, _ = start("run", save_every=None)
     for _ in run.epochs(1):
