@@ -41,8 +41,10 @@ class Staging:
 
     def prepare(self, size: int) -> None:
         """Allocate and touch memory for a checkpoint of about ``size`` bytes; other threads can run meanwhile."""
+        before = self._memory
         memory = self._reserve(size)
-        np.frombuffer(memory, np.uint8)[::PAGE_BYTES] = 0
+        if memory is not before:  # or it may hold a checkpoint that is being written
+            np.frombuffer(memory, np.uint8)[::PAGE_BYTES] = 0
 
     def stage(self, tree: CheckpointTree) -> Staged:
         """Copy a captured tree, also from GPUs; when this returns, the live objects may change.

@@ -95,6 +95,16 @@ def test_a_file_beyond_4_gib_is_laid_out_as_torchs():
         assert file.read() == central_directory(found, [record.crc for record in zipped.records.values()])
 
 
+def test_memory_that_is_prepared_before_a_checkpoint_is_written_is_left_alone(tmp_path):
+    """The first save may come before the first step, after which the memory for the next one is prepared."""
+    weight = torch.arange(4096.0)
+    staging = Staging()
+    staged = staging.stage({"w": weight})
+    staging.prepare(staged.size)
+    write(staged, tmp_path / "a.pt", before_commit=lambda: None)
+    assert torch.equal(torch.load(tmp_path / "a.pt")["w"], weight)
+
+
 @as_torch_writes
 def test_memory_is_reused_and_grows():
     """A second, smaller checkpoint in the same memory holds nothing of the first; a larger one gets more."""
