@@ -139,7 +139,8 @@ class StepRecorder:
         if is_trained:  # the mode of a loss function is never changed
             self._is_training = module.training
         passes = self._passes[self._is_training]
-        if self._before is None or (self._is_training and not passes.inputs):
+        is_first = self._before is None or (self._is_training and not passes.inputs)
+        if is_first and self._stepping is None:  # not in the closure of a step
             self._before = self._step_inputs()
             if self._training is None:
                 self._first_pass = _Start(live_objects.find_training())
@@ -169,7 +170,7 @@ class StepRecorder:
             self._active = False
             return
         self._stepping = optimizer
-        if self._before is None:
+        if self._before is None or not self._passes[True].count:  # all that was seen may be a validation
             self._before = self._step_inputs()
         training = self._training or self._begin()
         if all(optimizer is not each for each in self._optimizers):  # it was made after the first step
