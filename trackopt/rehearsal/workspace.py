@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections import deque
 from typing import TYPE_CHECKING
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pathlib import Path
 
-_MAX_ENTRIES = 100_000
+_MAX_ENTRIES = 20_000
 _MAX_FILES = 5_000  # small ones
 _MAX_COPIED = 1 << 20  # bytes of a file; larger ones are linked, unless they may be checkpoints
 _MAX_CHECKPOINTS = 4 << 30  # bytes in all
@@ -37,7 +38,7 @@ def copy_directory(source: Path, target: Path) -> Path:
     for beside in source.parent.iterdir() if source.parent != source else ():
         if beside != source and not target.is_relative_to(beside):
             (copy.parent / beside.name).symlink_to(beside)
-    copier = _Copier()
+    copier = _Copier(source.stat().st_dev)
     queue = deque([(source, copy)])
     while queue:
         origin, place = queue.popleft()
@@ -53,23 +54,30 @@ def copy_directory(source: Path, target: Path) -> Path:
 
 
 class _Copier:
-    """Decides what is copied, as long as there is room."""
+    """Decides what is copied, as long as there is room.
 
-    def __init__(self) -> None:
+    Args:
+        device: The number of the file system; others, such as ``/proc``, are links.
+    """
+
+    def __init__(self, device: int) -> None:
+        self._device = device
         self._entries = 0
         self._files = 0
         self._checkpoints = 0
 
     def enters(self, entry: Path) -> bool:
         self._entries += 1
-        hidden = entry.name.startswith(".")
-        return self._entries < _MAX_ENTRIES and entry.is_dir() and not entry.is_symlink() and not hidden
+        if self._entries >= _MAX_ENTRIES or entry.name.startswith(".") or entry.is_symlink() or not entry.is_dir():
+            return False
+        return entry.stat().st_dev == self._device and os.access(entry, os.R_OK | os.X_OK)
 
     def copy_or_link(self, entry: Path, place: Path) -> None:
-        size = entry.stat().st_size if entry.is_file() else 0
+        is_file = entry.is_file() and os.access(entry, os.R_OK)
+        size = entry.stat().st_size if is_file else 0
         small = size <= _MAX_COPIED and self._files < _MAX_FILES
         checkpoint = entry.suffix in _SUFFIXES and self._checkpoints + size <= _MAX_CHECKPOINTS
-        if not entry.is_file() or not (small or checkpoint):
+        if not is_file or not (small or checkpoint):
             place.symlink_to(entry)
             return
         self._files += small
