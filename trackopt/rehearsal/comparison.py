@@ -50,6 +50,14 @@ def find_fault(
     return _compare(reference, killed, run, control.traces.get(run))
 
 
+def differs_already(reference: TrainingCommand, killed: TrainingCommand) -> bool:
+    """Return whether a training that is not over differs so far; runs of ``wrap`` are compared at their end."""
+    if trace.OBSERVED not in reference.traces or trace.OBSERVED not in killed.traces:
+        return False
+    so_far = killed.traces[trace.OBSERVED]
+    return first_difference(reference.traces[trace.OBSERVED].until(max(so_far.steps, default=0)), so_far) is not None
+
+
 def _find_observed_fault(
     a: Trace, b: Trace, run_control: Callable[[Mapping[str, int]], TrainingCommand]
 ) -> Diagnosis | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,34 +18,51 @@ from trackopt.training.objects import Training
 _MAX_DEPTH = 4  # levels of containers around a tensor
 
 
-def find_training() -> Training:
-    """Find all optimizers, and the outermost modules that own their parameters, in an order that repeats itself."""
+@dataclass(frozen=True)
+class LiveObjects:
+    """What one search has found.
+
+    Attributes:
+        training: The optimizers, without wrappers, and the outermost modules that own their parameters.
+        optimizers: All optimizers, also those that wrap another one.
+        schedulers: The schedulers of these optimizers, by class name.
+        loaders: All data loaders.
+    """
+
+    training: Training
+    optimizers: list[Optimizer]
+    schedulers: dict[str, Any]
+    loaders: list[DataLoader[Any]]
+
+
+def find_objects() -> LiveObjects:
+    """Search all live objects; training and schedulers are in an order that repeats itself."""
     gc.collect()  # or objects that only a cycle keeps would count
-    optimizers = [optimizer for optimizer in find_optimizers() if not _wraps(optimizer) and _parameters(optimizer)]
-    optimizers.sort(key=lambda each: (type(each).__name__, -len(_parameters(each))))
-    owned = [id(parameter) for optimizer in optimizers for parameter in _parameters(optimizer)]
-    position = {identity: index for index, identity in enumerate(owned)}
-    owners = {
-        id(module): module
-        for module in _live(nn.Module)
-        if any(id(parameter) in position for parameter in module.parameters())
-    }
-    parts = {id(part) for module in owners.values() for part in module.modules() if part is not module}
-    roots = [module for identity, module in owners.items() if identity not in parts]
-    roots.sort(key=lambda module: (min(position.get(id(p), len(position)) for p in module.parameters()), _size(module)))
-    return Training(_name(roots), _name(optimizers))
-
-
-def find_optimizers() -> list[Optimizer]:
-    """Find all optimizers, also those that wrap another one."""
-    return _live(Optimizer)
-
-
-def find_schedulers(training: Training) -> dict[str, Any]:
-    """Find the schedulers of these optimizers, by class name."""
+    kinds = (Optimizer, nn.Module, LRScheduler, ReduceLROnPlateau, DataLoader)
+    live = [value for value in gc.get_objects() if issubclass(type(value), kinds)]
+    optimizers = [value for value in live if isinstance(value, Optimizer)]
+    training = _find_training(optimizers, [value for value in live if isinstance(value, nn.Module)])
     ids = {id(optimizer) for optimizer in training.optimizers.values()}
-    schedulers = _live(LRScheduler, ReduceLROnPlateau)
-    return _name([each for each in schedulers if id(getattr(each.optimizer, "optimizer", each.optimizer)) in ids])
+    schedulers = [
+        value
+        for value in live
+        if isinstance(value, (LRScheduler, ReduceLROnPlateau))
+        and id(getattr(value.optimizer, "optimizer", value.optimizer)) in ids
+    ]
+    loaders = [value for value in live if isinstance(value, DataLoader)]
+    return LiveObjects(training, optimizers, _name(schedulers), loaders)
+
+
+def _find_training(optimizers: list[Optimizer], modules: list[nn.Module]) -> Training:
+    owning = [optimizer for optimizer in optimizers if not _wraps(optimizer) and _parameters(optimizer)]
+    owning.sort(key=lambda each: (type(each).__name__, -len(_parameters(each))))
+    owned = [id(parameter) for optimizer in owning for parameter in _parameters(optimizer)]
+    position = {identity: index for index, identity in enumerate(owned)}
+    owners = [module for module in modules if any(id(parameter) in position for parameter in module.parameters())]
+    parts = {id(part) for module in owners for part in module.modules() if part is not module}
+    roots = [module for module in owners if id(module) not in parts]
+    roots.sort(key=lambda module: (min(position.get(id(p), len(position)) for p in module.parameters()), _size(module)))
+    return Training(_name(roots), _name(owning))
 
 
 def scheduler_positions(schedulers: Mapping[str, Any]) -> dict[str, int]:
@@ -63,23 +81,14 @@ def state_dtypes(training: Training) -> dict[str, str]:
     return dtypes
 
 
-def find_loaders() -> list[DataLoader[Any]]:
-    """Find all data loaders."""
-    return _live(DataLoader)
-
-
-def tensors(value: Any, depth: int = _MAX_DEPTH) -> Iterator[torch.Tensor]:
+def tensors_in(value: Any, depth: int = _MAX_DEPTH) -> Iterator[torch.Tensor]:
     """Yield the tensors in nested containers."""
     if isinstance(value, torch.Tensor):
         yield value
     elif depth:
         parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
         for part in parts:
-            yield from tensors(part, depth - 1)
-
-
-def _live(*classes: type) -> list[Any]:
-    return [value for value in gc.get_objects() if issubclass(type(value), classes)]
+            yield from tensors_in(part, depth - 1)
 
 
 def _wraps(optimizer: Any) -> bool:

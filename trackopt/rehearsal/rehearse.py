@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from trackopt import locations, state
 from trackopt.errors import TrackoptError
-from trackopt.rehearsal.comparison import find_fault
+from trackopt.rehearsal.comparison import differs_already, find_fault
 from trackopt.rehearsal.trace import OBSERVED
 from trackopt.rehearsal.training_command import CommandError, TrainingCommand
 from trackopt.rundir.checkpoints import list_checkpoints
@@ -140,7 +140,7 @@ def rehearse(
         total = sum(max(trace.steps, default=0) for trace in reference.traces.values())
         kill_steps = _steps_at(reference, at) if at else _random_steps(reference, kills, seed)
         training = TrainingCommand(command, scratch / "killed", resume_with)
-        killed = _run_killed(training, kill_steps, total, on_progress)
+        killed, kill_steps = _run_killed(training, kill_steps, total, on_progress, reference)
         verdict = find_fault(reference, killed, lambda ends: run(scratch / "control", total, ends))
     except CommandError as error:
         if error.output_tail:
@@ -194,8 +194,13 @@ def _run_uninterrupted(
 
 
 def _run_killed(
-    training: TrainingCommand, kill_steps: list[tuple[str, int]], total: int, on_progress: OnProgress
-) -> TrainingCommand:
+    training: TrainingCommand,
+    kill_steps: list[tuple[str, int]],
+    total: int,
+    on_progress: OnProgress,
+    reference: TrainingCommand,
+) -> tuple[TrainingCommand, list[tuple[str, int]]]:
+    """Kill the training at each step, and resume it; once a resume differs, no more. Return it, and the steps."""
     stage = ""
 
     def report(done: int) -> None:
@@ -205,13 +210,17 @@ def _run_killed(
         stage = f"kill {number + 1} of {len(kill_steps)}, at step {step:,}"
         report(0)
         if not training.start({run: step}, report):
+            training.read()
+            return training, kill_steps
+        training.read()
+        if differs_already(reference, training):
+            kill_steps = kill_steps[: number + 1]
             break
-    else:
-        stage = "resumed to the end"
-        report(0)
-        training.start(None, report)
+    stage = "resumed to the end"
+    report(0)
+    training.start(None, report)
     training.read()
-    return training
+    return training, kill_steps
 
 
 def _steps_at(reference: TrainingCommand, at: Sequence[int]) -> list[tuple[str, int]]:

@@ -20,8 +20,9 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
-from trackopt.rehearsal import live_objects, trace
+from trackopt.rehearsal import trace
 from trackopt.rehearsal.fingerprint import fingerprint, global_rng, learning_rates, optimizer_state, weights
+from trackopt.rehearsal.live_objects import LiveObjects, find_objects, scheduler_positions, state_dtypes, tensors_in
 from trackopt.rehearsal.untracked_state import UntrackedObject, find_untracked
 from trackopt.rehearsal.values import loop_counters, values
 from trackopt.rundir.environment import KILLED
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from trackopt.rundir.environment import ResumeCheckPlan
-    from trackopt.training.objects import Training
     from trackopt.utils.types import StateDict
 
 _SCANS = 2  # steps at whose beginning the script's variables are searched
@@ -43,8 +43,9 @@ _log = logging.getLogger("trackopt")
 class _Start:
     """The fingerprints of a training before its first step."""
 
-    def __init__(self, training: Training) -> None:
-        self.training = training
+    def __init__(self, objects: LiveObjects) -> None:
+        training = objects.training
+        self.objects = objects
         self.weights = weights(training)
         self.optimizer = optimizer_state(training)
         self.parameters = [self.weights[name] for name in training.named_parameters() if name in self.weights]
@@ -68,9 +69,8 @@ class StepRecorder:
     def __init__(self, plan: ResumeCheckPlan) -> None:
         self._root = plan.root
         self._kill_at = plan.kill.get(trace.OBSERVED)
-        self._training: Training | None = None  # from the first step on
-        self._schedulers: dict[str, Any] = {}
-        self._optimizers: list[Optimizer] = []
+        self._objects: LiveObjects | None = None  # from the first step on
+        self._found: LiveObjects | None = None  # by the latest search
         self._first_pass: _Start | None = None  # a forward pass changes buffers before the first step
         self._step = self._first = 0
         self._depth = 0  # of nested calls of modules
@@ -142,10 +142,10 @@ class StepRecorder:
         is_first = self._before is None or (self._is_training and not passes.inputs)
         if is_first and self._stepping is None:  # not in the closure of a step
             self._before = self._step_inputs()
-            if self._training is None:
-                self._first_pass = _Start(live_objects.find_training())
+            if self._objects is None and self._found is not None:
+                self._first_pass = _Start(self._found)
         passes.count += is_trained
-        tensors = live_objects.tensors((args, kwargs))
+        tensors = tensors_in((args, kwargs))
         passes.inputs += [fingerprint(tensor) for tensor in tensors if not tensor.requires_grad]
 
     def _leave_call(self) -> None:
@@ -157,38 +157,39 @@ class StepRecorder:
             self._losses.append(loss.detach())
 
     def _see_batch(self, batch: Any) -> None:
-        self._fetched = [fingerprint(tensor) for tensor in live_objects.tensors(batch)][:_MAX_INPUTS]
+        self._fetched = [fingerprint(tensor) for tensor in tensors_in(batch)][:_MAX_INPUTS]
 
     def _see_save(self, *_: Any, **__: Any) -> None:
-        if self._training is not None:
+        if self._objects is not None:
             self._write(saved=self._step)
 
     def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
         if self._stepping not in (None, optimizer):  # one optimizer calls another
             return
-        if self._training is None and self._has_probe():
+        if self._objects is None and self._has_probe():
             self._active = False
             return
         self._stepping = optimizer
         if self._before is None or not self._passes[True].count:  # all that was seen may be a validation
             self._before = self._step_inputs()
-        training = self._training or self._begin()
-        if all(optimizer is not each for each in self._optimizers):  # it was made after the first step
-            training = self._find_objects(live_objects.find_training())
-            self._write(names={"weights": list(weights(training)), "optimizer": list(optimizer_state(training))})
-        self._before["lr"] = {str(group): lr for group, lr in enumerate(learning_rates(training))}
-        self._before["schedulers"] = live_objects.scheduler_positions(self._schedulers)
+        objects = self._objects or self._begin()
+        if all(optimizer is not each for each in objects.optimizers):  # it was made after the first step
+            objects = self._objects = find_objects()
+            names = {"weights": list(weights(objects.training)), "optimizer": list(optimizer_state(objects.training))}
+            self._write(names=names)
+        self._before["lr"] = {str(group): lr for group, lr in enumerate(learning_rates(objects.training))}
+        self._before["schedulers"] = scheduler_positions(objects.schedulers)
 
     def _has_probe(self) -> bool:
         """Return whether the script uses ``wrap``, which records the steps of its own run."""
         return any(file.parent.name != trace.OBSERVED for file in self._root.glob(f"*/{trace.NAME}"))
 
-    def _begin(self) -> Training:
+    def _begin(self) -> LiveObjects:
         """Find the training's objects, and the step whose weights they have."""
-        start = _Start(live_objects.find_training())
+        start = _Start(find_objects())
         if self._first_pass is not None and self._first_pass.parameters == start.parameters:  # nothing was loaded since
             start = self._first_pass
-        training = self._find_objects(start.training)
+        self._objects = objects = start.objects
         digits = trace.join(start.weights.values())
         self._step = self._first = trace.find_step(self._root / trace.OBSERVED, digits)
         self._write(names={"weights": list(start.weights), "optimizer": list(start.optimizer)})
@@ -196,20 +197,15 @@ class StepRecorder:
             attempt=self._step,
             weights=digits,
             optimizer=trace.join(start.optimizer.values()),
-            dtypes=live_objects.state_dtypes(training),
-            loaders=sorted(loader.num_workers for loader in live_objects.find_loaders()),
+            dtypes=state_dtypes(objects.training),
+            loaders=sorted(loader.num_workers for loader in objects.loaders),
         )
-        return training
-
-    def _find_objects(self, training: Training) -> Training:
-        self._training = training
-        self._optimizers = live_objects.find_optimizers()
-        self._schedulers = live_objects.find_schedulers(training)
-        return training
+        return objects
 
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
-        if optimizer is not self._stepping or self._before is None or self._training is None:
+        if optimizer is not self._stepping or self._before is None or self._objects is None:
             return
+        training = self._objects.training
         self._stepping = None
         self._step += 1
         passes = self._passes[bool(self._passes[True].count)]  # a validation before the step is not part of it
@@ -220,14 +216,14 @@ class StepRecorder:
             loss=[float(loss) for loss in self._losses],
             before={**self._before, "forward": forward},
             rng=global_rng(),
-            weights=trace.join(weights(self._training).values()),
-            optimizer=trace.join(optimizer_state(self._training).values()),
-            lr=learning_rates(self._training),
+            weights=trace.join(weights(training).values()),
+            optimizer=trace.join(optimizer_state(training).values()),
+            lr=learning_rates(training),
         )
         self._passes = {True: _Passes(), False: _Passes()}
         self._losses, self._before = [], None
         if self._step == self._first + 1:
-            self._write(dtypes=live_objects.state_dtypes(self._training))
+            self._write(dtypes=state_dtypes(training))
         if self._kill_at is not None and self._step >= self._kill_at:
             self._write(killed=self._step)
             (self._root / KILLED).touch()
@@ -236,10 +232,10 @@ class StepRecorder:
 
     def _step_inputs(self) -> StateDict:
         """Return what a step begins with, besides the weights and its batch."""
-        if self._scans < _SCANS:
+        if self._objects is None or self._scans < _SCANS:
             self._scans += 1
-            training = self._training or live_objects.find_training()
-            self._untracked = find_untracked(training, live_objects.find_loaders(), aliases=True)
+            self._found = found = find_objects()
+            self._untracked = find_untracked(found.training, found.loaders, aliases=True)
             self._write(untracked={each.name: {"kind": each.kind, "label": each.label} for each in self._untracked})
         return {
             "rng": global_rng(),
