@@ -52,8 +52,9 @@ def find_fault(
 
 def differs_already(reference: TrainingCommand, killed: TrainingCommand) -> bool:
     """Return whether a training that is not over differs so far; runs of ``wrap`` are compared at their end."""
-    if trace.OBSERVED not in reference.traces or trace.OBSERVED not in killed.traces:
+    if trace.OBSERVED not in reference.traces:
         return False
+    killed.read()
     so_far = killed.traces[trace.OBSERVED]
     return first_difference(reference.traces[trace.OBSERVED].until(max(so_far.steps, default=0)), so_far) is not None
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from trackopt.rehearsal.diagnosis import Cause
-from trackopt.rehearsal.resumed_step import join_libraries
+from trackopt.rehearsal.diagnosis import Cause, join_libraries
 
 if TYPE_CHECKING:
     from trackopt.rehearsal.resumed_step import ResumedStep

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from trackopt.rehearsal.trace import Step, Trace
 
 _ROUNDING = 1e-6  # kernels that sum in another order differ by less, relative to the value
-LIBRARIES = {"python": "random", "numpy": "NumPy", "torch": "torch", "cuda": "torch (CUDA)"}
+_LIBRARIES = {"python": "random", "numpy": "NumPy", "torch": "torch", "cuda": "torch (CUDA)"}
 _SEEDS = {
     "python": "random.seed(0)",
     "numpy": "np.random.seed(0)",
@@ -76,6 +76,11 @@ def diagnose(a: Trace, b: Trace, control: Trace | None = None) -> Diagnosis | No
     if first is None:
         return None
     return Diagnosis(control is not None, first, _Comparison(a, b, first, control).cause())
+
+
+def join_libraries(names: list[str]) -> str:
+    """Join the names of global generators: ``NumPy and torch``."""
+    return " and ".join(_LIBRARIES.get(name, name) for name in names)
 
 
 class _Comparison:
@@ -198,7 +203,7 @@ class _Comparison:
         names = divergence.changed_generators(*self._traces, *(step.before["rng"] for step in self._steps))
         if not names:
             return None  # the step drew more or fewer numbers for another reason
-        libraries = " and ".join(LIBRARIES[name] for name in names)
+        libraries = join_libraries(names)
         return Cause(
             "rng",
             f"the global generator of {libraries} was in another state when step {self._step:,} began",
@@ -286,7 +291,7 @@ class _Comparison:
         names = divergence.changed_generators(*self._traces, *(step.before["rng"] for step in self._steps))
         if not names:
             return None
-        libraries = " and ".join(LIBRARIES[name] for name in names)
+        libraries = join_libraries(names)
         return Cause(
             "rng", f"the global generator of {libraries} is not seeded", "; ".join(_SEEDS[name] for name in names)
         )

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
     from trackopt.rehearsal.trace import Step, Trace
 
@@ -115,8 +115,13 @@ def _rank(key: str) -> tuple[bool, bool]:
 def differing_names(trace: Trace, a: Step, b: Step) -> Iterator[str]:
     """Yield what differs after a step: tensors of the weights, the optimizer's states, entries of tracked objects."""
     for what in ("weights", "optimizer", "objects"):
-        x, y = getattr(a, what), getattr(b, what)
-        for index, name in enumerate(trace.names.get(what, ())):
-            at = slice(index * _DIGITS, (index + 1) * _DIGITS)
-            if x[at] != y[at]:
-                yield f"the optimizer's state of {name}" if what == "optimizer" else name
+        for name in differing_entries(trace.names.get(what, ()), getattr(a, what), getattr(b, what)):
+            yield f"the optimizer's state of {name}" if what == "optimizer" else name
+
+
+def differing_entries(names: Iterable[str], x: str, y: str) -> Iterator[str]:
+    """Yield the names whose fingerprints differ, in two texts with eight digits for each name."""
+    for index, name in enumerate(names):
+        at = slice(index * _DIGITS, (index + 1) * _DIGITS)
+        if x[at] != y[at]:
+            yield name

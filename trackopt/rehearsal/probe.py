@@ -6,9 +6,6 @@ a record of each step, and ``killed`` before the kill. Nothing here draws a rand
 
 from __future__ import annotations
 
-import os
-import signal
-import sys
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import orjson
@@ -23,15 +20,15 @@ from trackopt.rehearsal.fingerprint import (
     tracked_objects,
     weights,
 )
-from trackopt.rehearsal.trace import NAME
+from trackopt.rehearsal.trace import NAME, join
 from trackopt.rehearsal.untracked_state import UntrackedObject, find_untracked
 from trackopt.rehearsal.values import carried, loop_counters, root, values
-from trackopt.rundir.environment import KILLED, ResumeCheckPlan
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
     from pathlib import Path
 
+    from trackopt.rundir.environment import ResumeCheckPlan
     from trackopt.training.objects import Training
     from trackopt.utils.types import StateDict
 
@@ -49,7 +46,7 @@ class Probe:
     """
 
     def __init__(self, plan: ResumeCheckPlan, training: Training, directory: Path, step: int) -> None:
-        self._root = plan.root
+        self._plan = plan
         self._kill_at = plan.kill.get(directory.name)
         self._training = training
         self._file = (directory / NAME).open("ab", buffering=0)
@@ -94,10 +91,7 @@ class Probe:
         self._rng = global_rng()
         if self._kill_at is not None and step >= self._kill_at:
             self._write(killed=step)
-            (self._root / KILLED).touch()
-            if sys.platform != "win32":  # which has no rehearsals
-                # Like a crash of the machine: the command that started this process must not run its next line.
-                os.killpg(0, signal.SIGKILL)
+            self._plan.kill_process_group()
 
     def _begin_step_without_batch(self, *_: object) -> None:
         """Take the inputs of a step whose iteration has no batch of the run, when its optimizer is about to update."""
@@ -121,7 +115,7 @@ class Probe:
         """Note the weights with which the attempt begins: the script may have changed them after ``wrap``."""
         if self._start is not None:
             self._start = None
-            self._write(start=_join(fingerprints))
+            self._write(start=join(fingerprints.values()))
 
     def _state(self) -> StateDict:
         """Return the state of what the run tracks, eight digits for each tensor; their names are written once."""
@@ -135,7 +129,7 @@ class Probe:
             self._names = names
             self._write(names=names)
         return {
-            **{what: _join(parts) for what, parts in fingerprints.items()},
+            **{what: join(parts.values()) for what, parts in fingerprints.items()},
             "lr": learning_rates(self._training),
         }
 
@@ -151,7 +145,3 @@ class Probe:
 
     def _write(self, **line: Any) -> None:
         self._file.write(orjson.dumps(line) + b"\n")
-
-
-def _join(fingerprints: dict[str, int]) -> str:
-    return "".join(f"{crc:08x}" for crc in fingerprints.values())

@@ -212,7 +212,6 @@ def _run_killed(
         if not training.start({run: step}, report):
             training.read()
             return training, kill_steps
-        training.read()
         if differs_already(reference, training):
             kill_steps = kill_steps[: number + 1]
             break

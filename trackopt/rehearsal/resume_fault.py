@@ -6,9 +6,9 @@ import functools
 from typing import TYPE_CHECKING
 
 from trackopt.rehearsal.data_fault import find_data_fault
-from trackopt.rehearsal.diagnosis import Cause, Diagnosis
-from trackopt.rehearsal.divergence import Divergence, differing_names, differing_points
-from trackopt.rehearsal.resumed_step import ResumedStep, attempt_of, join_libraries
+from trackopt.rehearsal.diagnosis import Cause, Diagnosis, join_libraries
+from trackopt.rehearsal.divergence import Divergence, differing_entries, differing_names, differing_points
+from trackopt.rehearsal.resumed_step import ResumedStep, attempt_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -74,7 +74,7 @@ def _find_state_fault(a: Trace, b: Trace, step: int) -> Cause | None:
     saved = a.steps.get(start.step)
     before = saved or a.attempts[0]
     where = f"the training that resumed after step {start.step:,}"
-    if names := _differing(a.names["weights"], before.weights, start.weights):
+    if names := list(differing_entries(a.names["weights"], before.weights, start.weights)):
         count = len(a.names["weights"])
         return Cause(
             "weights",
@@ -99,7 +99,7 @@ def _find_state_fault(a: Trace, b: Trace, step: int) -> Cause | None:
             f"{where} has its optimizer state in another dtype: {', '.join(changed)}",
             "save and load the state in its own dtype: load_state_dict() casts floating state to the parameter's",
         )
-    names = _differing(a.names["optimizer"], saved.optimizer, start.optimizer)
+    names = list(differing_entries(a.names["optimizer"], saved.optimizer, start.optimizer))
     return Cause(
         "optimizer",
         f"{where} began with another optimizer state, of {_list(names)}",
@@ -189,10 +189,6 @@ def _changed_models(a: Trace, b: Trace, step: int) -> list[str]:
 def _is_shifted(x: list[int], y: list[int]) -> bool:
     """Return whether some, not all, inputs of a step are those of the other at another place."""
     return any(x[shift:] == y[:-shift] or y[shift:] == x[:-shift] for shift in range(1, min(len(x), len(y))))
-
-
-def _differing(names: list[str], x: str, y: str) -> list[str]:
-    return [name for index, name in enumerate(names) if x[index * 8 : index * 8 + 8] != y[index * 8 : index * 8 + 8]]
 
 
 def _list(names: list[str]) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from trackopt.rehearsal.candidates import FINGERPRINT, describe_pair
-from trackopt.rehearsal.diagnosis import LIBRARIES
 from trackopt.rehearsal.divergence import changed_generators
 
 if TYPE_CHECKING:
@@ -79,8 +78,3 @@ class ResumedStep:
 def attempt_of(trace: Trace, step: int) -> AttemptStart:
     """Return the start of the attempt that made a step."""
     return next((start for start in reversed(trace.attempts) if start.step < step), trace.attempts[0])
-
-
-def join_libraries(names: list[str]) -> str:
-    """Join the names of global generators: ``NumPy and torch``."""
-    return " and ".join(LIBRARIES.get(name, name) for name in names)

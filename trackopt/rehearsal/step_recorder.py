@@ -9,9 +9,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import os
-import signal
-import sys
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +22,6 @@ from trackopt.rehearsal.fingerprint import fingerprint, global_rng, learning_rat
 from trackopt.rehearsal.live_objects import LiveObjects, find_objects, scheduler_positions, state_dtypes, tensors_in
 from trackopt.rehearsal.untracked_state import UntrackedObject, find_untracked
 from trackopt.rehearsal.values import loop_counters, values
-from trackopt.rundir.environment import KILLED
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -67,6 +63,7 @@ class StepRecorder:
     """
 
     def __init__(self, plan: ResumeCheckPlan) -> None:
+        self._plan = plan
         self._root = plan.root
         self._kill_at = plan.kill.get(trace.OBSERVED)
         self._objects: LiveObjects | None = None  # from the first step on
@@ -226,9 +223,7 @@ class StepRecorder:
             self._write(dtypes=state_dtypes(training))
         if self._kill_at is not None and self._step >= self._kill_at:
             self._write(killed=self._step)
-            (self._root / KILLED).touch()
-            if sys.platform != "win32":  # which has no rehearsals
-                os.killpg(0, signal.SIGKILL)
+            self._plan.kill_process_group()
 
     def _step_inputs(self) -> StateDict:
         """Return what a step begins with, besides the weights and its batch."""

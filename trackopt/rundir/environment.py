@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import signal
+import sys
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -45,6 +47,15 @@ class ResumeCheckPlan:
         """Import the observer's class."""
         module, _, name = self.observer.partition(":")
         return getattr(import_module(module), name)
+
+    def kill_process_group(self) -> None:
+        """Mark the kill as the planned one, and end the process as a crash of the machine would.
+
+        The command that started this process must not run its next line.
+        """
+        (self.root / KILLED).touch()
+        if sys.platform != "win32":  # which has no rehearsals
+            os.killpg(0, signal.SIGKILL)
 
     def directory(self, chosen: str | os.PathLike[str] | None) -> Path:
         """Return the directory that replaces the script's choice; every start of the script gets the same.

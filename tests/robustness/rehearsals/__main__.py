@@ -1,4 +1,4 @@
-"""``python -m tests.robustness.rehearsals [--only WORDS]``: rehearse every case, and print what was told."""
+"""``python -m tests.robustness.rehearsals [--only WORDS]``: rehearse every case, and print each cause."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def main() -> int:
     wrong = 0
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for case, outcome in zip(cases, pool.map(lambda case: case.rehearse("--kills", "2"), cases), strict=True):
-            told = case.is_told(outcome)
-            wrong += not told
-            print(f"{'ok   ' if told else 'WRONG'} {case.line:36} {_describe(case, outcome)}", flush=True)
-    print(f"{len(cases) - wrong} of {len(cases)} told rightly")
+            right = case.is_right(outcome)
+            wrong += not right
+            print(f"{'ok   ' if right else 'WRONG'} {case.line:36} {_describe(case, outcome)}", flush=True)
+    print(f"{len(cases) - wrong} of {len(cases)} are right")
     return int(wrong > 0)
 
 

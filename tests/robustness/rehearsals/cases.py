@@ -51,7 +51,7 @@ class Case:
             return {"exact": False, "trouble": done.stderr}
         return json.loads(done.stdout)
 
-    def is_told(self, outcome: dict[str, Any]) -> bool:
+    def is_right(self, outcome: dict[str, Any]) -> bool:
         """Return whether the outcome is the right one."""
         if not self.kind or "trouble" in outcome:
             return bool(outcome["exact"]) and not self.kind
