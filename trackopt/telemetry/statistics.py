@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from itertools import chain, islice
+from operator import attrgetter
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -17,17 +18,16 @@ from torch import Tensor
 from trackopt.telemetry import statistics_cpu, statistics_device
 from trackopt.telemetry.async_scalars import DeviceToHostCopy
 from trackopt.telemetry.vectors import vector
-from trackopt.utils.moments import merge_moments
+from trackopt.utils.moments import Moments, merge_moments
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from trackopt.telemetry.statistics_cpu import Totals
-    from trackopt.utils.moments import Moments
 
     Lists = Mapping[str, Sequence[Tensor]]
 
-_OUTLIER_RATIO = 1 - 1e-6  # of the sum of squares: if the mean makes up more, float64 has lost the deviations
+_is_cpu = attrgetter("is_cpu")
 
 
 class Statistics(NamedTuple):
@@ -96,52 +96,63 @@ def launch(
     Returns:
         Scalars that may be on devices, and a function that takes their numbers and returns the results of `measure`.
     """
-    totals = iter(statistics_cpu.read_small([*buffers.values(), *vectors.values()]))
-    small = [{name: total for name in lists if (total := next(totals)) is not None} for lists in (buffers, vectors)]
-    statistics = {name: _describe(total) for name, total in small[0].items() if not _needs_second_pass(total)}
-    norms = {name: math.sqrt(total.squares) for name, total in small[1].items()}
-    buffers = {name: tensors for name, tensors in buffers.items() if name not in statistics}
-    vectors = {name: tensors for name, tensors in vectors.items() if name not in norms}
-    if not (buffers or vectors):
-        return [], lambda _: (statistics, norms)
-    on_device: list[Lists] = [{}, {}]
-    if not all(map(_is_cpu, chain(*buffers.values(), *vectors.values()))):
-        on_device = [_select(lists, cpu=False) for lists in (buffers, vectors)]
-        buffers, vectors = (_select(lists, cpu=True) for lists in (buffers, vectors))
-    cpu_moments, cpu_norms = statistics_cpu.read(buffers, vectors)
+    tensors = [*chain(*buffers.values(), *vectors.values())]
+    if all(map(_is_cpu, tensors)):
+        results = _describe_all(buffers), _norms_of_all(vectors)
+        return [], lambda _: results
+    cpu_buffers, cpu_vectors = (_select(lists, cpu=True) for lists in (buffers, vectors))
+    on_device = [_select(lists, cpu=False) for lists in (buffers, vectors)]
+    totals = {name: statistics_cpu.totals(tensors) for name, tensors in cpu_buffers.items()}
+    moments = {name: [] if t is None else [_moments(cpu_buffers[name], t)] for name, t in totals.items()}
+    cpu_norms = _norms_of_all(cpu_vectors)
     sizes, scalars, norm_counts = statistics_device.launch(*on_device)
 
     def finish(numbers: Sequence[float]) -> tuple[dict[str, Statistics], dict[str, float]]:
         rest = iter(numbers)
-        for name, parts in cpu_moments.items():
-            device_parts = [statistics_device.moments(size, *islice(rest, 4)) for size in sizes.get(name, ())]
-            if parts or device_parts:
-                statistics[name] = combine(parts + device_parts)
-        for name, parts_norms in cpu_norms.items():
-            if all_norms := parts_norms + list(islice(rest, norm_counts.get(name, 0))):
-                norms[name] = math.hypot(*all_norms)
-        return statistics, norms
+        device_parts = {
+            name: [statistics_device.moments(size, *islice(rest, 4)) for size in part_sizes]
+            for name, part_sizes in sizes.items()
+        }
+        parts = {name: moments[name] + device_parts[name] for name in moments}
+        device_norms = {name: [*islice(rest, count)] for name, count in norm_counts.items()}
+        norms = {name: [cpu_norms[name], *own] if name in cpu_norms else own for name, own in device_norms.items()}
+        return (
+            {name: combine(some) for name, some in parts.items() if some},
+            {name: math.hypot(*some) for name, some in norms.items() if some},
+        )
 
     return scalars, finish
 
 
+def _describe_all(buffers: Lists) -> dict[str, Statistics]:
+    return {
+        name: _describe(tensors, totals)
+        for name, tensors in buffers.items()
+        if (totals := statistics_cpu.totals(tensors)) is not None
+    }
+
+
+def _describe(tensors: Sequence[Tensor], totals: Totals) -> Statistics:
+    size, total, squares, low, high = totals
+    deviations = statistics_cpu.squared_deviations(tensors, totals)
+    return Statistics(math.sqrt(squares), total / size, math.sqrt(deviations / size), low, high)
+
+
+def _norms_of_all(vectors: Lists) -> dict[str, float]:
+    return {
+        name: math.sqrt(squares)
+        for name, tensors in vectors.items()
+        if (squares := statistics_cpu.squares(tensors)) is not None
+    }
+
+
+def _moments(tensors: Sequence[Tensor], totals: Totals) -> Moments:
+    deviations = statistics_cpu.squared_deviations(tensors, totals)
+    return Moments(totals.size, totals.sum / totals.size, deviations, totals.low, totals.high)
+
+
 def _select(lists: Lists, *, cpu: bool) -> dict[str, list[Tensor]]:
     return {name: [tensor for tensor in tensors if _is_cpu(tensor) == cpu] for name, tensors in lists.items()}
-
-
-def _is_cpu(tensor: Tensor) -> bool:
-    return tensor.is_cpu
-
-
-def _needs_second_pass(totals: Totals) -> bool:
-    return totals.low < totals.high and totals.sum * totals.sum / totals.size > _OUTLIER_RATIO * totals.squares
-
-
-def _describe(totals: Totals) -> Statistics:
-    mean = totals.sum / totals.size
-    variance = max(totals.squares / totals.size - mean * mean, 0.0) if totals.squares < math.inf else math.nan
-    variance = 0.0 if totals.low == totals.high else variance
-    return Statistics(math.sqrt(totals.squares), mean, math.sqrt(variance), totals.low, totals.high)
 
 
 def combine(parts: Iterable[Moments]) -> Statistics:

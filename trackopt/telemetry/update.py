@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from trackopt.telemetry.statistics_cpu import small_size
-from trackopt.telemetry.vectors import gather, is_quantized, vector
+from trackopt.telemetry.reductions import reductions
+from trackopt.telemetry.vectors import is_quantized, is_vector, vector
 from trackopt.training.sharding import to_local
 
 if TYPE_CHECKING:
@@ -35,15 +35,13 @@ class Update:
         self._before = {}
 
     def pop_delta(self, units: Mapping[str, Sequence[Tensor]]) -> dict[str, list[Tensor]]:
-        """Return the change since ``snapshot`` with the opposite sign, under ``update/group0``; empty without one."""
+        """Return vectors with the norm of the change since ``snapshot``, under ``update/group0``; empty without one."""
         copies, self._before = self._before, {}
         deltas = {}
         for unit, parameters in units.items():
             copy = copies.get(unit)
             if copy and len(copy) == len(parameters):
-                # DTensors and plain tensors cannot be subtracted in one call.
-                torch._foreach_sub_([*map(to_local, copy)], [to_local(_values(p)) for p in parameters])
-                deltas[f"update/{unit}"] = copy
+                deltas[f"update/{unit}"] = _differences(copy, [_values(p) for p in parameters])
         return deltas
 
 
@@ -51,18 +49,37 @@ def _values(parameter: Tensor) -> Tensor:
     return parameter.dequantize() if is_quantized(parameter) else parameter.detach()
 
 
+def _differences(before: list[Tensor], after: list[Tensor]) -> list[Tensor]:
+    """Return vectors whose common norm is that of the differences; ``before`` is overwritten."""
+    if all(map(_are_comparable, before, after)):  # without a pass that writes
+        distances = map(reductions.squared_distance, before, after)
+        return [torch.tensor([math.sqrt(sum(distances))], dtype=torch.float64, device="cpu")]
+    # DTensors and plain tensors cannot be subtracted in one call.
+    torch._foreach_sub_([*map(to_local, before)], [*map(to_local, after)])
+    return before
+
+
+def _are_comparable(a: Tensor, b: Tensor) -> bool:
+    """Return whether `reductions` can compare two tensors."""
+    is_same = a.dtype == b.dtype and a.shape == b.shape and a.numel() > 0
+    return a.is_cpu and b.is_cpu and is_vector(a) and is_vector(b) and is_same
+
+
 def cosine_terms(pairs: Iterable[tuple[Tensor, Tensor]]) -> list[Tensor]:
     """Return the input of `cosine`: for each pair its dot product, and those of both tensors with themselves."""
-    pairs = list(pairs)
-    firsts, seconds = [first for first, _ in pairs], [second for _, second in pairs]
-    if small_size(firsts) and small_size(seconds):
-        pairs = [(gather(firsts).double(), gather(seconds).double())]
-    terms = []
+    terms: list[Tensor] = []
+    dot, squares = reductions.dot, reductions.squares
+    near: list[tuple[float, float, float]] = []
     for first, second in pairs:
+        if _are_comparable(first, second):
+            near.append((dot(first, second), squares(first), squares(second)))
+            continue
         a, b = vector(first), vector(second)
         if a.dtype != b.dtype:
             a, b = a.double(), b.double()
         terms += [torch.dot(a, b), torch.dot(a, a), torch.dot(b, b)]
+    if near:
+        terms += torch.tensor(near, dtype=torch.float64, device="cpu").sum(0).unbind()
     return terms
 
 

@@ -17,6 +17,7 @@ _CLASSES = frozenset({Tensor, nn.Parameter})
 _WIDE_DTYPES = frozenset({torch.float32, torch.float64})
 _NARROW_DTYPES = frozenset({torch.float16, torch.bfloat16})
 _DTYPES = _WIDE_DTYPES | _NARROW_DTYPES
+_PART = 1 << 16  # elements that are widened at once, and then lie in the cache
 _COMPRESSED = frozenset({torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc})
 
 
@@ -89,12 +90,29 @@ def to_plain(tensor: Tensor) -> Tensor:
     return plain
 
 
+def is_vector(tensor: Tensor) -> bool:
+    """Return whether a tensor lies in one piece of memory as numbers of float32 or float64."""
+    return (
+        type(tensor) in _CLASSES
+        and tensor.dtype in _WIDE_DTYPES
+        and tensor.layout is torch.strided
+        and tensor.is_contiguous()
+        and not tensor.is_neg()
+    )
+
+
+def vectors(tensor: Tensor) -> Iterator[Tensor]:
+    """Yield all stored elements of a tensor in parts for which ``is_vector`` holds."""
+    flat = flatten_in_memory_order(tensor) if is_plain(tensor) else flatten(tensor).contiguous()
+    yield from map(widen, flat.split(_PART) if flat.numel() > _PART else (flat,))
+
+
 def flatten_in_memory_order(tensor: Tensor) -> Tensor:
     """Return all elements in the order of memory, so that channels-last and transposed tensors need no copy either."""
     tensor = tensor.detach()
     if not tensor.is_contiguous():
         tensor = tensor.permute(sorted(range(tensor.ndim), key=tensor.stride, reverse=True))
-    return tensor.flatten()
+    return tensor.flatten().contiguous().resolve_neg()
 
 
 def count_elements(tensors: Iterable[Tensor]) -> int:

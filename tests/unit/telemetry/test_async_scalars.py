@@ -18,7 +18,7 @@ from torch import nn
 import trackopt
 from tests.helpers.training import make_training, train_step
 from trackopt import journal
-from trackopt.telemetry import statistics, statistics_cpu, statistics_device
+from trackopt.telemetry import statistics, statistics_device
 from trackopt.telemetry.async_scalars import AsyncMetrics, DeviceToHostCopy
 
 
@@ -31,7 +31,6 @@ def device(monkeypatch):
         looks = itertools.count(1)
         with monkeypatch.context() as patch:
             patch.setattr(statistics, "_is_cpu", lambda tensor: False)
-            patch.setattr(statistics_cpu, "read_small", lambda lists: [None] * len(lists))
             patch.setattr(DeviceToHostCopy, "is_async", True)
             patch.setattr(DeviceToHostCopy, "is_ready", property(lambda self: next(looks) % 10 == 0))
             yield

@@ -210,7 +210,6 @@ def test_a_transfer_that_fails_late_leaves_each_record_once(monkeypatch, caplog)
         patch.setattr(DeviceToHostCopy, "is_ready", property(lambda self: not self._copies))
         patch.setattr(DeviceToHostCopy, "numbers", failing)
         patch.setattr(async_scalars, "_copy_to_host", lambda scalars: (torch.stack(scalars), None))
-        patch.setattr("trackopt.telemetry.statistics_cpu.read_small", lambda lists: [None] * len(lists))
         patch.setattr("trackopt.telemetry.statistics._is_cpu", lambda tensor: False)
         for step in range(1, 4):
             train_step(model, optimizer)

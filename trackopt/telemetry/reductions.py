@@ -1,0 +1,175 @@
+"""Sums, extremes, inner products and distances of vectors in the host's memory, added in float64.
+
+NumKong's kernels do it at the speed of memory. Where it has no wheel, or computes something else than torch does,
+torch's kernels are used, which take several times as long.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import Tensor
+
+_NAMES: Final = {torch.float32: "float32", torch.float64: "float64"}
+_ITEM_SIZES: Final = {torch.float32: 4, torch.float64: 8}
+_PIECE = 1 << 16  # elements, which stay in the cache between two passes
+
+
+class Sums(NamedTuple):
+    """Sums over the elements of a vector, and the extremes, which are NaN if any element is."""
+
+    sum: float
+    squares: float
+    low: float
+    high: float
+
+
+class Reductions(Protocol):
+    """What is computed of vectors of float32 or float64: contiguous tensors of the CPU with at least one element."""
+
+    def sums(self, vector: Tensor) -> Sums:
+        """Return the sums over all elements, and the extremes."""
+
+    def squares(self, vector: Tensor) -> float:
+        """Return the sum of squares."""
+
+    def dot(self, a: Tensor, b: Tensor) -> float:
+        """Return the inner product of two vectors of the same dtype and size."""
+
+    def squared_distance(self, a: Tensor, b: Tensor) -> float:
+        """Return the sum of the squared differences of two vectors of the same dtype and size."""
+
+
+class TorchReductions:
+    """Reductions by torch, in pieces that are widened to float64."""
+
+    def sums(self, vector: Tensor) -> Sums:
+        """See `Reductions`."""
+        total = squares = 0.0
+        for piece in _wide_pieces(vector):
+            total += piece.sum().item()
+            squares += torch.dot(piece, piece).item()
+        return Sums(total, squares, *_extremes(vector))
+
+    def squares(self, vector: Tensor) -> float:
+        """See `Reductions`."""
+        return sum(torch.dot(piece, piece).item() for piece in _wide_pieces(vector))
+
+    def dot(self, a: Tensor, b: Tensor) -> float:
+        """See `Reductions`."""
+        return sum(torch.dot(x, y).item() for x, y in zip(_wide_pieces(a), _wide_pieces(b), strict=True))
+
+    def squared_distance(self, a: Tensor, b: Tensor) -> float:
+        """See `Reductions`."""
+        differences = (x - y for x, y in zip(_wide_pieces(a), _wide_pieces(b), strict=True))
+        return sum(torch.dot(piece, piece).item() for piece in differences)
+
+
+def _wide_pieces(vector: Tensor) -> Iterator[Tensor]:
+    return map(torch.Tensor.double, vector.detach().flatten().split(_PIECE))
+
+
+def _extremes(vector: Tensor) -> tuple[float, float]:
+    low, high = torch.aminmax(vector.detach())
+    return low.item(), high.item()
+
+
+class NumKongReductions:
+    """Reductions by NumKong.
+
+    Args:
+        numkong: The module.
+    """
+
+    def __init__(self, numkong: Any) -> None:
+        self._view = numkong.from_pointer
+        self._moments = numkong.moments
+        self._minmax = numkong.minmax
+        self._norm = numkong.norm
+        self._dot = numkong.dot
+        self._distance = numkong.sqeuclidean
+
+    def sums(self, vector: Tensor) -> Sums:
+        """See `Reductions`."""
+        size = vector.numel()
+        if size <= _PIECE:
+            view = self._view(vector.data_ptr(), size, _NAMES[vector.dtype])
+            bounds = self._minmax(view)
+            total, squares = self._moments(view)
+            low, high = (bounds[0], bounds[2]) if bounds else (math.nan, math.nan)
+        else:
+            total, squares, low, high = self._sums_of_pieces(vector, size)
+        if total != total:  # minmax overlooks NaN
+            low, high = _extremes(vector)
+        return Sums(total, squares, low, high)
+
+    def _sums_of_pieces(self, vector: Tensor, size: int) -> Sums:
+        address, name, item_size = vector.data_ptr(), _NAMES[vector.dtype], _ITEM_SIZES[vector.dtype]
+        totals, squares, lows, highs = [], [], [], []
+        for start in range(0, size, _PIECE):
+            view = self._view(address + start * item_size, min(_PIECE, size - start), name)
+            if bounds := self._minmax(view):
+                lows.append(bounds[0])
+                highs.append(bounds[2])
+            total, square = self._moments(view)
+            totals.append(total)
+            squares.append(square)
+        return Sums(sum(totals), sum(squares), min(lows, default=math.nan), max(highs, default=math.nan))
+
+    def squares(self, vector: Tensor) -> float:
+        """See `Reductions`."""
+        norm: float = self._norm(self._view(vector.data_ptr(), vector.numel(), _NAMES[vector.dtype]))
+        return norm * norm
+
+    def dot(self, a: Tensor, b: Tensor) -> float:
+        """See `Reductions`."""
+        size, name = a.numel(), _NAMES[a.dtype]
+        result: float = self._dot(self._view(a.data_ptr(), size, name), self._view(b.data_ptr(), size, name))
+        return result
+
+    def squared_distance(self, a: Tensor, b: Tensor) -> float:
+        """See `Reductions`."""
+        size, name = a.numel(), _NAMES[a.dtype]
+        result: float = self._distance(self._view(a.data_ptr(), size, name), self._view(b.data_ptr(), size, name))
+        return result
+
+
+def agree(ours: Reductions, reference: Reductions) -> bool:
+    """Return whether two implementations compute the same of some vectors, to 12 digits."""
+    generator = torch.Generator().manual_seed(0)
+    for dtype in _NAMES:
+        noise = torch.randn(5003, generator=generator, dtype=dtype) + 3
+        for vector in (noise, noise * 1e-20, torch.full((1001,), 0.1, dtype=dtype), noise[:1]):
+            other = vector.flip(0).contiguous()
+            found, expected = (
+                [*r.sums(vector), r.squares(vector), r.dot(vector, other), r.squared_distance(vector, other)]
+                for r in (ours, reference)
+            )
+            if not all(map(_is_close, found, expected)):
+                return False
+    strange = torch.tensor([1.0, math.inf, -2.0, math.nan, -math.inf, 3.0])
+    return all(repr(ours.sums(strange[:n])) == repr(reference.sums(strange[:n])) for n in range(1, 7))
+
+
+def _is_close(a: float, b: float) -> bool:
+    return math.isclose(a, b, rel_tol=1e-12)
+
+
+def _choose() -> Reductions:
+    reference = TorchReductions()
+    try:
+        import numkong
+
+        ours = NumKongReductions(numkong)
+        return ours if agree(ours, reference) else reference
+    except Exception:  # noqa: BLE001 - no wheel, or another interface
+        return reference
+
+
+reductions: Final = _choose()
