@@ -126,7 +126,9 @@ class Journal:
 
     def record(self, step: int, metrics: Mapping[str, float], at: float | None = None) -> None:
         """Append the metrics of a step, measured ``at`` a time in Unix seconds (default: now)."""
-        self._append({"step": step, "time": at or time.time(), "metrics": _encode_nonfinite(metrics)})
+        if not math.isfinite(sum(metrics.values())):
+            metrics = _encode_nonfinite(metrics)
+        self._append({"step": step, "time": at or time.time(), "metrics": metrics})
 
     def histograms(self, step: int, histograms: Mapping[str, Histogram]) -> None:
         """Append the histograms of a step."""
@@ -156,7 +158,7 @@ class Journal:
         self._write(_encode(line) + b"\n")
 
     def _write(self, data: bytes) -> None:
-        data = self._unwritten + data
+        data = self._unwritten + data if self._unwritten else data
         try:
             while data:
                 written = os.write(self._file, data)
@@ -186,8 +188,6 @@ _NONFINITE_SPELLINGS = {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}
 
 
 def _encode_nonfinite(metrics: Mapping[str, float]) -> Mapping[str, float | str]:
-    if all(map(math.isfinite, metrics.values())):
-        return metrics
     return {key: value if math.isfinite(value) else _NONFINITE_SPELLINGS[str(value)] for key, value in metrics.items()}
 
 

@@ -52,6 +52,11 @@ class RoundTripCheck:
         hook = untraced(self._before_step)
         self._handles = [each.register_step_pre_hook(hook) for each in self._pending.values()]
 
+    @property
+    def has_stepped(self) -> bool:
+        """True if an optimizer has made its first step since the last call of ``run``."""
+        return bool(self._copies)
+
     def run(self) -> list[str]:
         """Check the optimizers that have made their first step since the last call; return a line for each fault."""
         if not self._copies:

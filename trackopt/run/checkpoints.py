@@ -152,6 +152,21 @@ class RunCheckpoints:
         optimizers = self._training.optimizers
         self._group_counts = {name: len(optimizer.param_groups) for name, optimizer in optimizers.items()}
 
+    def end_step(self, before: int, step: int, *, is_open: bool) -> None:
+        """Forget what was kept when the loop was left, and see what is due after a step.
+
+        Args:
+            before: The step at which the iteration before ended.
+            step: Completed optimizer steps.
+            is_open: The run is not being closed.
+        """
+        if self._held is not None or self._after_loop is not None:
+            self.release()
+        self.saver.on_step(before, step)
+        if is_open and (not self._is_state_checked or self._round_trip.has_stepped or self._collectives.world_size > 1):
+            self.saver.preallocate()
+            self.check_first_steps()
+
     def check_first_steps(self) -> None:
         """Warn after a first step if a state cannot be saved, or its own ``state_dict`` does not restore it.
 
@@ -180,6 +195,7 @@ class RunCheckpoints:
             if all(self._collectives.all_gather_object(self.saver.hold(progress))):
                 self._held = progress
             else:
+                self.saver.release()
                 self.position.is_unfinished = True  # its state is lost, and the live one is that of a finished pass
 
     def end_loop(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import time
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 from trackopt.checkpoint.saver import SaveRequest
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from trackopt.run.stop import StopController
 
 T = TypeVar("T")
+_LOOK_INTERVAL_S = 0.05
 
 
 class Iterations:
@@ -67,6 +69,7 @@ class Iterations:
         self._saver = checkpoints.saver
         self._position = checkpoints.position
         self._warnings = LoopWarnings(self._position, self._telemetry.boundary)
+        self._next_look = 0.0  # at the recorder's messages, and the display
         self._epochs = 0  # how many there will be
         self._pass_length: int | None = None  # batches in this pass
         self._pass_start_step = self._epoch_start_step = 0  # the steps at which they began
@@ -118,9 +121,11 @@ class Iterations:
                 self._telemetry.begin_iteration()
                 self._checkpoints.window.begin_iteration()
                 self.is_running = True
-                self._warnings.begin_iteration()
+                if not self._warnings.is_checked:
+                    self._warnings.begin_iteration()
                 yield batch
-                self._warnings.end_iteration()
+                if not self._warnings.is_checked:
+                    self._warnings.end_iteration()
                 self.end_open_iteration()
                 self.at_safe_point()
         except GeneratorExit:
@@ -155,35 +160,38 @@ class Iterations:
 
     def end_iteration(self) -> None:
         """Record the step of this iteration, if there was one."""
-        self.is_running, skipped = False, self._telemetry.skipped
-        self._telemetry.end_iteration()
-        before, self.end_step = self.end_step, self._attempt.step
+        telemetry = self._telemetry
+        self.is_running, skipped = False, telemetry.skipped
+        telemetry.end_iteration()
+        before, self.end_step = self.end_step, telemetry.step
         stepped = self.end_step > before
-        self._checkpoints.window.end_iteration(stepped=stepped or self._telemetry.skipped > skipped)
+        self._checkpoints.window.end_iteration(stepped=stepped or telemetry.skipped > skipped)
         if stepped:
-            self._checkpoints.release()
-            self._saver.on_step(before, self._attempt.step)
-            if self._is_open():
-                self._saver.preallocate()
-                self._checkpoints.check_first_steps()
+            self._checkpoints.end_step(before, self.end_step, is_open=self._is_open())
             if self.observer is not None:
-                self._telemetry.flush()
-                self.observer.record(self._attempt.step)
-        self._attempt.log_recorder_messages()
-        if self._position.in_pass and self._display.is_due():
-            self._telemetry.boundary.call("progress display", lambda: self._display.show(self.progress()))
+                telemetry.flush()
+                self.observer.record(self.end_step)
+        now = time.monotonic()
+        if now >= self._next_look:
+            self._next_look = now + _LOOK_INTERVAL_S
+            self._attempt.log_recorder_messages()
+            if self._position.in_pass and self._display.is_due():
+                telemetry.boundary.call("progress display", lambda: self._display.show(self.progress()))
 
     def end_explicit_iteration(self) -> None:
         """End an iteration where the loop says so, by ``run.step``."""
         self._telemetry.ends_iterations = True
-        self._warnings.end_iteration()
+        if not self._warnings.is_checked:
+            self._warnings.end_iteration()
         self.end_iteration()
-        self._warnings.begin_iteration()
+        if not self._warnings.is_checked:
+            self._warnings.begin_iteration()
         self._checkpoints.window.begin_iteration()
 
     def at_safe_point(self, *, epoch_done: bool = False) -> None:
         """Save what is due, and stop if a signal says so: a resumed run can continue exactly from here."""
-        self.sync_ranks()
+        if self._collectives.world_size > 1:
+            self.sync_ranks()
         stops = self.stop.signal is not None
         if epoch_done and not self._is_leaving:
             self._checkpoints.release()

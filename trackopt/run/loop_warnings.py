@@ -25,11 +25,15 @@ class LoopWarnings:
     Args:
         position: Where the loop stands in its data.
         boundary: Makes the checks.
+
+    Attributes:
+        is_checked: True once the calls around iterations have nothing more to do.
     """
 
     def __init__(self, position: DataPosition, boundary: ErrorBoundary) -> None:
         self._position = position
         self._boundary = boundary
+        self.is_checked = False
         self._iterations = 0
         self._loader_positions: dict[int, int] | None = None  # at the beginning of the iteration that is checked
         self._warned: set[str] = set()
@@ -61,6 +65,7 @@ class LoopWarnings:
     def end_iteration(self) -> None:
         """Warn of a ``DataLoader`` that the loop has drawn from by itself in the iteration that is checked."""
         before, self._loader_positions = self._loader_positions, None
+        self.is_checked = self._iterations >= _CHECKED_ITERATION
         if before is None:
             return
         now = self._boundary.call(_LOADER_CHECK, loader_positions) or {}

@@ -101,7 +101,7 @@ class Run:
         """Log ``metrics`` and end the iteration; for loops that do not use ``batches``."""
         if self._loop.position.in_batch:
             raise UsageError("run.step() inside run.batches(): batches() ends each iteration itself, so use run.log()")
-        self.log(**metrics)
+        self._loop.attempt.telemetry.log(metrics)
         self._loop.iterations.end_explicit_iteration()
         if not self._loop.position.in_epoch:
             self._loop.iterations.at_safe_point()

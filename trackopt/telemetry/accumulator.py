@@ -12,6 +12,7 @@ from trackopt.errors import UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+    from collections.abc import Set as AbstractSet
 
     from trackopt.utils.types import StateDict
 
@@ -39,7 +40,7 @@ class MetricAccumulator:
         self._sums: dict[str, tuple[float | Tensor, int]] = {}
         self._reduced: set[str] = set()
         self._gather = gather
-        self.recorded: set[str] = set()
+        self.recorded: AbstractSet[str] = frozenset()
 
     def add(self, metrics: Mapping[str, Any], *, reduced: bool = False) -> None:
         """Add the metrics of one call of ``log``.
@@ -51,19 +52,23 @@ class MetricAccumulator:
         Raises:
             UsageError: A value is not a number; no value of the call is added.
         """
-        for key, value in {key: _to_number(key, value) for key, value in metrics.items()}.items():
-            total, count = self._sums.get(key, (0.0, 0))
-            self._sums[key] = (total + value, count + 1)
+        sums = self._sums
+        for key, value in [(key, _to_number(key, value)) for key, value in metrics.items()]:
+            if key in sums:
+                total, count = sums[key]
+                sums[key] = (total + value, count + 1)
+            else:
+                sums[key] = (value, 1)
         if reduced:
             self._reduced |= metrics.keys()
 
     def pop_all(self) -> dict[str, float | Tensor]:
         """Remove and return all means, for the record of a new step."""
-        self._reduce_mean(self._reduced)
-        means = {key: total / count for key, (total, count) in self._sums.items()}
-        self._sums.clear()
-        self._reduced.clear()
-        return means
+        if self._reduced:
+            self._reduce_mean(self._reduced)
+            self._reduced.clear()
+        sums, self._sums = self._sums, {}
+        return {key: total / count for key, (total, count) in sums.items()}
 
     def pop_unrecorded(self, *, all_ranks: bool = True) -> dict[str, float | Tensor]:
         """Remove and return the means that the latest step's record lacks; the others wait for the next step.
@@ -79,7 +84,7 @@ class MetricAccumulator:
         for key in keys:
             del self._sums[key]
         self._reduced -= keys
-        self.recorded |= keys
+        self.recorded = self.recorded | keys
         return means
 
     def _reduce_mean(self, keys: set[str]) -> None:

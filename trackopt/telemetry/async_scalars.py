@@ -42,15 +42,15 @@ class AsyncMetrics:
         boundary: ErrorBoundary = _UNBOUNDED,
     ) -> None:
         self._metrics = dict(metrics)
-        self._boundary = boundary
-        pending = {key: value for key, value in metrics.items() if isinstance(value, Tensor)}
-        self._pending_keys = list(pending)
         self._finish: Callable[[list[float]], dict[str, float]] | None = None
+        pending = [key for key, value in metrics.items() if isinstance(value, Tensor)]
         if not (pending or scalars):
             self._metrics |= finish([])
             return
+        self._boundary = boundary
+        self._pending_keys = pending
         self._finish = finish
-        self._transfer = boundary.call(_PART, DeviceToHostCopy, [*pending.values(), *scalars])
+        self._transfer = boundary.call(_PART, DeviceToHostCopy, [*map(self._metrics.__getitem__, pending), *scalars])
         if self._transfer is None or not self._transfer.is_async:
             self.metrics()
 
@@ -72,6 +72,10 @@ class AsyncMetrics:
                 self._metrics.update(zip(self._pending_keys, numbers, strict=False))
                 self._metrics |= finish(numbers[len(self._pending_keys) :])
         return self._metrics  # type: ignore[return-value]  # no tensor is left
+
+
+#: Of a step at which nothing is measured.
+NO_METRICS = AsyncMetrics({})
 
 
 class DeviceToHostCopy:

@@ -38,18 +38,18 @@ def _names(training: Training, optimizer: str) -> list[list[str]]:
     return training.parameter_names()[optimizer]
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class _Step:
     """A step whose numbers may still be in transfer from a device."""
 
     number: int
     time: float
     logged: AsyncMetrics
-    observed: dict[OptimizerObserver, tuple[AsyncMetrics, dict[str, Histogram]]]
+    observed: list[tuple[AsyncMetrics, dict[str, Histogram]]]  # of each optimizer
 
     @property
     def is_ready(self) -> bool:
-        return self.logged.is_ready and all(metrics.is_ready for metrics, _ in self.observed.values())
+        return self.logged.is_ready and all(metrics.is_ready for metrics, _ in self.observed)
 
 
 class MetricsCollector:
@@ -106,9 +106,11 @@ class MetricsCollector:
         Several optimizers that step in one iteration make one step of the run: the largest of their numbers. Where they
         take turns by iteration, each iteration is a step.
         """
-        observers = self._observers.values()
-        latest = max((observer.steps for observer in observers), default=0)
-        return max(latest, self.recorded + any(observer.has_metrics for observer in observers))
+        latest, is_stepping = 0, False
+        for observer in self._observers.values():
+            latest = max(latest, observer.steps)
+            is_stepping = is_stepping or observer.has_metrics
+        return max(latest, self.recorded + is_stepping)
 
     @property
     def skipped(self) -> int:
@@ -146,19 +148,25 @@ class MetricsCollector:
 
     def end_iteration(self) -> bool:
         """Record the iteration's step as soon as its numbers have arrived; return whether a step was taken."""
-        detect = not self._has_stepped and not self._scheduler_check.is_scaler_updated()
+        check = self._scheduler_check
+        detect = not (self._has_stepped_before or self._has_stepped or check.is_scaler_updated())
+        overflowed = False
         for observer in self._observers.values():
-            observer.end_iteration(detect=detect)
-        stepped = self.step > self.recorded
-        overflowed = sum(observer.pop_overflow() for observer in self._observers.values()) > 0
-        self._scheduler_check.end_iteration(stepped=stepped, overflowed=overflowed)
-        for message in self._scheduler_check.pop_messages():
-            logger.warning("trackopt: %s", message)
+            if detect or observer.watches_backward:
+                observer.end_iteration(detect=detect)
+            overflowed = observer.pop_overflow() or overflowed
+        step = self.step
+        stepped = step > self.recorded
+        check.end_iteration(stepped=stepped, overflowed=overflowed)
+        if check.messages:
+            for message in check.pop_messages():
+                logger.warning("trackopt: %s", message)
         if stepped:
-            self._record_step()
+            self._record_step(step)
         while self._in_flight and self._in_flight[0].is_ready:
             self._record(self._in_flight.popleft())
-        self._prepare_detection()
+        if not self._has_stepped_before:
+            self._prepare_detection()
         self._in_iteration, self._unended_steps = False, 0
         return stepped
 
@@ -182,7 +190,7 @@ class MetricsCollector:
             self._record_unended_step()
 
     def _record_unended_step(self) -> None:
-        self._record_step()
+        self._record_step(self.step)
         self._unended_steps += 1
         if self._unended_steps == _WARN_AFTER_STEPS:
             logger.warning(
@@ -191,14 +199,14 @@ class MetricsCollector:
                 self._unended_steps,
             )
 
-    def _record_step(self) -> None:
+    def _record_step(self, step: int) -> None:
         """Put the latest step, with what was logged, in line for the journal."""
-        self.recorded = self.step
+        self.recorded = step
         self._logged_at.clear()
         observers = self._observers.values()
-        observed = {observer: (observer.pop_metrics(), observer.pop_histograms()) for observer in observers}
+        observed = [(observer.pop_metrics(), observer.pop_histograms()) for observer in observers]
         logged = AsyncMetrics(self._accumulator.pop_all(), boundary=self.boundary)
-        self._in_flight.append(_Step(self.recorded, time.time(), logged, observed))
+        self._in_flight.append(_Step(step, time.time(), logged, observed))
 
     def flush(self) -> None:
         """Wait for the numbers of all steps, and record them."""
@@ -218,28 +226,30 @@ class MetricsCollector:
 
     def _record(self, step: _Step) -> None:
         metrics = step.logged.metrics()
-        self._report_nonfinite(step, self._new_nonfinite_losses(metrics))
+        if self._nonfinite_losses or not math.isfinite(sum(metrics.values())):
+            self._report_nonfinite(step, self._new_nonfinite_losses(metrics))
         units, by_optimizer = self._per_parameter.units, {}
-        for name, observer in self._observers.items():
-            observed, histograms = step.observed[observer]
+        for (name, observer), (observed, histograms) in zip(self._observers.items(), step.observed, strict=True):
             if name in units:
                 by_optimizer[name] = observed.metrics()
             else:
                 metrics |= observed.metrics()
-            self._report_nonfinite(step, observer.pop_nonfinite())
+            if nonfinite := observer.pop_nonfinite():
+                self._report_nonfinite(step, nonfinite)
             if histograms:
                 self._journal.histograms(step.number, histograms)
         if by_optimizer:
             sizes = {name: self._observers[name].element_counts() for name in by_optimizer}
             metrics |= self.boundary.call("merge of optimizers", self._per_parameter.merge, by_optimizer, sizes) or {}
         self._journal.record(step.number, metrics, step.time)
-        self._accumulator.recorded = set(metrics)
+        self._accumulator.recorded = metrics.keys()
         self.latest = metrics
 
     def _new_nonfinite_losses(self, metrics: Mapping[str, float]) -> Iterator[NonFinite]:
         """Yield the logged losses that are not finite, and were finite at the step before."""
         losses = {key for key, value in metrics.items() if not math.isfinite(value) and "loss" in key.lower()}
-        yield from (NonFinite(key) for key in sorted(losses - self._nonfinite_losses))
+        if new := losses - self._nonfinite_losses:
+            yield from map(NonFinite, sorted(new))
         self._nonfinite_losses = losses
 
     def _report_nonfinite(self, step: _Step, nonfinite: Iterable[NonFinite]) -> None:

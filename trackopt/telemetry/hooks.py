@@ -7,9 +7,10 @@ import inspect
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+from torch.compiler import is_compiling
 from torch.optim import Optimizer
 
-from trackopt.telemetry.async_scalars import AsyncMetrics
+from trackopt.telemetry.async_scalars import NO_METRICS, AsyncMetrics
 from trackopt.telemetry.backward_steps import BackwardSteps
 from trackopt.telemetry.error_boundary import ErrorBoundary
 from trackopt.telemetry.hyperparameters import Hyperparameters
@@ -78,15 +79,21 @@ class OptimizerObserver:
         )
         self._depth = 0
         self._hyperparameters_used: dict[str, float | Tensor] = {}
-        self._metrics = AsyncMetrics({})
+        self._metrics = NO_METRICS
         self._histograms: dict[str, Histogram] = {}
         self._backward_steps = BackwardSteps(optimizer, self._begin_step)
         untraced: Callable[[T], T] = torch.compiler.disable
-        # Dynamo must not trace the hooks of a compiled step: they read Python state that changes at every step.
+        # Dynamo must not trace what a compiled step calls: it reads Python state that changes at every step.
+        self._untraced_before, self._untraced_after = untraced(self._begin_call), untraced(self._end_call)
         self._handles = [
-            optimizer.register_step_pre_hook(untraced(self._before)),
-            optimizer.register_step_post_hook(untraced(self._after)),
+            optimizer.register_step_pre_hook(self._before),
+            optimizer.register_step_post_hook(self._after),
         ]
+
+    @property
+    def watches_backward(self) -> bool:
+        """True if gradients or iterations are watched for steps in the backward pass."""
+        return self._backward_steps.is_active
 
     def begin_iteration(self) -> None:
         """Prepare to detect a step without a call of ``step``; not needed once a step was seen."""
@@ -112,12 +119,14 @@ class OptimizerObserver:
 
     def pop_metrics(self) -> AsyncMetrics:
         """Remove and return the metrics of the latest step since the last call; empty without a step."""
-        metrics, self._metrics = self._metrics, AsyncMetrics({})
+        metrics, self._metrics = self._metrics, NO_METRICS
         self.has_metrics = False
         return metrics
 
     def pop_histograms(self) -> dict[str, Histogram]:
         """Remove and return the histograms of the latest step since the last call, by ``exp_avg/group0``."""
+        if not self._histograms:
+            return {}
         histograms, self._histograms = self._histograms, {}
         return histograms
 
@@ -155,6 +164,12 @@ class OptimizerObserver:
             self._backward_steps.follow()
 
     def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+        return (self._untraced_before if is_compiling() else self._begin_call)(optimizer, args, kwargs)
+
+    def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:  # noqa: ARG002 - torch's signature
+        (self._untraced_after if is_compiling() else self._end_call)(optimizer)
+
+    def _begin_call(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         """Read the hyperparameters that the step will use: schedulers change them later."""
         self._depth += 1
         if self._depth > 1:  # a step within a step, or the last step raised
@@ -163,6 +178,8 @@ class OptimizerObserver:
             self._depth = 1
         self.is_called = True
         self._begin_step()
+        if len(args) == 1 and not kwargs:
+            return None
         return self._boundary.call("count of closure calls", self._count_closure_calls, args, kwargs)
 
     def _begin_step(self) -> None:
@@ -188,16 +205,17 @@ class OptimizerObserver:
 
         return ((own, counted, *rest[1:]), kwargs) if rest else (args, {**kwargs, "closure": counted})
 
-    def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:  # noqa: ARG002 - torch's signature
+    def _end_call(self, optimizer: Optimizer) -> None:
         self._depth -= 1
         if self._depth and _is_nested(optimizer):
             return
         self._depth = 0
-        if self._boundary.call("overflow check", _was_skipped, optimizer):
+        if hasattr(optimizer, "found_inf") and self._boundary.call("overflow check", _was_skipped, optimizer):
             self._overflowed = True
             self._optimizer_metrics.discard_snapshot()
             return
-        self._backward_steps.stop()
+        if self._backward_steps.is_active:
+            self._backward_steps.stop()
         self._end_step()
 
     def _end_step(self) -> None:

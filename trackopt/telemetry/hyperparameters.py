@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
@@ -24,6 +24,20 @@ _JSON_INT_BITS = 64  # of the integers that the journal's JSON can hold
 _IMMUTABLE = (int, float, str, type(None))
 
 
+class _KnownGroup(NamedTuple):
+    """What a parameter group held when it was read.
+
+    Attributes:
+        size: The number of its keys; 0 if it has to be read at every step.
+        keys: Those of hyperparameters.
+        values: Their values.
+    """
+
+    size: int
+    keys: list[str]
+    values: list[Any]
+
+
 class Hyperparameters:
     """Reads the LRs of an optimizer's parameter groups, and the other hyperparameters that have changed.
 
@@ -35,7 +49,7 @@ class Hyperparameters:
     def __init__(self, optimizer: Optimizer, prefix: str = "") -> None:
         self._optimizer = optimizer
         self._prefix = prefix
-        self._raw: dict[str, tuple[int, list[str], list[Any]]] = {}
+        self._known: dict[str, _KnownGroup] = {}
         self.seen: dict[str, dict[str, float]] = {}
 
     def remember(self) -> None:
@@ -50,9 +64,9 @@ class Hyperparameters:
         used: dict[str, float | Tensor] = {}
         for name, group in self._groups():
             if (lr := group.get("lr")) is not None:  # Adafactor computes its own LR
-                used[f"lr/{name}"] = _copy_lr(lr)
-            size, keys, raw = self._raw.get(name, (0, [], []))
-            if len(group) != size or [group.get(key) for key in keys] != raw:
+                used["lr/" + name] = lr if type(lr) is float else _copy_lr(lr)
+            known = self._known.get(name)
+            if known is None or len(group) != known.size or [*map(group.get, known.keys)] != known.values:
                 used |= self._changed(name, group)
         return used
 
@@ -64,7 +78,7 @@ class Hyperparameters:
         keys = [key for key in group if key not in NOT_HYPERPARAMETERS]
         plain = all(isinstance(part, _IMMUTABLE) for key in keys for _, part in split_sequence(key, group[key]))
         values_now = [tuple(v) if isinstance(v := group[key], list) else v for key in keys]
-        self._raw[name] = (len(group) if plain else 0, keys, values_now)
+        self._known[name] = _KnownGroup(len(group) if plain else 0, keys, values_now)
         values = numeric(group)
         before = self.seen.get(name, values)
         self.seen[name] = values

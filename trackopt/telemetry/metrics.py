@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from itertools import chain, islice
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +14,9 @@ from torch import Tensor
 from trackopt.telemetry import statistics_dtensor
 from trackopt.telemetry.async_scalars import AsyncMetrics
 from trackopt.telemetry.histogram import histogram
+from trackopt.telemetry.reductions import NumKongReductions, reductions
 from trackopt.telemetry.statistics import RawStatistics, Statistics, count_nonfinite, launch
+from trackopt.telemetry.statistics_plan import StalePlanError, StatisticsPlan
 from trackopt.telemetry.tensor_index import TensorIndex
 from trackopt.telemetry.update import Update, cosine, cosine_terms
 from trackopt.telemetry.vectors import count_elements
@@ -31,8 +34,17 @@ if TYPE_CHECKING:
     #: Scalars that may be on devices, and a function that takes their numbers and the statistics of the same step.
     Started = tuple[Sequence[Tensor], Callable[[Sequence[float], Mapping[str, float]], dict[str, float]]]
 
+_MAX_REPLANS = 4  # an optimizer may replace its tensors at every step
 _DISPLAY_NAMES = {"grad": "gradient", "param": "parameter"}
-_NOTHING: Started = (), lambda _, __: {}
+_NO_PAIRS: Pairs = MappingProxyType({})
+_NO_METRICS: Mapping[str, float] = MappingProxyType({})
+
+
+def _finish_nothing(_: Sequence[float], __: Mapping[str, float]) -> dict[str, float]:
+    return {}
+
+
+_NOTHING: Started = (), _finish_nothing
 
 
 @dataclass(frozen=True)
@@ -72,6 +84,8 @@ class OptimizerMetrics:
         self._index = TensorIndex(optimizer, prefix, names, per_parameter=per_parameter)
         self._update = Update()
         self._update_is_due = False
+        self._plan: StatisticsPlan | None = None
+        self._replans = 0  # plans made since the index was
         self._labels: dict[str, tuple[str, ...]] = {}
         self._nonfinite: set[str] = set()
         self._new_nonfinite: list[NonFinite] = []
@@ -87,22 +101,46 @@ class OptimizerMetrics:
         self._update_is_due = False
         self._update.discard()
 
-    @torch.no_grad()
     def compute(self, hyperparameters: Mapping[str, float | Tensor]) -> AsyncMetrics:
         """Return the hyperparameters, norms and statistics of a step.
 
         With the update, if ``snapshot_parameters`` was called before the step.
         """
+        planned = self._boundary.call("statistics", self._execute_plan)
+        if planned is not None and not self._update_is_due:
+            return AsyncMetrics({**hyperparameters, **planned}, boundary=self._boundary)
+        scalars, finish = _NOTHING if planned else self._start("statistics", self._start_statistics)
         update_is_due, self._update_is_due = self._update_is_due, False
-        scalars, finish = self._start("statistics", self._start_statistics)
         update_scalars, finish_update = self._start("update", self._start_update) if update_is_due else _NOTHING
         call, count = self._boundary.call, len(scalars)
 
         def metrics(numbers: list[float]) -> dict[str, float]:
-            named = call("statistics", finish, numbers[:count], {}) or {}
+            named = planned or call("statistics", finish, numbers[:count], _NO_METRICS) or {}
             return named | (call("update", finish_update, numbers[count:], named) or {})
 
         return AsyncMetrics(hyperparameters, [*scalars, *update_scalars], metrics, self._boundary)
+
+    def _execute_plan(self) -> dict[str, float] | None:
+        """Return the statistics as planned; ``None`` if there can be no plan."""
+        if self._index.refresh():
+            self._plan, self._replans = None, 0
+        if self._plan is None and (self._replans >= _MAX_REPLANS or not isinstance(reductions, NumKongReductions)):
+            return None
+        try:
+            if self._plan is None:
+                self._replans += 1
+                buffers = self._index.plain_buffers()
+                if buffers is None or self._index.is_sharded:
+                    self._replans = _MAX_REPLANS
+                    return None
+                self._plan = StatisticsPlan(self._index.param_sets, buffers, reductions, self._label)
+            metrics, suspects = self._plan.measure()
+        except StalePlanError:
+            self._plan = None
+            return None
+        if suspects or self._nonfinite:
+            metrics |= self._search_nonfinite(suspects, metrics, {})
+        return metrics
 
     def _start(self, part: str, start: Callable[[], Started]) -> Started:
         """Start to measure a part; after a failure, only take part in what sharded tensors need all ranks for."""
@@ -113,16 +151,19 @@ class OptimizerMetrics:
         index = self._index
         index.refresh()
         buffers, list_states = index.buffers(), index.list_states()
-        vectors = {**index.grads_and_params(), **list_states}
+        vectors = index.grads_and_params()
         # The tensors themselves must not live until their numbers arrive.
         counts = {f"{key}.count": float(len(tensors)) for key, tensors in list_states.items() if tensors}
+        if list_states:
+            vectors |= list_states
         if index.is_sharded:
             layout = [*buffers.values(), *vectors.values()]
             scalars, finish = self._launch_sharded("statistics", buffers, vectors, {}, layout)
         else:
-            scalars, finish = _launch(buffers, vectors, {})
-        return scalars, lambda numbers, _: counts | self._name_statistics(finish(numbers))
+            scalars, finish = _launch(buffers, vectors)
+        return scalars, lambda numbers, _: self._name_statistics(finish(numbers), counts)
 
+    @torch.no_grad()
     def _start_update(self) -> Started:
         index, call = self._index, self._boundary.call
         index.refresh()
@@ -138,6 +179,7 @@ class OptimizerMetrics:
             return _NOTHING
         return scalars, lambda numbers, statistics: self._name_update(finish(numbers), statistics)
 
+    @torch.no_grad()
     def _launch_sharded(
         self, part: str, buffers: Lists, vectors: Lists, pairs: Pairs, layout: Collection[Sequence[Tensor]]
     ) -> tuple[Sequence[Tensor], Callable[[Sequence[float]], RawStatistics]]:
@@ -148,19 +190,26 @@ class OptimizerMetrics:
         self._index.refresh()
         self._update.snapshot(self._index.param_sets)
 
-    def _name_statistics(self, raw: RawStatistics) -> dict[str, float]:
-        metrics: dict[str, float] = {}
+    def _name_statistics(self, raw: RawStatistics, metrics: dict[str, float]) -> dict[str, float]:
+        """Add the statistics to other metrics, under their names."""
+        suspects, isfinite = [], math.isfinite
         for key, norm in raw.norms.items():
             metrics[self._label(key)[0]] = norm
+            if not isfinite(norm):
+                suspects.append(key)
         for key, statistics in raw.statistics.items():
             metrics.update(zip(self._label(key), statistics, strict=True))
-        suspects = [key for key, norm in raw.norms.items() if not math.isfinite(norm)]
-        suspects += [key for key, statistics in raw.statistics.items() if not math.isfinite(statistics.norm)]
+            if not isfinite(statistics.norm):
+                suspects.append(key)
         if suspects or self._nonfinite:
-            search = self._nonfinite_fractions
-            counts = raw.nonfinite_counts
-            metrics |= self._boundary.call("search for non-finite values", search, suspects, metrics, counts) or {}
+            metrics |= self._search_nonfinite(suspects, metrics, raw.nonfinite_counts)
         return metrics
+
+    def _search_nonfinite(
+        self, suspects: Sequence[str], metrics: Mapping[str, float], counts: Mapping[str, tuple[float, float]]
+    ) -> dict[str, float]:
+        search = self._nonfinite_fractions
+        return self._boundary.call("search for non-finite values", search, suspects, metrics, counts) or {}
 
     def _name_update(self, raw: RawStatistics, statistics: Mapping[str, float]) -> dict[str, float]:
         """Return the norm of the update, its ratio to the parameters, and the cosine of gradient and first moment."""
@@ -244,19 +293,18 @@ def _place(tensor: Tensor) -> tuple[Any, ...]:
 
 
 def _launch(
-    buffers: Lists, vectors: Lists, pairs: Pairs
+    buffers: Lists, vectors: Lists, pairs: Pairs = _NO_PAIRS
 ) -> tuple[list[Tensor], Callable[[Sequence[float]], RawStatistics]]:
     """Read the tensors as `statistics_dtensor.launch` does, if this process holds all of them."""
     scalars, finish = launch(buffers, vectors)
+    count = len(scalars)
     terms = {name: cosine_terms(tensors) for name, tensors in pairs.items()}
+    sizes = {name: len(some) for name, some in terms.items()}
 
     def finish_all(numbers: Sequence[float]) -> RawStatistics:
-        rest = iter(numbers[len(scalars) :])
-        return RawStatistics(
-            *finish(numbers[: len(scalars)]),
-            dot_products={name: [*islice(rest, len(scalars))] for name, scalars in terms.items()},
-            nonfinite_counts={},
-        )
+        statistics, norms = finish(numbers[:count])
+        rest = iter(numbers[count:])
+        return RawStatistics(statistics, norms, {name: [*islice(rest, size)] for name, size in sizes.items()}, {})
 
     return [*scalars, *chain.from_iterable(terms.values())], finish_all
 

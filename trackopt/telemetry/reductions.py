@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from torch import Tensor
 
-_NAMES: Final = {torch.float32: "float32", torch.float64: "float64"}
-_ITEM_SIZES: Final = {torch.float32: 4, torch.float64: 8}
+#: The names that NumKong has for dtypes.
+NAMES: Final = {torch.float32: "float32", torch.float64: "float64"}
 _PIECE = 1 << 16  # elements, which stay in the cache between two passes
 
 
@@ -83,67 +83,73 @@ def _extremes(vector: Tensor) -> tuple[float, float]:
 class NumKongReductions:
     """Reductions by NumKong.
 
+    Its kernels take views: addresses with a size and a dtype, which keep no tensor alive.
+
     Args:
         numkong: The module.
     """
 
     def __init__(self, numkong: Any) -> None:
-        self._view = numkong.from_pointer
-        self._moments = numkong.moments
-        self._minmax = numkong.minmax
-        self._norm = numkong.norm
+        self.view = numkong.from_pointer
+        self.moments = numkong.moments
+        self.minmax = numkong.minmax
+        self.norm = numkong.norm
         self._dot = numkong.dot
         self._distance = numkong.sqeuclidean
 
+    def views(self, vector: Tensor) -> list[Any]:
+        """Return views of the parts of a vector that stay in the cache between two passes."""
+        size, address, name = vector.numel(), vector.data_ptr(), NAMES[vector.dtype]
+        if size <= _PIECE:
+            return [self.view(address, size, name)]
+        item_size = vector.element_size()
+        return [self.view(address + i * item_size, min(_PIECE, size - i), name) for i in range(0, size, _PIECE)]
+
+    def sums_of_views(self, views: Sequence[Any]) -> tuple[float, float, float, float]:
+        """Return the sum, the sum of squares, the minimum and the maximum, which overlook NaN: the sum is NaN then."""
+        moments, minmax = self.moments, self.minmax
+        total, squares, low, high = 0.0, 0.0, math.inf, -math.inf
+        for view in views:
+            if bounds := minmax(view):  # the first pass: it computes more, and memory is slower than the cache
+                if bounds[0] < low:
+                    low = bounds[0]
+                if bounds[2] > high:
+                    high = bounds[2]
+            part, square = moments(view)
+            total += part
+            squares += square
+        return total, squares, low, high
+
     def sums(self, vector: Tensor) -> Sums:
         """See `Reductions`."""
-        size = vector.numel()
-        if size <= _PIECE:
-            view = self._view(vector.data_ptr(), size, _NAMES[vector.dtype])
-            bounds = self._minmax(view)
-            total, squares = self._moments(view)
-            low, high = (bounds[0], bounds[2]) if bounds else (math.nan, math.nan)
-        else:
-            total, squares, low, high = self._sums_of_pieces(vector, size)
-        if total != total:  # minmax overlooks NaN
+        total, squares, low, high = self.sums_of_views(self.views(vector))
+        if total != total:
             low, high = _extremes(vector)
         return Sums(total, squares, low, high)
 
-    def _sums_of_pieces(self, vector: Tensor, size: int) -> Sums:
-        address, name, item_size = vector.data_ptr(), _NAMES[vector.dtype], _ITEM_SIZES[vector.dtype]
-        totals, squares, lows, highs = [], [], [], []
-        for start in range(0, size, _PIECE):
-            view = self._view(address + start * item_size, min(_PIECE, size - start), name)
-            if bounds := self._minmax(view):
-                lows.append(bounds[0])
-                highs.append(bounds[2])
-            total, square = self._moments(view)
-            totals.append(total)
-            squares.append(square)
-        return Sums(sum(totals), sum(squares), min(lows, default=math.nan), max(highs, default=math.nan))
-
     def squares(self, vector: Tensor) -> float:
         """See `Reductions`."""
-        norm: float = self._norm(self._view(vector.data_ptr(), vector.numel(), _NAMES[vector.dtype]))
+        norm: float = self.norm(self._whole(vector))
         return norm * norm
 
     def dot(self, a: Tensor, b: Tensor) -> float:
         """See `Reductions`."""
-        size, name = a.numel(), _NAMES[a.dtype]
-        result: float = self._dot(self._view(a.data_ptr(), size, name), self._view(b.data_ptr(), size, name))
+        result: float = self._dot(self._whole(a), self._whole(b))
         return result
 
     def squared_distance(self, a: Tensor, b: Tensor) -> float:
         """See `Reductions`."""
-        size, name = a.numel(), _NAMES[a.dtype]
-        result: float = self._distance(self._view(a.data_ptr(), size, name), self._view(b.data_ptr(), size, name))
+        result: float = self._distance(self._whole(a), self._whole(b))
         return result
+
+    def _whole(self, vector: Tensor) -> Any:
+        return self.view(vector.data_ptr(), vector.numel(), NAMES[vector.dtype])
 
 
 def agree(ours: Reductions, reference: Reductions) -> bool:
     """Return whether two implementations compute the same of some vectors, to 12 digits."""
     generator = torch.Generator().manual_seed(0)
-    for dtype in _NAMES:
+    for dtype in NAMES:
         noise = torch.randn(5003, generator=generator, dtype=dtype) + 3
         for vector in (noise, noise * 1e-20, torch.full((1001,), 0.1, dtype=dtype), noise[:1]):
             other = vector.flip(0).contiguous()

@@ -25,6 +25,7 @@ class SchedulerOrderCheck:
     Attributes:
         iterations: Completed iterations.
         skipped: Iterations in which an overflow made an optimizer skip its step.
+        messages: The warnings since the last call of ``pop_messages``.
     """
 
     def __init__(self, schedulers: Mapping[str, Any], stateful: Iterable[Any], boundary: ErrorBoundary) -> None:
@@ -34,13 +35,14 @@ class SchedulerOrderCheck:
         self._scalers = [item for item in stateful if isinstance(item, torch.amp.GradScaler)]
         self._moved_without_step: set[str] = set()  # moved in the last iteration, which took no step
         self._warned: set[str] = set()
-        self._messages: list[str] = []
+        self.messages: list[str] = []
         self.begin_iteration()
 
     def begin_iteration(self) -> None:
         """Remember the positions of schedulers and scalers."""
-        self._scaler_update_markers = [_scaler_update_marker(scaler) for scaler in self._scalers]
-        self._boundary.call(_PART, self._remember_positions)
+        self._scaler_update_markers = [*map(_scaler_update_marker, self._scalers)]
+        if self._schedulers:
+            self._boundary.call(_PART, self._remember_positions)
 
     def before_first_step(self) -> None:
         """Check the schedulers before the very first step of an optimizer."""
@@ -56,19 +58,20 @@ class SchedulerOrderCheck:
         skipped = overflowed or (not stepped and self.is_scaler_updated())
         self.iterations += 1
         self.skipped += skipped
-        self._boundary.call(_PART, self._check_iteration, stepped=stepped, skipped=skipped)
+        if not stepped or self._moved_without_step:
+            self._boundary.call(_PART, self._check_iteration, stepped, skipped)
         self.begin_iteration()
 
     def is_scaler_updated(self) -> bool:
         """Return whether a ``GradScaler`` was updated in this iteration."""
-        return any(
+        return bool(self._scalers) and any(
             before is not _scaler_update_marker(scaler)
             for scaler, before in zip(self._scalers, self._scaler_update_markers, strict=True)
         )
 
     def pop_messages(self) -> list[str]:
         """Remove and return the warnings since the last call."""
-        messages, self._messages = self._messages, []
+        messages, self.messages = self.messages, []
         return messages
 
     def state_dict(self) -> dict[str, int]:
@@ -87,7 +90,7 @@ class SchedulerOrderCheck:
         for name in self._advanced():
             self._warn(name, "before the optimizer's first step, so it skips its first value")
 
-    def _check_iteration(self, *, stepped: bool, skipped: bool) -> None:
+    def _check_iteration(self, stepped: bool, skipped: bool) -> None:
         moved = set() if stepped else set(self._advanced())
         for name in moved:
             if skipped:
@@ -105,7 +108,7 @@ class SchedulerOrderCheck:
     def _warn(self, name: str, problem: str) -> None:
         if name not in self._warned:
             self._warned.add(name)
-            self._messages.append(f"{name} was stepped {problem}; step it right after each optimizer.step()")
+            self.messages.append(f"{name} was stepped {problem}; step it right after each optimizer.step()")
 
 
 def _position(scheduler: Any) -> int | None:

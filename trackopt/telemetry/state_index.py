@@ -111,6 +111,10 @@ class StateIndex:
                 buffers.setdefault(f"{name}/{unit}", []).append(tensor)
         return buffers
 
+    def plain_buffers(self) -> Mapping[str, Sequence[tuple[ParamState, str]]] | None:
+        """Return the states that hold the tensors of each buffer, and their keys; ``None`` if others hold some too."""
+        return None if self._slots else self._plain
+
     def list_states(self) -> dict[str, list[Tensor]]:
         """Return the tensors of each list of tensors, such as those of LBFGS."""
         lists: dict[str, list[Tensor]] = {}

@@ -126,13 +126,14 @@ def launch(
 
 def _describe_all(buffers: Lists) -> dict[str, Statistics]:
     return {
-        name: _describe(tensors, totals)
+        name: describe(tensors, totals)
         for name, tensors in buffers.items()
         if (totals := statistics_cpu.totals(tensors)) is not None
     }
 
 
-def _describe(tensors: Sequence[Tensor], totals: Totals) -> Statistics:
+def describe(tensors: Sequence[Tensor], totals: Totals) -> Statistics:
+    """Return the statistics of tensors of the CPU from their totals."""
     size, total, squares, low, high = totals
     deviations = statistics_cpu.squared_deviations(tensors, totals)
     return Statistics(math.sqrt(squares), total / size, math.sqrt(deviations / size), low, high)

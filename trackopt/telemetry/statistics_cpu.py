@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-_OUTLIER_RATIO = 1 - 1e-6  # of the sum of squares: if the mean makes up more, float64 has lost the deviations
+#: The share of the deviations in the sum of squares below which float64 has lost them.
+SPREAD = 1e-6
 
 
 class Totals(NamedTuple):
@@ -64,14 +65,15 @@ def squared_deviations(tensors: Sequence[Tensor], read: Totals) -> float:
         return 0.0
     if not squares < math.inf:
         return math.inf if math.isfinite(low) and math.isfinite(high) else math.nan
-    if total * total / size <= _OUTLIER_RATIO * squares:
-        return squares - total * total / size
+    deviations = squares - total * (total / size)
+    if deviations > SPREAD * squares:
+        return deviations
     mean, found = total / size, 0.0
     for tensor in tensors:
         stored = 0
         for vector in vectors(tensor):
-            deviations = vector.double() - mean
-            found += torch.dot(deviations, deviations).item()
+            apart = vector.double() - mean
+            found += torch.dot(apart, apart).item()
             stored += vector.numel()
         found += (count_elements([tensor]) - stored) * mean * mean  # zeros that a sparse tensor does not store
     return found

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-from itertools import chain
 from operator import is_
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch.optim import Optimizer
 
@@ -15,13 +14,27 @@ from trackopt.training.param_groups import label
 from trackopt.training.sharding import is_dtensor
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from torch import Tensor
 
     from trackopt.utils.types import ParamState
 
 logger = logging.getLogger("trackopt")
+
+
+class _Known(NamedTuple):
+    """What the index was built from.
+
+    Attributes:
+        parameters: The parameters of each group.
+        states: The states of each optimizer, how many entries there were, and those for parameters with their sizes.
+        attributes: The number of the optimizer's attributes.
+    """
+
+    parameters: list[list[Tensor]]
+    states: list[tuple[dict[Any, Any], int, tuple[list[ParamState], int]]]
+    attributes: int
 
 
 class TensorIndex:
@@ -53,31 +66,41 @@ class TensorIndex:
         self._per_parameter = per_parameter
         self._state = StateIndex(self._optimizers, prefix, self._units_by_name)
         self._units: dict[Tensor, str] = {}
-        self._known: tuple[list[Tensor], list[ParamState], int] = ([], [], -1)
+        self._known: _Known | None = None
         self._has_warned = False
 
-    def refresh(self) -> None:
-        """Rebuild the index if it is out of date."""
-        parameters = list(chain.from_iterable(group["params"] for group in self._optimizer.param_groups))
+    def refresh(self) -> bool:
+        """Rebuild the index if it is out of date; return whether it was."""
+        if self._known is not None and self._is_current(self._known):
+            return False
+        self._known = None  # until it is complete
+        self._rebuild()
+        self._known = _Known(
+            [[*group["params"]] for group in self._optimizer.param_groups],
+            [(states, len(states), _states_in(states)) for states in self._state.states()],
+            len(vars(self._optimizer)),
+        )
+        return True
+
+    def _is_current(self, known: _Known) -> bool:
+        optimizer = self._optimizer
+        groups = optimizer.param_groups
+        if len(groups) != len(known.parameters) or len(vars(optimizer)) != known.attributes:
+            return False
+        for group, parameters in zip(groups, known.parameters, strict=True):
+            now = group["params"]
+            if len(now) != len(parameters) or not all(map(is_, now, parameters)):
+                return False
         all_states = self._state.states()
-        entries = chain.from_iterable(states.values() for states in all_states)
-        states = [state for state in entries if isinstance(state, dict)]
-        size = sum(map(len, states)) + sum(map(len, all_states)) + len(vars(self._optimizer))
-        known = self._known
-        if (
-            size != known[2]
-            or len(states) != len(known[1])
-            or len(parameters) != len(known[0])
-            or not all(map(is_, states, known[1]))
-            or not all(map(is_, parameters, known[0]))
-        ):
-            self._known = [], [], -1  # until it is complete
-            self._rebuild()
-            self._known = parameters, states, size
+        return len(all_states) == len(known.states) and all(map(_is_same, all_states, known.states))
 
     def buffers(self) -> dict[str, list[Tensor]]:
         """Return the tensors of each buffer in each unit, under names like ``exp_avg/group0``."""
         return self._state.buffers()
+
+    def plain_buffers(self) -> Mapping[str, Sequence[tuple[ParamState, str]]] | None:
+        """Return the states that hold the tensors of each buffer, and their keys; ``None`` if others hold some too."""
+        return self._state.plain_buffers()
 
     def list_states(self) -> dict[str, list[Tensor]]:
         """Return the tensors of each list of tensors in the state, such as those of LBFGS."""
@@ -86,13 +109,13 @@ class TensorIndex:
     def gradients(self) -> dict[str, list[Tensor]]:
         """Return the gradients of each unit, under names like ``grad/group0``; parameters without one are skipped."""
         return {
-            f"grad/{unit}": [gradient for p in parameters if (gradient := p.grad) is not None]
+            "grad/" + unit: [gradient for p in parameters if (gradient := p.grad) is not None]
             for unit, parameters in self.param_sets.items()
         }
 
     def grads_and_params(self) -> dict[str, list[Tensor]]:
         """Return the gradients and the parameters of each unit; the latter under names like ``param/group0``."""
-        return self.gradients() | {f"param/{unit}": parameters for unit, parameters in self.param_sets.items()}
+        return self.gradients() | {"param/" + unit: parameters for unit, parameters in self.param_sets.items()}
 
     def tensors_of(self, parameter: Tensor, kind: str) -> list[Tensor]:
         """Return the gradient (``grad``) of a parameter, its value (``param``), or its buffer of that name."""
@@ -155,6 +178,22 @@ class TensorIndex:
             optimizer = type(self._optimizer).__name__
             message = "trackopt: a parameter of %s (%s) is %s and cannot be measured"
             logger.warning(message, optimizer, unit, describe(parameter))
+
+
+def _states_in(states: dict[Any, Any]) -> tuple[list[ParamState], int]:
+    """Return the states of single parameters, and the number of their entries."""
+    found = [state for state in states.values() if isinstance(state, dict)]
+    return found, sum(map(len, found))
+
+
+def _is_same(states: dict[Any, Any], known: tuple[dict[Any, Any], int, tuple[list[ParamState], int]]) -> bool:
+    before, size, (entries, entries_size) = known
+    if states is not before or len(states) != size:
+        return False
+    if len(entries) != size or not all(map(is_, states.values(), entries)):
+        now, now_size = _states_in(states)  # other entries may change at every step
+        return now_size == entries_size and len(now) == len(entries) and all(map(is_, now, entries))
+    return sum(map(len, entries)) == entries_size
 
 
 def _with_inner(optimizer: Optimizer) -> list[Optimizer]:
