@@ -126,17 +126,17 @@ class Journal:
 
     def record(self, step: int, metrics: Mapping[str, float], at: float | None = None) -> None:
         """Append the metrics of a step, measured ``at`` a time in Unix seconds (default: now)."""
-        if not math.isfinite(sum(metrics.values())):
-            metrics = _encode_nonfinite(metrics)
-        self._append({"step": step, "time": at or time.time(), "metrics": metrics})
+        is_finite = math.isfinite(sum(metrics.values()))
+        values = metrics if is_finite else _encode_nonfinite(metrics)
+        self._write(_encode({"step": step, "time": at or time.time(), "metrics": values}))
 
     def histograms(self, step: int, histograms: Mapping[str, Histogram]) -> None:
         """Append the histograms of a step."""
-        self._append({"step": step, "time": time.time(), "histograms": histograms})
+        self._write(_encode({"step": step, "time": time.time(), "histograms": histograms}))
 
     def mark(self, event: str, step: int, **details: Any) -> None:
         """Append a marker."""
-        self._append({"event": event, "step": step, "time": time.time(), **details})
+        self._write(_encode({"event": event, "step": step, "time": time.time(), **details}))
 
     def sync(self) -> None:
         """Flush all written lines to the disk."""
@@ -153,9 +153,6 @@ class Journal:
             os.close(self._file)
         except OSError as error:  # a network file system may write only now
             logger.warning("trackopt: the last lines of %s may be lost (%s)", self.path, error.strerror)
-
-    def _append(self, line: dict[str, Any]) -> None:
-        self._write(_encode(line) + b"\n")
 
     def _write(self, data: bytes) -> None:
         data = self._unwritten + data if self._unwritten else data
@@ -179,9 +176,9 @@ class Journal:
 
 def _encode(line: dict[str, Any]) -> bytes:
     try:
-        return orjson.dumps(line)
+        return orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE)
     except TypeError:  # a name that is not text: a path may hold other bytes
-        return json.dumps(line, ensure_ascii=False, default=asdict).encode(errors="replace")
+        return json.dumps(line, ensure_ascii=False, default=asdict).encode(errors="replace") + b"\n"
 
 
 _NONFINITE_SPELLINGS = {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from operator import attrgetter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor
@@ -13,9 +13,29 @@ from trackopt.telemetry.error_boundary import ErrorBoundary
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    StepMetrics: TypeAlias = "ReadyMetrics | AsyncMetrics"
+
 _PART = "transfer of numbers"
 _UNBOUNDED = ErrorBoundary()
 _query = attrgetter("is_ready")
+
+
+class ReadyMetrics:
+    """Metrics of one step that are all numbers.
+
+    Attributes:
+        is_ready: True.
+    """
+
+    __slots__ = ("_metrics",)
+    is_ready = True
+
+    def __init__(self, metrics: dict[str, float]) -> None:
+        self._metrics = metrics
+
+    def metrics(self) -> dict[str, float]:
+        """Return all metrics by name."""
+        return self._metrics
 
 
 class AsyncMetrics:
@@ -43,14 +63,14 @@ class AsyncMetrics:
     ) -> None:
         self._metrics = dict(metrics)
         self._finish: Callable[[list[float]], dict[str, float]] | None = None
-        pending = [key for key, value in metrics.items() if isinstance(value, Tensor)]
+        pending = {key: value for key, value in metrics.items() if isinstance(value, Tensor)}
         if not (pending or scalars):
             self._metrics |= finish([])
             return
         self._boundary = boundary
-        self._pending_keys = pending
+        self._pending_keys = list(pending)
         self._finish = finish
-        self._transfer = boundary.call(_PART, DeviceToHostCopy, [*map(self._metrics.__getitem__, pending), *scalars])
+        self._transfer = boundary.call(_PART, DeviceToHostCopy, [*pending.values(), *scalars])
         if self._transfer is None or not self._transfer.is_async:
             self.metrics()
 
@@ -72,10 +92,6 @@ class AsyncMetrics:
                 self._metrics.update(zip(self._pending_keys, numbers, strict=False))
                 self._metrics |= finish(numbers[len(self._pending_keys) :])
         return self._metrics  # type: ignore[return-value]  # no tensor is left
-
-
-#: Of a step at which nothing is measured.
-NO_METRICS = AsyncMetrics({})
 
 
 class DeviceToHostCopy:

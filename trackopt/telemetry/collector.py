@@ -11,7 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from trackopt.telemetry.accumulator import MetricAccumulator, single_rank_gather
-from trackopt.telemetry.async_scalars import AsyncMetrics
+from trackopt.telemetry.async_scalars import AsyncMetrics, ReadyMetrics
 from trackopt.telemetry.error_boundary import ErrorBoundary
 from trackopt.telemetry.hooks import OptimizerObserver
 from trackopt.telemetry.metrics import NonFinite
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from trackopt.journal import Histogram, Journal
     from trackopt.telemetry.accumulator import Gather
+    from trackopt.telemetry.async_scalars import StepMetrics
     from trackopt.telemetry.options import StatsOptions
     from trackopt.training.objects import Training
     from trackopt.utils.types import StateDict
@@ -44,8 +45,8 @@ class _Step:
 
     number: int
     time: float
-    logged: AsyncMetrics
-    observed: list[tuple[AsyncMetrics, dict[str, Histogram]]]  # of each optimizer
+    logged: StepMetrics
+    observed: list[tuple[StepMetrics, dict[str, Histogram]]]  # of each optimizer
 
     @property
     def is_ready(self) -> bool:
@@ -205,8 +206,13 @@ class MetricsCollector:
         self._logged_at.clear()
         observers = self._observers.values()
         observed = [(observer.pop_metrics(), observer.pop_histograms()) for observer in observers]
-        logged = AsyncMetrics(self._accumulator.pop_all(), boundary=self.boundary)
-        self._in_flight.append(_Step(step, time.time(), logged, observed))
+        self._in_flight.append(_Step(step, time.time(), self._pop_logged(), observed))
+
+    def _pop_logged(self) -> StepMetrics:
+        logged = self._accumulator.pop_all()
+        if self._accumulator.on_device:
+            return AsyncMetrics(logged, boundary=self.boundary)
+        return ReadyMetrics(logged)  # type: ignore[arg-type]  # none is a tensor
 
     def flush(self) -> None:
         """Wait for the numbers of all steps, and record them."""

@@ -7,10 +7,9 @@ import inspect
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch.compiler import is_compiling
 from torch.optim import Optimizer
 
-from trackopt.telemetry.async_scalars import NO_METRICS, AsyncMetrics
+from trackopt.telemetry.async_scalars import AsyncMetrics, ReadyMetrics
 from trackopt.telemetry.backward_steps import BackwardSteps
 from trackopt.telemetry.error_boundary import ErrorBoundary
 from trackopt.telemetry.hyperparameters import Hyperparameters
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from trackopt.journal import Histogram
+    from trackopt.telemetry.async_scalars import StepMetrics
     from trackopt.telemetry.metrics import NonFinite
     from trackopt.telemetry.options import StatsOptions
     from trackopt.utils.types import StateDict
@@ -79,15 +79,12 @@ class OptimizerObserver:
         )
         self._depth = 0
         self._hyperparameters_used: dict[str, float | Tensor] = {}
-        self._metrics = NO_METRICS
+        self._metrics: StepMetrics = ReadyMetrics({})
         self._histograms: dict[str, Histogram] = {}
         self._backward_steps = BackwardSteps(optimizer, self._begin_step)
-        untraced: Callable[[T], T] = torch.compiler.disable
-        # Dynamo must not trace what a compiled step calls: it reads Python state that changes at every step.
-        self._untraced_before, self._untraced_after = untraced(self._begin_call), untraced(self._end_call)
         self._handles = [
-            optimizer.register_step_pre_hook(self._before),
-            optimizer.register_step_post_hook(self._after),
+            optimizer.register_step_pre_hook(_untraced(self._before)),
+            optimizer.register_step_post_hook(_untraced(self._after)),
         ]
 
     @property
@@ -117,9 +114,9 @@ class OptimizerObserver:
         """Warn once if there were gradients and no step."""
         self._backward_steps.report_missing_step()
 
-    def pop_metrics(self) -> AsyncMetrics:
+    def pop_metrics(self) -> StepMetrics:
         """Remove and return the metrics of the latest step since the last call; empty without a step."""
-        metrics, self._metrics = self._metrics, NO_METRICS
+        metrics, self._metrics = self._metrics, ReadyMetrics({})
         self.has_metrics = False
         return metrics
 
@@ -164,12 +161,6 @@ class OptimizerObserver:
             self._backward_steps.follow()
 
     def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
-        return (self._untraced_before if is_compiling() else self._begin_call)(optimizer, args, kwargs)
-
-    def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:  # noqa: ARG002 - torch's signature
-        (self._untraced_after if is_compiling() else self._end_call)(optimizer)
-
-    def _begin_call(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         """Read the hyperparameters that the step will use: schedulers change them later."""
         self._depth += 1
         if self._depth > 1:  # a step within a step, or the last step raised
@@ -205,7 +196,7 @@ class OptimizerObserver:
 
         return ((own, counted, *rest[1:]), kwargs) if rest else (args, {**kwargs, "closure": counted})
 
-    def _end_call(self, optimizer: Optimizer) -> None:
+    def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:  # noqa: ARG002 - torch's signature
         self._depth -= 1
         if self._depth and _is_nested(optimizer):
             return
@@ -221,12 +212,35 @@ class OptimizerObserver:
     def _end_step(self) -> None:
         self.steps += 1
         self.has_metrics = True
+        used, on_device = self._hyperparameters_used, self._hyperparameters.on_device
         if self._every and (self.steps - 1) % self._every == 0:
-            self._metrics = self._optimizer_metrics.compute(self._hyperparameters_used)
+            self._metrics = self._optimizer_metrics.compute(used, on_device=on_device)
+        elif on_device:
+            self._metrics = AsyncMetrics(used, boundary=self._boundary)
         else:
-            self._metrics = AsyncMetrics(self._hyperparameters_used, boundary=self._boundary)
+            self._metrics = ReadyMetrics(used)  # type: ignore[arg-type]  # none is a tensor
         if self._histograms_every and (self.steps - 1) % self._histograms_every == 0:
             self._histograms = self._boundary.call("histograms", self._optimizer_metrics.histograms) or {}
+
+
+def _untraced(hook: T) -> T:
+    """Return a hook that Dynamo does not trace in a compiled step: it reads Python state that changes at every step."""
+    if _is_skipped_by_dynamo():
+        return hook
+    disabled: Callable[[T], T] = torch.compiler.disable  # costs time at every call
+    return disabled(hook)
+
+
+@functools.cache
+def _is_skipped_by_dynamo() -> bool:
+    """Ask Dynamo to trace nothing of this package; return whether it knows how."""
+    try:
+        from torch._dynamo import trace_rules
+
+        trace_rules.add("trackopt")
+    except Exception:  # noqa: BLE001 - the function is not public
+        return False
+    return True
 
 
 def _is_nested(optimizer: Optimizer) -> bool:

@@ -28,11 +28,17 @@ class _KnownGroup(NamedTuple):
     """What a parameter group held when it was read.
 
     Attributes:
+        given_name: The group's own name, if it has one.
+        name: Its name in metric names.
+        lr_key: The name of its LR.
         size: The number of its keys; 0 if it has to be read at every step.
         keys: Those of hyperparameters.
         values: Their values.
     """
 
+    given_name: object
+    name: str
+    lr_key: str
     size: int
     keys: list[str]
     values: list[Any]
@@ -44,13 +50,18 @@ class Hyperparameters:
     Args:
         optimizer: Any optimizer.
         prefix: Put before the names of the groups.
+
+    Attributes:
+        seen: The numbers of each group but the LR, by its name.
+        on_device: Whether ``read`` has returned a tensor.
     """
 
     def __init__(self, optimizer: Optimizer, prefix: str = "") -> None:
         self._optimizer = optimizer
         self._prefix = prefix
-        self._known: dict[str, _KnownGroup] = {}
+        self._known: dict[int, _KnownGroup] = {}
         self.seen: dict[str, dict[str, float]] = {}
+        self.on_device = False
 
     def remember(self) -> None:
         """Remember today's numbers, from which ``read`` returns the changes."""
@@ -62,24 +73,29 @@ class Hyperparameters:
         An LR on a device is copied on the device, without synchronization: a scheduler will change it in place.
         """
         used: dict[str, float | Tensor] = {}
-        for name, group in self._groups():
+        self.on_device = False
+        for index, group in enumerate(self._optimizer.param_groups):
+            known = self._known.get(index)
+            if known is None or group.get("name") != known.given_name:
+                name = label(index, group, self._prefix)
+                known = self._known[index] = _KnownGroup(group.get("name"), name, f"lr/{name}", 0, [], [])
             if (lr := group.get("lr")) is not None:  # Adafactor computes its own LR
-                used["lr/" + name] = lr if type(lr) is float else _copy_lr(lr)
-            known = self._known.get(name)
-            if known is None or len(group) != known.size or [*map(group.get, known.keys)] != known.values:
-                used |= self._changed(name, group)
+                used[known.lr_key] = number = lr if type(lr) is float else _copy_lr(lr)
+                self.on_device = self.on_device or type(number) is not float
+            if len(group) != known.size or [*map(group.get, known.keys)] != known.values:
+                used |= self._changed(index, known, group)
         return used
 
     def _groups(self) -> Iterator[tuple[str, ParamGroup]]:
         for index, group in enumerate(self._optimizer.param_groups):
             yield label(index, group, self._prefix), group
 
-    def _changed(self, name: str, group: ParamGroup) -> dict[str, float]:
+    def _changed(self, index: int, known: _KnownGroup, group: ParamGroup) -> dict[str, float]:
         keys = [key for key in group if key not in NOT_HYPERPARAMETERS]
         plain = all(isinstance(part, _IMMUTABLE) for key in keys for _, part in split_sequence(key, group[key]))
         values_now = [tuple(v) if isinstance(v := group[key], list) else v for key in keys]
-        self._known[name] = _KnownGroup(len(group) if plain else 0, keys, values_now)
-        values = numeric(group)
+        self._known[index] = known._replace(size=len(group) if plain else 0, keys=keys, values=values_now)
+        name, values = known.name, numeric(group)
         before = self.seen.get(name, values)
         self.seen[name] = values
         return {f"hyper/{name}.{key}": v for key, v in values.items() if v != before.get(key)}

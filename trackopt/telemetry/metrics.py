@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from trackopt.telemetry import statistics_dtensor
-from trackopt.telemetry.async_scalars import AsyncMetrics
+from trackopt.telemetry.async_scalars import AsyncMetrics, ReadyMetrics
 from trackopt.telemetry.histogram import histogram
 from trackopt.telemetry.reductions import NumKongReductions, reductions
 from trackopt.telemetry.statistics import RawStatistics, Statistics, count_nonfinite, launch
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from trackopt.journal import Histogram
+    from trackopt.telemetry.async_scalars import StepMetrics
     from trackopt.telemetry.error_boundary import ErrorBoundary
 
     Lists = Mapping[str, Sequence[Tensor]]
@@ -101,16 +102,24 @@ class OptimizerMetrics:
         self._update_is_due = False
         self._update.discard()
 
-    def compute(self, hyperparameters: Mapping[str, float | Tensor]) -> AsyncMetrics:
+    def compute(self, hyperparameters: dict[str, float | Tensor], *, on_device: bool) -> StepMetrics:
         """Return the hyperparameters, norms and statistics of a step.
 
         With the update, if ``snapshot_parameters`` was called before the step.
+
+        Args:
+            hyperparameters: Those of the step, by name.
+            on_device: Whether any of them is a tensor.
         """
         planned = self._boundary.call("statistics", self._execute_plan)
-        if planned is not None and not self._update_is_due:
-            return AsyncMetrics({**hyperparameters, **planned}, boundary=self._boundary)
-        scalars, finish = _NOTHING if planned else self._start("statistics", self._start_statistics)
         update_is_due, self._update_is_due = self._update_is_due, False
+        if planned is not None and update_is_due:
+            update = self._boundary.call("update", self._execute_update_plan, planned)
+            update_is_due = update is None
+            planned |= update or {}
+        if planned is not None and not (update_is_due or on_device):
+            return ReadyMetrics({**hyperparameters, **planned})  # type: ignore[dict-item]  # none is a tensor
+        scalars, finish = _NOTHING if planned else self._start("statistics", self._start_statistics)
         update_scalars, finish_update = self._start("update", self._start_update) if update_is_due else _NOTHING
         call, count = self._boundary.call, len(scalars)
 
@@ -120,27 +129,40 @@ class OptimizerMetrics:
 
         return AsyncMetrics(hyperparameters, [*scalars, *update_scalars], metrics, self._boundary)
 
+    def _execute_update_plan(self, metrics: Mapping[str, float]) -> dict[str, float] | None:
+        """Return the numbers of the update as planned; ``None`` if there can be no plan."""
+        if self._plan is None or (copies := self._update.pop_gathered()) is None:
+            return None
+        try:
+            return self._plan.measure_update(copies, self._index.first_moment, metrics)
+        except StalePlanError:
+            self._update.restore(copies)
+            return None
+
     def _execute_plan(self) -> dict[str, float] | None:
         """Return the statistics as planned; ``None`` if there can be no plan."""
         if self._index.refresh():
             self._plan, self._replans = None, 0
-        if self._plan is None and (self._replans >= _MAX_REPLANS or not isinstance(reductions, NumKongReductions)):
-            return None
         try:
-            if self._plan is None:
-                self._replans += 1
-                buffers = self._index.plain_buffers()
-                if buffers is None or self._index.is_sharded:
-                    self._replans = _MAX_REPLANS
-                    return None
-                self._plan = StatisticsPlan(self._index.param_sets, buffers, reductions, self._label)
-            metrics, suspects = self._plan.measure()
+            plan = self._plan or self._make_plan()
+            if plan is None:
+                return None
+            metrics, suspects = plan.measure()
         except StalePlanError:
             self._plan = None
             return None
         if suspects or self._nonfinite:
             metrics |= self._search_nonfinite(suspects, metrics, {})
         return metrics
+
+    def _make_plan(self) -> StatisticsPlan | None:
+        if self._replans >= _MAX_REPLANS:
+            return None
+        self._replans += 1
+        buffers = self._index.plain_buffers()
+        if buffers is not None and not self._index.is_sharded and isinstance(reductions, NumKongReductions):
+            self._plan = StatisticsPlan(self._index.param_sets, buffers, reductions, self._label)
+        return self._plan
 
     def _start(self, part: str, start: Callable[[], Started]) -> Started:
         """Start to measure a part; after a failure, only take part in what sharded tensors need all ranks for."""

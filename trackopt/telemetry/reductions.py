@@ -72,7 +72,8 @@ class TorchReductions:
 
 
 def _wide_pieces(vector: Tensor) -> Iterator[Tensor]:
-    return map(torch.Tensor.double, vector.detach().flatten().split(_PIECE))
+    flat = vector.detach().flatten()
+    return (flat[start : start + _PIECE].double() for start in range(0, flat.numel(), _PIECE))
 
 
 def _extremes(vector: Tensor) -> tuple[float, float]:
@@ -94,8 +95,8 @@ class NumKongReductions:
         self.moments = numkong.moments
         self.minmax = numkong.minmax
         self.norm = numkong.norm
-        self._dot = numkong.dot
-        self._distance = numkong.sqeuclidean
+        self.dot_of_views = numkong.dot
+        self.distance_of_views = numkong.sqeuclidean
 
     def views(self, vector: Tensor) -> list[Any]:
         """Return views of the parts of a vector that stay in the cache between two passes."""
@@ -134,12 +135,12 @@ class NumKongReductions:
 
     def dot(self, a: Tensor, b: Tensor) -> float:
         """See `Reductions`."""
-        result: float = self._dot(self._whole(a), self._whole(b))
+        result: float = self.dot_of_views(self._whole(a), self._whole(b))
         return result
 
     def squared_distance(self, a: Tensor, b: Tensor) -> float:
         """See `Reductions`."""
-        result: float = self._distance(self._whole(a), self._whole(b))
+        result: float = self.distance_of_views(self._whole(a), self._whole(b))
         return result
 
     def _whole(self, vector: Tensor) -> Any:

@@ -31,6 +31,7 @@ class SchedulerOrderCheck:
     def __init__(self, schedulers: Mapping[str, Any], stateful: Iterable[Any], boundary: ErrorBoundary) -> None:
         self.iterations = self.skipped = 0
         self._schedulers = dict(schedulers)
+        self._positions: list[Any] = []
         self._boundary = boundary
         self._scalers = [item for item in stateful if isinstance(item, torch.amp.GradScaler)]
         self._moved_without_step: set[str] = set()  # moved in the last iteration, which took no step
@@ -84,7 +85,7 @@ class SchedulerOrderCheck:
         self.begin_iteration()
 
     def _remember_positions(self) -> None:
-        self._positions = {name: _position(scheduler) for name, scheduler in self._schedulers.items()}
+        self._positions = [_position(scheduler) for scheduler in self._schedulers.values()]
 
     def _check_first_step(self) -> None:
         for name in self._advanced():
@@ -100,9 +101,9 @@ class SchedulerOrderCheck:
         self._moved_without_step = moved
 
     def _advanced(self) -> Iterator[str]:
-        for name, scheduler in self._schedulers.items():
-            before, now = self._positions[name], _position(scheduler)
-            if before is not None and now is not None and now > before:
+        for (name, scheduler), before in zip(self._schedulers.items(), self._positions, strict=True):
+            now = _position(scheduler)
+            if isinstance(before, int) and isinstance(now, int) and now > before:
                 yield name
 
     def _warn(self, name: str, problem: str) -> None:
@@ -111,12 +112,10 @@ class SchedulerOrderCheck:
             self.messages.append(f"{name} was stepped {problem}; step it right after each optimizer.step()")
 
 
-def _position(scheduler: Any) -> int | None:
-    """Return how far a scheduler is; ``None`` if it does not count, as timm's."""
+def _position(scheduler: Any) -> Any:
+    """Return how far a scheduler is; no integer if it does not count, as timm's."""
     position = getattr(scheduler, "last_epoch", None)
-    if position is None:
-        position = getattr(scheduler, "last_step", None)  # of pytorch-warmup
-    return position if isinstance(position, int) else None
+    return getattr(scheduler, "last_step", None) if position is None else position  # of pytorch-warmup
 
 
 def _scaler_update_marker(scaler: torch.amp.GradScaler) -> object:

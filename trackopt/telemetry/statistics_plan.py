@@ -15,6 +15,7 @@ from torch import Tensor
 from trackopt.telemetry.reductions import NAMES
 from trackopt.telemetry.statistics import describe
 from trackopt.telemetry.statistics_cpu import SPREAD, Totals
+from trackopt.telemetry.update import cosine
 from trackopt.telemetry.vectors import is_vector
 
 if TYPE_CHECKING:
@@ -113,12 +114,64 @@ class StatisticsPlan:
                 suspects.append(buffer.key)
         return metrics, suspects
 
+    def measure_update(
+        self, copies: Mapping[str, Tensor], moments: Callable[[Tensor], Tensor | None], metrics: Mapping[str, float]
+    ) -> dict[str, float]:
+        """Return the norm of the update, its ratio to the parameters, and the cosine of gradient and first moment.
+
+        Args:
+            copies: The elements of each unit's parameters before the step, in one vector.
+            moments: Returns the first moment of a parameter.
+            metrics: The numbers of the step.
+
+        Raises:
+            StalePlanError: The parameters are others now, or a first moment is no vector.
+        """
+        found: dict[str, float] = {}
+        for unit in self._units:
+            copy = copies.get(unit.name)
+            if copy is None or not unit.views:
+                continue
+            norm, before = metrics[unit.param_label], metrics.get(unit.grad_label)
+            found[f"update/{unit.name}.norm"] = update = math.sqrt(self._squared_distance(unit, copy))
+            if norm:
+                found[f"update/{unit.name}.ratio"] = update / norm
+            terms = () if before is None else self._cosine_terms(unit, moments)
+            if (similarity := cosine(terms)) is not None:
+                found[f"grad/{unit.name}.cosine"] = similarity
+        return found
+
+    def _squared_distance(self, unit: _Unit, copy: Tensor) -> float:
+        view, distance = self._kernels.view, self._kernels.distance_of_views
+        dtypes, size = {tensor.dtype for tensor, _, _ in unit.parameters}, sum(size for *_, size in unit.parameters)
+        if dtypes != {copy.dtype} or size != copy.numel():
+            raise StalePlanError
+        address, item_size, name, total = copy.data_ptr(), copy.element_size(), NAMES[copy.dtype], 0.0
+        for (_, _, size), now in zip(reversed(unit.parameters), reversed(unit.views), strict=True):
+            total += distance(view(address, size, name), now)
+            address += size * item_size
+        return total
+
+    def _cosine_terms(self, unit: _Unit, moments: Callable[[Tensor], Tensor | None]) -> list[float]:
+        """Return the inner product of gradients and first moments, and of each with themselves."""
+        view, dot = self._kernels.view, self._kernels.dot_of_views
+        products: list[float] = []
+        for parameter, _, size in unit.parameters:
+            gradient, moment = parameter.grad, moments(parameter)
+            if gradient is None or moment is None or gradient.shape != moment.shape:
+                continue
+            if not (moment.is_cpu and is_vector(moment) and moment.dtype == gradient.dtype):
+                raise StalePlanError
+            name = NAMES[gradient.dtype]
+            a, b = view(gradient.data_ptr(), size, name), view(moment.data_ptr(), size, name)
+            products += dot(a, b), dot(a, a), dot(b, b)
+        return products
+
     def _plan_unit(self, name: str, tensors: Iterable[Tensor]) -> _Unit:
         vectors = [_locate(tensor) for tensor in tensors if tensor.numel()]
         view = self._kernels.view
         views = [view(vector.address, vector.size, NAMES[vector.tensor.dtype]) for vector in vectors]
-        labels = (self._labels(f"{kind}/{name}")[0] for kind in ("grad", "param"))
-        return _Unit(name, *labels, vectors, views)
+        return _Unit(name, self._labels(f"grad/{name}")[0], self._labels(f"param/{name}")[0], vectors, views)
 
     def _plan_buffer(self, key: str, entries: list[tuple[ParamState, str]]) -> _Buffer:
         located = [(state, name, *_locate(state[name])) for state, name in entries]

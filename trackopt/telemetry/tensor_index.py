@@ -92,7 +92,9 @@ class TensorIndex:
             if len(now) != len(parameters) or not all(map(is_, now, parameters)):
                 return False
         all_states = self._state.states()
-        return len(all_states) == len(known.states) and all(map(_is_same, all_states, known.states))
+        if len(all_states) != len(known.states):
+            return False
+        return all(map(_is_same, all_states, known.states))
 
     def buffers(self) -> dict[str, list[Tensor]]:
         """Return the tensors of each buffer in each unit, under names like ``exp_avg/group0``."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from trackopt.telemetry.reductions import reductions
-from trackopt.telemetry.vectors import is_quantized, is_vector, vector
+from trackopt.telemetry.vectors import gather, is_quantized, is_vector, vector
 from trackopt.training.sharding import to_local
 
 if TYPE_CHECKING:
@@ -24,22 +24,42 @@ class Update:
 
     def __init__(self) -> None:
         self._before: dict[str, list[Tensor]] = {}
+        self._gathered: dict[str, Tensor] = {}
 
     def snapshot(self, units: Mapping[str, Sequence[Tensor]]) -> None:
         """Copy the parameters of each unit."""
         self.discard()  # the copy of a step that raised, before there is a second one
-        self._before = {unit: [_values(p).clone() for p in parameters] for unit, parameters in units.items()}
+        for unit, parameters in units.items():
+            if _can_be_gathered(parameters):
+                self._gathered[unit] = gather([parameter.detach() for parameter in parameters])
+            else:
+                self._before[unit] = [_values(parameter).clone() for parameter in parameters]
 
     def discard(self) -> None:
         """Free the copy if no step was taken."""
-        self._before = {}
+        self._before, self._gathered = {}, {}
+
+    def pop_gathered(self) -> dict[str, Tensor] | None:
+        """Return the copy of each unit as one vector; ``None`` if there is none, or it has another form."""
+        if self._before or not self._gathered:
+            return None
+        gathered, self._gathered = self._gathered, {}
+        return gathered
+
+    def restore(self, gathered: dict[str, Tensor]) -> None:
+        """Take back what ``pop_gathered`` returned."""
+        self._gathered = gathered
 
     def pop_delta(self, units: Mapping[str, Sequence[Tensor]]) -> dict[str, list[Tensor]]:
         """Return vectors with the norm of the change since ``snapshot``, under ``update/group0``; empty without one."""
-        copies, self._before = self._before, {}
+        copies, gathered = self._before, self._gathered
+        self.discard()
         deltas = {}
         for unit, parameters in units.items():
             copy = copies.get(unit)
+            if (flat := gathered.get(unit)) is not None and flat.numel() == sum(p.numel() for p in parameters):
+                parts = flat.split_with_sizes([p.numel() for p in parameters])
+                copy = [part.view(p.shape) for part, p in zip(parts, parameters, strict=True)]
             if copy and len(copy) == len(parameters):
                 deltas[f"update/{unit}"] = _differences(copy, [_values(p) for p in parameters])
         return deltas
@@ -47,6 +67,10 @@ class Update:
 
 def _values(parameter: Tensor) -> Tensor:
     return parameter.dequantize() if is_quantized(parameter) else parameter.detach()
+
+
+def _can_be_gathered(tensors: Sequence[Tensor]) -> bool:
+    return all(t.is_cpu and is_vector(t) for t in tensors) and len({t.dtype for t in tensors}) == 1
 
 
 def _differences(before: list[Tensor], after: list[Tensor]) -> list[Tensor]:

@@ -104,7 +104,8 @@ def is_vector(tensor: Tensor) -> bool:
 def vectors(tensor: Tensor) -> Iterator[Tensor]:
     """Yield all stored elements of a tensor in parts for which ``is_vector`` holds."""
     flat = flatten_in_memory_order(tensor) if is_plain(tensor) else flatten(tensor).contiguous()
-    yield from map(widen, flat.split(_PART) if flat.numel() > _PART else (flat,))
+    for start in range(0, flat.numel(), _PART):
+        yield widen(flat[start : start + _PART])
 
 
 def flatten_in_memory_order(tensor: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ def device(monkeypatch):
         looks = itertools.count(1)
         with monkeypatch.context() as patch:
             patch.setattr(statistics, "_is_cpu", lambda tensor: False)
+            patch.setattr("trackopt.telemetry.metrics._MAX_REPLANS", 0)
             patch.setattr(DeviceToHostCopy, "is_async", True)
             patch.setattr(DeviceToHostCopy, "is_ready", property(lambda self: next(looks) % 10 == 0))
             yield

@@ -211,6 +211,7 @@ def test_a_transfer_that_fails_late_leaves_each_record_once(monkeypatch, caplog)
         patch.setattr(DeviceToHostCopy, "numbers", failing)
         patch.setattr(async_scalars, "_copy_to_host", lambda scalars: (torch.stack(scalars), None))
         patch.setattr("trackopt.telemetry.statistics._is_cpu", lambda tensor: False)
+        patch.setattr("trackopt.telemetry.metrics._MAX_REPLANS", 0)
         for step in range(1, 4):
             train_step(model, optimizer)
             run.step(loss=step)
