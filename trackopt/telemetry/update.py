@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from trackopt.telemetry.reductions import reductions
-from trackopt.telemetry.vectors import gather, is_quantized, is_vector, vector
+from trackopt.telemetry.vectors import is_quantized, is_vector, vector
 from trackopt.training.sharding import to_local
 
 if TYPE_CHECKING:
@@ -31,7 +31,8 @@ class Update:
         self.discard()  # the copy of a step that raised, before there is a second one
         for unit, parameters in units.items():
             if _can_be_gathered(parameters):
-                self._gathered[unit] = gather([parameter.detach() for parameter in parameters])
+                flat = [parameter.detach().flatten() for parameter in parameters]
+                self._gathered[unit] = torch.cat(flat)  # a copy also of a single one
             else:
                 self._before[unit] = [_values(parameter).clone() for parameter in parameters]
 
