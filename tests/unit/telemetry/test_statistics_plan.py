@@ -136,7 +136,8 @@ def test_a_plan_gives_the_numbers_of_the_general_way(name, per_parameter, monkey
     assert was_planned == (name not in {"layout", "parameter"})  # the state of a parameter that is gone stays
     if name == "nothing":
         updates = [value for key, value in planned[0].items() if key.startswith("update/")]
-        assert updates and all(value > 0 for value in updates)
+        assert updates
+        assert all(value > 0 for value in updates)
     for step, (one, other) in enumerate(zip(planned, general, strict=True), 1):
         assert one == {key: pytest.approx(value, rel=1e-9, nan_ok=True) for key, value in other.items()}, step
 
