@@ -44,11 +44,11 @@ def command(directory: Path, as_json: bool) -> None:
 
 
 def _deliver(directory: Path) -> list[str]:
-    from trackopt.recorder.progress import progress_bar
+    from trackopt.recorder.progress import OutstandingDelivery, progress_bar
     from trackopt.recorder.recorder import Recorder
 
     def warn(message: str) -> None:
         click.echo(f"trackopt: {message}", err=True)
 
-    with Recorder(directory, warn) as recorder, progress_bar(directory) as show:
+    with Recorder(directory, warn) as recorder, progress_bar(OutstandingDelivery(directory)) as show:
         return recorder.drain(show)

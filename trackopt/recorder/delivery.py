@@ -74,6 +74,7 @@ class Delivery:
         try:
             status = strategy.finish()
         finally:
+            self.cursor = strategy.cursor
             self.close()
         self.cursor = replace(self.cursor, status=status, finished=True)
 

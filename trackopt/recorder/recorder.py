@@ -9,6 +9,7 @@ import threading
 import time
 import traceback
 from dataclasses import dataclass
+from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,10 +35,17 @@ _MIN_BACKOFF_S, _MAX_BACKOFF_S = 1.0, 60.0
 
 @dataclass(frozen=True)
 class _Backoff:
-    """The pause of a failing sink."""
+    """The pause of a failing sink.
+
+    Attributes:
+        until: When it ends.
+        seconds: How long it is.
+        is_permanent: No retry helps until the user changes something, so the end of the run does not wait for one.
+    """
 
     until: float
     seconds: float
+    is_permanent: bool = False
 
 
 class Recorder:
@@ -98,16 +106,18 @@ class Recorder:
 
         Args:
             on_progress: Called after each batch.
-            timeout: How many seconds to retry a sink that fails.
+            timeout: How many seconds to retry a sink that fails. A failed import or a refused login is not retried.
         """
         size = self._journal.stat().st_size
         end = time.monotonic() + timeout
-        remaining = self._names
+        remaining, failed = self._names, list[str]()
         while True:
             remaining = [name for name in remaining if not self._flush_sink(name, size, on_progress)]
+            failed += [name for name in remaining if self._backoffs[name].is_permanent]
+            remaining = [name for name in remaining if name not in failed]
             next_retry = min((self._backoffs[name].until for name in remaining), default=end)
             if next_retry >= end:
-                return remaining
+                return remaining + failed
             time.sleep(max(0.0, next_retry - time.monotonic()))
 
     def _flush_sink(self, name: str, size: int, on_progress: Callable[[], None]) -> bool:
@@ -128,8 +138,13 @@ class Recorder:
     def _try(self, name: str, action: Callable[[Delivery | ArtifactUploader], bool | None]) -> bool:
         """Run an action on a sink and return its result; a failure is logged and starts the sink's next pause."""
         try:
-            has_more = action(self._get_delivery(name))
+            delivery = self._get_delivery(name)
         except Exception as error:  # noqa: BLE001 - a failing sink must not stop the others
+            self._handle_failure(name, error, can_import=False)
+            return False
+        try:
+            has_more = action(delivery)
+        except Exception as error:  # noqa: BLE001 - as above
             self._handle_failure(name, error)
             return False
         if has_more is not None and name in self._backoffs:
@@ -137,7 +152,7 @@ class Recorder:
             self._notify(f"the {name} sink works again")
         return bool(has_more)
 
-    def _handle_failure(self, name: str, error: Exception) -> None:
+    def _handle_failure(self, name: str, error: Exception, *, can_import: bool = True) -> None:
         with contextlib.suppress(OSError):  # the disk may be full
             self._log.write(redact_credentials(traceback.format_exc()).encode())
         previous = self._backoffs.get(name)
@@ -147,9 +162,10 @@ class Recorder:
                 f"to deliver them later, run `trackopt sync {self._directory}`"
             )
         seconds = min(2 * previous.seconds, _MAX_BACKOFF_S) if previous else _MIN_BACKOFF_S
-        if isinstance(error, MissingPackageError):
-            seconds = math.inf  # no retry helps, and closing the run would wait for it
-        self._backoffs[name] = _Backoff(time.monotonic() + seconds, seconds)
+        if isinstance(error, (ImportError, MissingPackageError)):
+            seconds = math.inf  # a retry in the same process does not help
+        is_permanent = not can_import or _is_refusal(error)
+        self._backoffs[name] = _Backoff(time.monotonic() + seconds, seconds, is_permanent)
 
     def _get_delivery(self, name: str) -> Delivery | ArtifactUploader:
         if name not in self._deliveries:
@@ -161,7 +177,7 @@ class Recorder:
         if name != "artifacts":
             connect = _load_sink(name, self._directory)
             return Delivery(self._journal, connect, self._cursors.load(name, Cursor), self._notify)
-        _set_mlflow_timeouts()
+        _prepare_mlflow()
         from trackopt.recorder.sinks.mlflow_artifacts import ArtifactUploader
 
         cursor = self._cursors.load(name, UploadCursor)
@@ -182,21 +198,30 @@ def _load_sink(name: str, directory: Path) -> Callable[[int], Sink]:
 
         return lambda step: TensorBoardSink(directory, step)
     if name == "mlflow":
-        _set_mlflow_timeouts()
+        _prepare_mlflow()
         from trackopt.recorder.sinks.mlflow import MLflowSink
 
         return lambda _: MLflowSink(directory)
     raise TrackoptError(f"unknown sink '{name}'; choose from tensorboard, mlflow")
 
 
-def _set_mlflow_timeouts() -> None:
-    """Limit MLflow's retries, which would wait minutes for a server that is down: the recorder retries itself.
+def _prepare_mlflow() -> None:
+    """Import MLflow, and limit its retries, which would wait minutes for a server that is down.
 
-    One retry remains, for a connection that the server has closed.
+    The recorder retries itself. One retry remains, for a connection that the server has closed.
     """
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"  # stdout belongs to `trackopt sync`
+    from trackopt.recorder.sinks.mlflow_import import import_mlflow
+
+    import_mlflow()
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Return whether MLflow's server has refused the login, or the user's rights do not suffice."""
+    get_status = getattr(error, "get_http_status_code", None)
+    return get_status is not None and get_status() in {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN}
 
 
 def _first_line(error: Exception) -> str:

@@ -42,12 +42,15 @@ class DeliveryStrategy(ABC):
             if line.end_offset > until or len(records) >= batch_size:
                 break
             if line.event in {"start", "resume"}:
+                self._release(records)
                 self._send(records)
                 records = []
                 self._begin(line)
                 self._status = "RUNNING"
             elif line.event == "close":
                 self._status = line.details["status"]
+            elif line.event == "epoch":
+                self._end_epoch(line, records)
             elif line.event is None:
                 self._enqueue(line, records)
             self._read_offset = line.end_offset
@@ -56,6 +59,9 @@ class DeliveryStrategy(ABC):
 
     def finish(self) -> str:
         """Give the sink the run's final status, and return it."""
+        records: list[Line] = []
+        self._release(records)
+        self._send(records)
         status = self._final_status()
         self._sink.finish(status)
         return status
@@ -72,12 +78,22 @@ class DeliveryStrategy(ABC):
     def _make_cursor(self) -> Cursor:
         """Return the cursor after everything read so far was stored."""
 
+    def _release(self, records: list[Line]) -> None:
+        """Add what is held back of the latest step, which is the last of an epoch or of an attempt."""
+
+    def _end_epoch(self, marker: Line, records: list[Line]) -> None:
+        """Handle the end of an epoch, whose last step may still get another line."""
+
     def _enqueue(self, line: Line, records: list[Line]) -> None:
+        self._add_new(line, records)
+        self._observe(line)
+
+    def _add_new(self, line: Line, records: list[Line]) -> None:
+        """Add the values that the sink does not have."""
         metrics = self._drop_already_sent(line.step, line.metrics)
         histograms = self._drop_already_sent(line.step, line.histograms, "histogram ")
         if metrics or histograms:
             records.append(replace(line, metrics=metrics, histograms=histograms))
-        self._observe(line)
 
     def _drop_already_sent(self, step: int, values: dict[str, T], prefix: str = "") -> dict[str, T]:
         """Return the values that the sink does not have, and count them as sent."""
@@ -164,11 +180,17 @@ class StoreOnceDelivery(DeliveryStrategy):
 
     Steps that a resumed run repeats are not sent again. They are compared with the superseded ones instead: the first
     difference is reported. A training that starts over is sent whole, to be stored apart from the one before.
+
+    With ``mlflow_every=n`` the sink receives of each metric the first point in each n steps (steps 1, 1 + n, … of a
+    metric that every step has), and all points of the last step of an epoch or of an attempt. What is not due of a step
+    is held back until the next line shows whether it is such a step.
     """
 
     def __init__(self, path: Path, sink: Sink, cursor: Cursor, notify: Callable[[str], None]) -> None:
         super().__init__(path, sink, cursor, notify)
         self._resume_offset = cursor.resume_offset
+        self._every = cursor.every
+        self._held: list[Line] = []  # the lines of one step, perhaps with the marker of its epoch's end
         self._superseded_metrics: dict[int, dict[str, float]] = {}
         if cursor.resume_offset is not None:
             self._superseded_metrics = self._read_superseded(next(journal.read(path, cursor.resume_offset)))
@@ -180,7 +202,32 @@ class StoreOnceDelivery(DeliveryStrategy):
         elif marker.event == "resume":
             self._superseded_metrics = self._read_superseded(marker)
             self._resume_offset = marker.start_offset
+        self._every = marker.details.get("mlflow_every", 1)
         self._sink.begin(marker)
+
+    def _release(self, records: list[Line]) -> None:
+        for line in self._held:
+            self._add_new(line, records)
+        self._held = []
+
+    def _end_epoch(self, marker: Line, records: list[Line]) -> None:
+        self._release(records)
+        self._held = [marker]
+
+    def _enqueue(self, line: Line, records: list[Line]) -> None:
+        if self._held and self._held[0].step != line.step:
+            self._held = []
+        if self._every == 1 or any(held.event == "epoch" for held in self._held):
+            self._add_new(line, records)
+        else:
+            due = {key: value for key, value in line.metrics.items() if self._is_due(key, line.step)}
+            self._add_new(replace(line, metrics=due), records)
+            self._held.append(line)
+        self._observe(line)
+
+    def _is_due(self, key: str, step: int) -> bool:
+        sent = self._last_step_by_key.get(key)
+        return sent is None or (step - 1) // self._every > (sent - 1) // self._every
 
     def _observe(self, record: Line) -> None:
         """Compare a record with the one that it supersedes, up to the last of those."""
@@ -195,11 +242,13 @@ class StoreOnceDelivery(DeliveryStrategy):
         self._superseded_metrics, self._resume_offset = {}, None
 
     def _make_cursor(self) -> Cursor:
+        offset = self._held[0].start_offset if self._held else self._read_offset
         return Cursor(
-            offset=self._read_offset,
-            replay_offset=self._read_offset,
+            offset=offset,
+            replay_offset=offset,
             last_step_by_key=dict(self._last_step_by_key),
             resume_offset=self._resume_offset,
+            every=self._every,
             status=self._status,
         )
 
