@@ -58,8 +58,8 @@ def attach(
             is kept in ``dir``, so that a run that resumes there has one history.
         exact: Also restore what ignite does not: the random number generators and the position in the data. The
             ``trainer`` must be among the objects that ``checkpoint`` saves.
-        **options: ``dir``, ``stats``, ``stats_every``, ``histograms_every``, ``sinks``, ``mlflow_every``, ``experiment``
-            and ``name``, as ``trackopt.wrap`` takes them.
+        **options: ``dir``, ``stats``, ``stats_every``, ``histograms_every``, ``sinks``, ``mlflow_every``,
+            ``experiment`` and ``name``, as ``trackopt.wrap`` takes them.
 
     Returns:
         The handler; its ``log`` takes further numbers, such as an evaluator's metrics.

@@ -39,8 +39,8 @@ class TrackoptCallback(Callback):
 
     Args:
         exact: Also restore what Lightning does not: the random number generators, and the position in the data.
-        **options: ``dir``, ``stats``, ``stats_every``, ``histograms_every``, ``sinks``, ``mlflow_every``, ``experiment``
-            and ``name``, as ``trackopt.wrap`` takes them.
+        **options: ``dir``, ``stats``, ``stats_every``, ``histograms_every``, ``sinks``, ``mlflow_every``,
+            ``experiment`` and ``name``, as ``trackopt.wrap`` takes them.
 
     Raises:
         UsageError: An option is invalid; or, in ``trainer.fit``, ``exact=True`` in several processes.

@@ -53,9 +53,7 @@ class Options:
     name: str | None = None
 
     def __post_init__(self) -> None:
-        validate_options(
-            SaveOptions(), self.stats_options, Retention(1), self.sinks, mlflow_every=self.mlflow_every
-        )
+        validate_options(SaveOptions(), self.stats_options, Retention(1), self.sinks, mlflow_every=self.mlflow_every)
 
     @property
     def stats_options(self) -> StatsOptions:

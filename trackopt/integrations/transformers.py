@@ -46,8 +46,8 @@ class TrackoptCallback(TrainerCallback, ExportableState):
 
     Args:
         exact: Also restore what the Trainer does not: the random number generators of data that is drawn at random.
-        **options: ``dir``, ``stats``, ``stats_every``, ``histograms_every``, ``sinks``, ``mlflow_every``, ``experiment``
-            and ``name``, as ``trackopt.wrap`` takes them.
+        **options: ``dir``, ``stats``, ``stats_every``, ``histograms_every``, ``sinks``, ``mlflow_every``,
+            ``experiment`` and ``name``, as ``trackopt.wrap`` takes them.
 
     Raises:
         UsageError: An option is invalid; or, in ``trainer.train``, ``exact=True`` in several processes.

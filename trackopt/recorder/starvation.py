@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-_STARVING_AFTER_S = 0.6
+_STARVING_AFTER_S = 0.3
 _MIN_SHARE = 0.25  # of a processor; a process that gets more is only slower
 _BLIND_AFTER_S = 10.0  # where the system does not say it, a process is taken to starve after this time
 
