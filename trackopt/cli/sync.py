@@ -50,5 +50,6 @@ def _deliver(directory: Path) -> list[str]:
     def warn(message: str) -> None:
         click.echo(f"trackopt: {message}", err=True)
 
-    with Recorder(directory, warn) as recorder, progress_bar(OutstandingDelivery(directory)) as show:
+    outstanding = OutstandingDelivery(directory)
+    with Recorder(directory, warn, replaces_other=True) as recorder, progress_bar(outstanding) as show:
         return recorder.drain(show)

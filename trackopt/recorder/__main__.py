@@ -29,7 +29,8 @@ def main() -> None:
     """Deliver until the training process has exited, then deliver the rest."""
     directory = Path(sys.argv[1])
     _detach()
-    if NORMAL_PRIORITY not in sys.argv:
+    is_waited_for = NORMAL_PRIORITY in sys.argv
+    if not is_waited_for:
         _lower_priority()
     messages = os.dup(_STDOUT)
     os.dup2(_STDERR, _STDOUT)  # what the backends print goes to the log
@@ -39,7 +40,7 @@ def main() -> None:
             os.write(messages, f"{message}\n".encode())
 
     exited = _watch_training_process()
-    with Recorder(directory, notify=send_message) as recorder:
+    with Recorder(directory, notify=send_message, replaces_other=is_waited_for) as recorder:
         gc.disable()  # the backends are imported here, and none of their objects ever becomes garbage
         timeout = 0.0 if recorder.deliver() else _POLL_INTERVAL_S
         gc.freeze()

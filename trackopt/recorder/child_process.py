@@ -14,6 +14,7 @@ from typing import IO, TYPE_CHECKING
 
 from trackopt.recorder.progress import OutstandingDelivery, progress_bar
 from trackopt.recorder.starvation import StarvationMonitor
+from trackopt.utils.lock import lock_holder
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -170,7 +171,7 @@ class RecorderProcess:
         """Wait for the recorder to exit; replace it if it gets no processor."""
         notice_at = time.monotonic() + _NOTICE_AFTER_S
         outstanding = OutstandingDelivery(self._directory)
-        starvation = None if self._process is None else StarvationMonitor(self._process.pid)
+        starvation: StarvationMonitor | None = StarvationMonitor()
         with progress_bar(outstanding) as update:
             while self._process is not None:
                 with contextlib.suppress(subprocess.TimeoutExpired):
@@ -178,7 +179,9 @@ class RecorderProcess:
                     return
                 update()
                 yield from self._read_messages()
-                if starvation is not None and starvation.is_starving():
+                # A recorder that an earlier attempt left behind may still have the lock.
+                pid = lock_holder(self._log_path) or self._process.pid
+                if starvation is not None and starvation.is_starving(pid):
                     self._replace_starving()
                     starvation = None
                 if time.monotonic() > notice_at:

@@ -97,4 +97,7 @@ class CursorFile:
 
 
 def _to_entry(cursor: UploadCursor) -> JsonObject:
-    return {_DISK_KEYS.get(item.name, item.name): getattr(cursor, item.name) for item in fields(cursor)}
+    entry = {_DISK_KEYS.get(item.name, item.name): getattr(cursor, item.name) for item in fields(cursor)}
+    if entry.get("every") == 1:
+        del entry["every"]
+    return entry

@@ -96,8 +96,8 @@ def progress_bar(outstanding: OutstandingDelivery) -> Iterator[Callable[[], None
 
     def update() -> None:
         if time.monotonic() - begin >= _SHOW_AFTER_S:
-            progress.start()
             progress.update(task, description=outstanding.description, completed=outstanding.fraction)
+            progress.start()
 
     try:
         yield update

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import signal
+import sys
 import threading
 import time
 import traceback
@@ -19,7 +21,7 @@ from trackopt.recorder.child_process import LOG_NAME
 from trackopt.recorder.cursor import Cursor, CursorFile, UploadCursor
 from trackopt.recorder.delivery import Delivery
 from trackopt.rundir.identity import read_identity
-from trackopt.utils.lock import lock
+from trackopt.utils.lock import lock, lock_holder, try_lock
 from trackopt.utils.mlflow_uri import redact_credentials
 from trackopt.utils.packages import explain_missing
 
@@ -54,13 +56,17 @@ class Recorder:
     Args:
         directory: The run's directory.
         notify: Called with messages for the user, for example when a sink fails or works again.
+        replaces_other: Kill the first instead, which may get no processor: somebody waits for the delivery.
     """
 
-    def __init__(self, directory: Path, notify: Callable[[str], None]) -> None:
+    def __init__(self, directory: Path, notify: Callable[[str], None], *, replaces_other: bool = False) -> None:
         self._directory = directory
         self._notify = notify
         self._log = (directory / LOG_NAME).open("ab", buffering=0)
-        lock(self._log.fileno())
+        if not try_lock(self._log.fileno()):
+            if replaces_other:
+                _kill_holder(directory / LOG_NAME)
+            lock(self._log.fileno())
         identity = read_identity(directory)
         # Relative paths (of an SQLite file, of artifacts) are relative to the training's working directory.
         try:
@@ -186,6 +192,14 @@ class Recorder:
     def _save_cursors(self) -> None:
         with self._save_lock:  # the upload thread saves, too
             self._cursors.save({name: delivery.cursor for name, delivery in self._deliveries.items()})
+
+
+def _kill_holder(path: Path) -> None:
+    """Kill the process that has locked a file, where the system says which it is."""
+    holder = lock_holder(path)
+    if sys.platform != "win32" and holder is not None and holder != os.getpid():
+        with contextlib.suppress(OSError):  # it has just exited
+            os.kill(holder, signal.SIGKILL)
 
 
 def _load_sink(name: str, directory: Path) -> Callable[[int], Sink]:

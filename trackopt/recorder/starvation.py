@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 _STARVING_AFTER_S = 0.3
-_MIN_SHARE = 0.25  # of a processor; a process that gets more is only slower
+_MIN_SHARE = 0.25  # of a processor; with more a process is only slow
 _BLIND_AFTER_S = 10.0  # where the system does not say it, a process is taken to starve after this time
 
 
@@ -17,23 +17,20 @@ class StarvationMonitor:
     """Find out whether another process starves: ready to run most of the time, and hardly running.
 
     A process that waits for a server or a disk does not.
-
-    Args:
-        pid: The process.
     """
 
-    def __init__(self, pid: int) -> None:
-        self._tasks = Path(f"/proc/{pid}/task")
+    def __init__(self) -> None:
         self._began = self._checked = time.monotonic()
-        self._cpu_s = self._read()[1]
-        self._starving_s = 0.0
+        self._pid, self._cpu_s, self._starving_s = 0, 0.0, 0.0
 
-    def is_starving(self) -> bool:
-        """Return whether the process has starved lately; to be called several times a second."""
+    def is_starving(self, pid: int) -> bool:
+        """Return whether a process has starved lately; to be called for it several times a second."""
         now = time.monotonic()
         if sys.platform != "linux":
             return now - self._began > _BLIND_AFTER_S
-        is_ready, cpu_s = self._read()
+        is_ready, cpu_s = _read(pid)
+        if pid != self._pid:
+            self._pid, self._starving_s, self._checked, self._cpu_s = pid, 0.0, now, cpu_s
         elapsed, used = now - self._checked, cpu_s - self._cpu_s
         self._checked, self._cpu_s = now, cpu_s
         if is_ready and used < _MIN_SHARE * elapsed:
@@ -42,12 +39,15 @@ class StarvationMonitor:
             self._starving_s = max(0.0, self._starving_s - elapsed)
         return self._starving_s > _STARVING_AFTER_S
 
-    def _read(self) -> tuple[bool, float]:
-        """Return whether a thread of the process is ready to run, and the processor time of all of them."""
-        is_ready, ticks = False, 0
-        with contextlib.suppress(OSError, ValueError, IndexError):  # it has exited
-            for task in self._tasks.iterdir():
-                fields = (task / "stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
-                is_ready |= fields[0] == "R"
-                ticks += int(fields[11]) + int(fields[12])
-        return is_ready, ticks / os.sysconf("SC_CLK_TCK") if sys.platform != "win32" else 0.0
+
+def _read(pid: int) -> tuple[bool, float]:
+    """Return whether a thread of a process is ready to run, and the processor time of all of its threads."""
+    is_ready, ticks = False, 0
+    if sys.platform == "win32":
+        return False, 0.0
+    with contextlib.suppress(OSError, ValueError, IndexError):  # it has exited
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            fields = (task / "stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+            is_ready |= fields[0] == "R"
+            ticks += int(fields[11]) + int(fields[12])
+    return is_ready, ticks / os.sysconf("SC_CLK_TCK")
