@@ -43,16 +43,16 @@ class Cursor(UploadCursor):
         replay_step: The first step that a reopened sink receives; 0 for a sink that stores each point once.
         last_step_by_key: The last step delivered of each metric and, with the prefix ``histogram``, each histogram.
         resume_offset: The resume marker whose repeated steps are still compared with the superseded ones.
-        every: Of how many steps a sink that receives fewer gets one; 1 for all.
         status: The run's status up to ``offset``.
+        every: How many steps share one point in a sink that does not receive all of them.
     """
 
     replay_offset: int = 0
     replay_step: int = 0
     last_step_by_key: Mapping[str, int] = field(default_factory=dict)
     resume_offset: int | None = None
-    every: int = 1
     status: str = "RUNNING"
+    every: int = 1
 
 
 AnyCursor = TypeVar("AnyCursor", bound=UploadCursor)
