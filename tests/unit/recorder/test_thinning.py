@@ -138,3 +138,20 @@ def test_a_recorder_that_dies_anywhere_sends_the_same(writer):
     for index, end in enumerate(ends):
         assert deliver(writer, [end]).points == expected
         assert deliver(writer, [ends[index // 2], end]).points == expected
+
+
+@pytest.mark.parametrize("truncates", [True, False])
+def test_only_the_end_is_left(truncates, writer):
+    """A recorder died after the last record: the next one sends the status, and the cursor stays at the end."""
+    writer.mark("start", 0, mlflow_every=2)
+    for step in (1, 2, 3):
+        writer.record(step, {"loss": 1.0})
+    sink = Points()
+    sink.supports_truncation = truncates
+    first = Delivery(writer.path, lambda _: sink, Cursor(), print)
+    first.deliver(writer.offset)
+    second = Delivery(writer.path, lambda _: sink, first.cursor, print)
+    second.deliver(writer.offset)
+    second.finish()
+    assert (second.cursor.offset, second.cursor.finished, sink.status) == (writer.offset, True, "KILLED")
+    assert sink.steps("loss") == ([1, 2, 3] if truncates else [1, 3])
