@@ -8,8 +8,8 @@ import sys
 import time
 from pathlib import Path
 
-_STARVING_AFTER_S = 0.3
-_MIN_SHARE = 0.25  # of a processor; with more a process is only slow
+_STARVING_AFTER_S = 0.5
+_MIN_SHARE = 0.1  # of a processor; with more a process is only slow
 _BLIND_AFTER_S = 10.0  # where the system does not say it, a process is taken to starve after this time
 
 
