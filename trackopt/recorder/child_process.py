@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from trackopt.recorder.progress import OutstandingDelivery, progress_bar
-from trackopt.recorder.starvation import StarvationMonitor
+from trackopt.recorder.starvation import StarvationMonitor, release_memory
 from trackopt.utils.lock import lock_holder
 
 if TYPE_CHECKING:
@@ -203,6 +203,7 @@ class RecorderProcess:
         self._receive_buffer = b""
         if starving is not None:
             starving.kill()
+            release_memory(starving.pid)
             _close_pipes(starving)
             _reap(starving)
 

@@ -20,6 +20,7 @@ from trackopt.errors import MissingPackageError, TrackoptError
 from trackopt.recorder.child_process import LOG_NAME
 from trackopt.recorder.cursor import Cursor, CursorFile, UploadCursor
 from trackopt.recorder.delivery import Delivery
+from trackopt.recorder.starvation import release_memory
 from trackopt.rundir.identity import read_identity
 from trackopt.utils.lock import lock, lock_holder, try_lock
 from trackopt.utils.mlflow_uri import redact_credentials
@@ -200,6 +201,7 @@ def _kill_holder(path: Path) -> None:
     if sys.platform != "win32" and holder is not None and holder != os.getpid():
         with contextlib.suppress(OSError):  # it has just exited
             os.kill(holder, signal.SIGKILL)
+            release_memory(holder)
 
 
 def _load_sink(name: str, directory: Path) -> Callable[[int], Sink]:
