@@ -19,7 +19,7 @@ from torch import nn
 
 import trackopt
 from tests.benchmarks.measure import Row, table
-from trackopt.recorder.progress import delivered_fraction
+from trackopt.recorder.cursor import Cursor, CursorFile
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -152,9 +152,8 @@ def ours(optimizer: Optimizer, scheduler: LRScheduler, folder: str) -> Iterator[
         def log(step: int, loss: Tensor) -> None:
             run.step(loss=loss)
             if run.global_step == _FIRST:
-                while not delivered_fraction(
-                    run.dir
-                ):  # the recorder starts once in a training; its steps are what is measured
+                # The recorder starts once in a training; its steps are what is measured.
+                while not CursorFile(run.dir).load("tensorboard", Cursor).offset:
                     time.sleep(0.1)
 
         @contextmanager

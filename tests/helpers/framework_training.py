@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-QUIET: dict[str, Any] = {"sinks": (), "stats": "group"}
+QUIET: dict[str, Any] = {"sinks": (), "stats": "group", "mlflow_every": 4}
 ROWS = torch.arange(96, dtype=torch.float32).reshape(24, 4).sin()
 
 

@@ -53,6 +53,11 @@ def test_an_evaluators_metric_belongs_to_the_step_before(home):
     assert [step for step, _ in journal.series(home / "whole" / "run")["val_loss"]] == [6, 12, 18]
 
 
+def test_the_end_of_each_epoch_is_marked(home):
+    """MLflow gets its last step, with ``mlflow_every``."""
+    assert [line.step for line in events(home / "whole" / "run", "epoch")] == [6, 12, 18]
+
+
 def test_killed_and_resumed_it_has_one_history(home):
     """Also what was logged at the checkpoint's step after it was taken."""
     is_one_history(home, step=12)

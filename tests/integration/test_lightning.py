@@ -26,6 +26,11 @@ def test_what_the_module_logs_is_there_once_each(home):
         assert [step for step, _ in found[key]] == [6, 12, 18]
 
 
+def test_the_end_of_each_epoch_is_marked(home):
+    """MLflow gets its last step, with ``mlflow_every``."""
+    assert [line.step for line in events(home / "whole" / "run", "epoch")] == [6, 12, 18]
+
+
 def test_killed_and_resumed_it_has_one_history(home):
     is_one_history(home, step=12)
 

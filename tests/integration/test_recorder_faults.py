@@ -253,7 +253,7 @@ def test_a_database_that_is_locked_is_waited_for(tmp_path):
 
 
 KILLED = """
-import hashlib, os, random, signal, sys, time, warnings
+import contextlib, hashlib, os, random, signal, sys, time, warnings
 warnings.simplefilter("ignore")
 import torch
 import trackopt
@@ -267,10 +267,14 @@ def train(report):
     model, optimizer, scheduler = make_training()
     run = trackopt.wrap(optimizer, scheduler, model=model, dir=directory, save_every=5)
     os.write(report, b"%9d\\n" % run._loop.attempt._recorder._process.pid)
+    hands_over = chance.random() < 0.5
     for epoch in run.epochs(30):
         for _ in run.batches(range(10)):
             run.log(loss=train_step(model, optimizer, scheduler))
             os.write(report, b".")
+            if hands_over and chance.random() < 0.2:
+                hands_over = False
+                run._loop.attempt._recorder._replace_starving()
         run.log(accuracy=epoch / 30)
     run.close()
     print(hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in model.parameters())).hexdigest(), flush=True)
@@ -293,7 +297,8 @@ for attempt in range(kills + 1):  # torch is imported once, and each attempt is 
             time.sleep(chance.uniform(0, 0.004))
             os.kill(child, signal.SIGKILL)
             if chance.random() < 0.5:
-                os.kill(recorder, signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):  # another one has taken its place
+                    os.kill(recorder, signal.SIGKILL)
         else:
             while reports.read(4096):
                 pass
@@ -302,7 +307,9 @@ for attempt in range(kills + 1):  # torch is imported once, and each attempt is 
 
 
 def test_after_twenty_random_kills_nothing_shows_them(tmp_path):
-    """MLflow's rows, TensorBoard's points, the journal's series and the weights are those of a run never killed."""
+    """Recorders are killed and replaced as well, each at any moment.
+
+    MLflow's rows, TensorBoard's points, the journal's series and the weights are those of a run never killed."""
     seed = random.randrange(2**32)
     script = tmp_path / "train.py"
     script.write_text(KILLED)

@@ -26,6 +26,11 @@ def test_accumulated_gradients_are_those_of_the_plain_loop(home):
     assert {key: found[key] for key in plain} == plain
 
 
+def test_the_end_of_each_epoch_is_marked(home):
+    """MLflow gets its last step, with ``mlflow_every``."""
+    assert [line.step for line in events(home / "in-order" / "run", "epoch")] == [6, 12, 18]
+
+
 @pytest.mark.parametrize("place", [".", "restored"])
 def test_killed_and_resumed_it_has_one_history(home, place):
     """In the middle of a shuffled epoch; also where the Trainer makes its callbacks anew from the checkpoint."""

@@ -44,11 +44,12 @@ def command(directory: Path, as_json: bool) -> None:
 
 
 def _deliver(directory: Path) -> list[str]:
-    from trackopt.recorder.progress import progress_bar
+    from trackopt.recorder.progress import OutstandingDelivery, progress_bar
     from trackopt.recorder.recorder import Recorder
 
     def warn(message: str) -> None:
         click.echo(f"trackopt: {message}", err=True)
 
-    with Recorder(directory, warn) as recorder, progress_bar(directory) as show:
+    outstanding = OutstandingDelivery(directory)
+    with Recorder(directory, warn, replaces_other=True) as recorder, progress_bar(outstanding) as show:
         return recorder.drain(show)

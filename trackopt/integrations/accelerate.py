@@ -50,8 +50,8 @@ class TrackoptTracker(GeneralTracker):
     Args:
         exact: Also restore what ``accelerator.load_state`` does not: the order of the data of the prepared loaders, and
             the random number generators after ``accelerate.skip_first_batches``.
-        **options: ``dir``, ``stats``, ``stats_every``, ``histograms_every``, ``sinks``, ``experiment`` and ``name``, as
-            ``trackopt.wrap`` takes them.
+        **options: ``dir``, ``stats``, ``stats_every``, ``histograms_every``, ``sinks``, ``mlflow_every``,
+            ``experiment`` and ``name``, as ``trackopt.wrap`` takes them.
 
     Raises:
         UsageError: An option is invalid.

@@ -58,8 +58,8 @@ def attach(
             is kept in ``dir``, so that a run that resumes there has one history.
         exact: Also restore what ignite does not: the random number generators and the position in the data. The
             ``trainer`` must be among the objects that ``checkpoint`` saves.
-        **options: ``dir``, ``stats``, ``stats_every``, ``histograms_every``, ``sinks``, ``experiment`` and ``name``, as
-            ``trackopt.wrap`` takes them.
+        **options: ``dir``, ``stats``, ``stats_every``, ``histograms_every``, ``sinks``, ``mlflow_every``,
+            ``experiment`` and ``name``, as ``trackopt.wrap`` takes them.
 
     Returns:
         The handler; its ``log`` takes further numbers, such as an evaluator's metrics.
@@ -86,6 +86,7 @@ def attach(
     trainer.add_event_handler(Events.STARTED, handler.start)
     trainer.add_event_handler(Events.ITERATION_STARTED, handler.begin_iteration)
     trainer.add_event_handler(Events.ITERATION_COMPLETED, handler.log_output)
+    trainer.add_event_handler(Events.EPOCH_COMPLETED, handler.end_epoch)
     trainer.add_event_handler(Events.EXCEPTION_RAISED, handler.take_error)
     if checkpoint is not None:
         trainer.register_events(*checkpoint.SAVED_CHECKPOINT.__class__)
@@ -168,6 +169,11 @@ class TrackoptHandler:
             self._output_pending = False
             output = self._trainer.state.output
             self._session.log(numbers(output if isinstance(output, Mapping) else {"loss": output}))
+
+    def end_epoch(self) -> None:
+        """Note the end of the epoch; metrics of its last step may follow."""
+        if self._session is not None:
+            self._session.end_epoch()
 
     def take_error(self, error: BaseException) -> None:
         """Keep an exception for the end of the run, and raise it again where no handler but these would take it."""

@@ -39,8 +39,8 @@ class TrackoptCallback(Callback):
 
     Args:
         exact: Also restore what Lightning does not: the random number generators, and the position in the data.
-        **options: ``dir``, ``stats``, ``stats_every``, ``histograms_every``, ``sinks``, ``experiment`` and ``name``, as
-            ``trackopt.wrap`` takes them.
+        **options: ``dir``, ``stats``, ``stats_every``, ``histograms_every``, ``sinks``, ``mlflow_every``,
+            ``experiment`` and ``name``, as ``trackopt.wrap`` takes them.
 
     Raises:
         UsageError: An option is invalid; or, in ``trainer.fit``, ``exact=True`` in several processes.
@@ -123,6 +123,11 @@ class TrackoptCallback(Callback):
                 self._session.log(self._metrics.take_returned(values["loss"] * parts))
         if self._position is not None:
             self._position.end_batch()
+
+    def on_train_epoch_end(self, *_: Any) -> None:
+        """Note the end of the epoch."""
+        if self._session is not None:
+            self._session.end_epoch()
 
     def on_validation_end(self, *_: Any) -> None:
         """Log what the validation has worked out."""

@@ -48,11 +48,12 @@ class Options:
     stats_every: int = 1
     histograms_every: int = 0
     sinks: Sequence[str] = SINKS
+    mlflow_every: int = 1
     experiment: str | None = None
     name: str | None = None
 
     def __post_init__(self) -> None:
-        validate_options(SaveOptions(), self.stats_options, Retention(1), self.sinks)
+        validate_options(SaveOptions(), self.stats_options, Retention(1), self.sinks, mlflow_every=self.mlflow_every)
 
     @property
     def stats_options(self) -> StatsOptions:
@@ -86,6 +87,7 @@ class TelemetrySession:
         self._already_logged: set[str] = set()  # keys that the journal has at the step that a resumed run begins with
         self._unconfirmed: tuple[str | os.PathLike[str], int] | None = None  # a checkpoint that may be incomplete
         self._is_open = True
+        self._ends_epoch = False
         self.in_iteration = False
         self.error: BaseException | None = None
 
@@ -98,7 +100,9 @@ class TelemetrySession:
                 name = options.name and options.name + directory.path.name.removeprefix(base.name)
                 directory.initialize(name, default_tracking(options.experiment))
             sinks = options.sinks if self._leads and not is_rehearsal else ()
-            self._attempt = Attempt(directory, self._training, options.stats_options, sinks)
+            self._attempt = Attempt(
+                directory, self._training, options.stats_options, sinks, mlflow_every=options.mlflow_every
+            )
         except BaseException:
             directory.release()
             raise
@@ -182,6 +186,10 @@ class TelemetrySession:
         self._telemetry.log(metrics)
         self._telemetry.record_trailing(at_start=True)
 
+    def end_epoch(self) -> None:
+        """Note that the iteration that is open, or the latest one, is the last of an epoch."""
+        self._ends_epoch = True
+
     def end_iteration(self) -> None:
         """Record the iteration's step; if it is recorded already, record what has been logged since."""
         self._mark_unconfirmed()
@@ -190,6 +198,9 @@ class TelemetrySession:
             self._telemetry.end_iteration()
         else:
             self._telemetry.record_trailing()
+        if self._ends_epoch:
+            self._ends_epoch = False
+            self._attempt.mark_epoch()
         self._attempt.log_recorder_messages()
 
     def mark_checkpoint(self, path: str | os.PathLike[str], step: int | None = None) -> None:

@@ -46,8 +46,8 @@ class TrackoptCallback(TrainerCallback, ExportableState):
 
     Args:
         exact: Also restore what the Trainer does not: the random number generators of data that is drawn at random.
-        **options: ``dir``, ``stats``, ``stats_every``, ``histograms_every``, ``sinks``, ``experiment`` and ``name``, as
-            ``trackopt.wrap`` takes them.
+        **options: ``dir``, ``stats``, ``stats_every``, ``histograms_every``, ``sinks``, ``mlflow_every``,
+            ``experiment`` and ``name``, as ``trackopt.wrap`` takes them.
 
     Raises:
         UsageError: An option is invalid; or, in ``trainer.train``, ``exact=True`` in several processes.
@@ -110,6 +110,11 @@ class TrackoptCallback(TrainerCallback, ExportableState):
         self._global_step = state.global_step
         if self._position is not None:
             self._position.end_batch()
+
+    def on_epoch_end(self, *_: Any, **__: Any) -> None:
+        """Note the end of the epoch."""
+        if self._session is not None:
+            self._session.end_epoch()
 
     def on_substep_end(self, *_: Any, **__: Any) -> None:
         """Do the same between two micro-batches, where gradients are accumulated."""

@@ -1,5 +1,7 @@
 """Run ``python -m trackopt.recorder DIR``: deliver a journal while it is written, and then the rest.
 
+It runs only when a processor is idle, unless ``--normal-priority`` follows.
+
 Standard input is a pipe from the training process: its end of file means that the journal is complete. Standard output
 takes messages for the user.
 """
@@ -14,6 +16,7 @@ import sys
 import threading
 from pathlib import Path
 
+from trackopt.recorder.child_process import NORMAL_PRIORITY
 from trackopt.recorder.recorder import Recorder
 
 _STDIN, _STDOUT, _STDERR = 0, 1, 2
@@ -25,7 +28,10 @@ _LOWEST_PRIORITY = 19
 def main() -> None:
     """Deliver until the training process has exited, then deliver the rest."""
     directory = Path(sys.argv[1])
-    _detach_and_lower_priority()
+    _detach()
+    is_waited_for = NORMAL_PRIORITY in sys.argv
+    if not is_waited_for:
+        _lower_priority()
     messages = os.dup(_STDOUT)
     os.dup2(_STDERR, _STDOUT)  # what the backends print goes to the log
 
@@ -34,7 +40,7 @@ def main() -> None:
             os.write(messages, f"{message}\n".encode())
 
     exited = _watch_training_process()
-    with Recorder(directory, notify=send_message) as recorder:
+    with Recorder(directory, notify=send_message, replaces_other=is_waited_for) as recorder:
         gc.disable()  # the backends are imported here, and none of their objects ever becomes garbage
         timeout = 0.0 if recorder.deliver() else _POLL_INTERVAL_S
         gc.freeze()
@@ -58,12 +64,11 @@ def _watch_training_process() -> threading.Event:
     return exited
 
 
-def _detach_and_lower_priority() -> None:
-    """Outlive the training process, and run only when a processor is idle.
+def _detach() -> None:
+    """Outlive the training process: a process group of its own keeps away the signals that end the training.
 
-    A process group of its own keeps away the signals that end the training. A session of its own would too, but Linux
-    gives each session a fair share of the processor, which defeats SCHED_IDLE; and any higher priority slows a
-    training loop that uses every core. On Windows the training process starts the recorder so.
+    A session of its own would too, but Linux gives each session a fair share of the processor, which defeats
+    SCHED_IDLE. On Windows the training process starts the recorder so.
     """
     signals = [signal.SIGINT, signal.SIGTERM]  # Slurm sends these and the following to every process
     if sys.platform != "win32":
@@ -71,6 +76,13 @@ def _detach_and_lower_priority() -> None:
         signals += [signal.SIGHUP, signal.SIGUSR1]
     for number in signals:
         signal.signal(number, signal.SIG_IGN)
+
+
+def _lower_priority() -> None:
+    """Run only when a processor is idle: any higher priority slows a training loop that uses every core.
+
+    On Windows the training process starts the recorder so.
+    """
     with contextlib.suppress(OSError):
         if sys.platform == "linux":
             os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))

@@ -12,12 +12,15 @@ import time
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from trackopt.recorder.progress import delivered_fraction, progress_bar
+from trackopt.recorder.progress import OutstandingDelivery, progress_bar
+from trackopt.recorder.starvation import StarvationMonitor, release_memory
+from trackopt.utils.lock import lock_holder
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 LOG_NAME = "recorder.log"
+NORMAL_PRIORITY = "--normal-priority"
 _POLL_INTERVAL_S = 1.0
 _WAIT_INTERVAL_S = 0.2
 _NOTICE_AFTER_S = 10.0
@@ -25,9 +28,10 @@ _STABLE_AFTER_S = 60.0  # a recorder that exits sooner counts as an early exit
 _MAX_EARLY_EXITS = 5  # consecutive ones, after which no recorder is started until the run closes
 _RECEIVE_BYTES = 1 << 16
 if sys.platform == "win32":
-    _CREATION_FLAGS = subprocess.CREATE_NEW_PROCESS_GROUP | subprocess.CREATE_NO_WINDOW | subprocess.IDLE_PRIORITY_CLASS
+    _CREATION_FLAGS = subprocess.CREATE_NEW_PROCESS_GROUP | subprocess.CREATE_NO_WINDOW
+    _LOW_PRIORITY_FLAGS = subprocess.IDLE_PRIORITY_CLASS
 else:
-    _CREATION_FLAGS = 0  # the recorder does it itself
+    _CREATION_FLAGS = _LOW_PRIORITY_FLAGS = 0  # the recorder does it itself
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")  # default: a thread per core
 
 
@@ -36,6 +40,9 @@ class RecorderProcess:
 
     Two pipes connect the two processes. The recorder reads the end of its standard input when the training process
     exits, in whatever way, and writes messages for the user to its standard output, one per line.
+
+    It runs only when a processor is idle, and cannot raise its priority again without privileges. So where the end of
+    the run waits for a recorder that gets no processor, another one of normal priority takes its place.
 
     Args:
         directory: The run's directory.
@@ -82,27 +89,27 @@ class RecorderProcess:
             yield f"{self._exit_message()}; to deliver the missing records, run `trackopt sync {self._directory}`"
         self._close_pipes()
 
-    def _start(self) -> None:
+    def _start(self, *, low_priority: bool = True) -> None:
         self._started_at, self._restart_at = time.monotonic(), math.inf
         self._process: subprocess.Popen[bytes] | None = None
+        options = [] if low_priority else [NORMAL_PRIORITY]
         try:
             with self._log_path.open("ab") as log:
                 self._process = subprocess.Popen(
-                    [sys.executable, "-m", "trackopt.recorder", str(self._directory)],
+                    [sys.executable, "-m", "trackopt.recorder", str(self._directory), *options],
                     bufsize=0,
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=log,
                     env=_make_environment(),
-                    creationflags=_CREATION_FLAGS,
+                    creationflags=_CREATION_FLAGS | (_LOW_PRIORITY_FLAGS if low_priority else 0),
                 )
         except OSError as error:  # out of memory or processes: handled like an early exit
             self._spawn_error = error.strerror
 
     def _close_pipes(self) -> None:
         if self._process is not None:
-            for pipe in filter(None, (self._process.stdin, self._process.stdout)):
-                pipe.close()
+            _close_pipes(self._process)
 
     def _has_exited(self) -> bool:
         return self._process is None or self._process.poll() is not None
@@ -148,36 +155,68 @@ class RecorderProcess:
 
     def _shutdown(self, *, wait: bool) -> Iterator[str]:
         """Signal the end of the journal, and yield the messages until the recorder exits or the waiting ends."""
-        process = self._process
-        if process is None or process.stdin is None:
+        if self._process is None or self._process.stdin is None:
             return
-        process.stdin.close()
+        self._process.stdin.close()
         try:
             if wait:
-                yield from self._wait(process)
+                yield from self._wait()
         except KeyboardInterrupt:
-            yield f"the recorder continues in the background (process {process.pid})"
+            yield f"the recorder continues in the background (process {self._process.pid})"
         yield from self._read_messages()
-        if process.poll() is None:  # reap it when it exits, so that it leaves no zombie
-            reaper = threading.Thread(target=process.wait, name="trackopt-recorder", daemon=True)
-            with contextlib.suppress(RuntimeError):  # the interpreter is exiting and starts no more threads
-                reaper.start()
+        if self._process.poll() is None:
+            _reap(self._process)
 
-    def _wait(self, process: subprocess.Popen[bytes]) -> Iterator[str]:
+    def _wait(self) -> Iterator[str]:
+        """Wait for the recorder to exit; replace it if it gets no processor."""
         notice_at = time.monotonic() + _NOTICE_AFTER_S
-        with progress_bar(self._directory) as update:
-            while True:
+        outstanding = OutstandingDelivery(self._directory)
+        starvation: StarvationMonitor | None = StarvationMonitor()
+        with progress_bar(outstanding) as update:
+            while self._process is not None:
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(_WAIT_INTERVAL_S)
+                    self._process.wait(_WAIT_INTERVAL_S)
                     return
                 update()
                 yield from self._read_messages()
+                # A recorder that an earlier attempt left behind may still have the lock.
+                pid = lock_holder(self._log_path) or self._process.pid
+                if starvation is not None and starvation.is_starving(pid):
+                    self._replace_starving()
+                    starvation = None
                 if time.monotonic() > notice_at:
                     notice_at = math.inf
-                    yield (
-                        f"waiting for the recorder ({delivered_fraction(self._directory):.0%} delivered); "
-                        "press Ctrl-C to let it continue in the background"
-                    )
+                    yield f"{outstanding}; press Ctrl-C to let it continue in the background"
+
+    def _replace_starving(self) -> None:
+        """Let a recorder of normal priority deliver the rest, and kill the one that gets no processor.
+
+        The new one continues at the cursors, as after any death of a recorder. It starts first, so that one of them
+        completes the delivery even if this process is killed in between.
+        """
+        starving = self._process
+        self._start(low_priority=False)
+        if self._process is None or self._process.stdin is None:
+            self._process = starving
+            return
+        self._process.stdin.close()
+        self._receive_buffer = b""
+        if starving is not None:
+            starving.kill()
+            release_memory(starving.pid)
+            _close_pipes(starving)
+            _reap(starving)
+
+
+def _close_pipes(process: subprocess.Popen[bytes]) -> None:
+    for pipe in filter(None, (process.stdin, process.stdout)):
+        pipe.close()
+
+
+def _reap(process: subprocess.Popen[bytes]) -> None:
+    """Wait for the process in a thread, so that it leaves no zombie."""
+    with contextlib.suppress(RuntimeError):  # the interpreter is exiting and starts no more threads
+        threading.Thread(target=process.wait, name="trackopt-recorder", daemon=True).start()
 
 
 def _read_available(pipe: IO[bytes]) -> bytes:

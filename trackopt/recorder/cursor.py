@@ -44,6 +44,7 @@ class Cursor(UploadCursor):
         last_step_by_key: The last step delivered of each metric and, with the prefix ``histogram``, each histogram.
         resume_offset: The resume marker whose repeated steps are still compared with the superseded ones.
         status: The run's status up to ``offset``.
+        every: How many steps share one point in a sink that does not receive all of them.
     """
 
     replay_offset: int = 0
@@ -51,6 +52,7 @@ class Cursor(UploadCursor):
     last_step_by_key: Mapping[str, int] = field(default_factory=dict)
     resume_offset: int | None = None
     status: str = "RUNNING"
+    every: int = 1
 
 
 AnyCursor = TypeVar("AnyCursor", bound=UploadCursor)
@@ -95,4 +97,7 @@ class CursorFile:
 
 
 def _to_entry(cursor: UploadCursor) -> JsonObject:
-    return {_DISK_KEYS.get(item.name, item.name): getattr(cursor, item.name) for item in fields(cursor)}
+    entry = {_DISK_KEYS.get(item.name, item.name): getattr(cursor, item.name) for item in fields(cursor)}
+    if entry.get("every") == 1:
+        del entry["every"]
+    return entry

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from trackopt.recorder.strategies import StoreOnceDelivery, TruncatingDelivery
+from trackopt.recorder.store_once import StoreOnceDelivery
+from trackopt.recorder.strategies import TruncatingDelivery
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -74,6 +75,7 @@ class Delivery:
         try:
             status = strategy.finish()
         finally:
+            self.cursor = strategy.cursor
             self.close()
         self.cursor = replace(self.cursor, status=status, finished=True)
 

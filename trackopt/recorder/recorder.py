@@ -5,10 +5,13 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import signal
+import sys
 import threading
 import time
 import traceback
 from dataclasses import dataclass
+from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,8 +20,9 @@ from trackopt.errors import MissingPackageError, TrackoptError
 from trackopt.recorder.child_process import LOG_NAME
 from trackopt.recorder.cursor import Cursor, CursorFile, UploadCursor
 from trackopt.recorder.delivery import Delivery
+from trackopt.recorder.starvation import release_memory
 from trackopt.rundir.identity import read_identity
-from trackopt.utils.lock import lock
+from trackopt.utils.lock import lock, lock_holder, try_lock
 from trackopt.utils.mlflow_uri import redact_credentials
 from trackopt.utils.packages import explain_missing
 
@@ -34,10 +38,17 @@ _MIN_BACKOFF_S, _MAX_BACKOFF_S = 1.0, 60.0
 
 @dataclass(frozen=True)
 class _Backoff:
-    """The pause of a failing sink."""
+    """The pause of a failing sink.
+
+    Attributes:
+        until: When it ends.
+        seconds: How long it is.
+        is_permanent: No retry helps until the user changes something, so the end of the run does not wait for one.
+    """
 
     until: float
     seconds: float
+    is_permanent: bool = False
 
 
 class Recorder:
@@ -46,13 +57,17 @@ class Recorder:
     Args:
         directory: The run's directory.
         notify: Called with messages for the user, for example when a sink fails or works again.
+        replaces_other: Kill the first instead, which may get no processor: somebody waits for the delivery.
     """
 
-    def __init__(self, directory: Path, notify: Callable[[str], None]) -> None:
+    def __init__(self, directory: Path, notify: Callable[[str], None], *, replaces_other: bool = False) -> None:
         self._directory = directory
         self._notify = notify
         self._log = (directory / LOG_NAME).open("ab", buffering=0)
-        lock(self._log.fileno())
+        if not try_lock(self._log.fileno()):
+            if replaces_other:
+                _kill_holder(directory / LOG_NAME)
+            lock(self._log.fileno())
         identity = read_identity(directory)
         # Relative paths (of an SQLite file, of artifacts) are relative to the training's working directory.
         try:
@@ -98,16 +113,18 @@ class Recorder:
 
         Args:
             on_progress: Called after each batch.
-            timeout: How many seconds to retry a sink that fails.
+            timeout: How many seconds to retry a sink that fails. A failed import or a refused login is not retried.
         """
         size = self._journal.stat().st_size
         end = time.monotonic() + timeout
-        remaining = self._names
+        remaining, failed = self._names, list[str]()
         while True:
             remaining = [name for name in remaining if not self._flush_sink(name, size, on_progress)]
+            failed += [name for name in remaining if self._backoffs[name].is_permanent]
+            remaining = [name for name in remaining if name not in failed]
             next_retry = min((self._backoffs[name].until for name in remaining), default=end)
             if next_retry >= end:
-                return remaining
+                return remaining + failed
             time.sleep(max(0.0, next_retry - time.monotonic()))
 
     def _flush_sink(self, name: str, size: int, on_progress: Callable[[], None]) -> bool:
@@ -128,8 +145,13 @@ class Recorder:
     def _try(self, name: str, action: Callable[[Delivery | ArtifactUploader], bool | None]) -> bool:
         """Run an action on a sink and return its result; a failure is logged and starts the sink's next pause."""
         try:
-            has_more = action(self._get_delivery(name))
+            delivery = self._get_delivery(name)
         except Exception as error:  # noqa: BLE001 - a failing sink must not stop the others
+            self._handle_failure(name, error, can_import=False)
+            return False
+        try:
+            has_more = action(delivery)
+        except Exception as error:  # noqa: BLE001 - as above
             self._handle_failure(name, error)
             return False
         if has_more is not None and name in self._backoffs:
@@ -137,7 +159,7 @@ class Recorder:
             self._notify(f"the {name} sink works again")
         return bool(has_more)
 
-    def _handle_failure(self, name: str, error: Exception) -> None:
+    def _handle_failure(self, name: str, error: Exception, *, can_import: bool = True) -> None:
         with contextlib.suppress(OSError):  # the disk may be full
             self._log.write(redact_credentials(traceback.format_exc()).encode())
         previous = self._backoffs.get(name)
@@ -147,9 +169,10 @@ class Recorder:
                 f"to deliver them later, run `trackopt sync {self._directory}`"
             )
         seconds = min(2 * previous.seconds, _MAX_BACKOFF_S) if previous else _MIN_BACKOFF_S
-        if isinstance(error, MissingPackageError):
-            seconds = math.inf  # no retry helps, and closing the run would wait for it
-        self._backoffs[name] = _Backoff(time.monotonic() + seconds, seconds)
+        if isinstance(error, (ImportError, MissingPackageError)):
+            seconds = math.inf  # a retry in the same process does not help
+        is_permanent = not can_import or _is_refusal(error)
+        self._backoffs[name] = _Backoff(time.monotonic() + seconds, seconds, is_permanent)
 
     def _get_delivery(self, name: str) -> Delivery | ArtifactUploader:
         if name not in self._deliveries:
@@ -161,7 +184,7 @@ class Recorder:
         if name != "artifacts":
             connect = _load_sink(name, self._directory)
             return Delivery(self._journal, connect, self._cursors.load(name, Cursor), self._notify)
-        _set_mlflow_timeouts()
+        _prepare_mlflow()
         from trackopt.recorder.sinks.mlflow_artifacts import ArtifactUploader
 
         cursor = self._cursors.load(name, UploadCursor)
@@ -170,6 +193,15 @@ class Recorder:
     def _save_cursors(self) -> None:
         with self._save_lock:  # the upload thread saves, too
             self._cursors.save({name: delivery.cursor for name, delivery in self._deliveries.items()})
+
+
+def _kill_holder(path: Path) -> None:
+    """Kill the process that has locked a file, where the system says which it is."""
+    holder = lock_holder(path)
+    if sys.platform != "win32" and holder is not None and holder != os.getpid():
+        with contextlib.suppress(OSError):  # it has just exited
+            os.kill(holder, signal.SIGKILL)
+            release_memory(holder)
 
 
 def _load_sink(name: str, directory: Path) -> Callable[[int], Sink]:
@@ -182,21 +214,30 @@ def _load_sink(name: str, directory: Path) -> Callable[[int], Sink]:
 
         return lambda step: TensorBoardSink(directory, step)
     if name == "mlflow":
-        _set_mlflow_timeouts()
+        _prepare_mlflow()
         from trackopt.recorder.sinks.mlflow import MLflowSink
 
         return lambda _: MLflowSink(directory)
     raise TrackoptError(f"unknown sink '{name}'; choose from tensorboard, mlflow")
 
 
-def _set_mlflow_timeouts() -> None:
-    """Limit MLflow's retries, which would wait minutes for a server that is down: the recorder retries itself.
+def _prepare_mlflow() -> None:
+    """Import MLflow, and limit its retries, which would wait minutes for a server that is down.
 
-    One retry remains, for a connection that the server has closed.
+    The recorder retries itself. One retry remains, for a connection that the server has closed.
     """
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"  # stdout belongs to `trackopt sync`
+    from trackopt.recorder.sinks.mlflow_import import import_mlflow
+
+    import_mlflow()
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Return whether MLflow's server has refused the login, or the user's rights do not suffice."""
+    get_status = getattr(error, "get_http_status_code", None)
+    return get_status is not None and get_status() in {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN}
 
 
 def _first_line(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""Two ways to deliver a journal that was resumed: to a sink that truncates, and to one that stores each point once."""
+"""Deliver a journal that was resumed, to a sink that truncates; `store_once` does it for others."""
 
 from __future__ import annotations
 
@@ -42,12 +42,15 @@ class DeliveryStrategy(ABC):
             if line.end_offset > until or len(records) >= batch_size:
                 break
             if line.event in {"start", "resume"}:
+                self._release(records)
                 self._send(records)
                 records = []
                 self._begin(line)
                 self._status = "RUNNING"
             elif line.event == "close":
                 self._status = line.details["status"]
+            elif line.event == "epoch":
+                self._end_epoch(line, records)
             elif line.event is None:
                 self._enqueue(line, records)
             self._read_offset = line.end_offset
@@ -72,12 +75,22 @@ class DeliveryStrategy(ABC):
     def _make_cursor(self) -> Cursor:
         """Return the cursor after everything read so far was stored."""
 
+    def _release(self, records: list[Line]) -> None:
+        """Add what is held back of the latest step, which is the last of an epoch or of an attempt."""
+
+    def _end_epoch(self, marker: Line, records: list[Line]) -> None:
+        """Handle the end of an epoch, whose last step may still get another line."""
+
     def _enqueue(self, line: Line, records: list[Line]) -> None:
+        self._add_new(line, records)
+        self._observe(line)
+
+    def _add_new(self, line: Line, records: list[Line]) -> None:
+        """Add the values that the sink does not have."""
         metrics = self._drop_already_sent(line.step, line.metrics)
         histograms = self._drop_already_sent(line.step, line.histograms, "histogram ")
         if metrics or histograms:
             records.append(replace(line, metrics=metrics, histograms=histograms))
-        self._observe(line)
 
     def _drop_already_sent(self, step: int, values: dict[str, T], prefix: str = "") -> dict[str, T]:
         """Return the values that the sink does not have, and count them as sent."""
@@ -157,59 +170,3 @@ class TruncatingDelivery(DeliveryStrategy):
 
     def _truncate_sent(self, step: int) -> None:
         self._last_step_by_key = {key: min(sent, step) for key, sent in self._last_step_by_key.items()}
-
-
-class StoreOnceDelivery(DeliveryStrategy):
-    """Deliver to a sink that stores a repeated record once, and can take back none.
-
-    Steps that a resumed run repeats are not sent again. They are compared with the superseded ones instead: the first
-    difference is reported. A training that starts over is sent whole, to be stored apart from the one before.
-    """
-
-    def __init__(self, path: Path, sink: Sink, cursor: Cursor, notify: Callable[[str], None]) -> None:
-        super().__init__(path, sink, cursor, notify)
-        self._resume_offset = cursor.resume_offset
-        self._superseded_metrics: dict[int, dict[str, float]] = {}
-        if cursor.resume_offset is not None:
-            self._superseded_metrics = self._read_superseded(next(journal.read(path, cursor.resume_offset)))
-
-    def _begin(self, marker: Line) -> None:
-        if marker.details.get("starts_over"):
-            self._sink.start_over(self._final_status())
-            self._last_step_by_key, self._superseded_metrics, self._resume_offset = {}, {}, None
-        elif marker.event == "resume":
-            self._superseded_metrics = self._read_superseded(marker)
-            self._resume_offset = marker.start_offset
-        self._sink.begin(marker)
-
-    def _observe(self, record: Line) -> None:
-        """Compare a record with the one that it supersedes, up to the last of those."""
-        if self._resume_offset is None:
-            return
-        superseded = self._superseded_metrics.get(record.step, {})
-        if any(repr(superseded.get(key, value)) != repr(value) for key, value in record.metrics.items()):
-            self._sink.diverged(record.step)
-            self._notify(f"the resumed run differs from the previous attempt, first at step {record.step}")
-        elif record.step <= next(reversed(self._superseded_metrics), 0):
-            return
-        self._superseded_metrics, self._resume_offset = {}, None
-
-    def _make_cursor(self) -> Cursor:
-        return Cursor(
-            offset=self._read_offset,
-            replay_offset=self._read_offset,
-            last_step_by_key=dict(self._last_step_by_key),
-            resume_offset=self._resume_offset,
-            status=self._status,
-        )
-
-    def _read_superseded(self, marker: Line) -> dict[int, dict[str, float]]:
-        """Return the metrics, by step, of the records that a resume superseded; some may not have been sent."""
-        metrics: dict[int, dict[str, float]] = {}
-        for line in journal.effective(
-            line
-            for line in journal.read(self._path)
-            if line.start_offset < marker.start_offset and (line.event == "resume" or journal.superseded(line, marker))
-        ):
-            metrics.setdefault(line.step, {}).update(line.metrics)
-        return metrics

@@ -39,6 +39,7 @@ class Attempt:
         stats_options: What is measured, and how often.
         sinks: Where the recorder delivers; without any there is no recorder.
         gather: As `MetricsCollector` takes it.
+        mlflow_every: MLflow gets every n-th step, and the last of each epoch and of the attempt.
 
     Raises:
         RunError: The directory cannot be written.
@@ -57,6 +58,8 @@ class Attempt:
         stats_options: StatsOptions,
         sinks: Sequence[str],
         gather: Gather = single_rank_gather,
+        *,
+        mlflow_every: int = 1,
     ) -> None:
         self.directory = directory
         self.journal = Journal(directory.journal)
@@ -64,6 +67,7 @@ class Attempt:
         self.telemetry = MetricsCollector(training, self.journal, stats_options, gather)
         self._training = training
         self._sinks = sinks
+        self._mlflow_every = mlflow_every
         self.has_history = self.number > 1
         self._recorder: RecorderProcess | None = None
         self._on_exit: Callable[[BaseException | None], None] = lambda _: None
@@ -112,7 +116,15 @@ class Attempt:
 
     def _mark(self, event: str, step: int, **details: Any) -> None:
         self.has_history = True
+        if self._mlflow_every > 1:
+            details["mlflow_every"] = self._mlflow_every
         self.journal.mark(event, step, attempt=self.number, pid=os.getpid(), versions=versions(), **details)
+
+    def mark_epoch(self) -> None:
+        """Mark in the journal that the latest record is the last of an epoch, where MLflow does not get all steps."""
+        if self._mlflow_every > 1:
+            self.telemetry.flush()
+            self.journal.mark("epoch", self.step)
 
     def start_recorder(self) -> None:
         """Start the recorder process, if there is a sink and it is not running yet."""

@@ -219,6 +219,7 @@ class Iterations:
         self.end_open_iteration()
         self._position.is_unfinished = False
         self._telemetry.record_trailing()
+        self._attempt.mark_epoch()
         self.at_safe_point(epoch_done=True)
 
     def _leave_pass(self, *, on_purpose: bool) -> None:

@@ -52,6 +52,7 @@ class TrackedLoop:
         progress_bar: Show progress.
         stop_signals: The names of the signals that stop the training.
         sinks: Where the recorder delivers.
+        mlflow_every: As `Attempt` takes it.
 
     Attributes:
         is_open: True until ``close``.
@@ -75,6 +76,7 @@ class TrackedLoop:
         progress_bar: bool,
         stop_signals: Sequence[str],
         sinks: Sequence[str],
+        mlflow_every: int = 1,
     ) -> None:
         leads, rehearses = collectives.is_rank_zero, environment.from_environment() is not None
         if not leads:  # all ranks measure sharded parameters together
@@ -83,7 +85,14 @@ class TrackedLoop:
         self._training = training
         self._store = store
         self._collectives = collectives
-        self.attempt = Attempt(directory, training, stats_options, sinks if leads else (), collectives.gather_metrics)
+        self.attempt = Attempt(
+            directory,
+            training,
+            stats_options,
+            sinks if leads else (),
+            collectives.gather_metrics,
+            mlflow_every=mlflow_every,
+        )
         # In a rehearsal the step that a kill leads back to must not depend on the disk.
         self.checkpoints = RunCheckpoints(
             training,

@@ -23,6 +23,7 @@ def validate_options(
     retention: Retention,
     sinks: Sequence[str],
     *,
+    mlflow_every: int = 1,
     upload_checkpoints: bool = False,
     stop_signals: Sequence[str] = STOP_SIGNALS,
 ) -> None:
@@ -46,5 +47,7 @@ def validate_options(
     never_saves = save_options.save_every is not None and not save_options.save_every
     if retention.newest < 1 or stats_options.stats_every < 1 or never_saves:
         raise UsageError("keep, stats_every and save_every must be 1 or more")
+    if not isinstance(mlflow_every, int) or isinstance(mlflow_every, bool) or mlflow_every < 1:
+        raise UsageError(f"mlflow_every={mlflow_every!r}: must be a whole number of steps, 1 or more")
     if retention.best < 0 or (retention.every is not None and retention.every < 1):
         raise UsageError("keep_best must be 0 or more, keep_every 1 or more")

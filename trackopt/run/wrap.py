@@ -68,6 +68,7 @@ def wrap(
     stats_every: int = 1,
     histograms_every: int = 0,
     sinks: Sequence[str] = SINKS,
+    mlflow_every: int = 1,
     upload_checkpoints: bool = False,
     experiment: str | None = None,
     name: str | None = None,
@@ -103,6 +104,8 @@ def wrap(
         stats_every: Compute statistics at every n-th step, and the true update at every tenth of these.
         histograms_every: Compute histograms of gradients and buffers at every n-th step; 0 for none.
         sinks: Where the journal is delivered: ``"tensorboard"``, ``"mlflow"``, both or none.
+        mlflow_every: Log every n-th step to MLflow (steps 1, 1 + n, …), and the last step of each epoch and of the run.
+            The journal and TensorBoard have every step.
         upload_checkpoints: Upload each checkpoint to the artifacts of the MLflow run, where none is deleted. Its URI
             is then ``runs:/<run id>/checkpoints/step-…``.
         experiment: MLflow experiment. Default: ``MLFLOW_EXPERIMENT_NAME``, else MLflow's own default.
@@ -162,6 +165,7 @@ def wrap(
             stats_options,
             retention,
             sinks,
+            mlflow_every=mlflow_every,
             upload_checkpoints=upload_checkpoints,
             stop_signals=stop_signals,
         )
@@ -187,6 +191,7 @@ def wrap(
             progress_bar=progress_bar,
             stop_signals=stop_signals,
             sinks=destinations if environment.from_environment() is None else (),
+            mlflow_every=mlflow_every,
         )
 
     try:

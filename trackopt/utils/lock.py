@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
+from pathlib import Path
 
 if sys.platform == "win32":
     import msvcrt
-    import os
     import time
 
     # A locked byte can be neither read nor written there, so it is one that no file reaches.
@@ -44,3 +46,17 @@ def lock(descriptor: int) -> None:
             time.sleep(_POLL_INTERVAL_S)
     else:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
+
+
+def lock_holder(path: Path) -> int | None:
+    """Return the id of the process that has locked a file; ``None`` if none has, or only Linux would say it."""
+    if sys.platform != "linux":
+        return None
+    with contextlib.suppress(OSError, ValueError, IndexError):  # a sandbox may hide the list
+        status = path.stat()
+        name = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
+        for line in Path("/proc/locks").read_text(encoding="ascii").splitlines():
+            fields = line.split()
+            if fields[1] == "FLOCK" and fields[5] == name and int(fields[4]) > 0:
+                return int(fields[4])
+    return None

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, Run, RunTag
+from mlflow.exceptions import MlflowException
+from mlflow.version import VERSION
 
 from trackopt.recorder.sinks.base import Sink
 from trackopt.recorder.sinks.mlflow_description import run_description
@@ -93,14 +95,25 @@ class MLflowSink(Sink):
 
     def _find_run(self, identity: RunIdentity) -> str | None:
         """Return the run that an interrupted delivery has created."""
-        experiment = self._client.get_experiment_by_name(identity.mlflow.experiment)
-        runs = self._search_runs(experiment.experiment_id) if experiment else []
+        experiment_id = self._find_experiment(identity.mlflow.experiment)
+        runs = self._search_runs(experiment_id) if experiment_id else []
         return str(runs[0].info.run_id) if runs else None
+
+    def _find_experiment(self, name: str) -> str | None:
+        experiment = self._client.get_experiment_by_name(name)
+        return str(experiment.experiment_id) if experiment else None
+
+    def _create_experiment(self, name: str) -> str:
+        try:
+            return str(self._client.create_experiment(name))
+        except MlflowException:
+            if experiment_id := self._find_experiment(name):  # another run has just created it
+                return experiment_id
+            raise
 
     def _create_run(self, directory: Path, identity: RunIdentity) -> str:
         name = identity.mlflow.experiment
-        experiment = self._client.get_experiment_by_name(name)
-        experiment_id = experiment.experiment_id if experiment else self._client.create_experiment(name)
+        experiment_id = self._find_experiment(name) or self._create_experiment(name)
         tags = {
             "mlflow.source.name": identity.command,
             "mlflow.source.type": "LOCAL",
@@ -118,15 +131,25 @@ class MLflowSink(Sink):
 
 @contextlib.contextmanager
 def _lock_store(tracking_uri: str) -> Iterator[None]:
-    """Let one process at a time open an SQLite store: of two that create it, one would crash."""
+    """Let one process at a time create an SQLite store: of two, one would crash.
+
+    The lock file then names this version of MLflow. Where it does, nobody waits: the process that holds the lock may be
+    a recorder that gets no processor.
+    """
     if not tracking_uri.startswith("sqlite:///"):
         yield
         return
     database = Path(tracking_uri.removeprefix("sqlite:///"))
-    database.parent.mkdir(parents=True, exist_ok=True)
-    with database.with_name(f"{database.name}.lock").open("ab") as lock_file:
-        lock(lock_file.fileno())
+    lock_path = database.with_name(f"{database.name}.lock")
+    if database.exists() and lock_path.exists() and lock_path.read_text(encoding="utf-8") == VERSION:
         yield
+        return
+    database.parent.mkdir(parents=True, exist_ok=True)
+    with lock_path.open("a", encoding="utf-8") as lock_file:
+        lock(lock_file.fileno())
+        lock_file.truncate(0)
+        yield
+        lock_file.write(VERSION)
 
 
 def _to_mlflow_key(key: str) -> str:
