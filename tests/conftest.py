@@ -80,6 +80,7 @@ def _home(tmp_path, monkeypatch):
         *("COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR"),
     ):
         monkeypatch.delenv(name, raising=False)
+        os.unsetenv(name)  # readline sets the size of a terminal where os.environ does not see it
 
 
 @pytest.fixture(scope="session")
