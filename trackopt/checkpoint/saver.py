@@ -247,7 +247,8 @@ class CheckpointSaver:
             self._preparing.join()
         request, self._due = self._due or SaveRequest(), None
         try:
-            staged = self._store.stage(capture(self._training, progress), request.marks)
+            tree = capture(self._training, progress, with_parts=not self._store.is_collective)
+            staged = self._store.stage(tree, request.marks)
         except CheckpointError:
             raise
         except Exception as error:  # of a state, or of the user's state_dict()
