@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from dataclasses import dataclass
 from itertools import chain
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
+
+from trackopt.checkpoint.module_tensors import ModuleTensors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from trackopt.utils.types import CheckpointTree
-
-_KEYS = {str, int}
-_DICTS = (dict, OrderedDict)
 
 
 class OpenDict(dict[Any, Any]):
@@ -25,28 +23,27 @@ class OpenDict(dict[Any, Any]):
 
 @dataclass(frozen=True)
 class ConstantPart:
-    """Plain values that are compared as a whole.
+    """Plain values, which are compared as a whole.
 
     Attributes:
         value: The values.
     """
 
     value: Any
-    tensors: tuple[Tensor, ...] = ()
 
     @property
     def layout(self) -> Any:
-        """What has to be equal for the part to be the same, besides its tensors."""
+        """What has to be equal for the part to be the same."""
         return self.value
 
 
 @dataclass(frozen=True)
 class TensorPart:
-    """A state of tensors only: a dict of them, or of dicts of them.
+    """The state of an optimizer, of tensors only: a dict of dicts of them.
 
     Attributes:
         value: The state.
-        layout: Its keys, in order, and the versions of a module's layers.
+        layout: Its keys, in order.
         tensors: Its tensors, in order.
     """
 
@@ -56,29 +53,53 @@ class TensorPart:
 
     @classmethod
     def of(cls, state: Any) -> TensorPart | None:
-        """Return a state as a part; ``None`` if it holds anything but plain tensors in memory of the CPU."""
-        if type(state) not in _DICTS or not state or not vars_of(state).keys() <= {"_metadata"}:
+        """Return a state as a part; ``None`` if it holds anything but tensors of torch's own class."""
+        if type(state) is not dict or set(map(type, state.values())) != {dict}:
             return None
-        values = list(state.values())
-        kinds = set(map(type, values))
-        keys: Any = list(state)
-        key_types = set(map(type, keys))
-        if kinds == {dict}:
-            keys = [keys, list(map(tuple, values))]
-            key_types |= set(map(type, chain.from_iterable(values)))
-            values = list(chain.from_iterable(map(dict.values, values)))
-            kinds = set(map(type, values))
-        if kinds != {Tensor} or not key_types <= _KEYS:
+        names = list(map(tuple, state.values()))
+        tensors = list(chain.from_iterable(map(dict.values, state.values())))
+        keys = chain(state, chain.from_iterable(names))
+        if set(map(type, tensors)) != {Tensor} or not set(map(type, keys)) <= {str, int}:
             return None
-        return cls(state, (type(state), keys, vars_of(state)), values)
+        return cls(state, (list(state), names), tensors)
 
 
-Part = ConstantPart | TensorPart
+@dataclass(frozen=True)
+class ModulePart:
+    """The state of a module.
+
+    Attributes:
+        module: The live module.
+        found: Its tensors.
+    """
+
+    module: nn.Module
+    found: ModuleTensors
+
+    @classmethod
+    def of(cls, module: Any) -> ModulePart | None:
+        """Return the state of a module as a part; ``None`` if it is none, or not of tensors of torch's own classes."""
+        found = ModuleTensors.of(module) if isinstance(module, nn.Module) else None
+        is_plain = found is not None and set(map(type, found.tensors)) <= {nn.Parameter, Tensor}
+        return cls(module, found) if found is not None and found.tensors and is_plain else None
+
+    @property
+    def value(self) -> Any:
+        """Its state dict."""
+        return self.module.state_dict()
+
+    @property
+    def layout(self) -> Any:
+        """What has to be equal for the part to be the same, besides its tensors."""
+        return self.found.names, self.found.versions
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Its tensors, in order."""
+        return self.found.tensors
 
 
-def vars_of(state: Any) -> dict[str, Any]:
-    """Return the attributes of a dict, which a plain one does not have."""
-    return getattr(state, "__dict__", {})
+Part = ConstantPart | TensorPart | ModulePart
 
 
 def find_parts(tree: CheckpointTree) -> Iterator[Part]:

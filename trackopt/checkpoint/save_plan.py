@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from dataclasses import replace
-from itertools import chain, count
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,12 +18,12 @@ from torch import Tensor
 
 from trackopt.archive.io.zip_writer import ZipEntry, constant_records, directory_size, place_entries, plan_entries
 from trackopt.archive.unpickler.weights_only import is_allowed
-from trackopt.checkpoint.parts import expand, find_parts
+from trackopt.checkpoint.parts import ConstantPart, ModulePart, TensorPart, expand, find_parts
 from trackopt.checkpoint.pickler import PartsOutgrown, PickledParts, PickledTree, dump_checkpoint, dump_tree
+from trackopt.checkpoint.tensor_check import TensorCheck
 
 if TYPE_CHECKING:
     import mmap
-    from collections.abc import Callable
 
     from numpy.typing import NDArray
 
@@ -31,11 +31,6 @@ if TYPE_CHECKING:
     from trackopt.utils.types import CheckpointTree
 
     _Bytes = NDArray[np.uint8]
-
-try:
-    from torch._C._dynamo.guards import TensorGuards  # compares many tensors with what they were, in C++
-except ImportError:  # saves are then not planned
-    TensorGuards = None
 
 _SMALL_BYTES = 64 << 10  # of a storage that NumPy copies faster than torch, together with others and their headers
 _MIN_MEMO = 4096
@@ -56,14 +51,15 @@ class SavePlan:
 
     def __init__(self, parts: list[Part], rest: int) -> None:
         self._layouts = copy.deepcopy([(type(part), part.layout) for part in parts])
-        tensors = list(chain.from_iterable(part.tensors for part in parts))
-        if not all(map(_is_plain, tensors)):
+        tensors = _tensors(parts)
+        self._check = TensorCheck(tensors)
+        if not self._check.is_possible or any(tensor.device.type != "cpu" for tensor in tensors):
             raise UnplannedTree
-        self._check = _make_check(tensors)
-        self._pointers = list(map(Tensor.data_ptr, tensors))
-        if not self._is_same(tensors):
+        self._pointers = list(map(Tensor.data_ptr, self._check.unique))
+        values = [part.value for part in parts]
+        if not self.fits(parts) or not all(map(_is_complete, parts, values)):
             raise UnplannedTree
-        self._pickled = PickledParts((part.value for part in parts), _MIN_MEMO + rest)
+        self._pickled = PickledParts(values, _MIN_MEMO + rest)
         if not all(map(is_allowed, self._pickled.pickler.globals)):
             raise UnplannedTree
         self._storages = list(self._pickled.pickler.storages)
@@ -75,8 +71,14 @@ class SavePlan:
 
     def fits(self, parts: list[Part]) -> bool:
         """Return whether only the contents of the tensors in the parts can have changed."""
-        return self._layouts == [(type(part), part.layout) for part in parts] and self._is_same(
-            list(chain.from_iterable(part.tensors for part in parts))
+        if self._layouts != [(type(part), part.layout) for part in parts]:
+            return False
+        tensors = _tensors(parts)
+        attributes = map(vars, chain.from_iterable(part.tensors for part in parts if isinstance(part, TensorPart)))
+        return (
+            self._check.is_same(tensors)
+            and list(map(Tensor.data_ptr, self._check.unique)) == self._pointers
+            and not any(attributes)  # which are pickled with a tensor, but not with a module's
         )
 
     def dump(self, tree: CheckpointTree) -> tuple[PickledTree, list[ZipEntry], int]:
@@ -94,8 +96,8 @@ class SavePlan:
             raise UnplannedTree
         first = replace(self._entries[0], size=len(pickled.data))
         second = replace(self._entries[1], header=first.end)  # its padding takes what the pickle leaves
-        names = zip((f"data/{key}" for key in count(len(self._storages))), pickled.storages[len(self._storages) :])
-        sizes = [(name, storage.nbytes()) for name, storage in names]
+        new = pickled.storages[len(self._storages) :]
+        sizes = [(f"data/{key}", storage.nbytes()) for key, storage in enumerate(new, len(self._storages))]
         sizes += [("version", len(constant_records()[-1])), (".data/serialization_id", 40)]
         others = place_entries(sizes, self._entries[-1].end)
         size = others[-1].end + self._directory_size + directory_size(others) - directory_size(())
@@ -107,13 +109,6 @@ class SavePlan:
             self._copies = _Copies(memory, self._entries, self._storages)
         self._copies.run()
         return len(self._storages)
-
-    def _is_same(self, tensors: list[Tensor]) -> bool:
-        return (
-            bool(self._check(*tensors))
-            and list(map(Tensor.data_ptr, tensors)) == self._pointers
-            and not any(map(vars, tensors))
-        )
 
 
 class UnplannedTree(Exception):
@@ -138,7 +133,7 @@ class Planner:
         if self._plan is not None:
             self._plan, self._pause = None, self._longest_pause
             self._longest_pause = min(2 * self._longest_pause + 1, 15)
-        if self._pause or not any(part.tensors for part in parts) or TensorGuards is None:
+        if self._pause or not _tensors(parts):
             self._pause = max(self._pause - 1, 0)
             return None
         with contextlib.suppress(UnplannedTree):
@@ -191,14 +186,18 @@ def _bytes_of(storage: torch.UntypedStorage) -> Tensor:
     return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
 
 
-def _is_plain(tensor: Tensor) -> bool:
-    return tensor.layout is torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
+def _tensors(parts: list[Part]) -> list[Tensor]:
+    return list(chain.from_iterable(part.tensors for part in parts if not isinstance(part, ConstantPart)))
 
 
-def _make_check(tensors: list[Tensor]) -> Callable[..., bool]:
-    """Return a function of as many tensors that is true if only their contents and addresses differ."""
-    sizes = [list(tensor.shape) for tensor in tensors]
-    strides = [list(tensor.stride()) for tensor in tensors]
-    guards: Any = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
-    check: Callable[..., bool] = guards.check
-    return check
+def _is_complete(part: Part, state: Any) -> bool:
+    """Return whether the state dict of a module is what was found in it, so that changes in it will be seen."""
+    if not isinstance(part, ModulePart):
+        return True
+    versions = {name: own.get("version") for name, own in state._metadata.items()}
+    return (
+        (list(state), versions) == part.layout
+        and all(own.keys() == {"version"} for own in state._metadata.values())
+        and list(map(Tensor.data_ptr, state.values())) == list(map(Tensor.data_ptr, part.tensors))
+        and not any(map(vars, state.values()))
+    )
