@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import ctypes
 from dataclasses import replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -160,7 +161,7 @@ class _Copies:
             if isinstance(content, bytes):
                 header += content
             elif 0 < entry.size <= _SMALL_BYTES:
-                pieces += [np.frombuffer(header, np.uint8), _bytes_of(content).numpy()]
+                pieces += [np.frombuffer(header, np.uint8), _array_of(content)]
                 header = b""
             elif entry.size:
                 self._join(start, [*pieces, np.frombuffer(header, np.uint8)])
@@ -180,6 +181,11 @@ class _Copies:
     def _join(self, start: int, pieces: list[_Bytes]) -> None:
         size = sum(map(len, pieces))
         self._joins.append((pieces, np.frombuffer(self.memory, np.uint8, size, start)))
+
+
+def _array_of(storage: torch.UntypedStorage) -> _Bytes:
+    """Return the bytes of a storage; after ``Tensor.numpy()``, torch would refuse to resize it in the training."""
+    return np.frombuffer((ctypes.c_ubyte * storage.nbytes()).from_address(storage.data_ptr()), np.uint8)
 
 
 def _bytes_of(storage: torch.UntypedStorage) -> Tensor:
