@@ -90,7 +90,8 @@ def described(value, storages):
         return layout, value.q_scale(), value.int_repr().tolist()
     memory = storages.setdefault(value.untyped_storage()._cdata, (len(storages), value))[0]
     place = (memory, value.storage_offset(), value.stride(), value.untyped_storage().nbytes(), value.is_neg())
-    return layout, place, bytes(value.detach().resolve_neg().contiguous().view(-1).view(torch.uint8).tolist())
+    plain = value.detach().resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)
+    return layout, place, value.is_conj(), plain.view(-1).view(torch.uint8).numpy().tobytes()
 
 
 def assert_same(planned, whole):
