@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     _Bytes = NDArray[np.uint8]
 
 _SMALL_BYTES = 64 << 10  # of a storage that NumPy copies faster than torch, together with others and their headers
+_MIN_TENSORS = 32  # for which a plan is worth its room in the file
 _MIN_MEMO = 4096
 _MIN_ROOM, _MAX_ROOM = 4096, 32_000  # by which a pickle may grow
 _MAX_PADDING = 65_000  # of a header, whose length is a number of 16 bits
@@ -134,7 +135,7 @@ class Planner:
         if self._plan is not None:
             self._plan, self._pause = None, self._longest_pause
             self._longest_pause = min(2 * self._longest_pause + 1, 15)
-        if self._pause or not _tensors(parts):
+        if self._pause or len(_tensors(parts)) < _MIN_TENSORS:
             self._pause = max(self._pause - 1, 0)
             return None
         with contextlib.suppress(UnplannedTree):
