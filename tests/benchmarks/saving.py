@@ -102,8 +102,8 @@ def _resumed(
     """``wrap`` with a resume, and ``restore``, to torch.load of the same file."""
     if not folder.exists():
         model, optimizer = make()
-        optimizer.step()
         with trackopt.wrap(optimizer, model=model, dir=folder, sinks=(), stats=None, progress_bar=False) as run:
+            optimizer.step()
             run.step()
     path = next((folder / "checkpoints").glob("step-*.pt"))
 

@@ -61,7 +61,8 @@ class _Unusual(Exception):
 def _load(zipped: Zip, *, own: bool) -> Any:
     source = ZipSource(zipped)
     _require(not zipped.problems and source.byteorder == sys.byteorder and not any(source.find_oddities()))
-    _require(source.pickle is not None and source.pickle_size <= _MAX_PICKLE_BYTES and not source.find("constants.pkl"))
+    if source.pickle is None or source.pickle_size > _MAX_PICKLE_BYTES or source.find("constants.pkl"):
+        raise _Unusual
     contents: dict[str, torch.Tensor] = {}
     for part in map_threads(lambda group: _read(zipped, group), list(_groups(zipped))):
         contents.update(part)
@@ -69,7 +70,8 @@ def _load(zipped: Zip, *, own: bool) -> Any:
 
     def read_storage(key: str, size: int) -> torch.UntypedStorage:
         record = source.find(f"data/{key}")
-        _require(record is not None and record.size == size)
+        if record is None or record.size != size:
+            raise _Unusual
         used[record.name] = size
         return contents[record.name].untyped_storage()
 

@@ -156,7 +156,7 @@ class _Copies:
         self._sources: list[Tensor] = []
         self._targets: list[Tensor] = []
         start, pieces, header = entries[2].header, [], b""
-        contents = [*constant_records()[1:3], *storages]
+        contents: list[bytes | torch.UntypedStorage] = [*constant_records()[1:3], *storages]
         for entry, content in zip(entries[2:], contents, strict=True):
             header += entry.local_header()
             if isinstance(content, bytes):
@@ -186,7 +186,8 @@ class _Copies:
 
 def _array_of(storage: torch.UntypedStorage) -> _Bytes:
     """Return the bytes of a storage; after ``Tensor.numpy()``, torch would refuse to resize it in the training."""
-    return np.frombuffer((ctypes.c_ubyte * storage.nbytes()).from_address(storage.data_ptr()), np.uint8)
+    memory = (ctypes.c_ubyte * storage.nbytes()).from_address(storage.data_ptr())
+    return np.frombuffer(memoryview(memory).cast("B"), np.uint8)
 
 
 def _bytes_of(storage: torch.UntypedStorage) -> Tensor:

@@ -14,10 +14,9 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-try:
+TensorGuards: Any = None
+with contextlib.suppress(ImportError):  # without it nothing is compared, nor kept between two saves
     from torch._C._dynamo.guards import TensorGuards
-except ImportError:  # nothing is compared, nor kept between two saves
-    TensorGuards = None
 
 
 class TensorCheck:
@@ -39,7 +38,7 @@ class TensorCheck:
             sizes = [list(tensor.shape) for tensor in self.unique]
             strides = [list(tensor.stride()) for tensor in self.unique]
             with contextlib.suppress(Exception):  # torch's own business: without it, saves are not planned
-                guards: Any = TensorGuards(*self.unique, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
+                guards = TensorGuards(*self.unique, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
                 self._check = guards.check
         self.is_possible = self.is_same(tensors)
 
