@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 _TIMES = 7
 _WINDOW = 4.0  # seconds of training, with and without writes in turns
 _GB = 1e9
+_SHAPES = ((150, 40_000), (1_000, 4_096), (3_000, 1_024))  # parameters and their elements
+_ANY_SAVE = 3e-3  # seconds
 
 
 def build(layers: int = 64, width: int = 1024) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -50,8 +52,80 @@ def main() -> bool:
     """Print the table; whether every target is reached."""
     with tempfile.TemporaryDirectory(prefix="trackopt-benchmark-") as name:
         folder = Path(name)
-        rows = [*_saves(folder), *_beside(folder)]
-    return table("saving: 0.8 GB of state", rows)
+        met = table("saving: 0.8 GB of state", [*_saves(folder), *_beside(folder)])
+        many = [row for count, size in _SHAPES for row in _many(folder / str(count), count, size)]
+        big = _resumed(folder / "big", build, "64 x 4 MB", 1.3)
+        return table("saving: many tensors", [*many, *big]) and met
+
+
+def _build_many(count: int, size: int) -> tuple[nn.Module, torch.optim.Optimizer]:
+    model = nn.ParameterList([nn.Parameter(torch.randn(size)) for _ in range(count)])
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    return model, torch.optim.AdamW(model.parameters())
+
+
+def _many(folder: Path, count: int, size: int) -> list[Row]:
+    """The stall of a save, less what any save may take, to one `_foreach_copy_` of the same; and the resume."""
+    name = f"{count:,} x {size:,}"
+    model, optimizer = _build_many(count, size)
+    run = trackopt.wrap(optimizer, model=model, dir=folder, sinks=(), stats=None, keep=1, progress_bar=False)
+    optimizer.step()
+    run.step()
+    run.save(wait=True)
+    sources = [value for state in optimizer.state.values() for value in state.values()]
+    sources += [parameter.detach() for parameter in model.parameters()]
+    targets = [torch.zeros_like(source) for source in sources]
+
+    def stall() -> Cost:
+        optimizer.step()  # the caches are the training's
+        run.step()
+        cost = _timed(run.save)
+        run.save(wait=True)
+        return Cost(max(cost.seconds - _ANY_SAVE, 0), 0)
+
+    def copied() -> Cost:
+        optimizer.step()
+        return _timed(lambda: torch._foreach_copy_(targets, sources))
+
+    stalls = pairwise(stall, copied, _TIMES)
+    run.close()
+    return [
+        _row(f"stall less 3 ms, {name}, to a copy", stalls, 1.3),
+        *_resumed(folder, lambda: _build_many(count, size), name, 1.0),
+    ]
+
+
+def _resumed(
+    folder: Path, make: Callable[[], tuple[nn.Module, torch.optim.Optimizer]], name: str, limit: float
+) -> list[Row]:
+    """``wrap`` with a resume, and ``restore``, to torch.load of the same file."""
+    if not folder.exists():
+        model, optimizer = make()
+        with trackopt.wrap(optimizer, model=model, dir=folder, sinks=(), stats=None, progress_bar=False) as run:
+            optimizer.step()
+            run.step()
+    path = next((folder / "checkpoints").glob("step-*.pt"))
+
+    def resume() -> Cost:
+        model, optimizer = make()
+        runs = []
+        cost = _timed(lambda: runs.append(trackopt.wrap(optimizer, model=model, dir=folder, sinks=(), stats=None,
+                                                        progress_bar=False)))  # fmt: skip
+        runs[0].close()
+        return cost
+
+    def restore() -> Cost:
+        model, optimizer = make()
+        return _timed(lambda: trackopt.restore(path, model=model, optimizer=optimizer))
+
+    def load() -> Cost:
+        return _timed(lambda: torch.load(path, weights_only=True))
+
+    rows = [_row(f"resume in wrap, {name}, to torch.load", pairwise(resume, load, _TIMES), limit)]
+    if limit > 1:
+        rows.append(_row(f"restore, {name}, to torch.load", pairwise(restore, load, _TIMES), limit))
+    return rows
 
 
 def _saves(folder: Path) -> list[Row]:

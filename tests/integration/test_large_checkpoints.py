@@ -85,21 +85,24 @@ def test_a_large_pickle_with_holes_takes_no_memory(tmp_path):
 
 
 def test_a_checkpoint_beyond_the_limits_is_not_passed_over(tmp_path, monkeypatch, run_cli):
-    """`wrap` says what to do and renames nothing; `ls` shows that it was not checked."""
+    """The run's own is resumed from. Of others, `wrap` says what to do; `ls` shows that it was not checked."""
     weight = torch.nn.Linear(1, 1)
     optimizer = torch.optim.SGD(weight.parameters(), lr=0.1)
 
-    def wrapped():
-        return trackopt.wrap(optimizer, model=weight, dir=tmp_path, sinks=(), save_every=1)
+    def wrapped(**options):
+        return trackopt.wrap(optimizer, model=weight, dir=tmp_path, sinks=(), save_every=1, **options)
 
     with wrapped() as run:
         for _ in range(2):
             weight(torch.ones(1, 1)).sum().backward()
             optimizer.step()
             run.step()
+    newest = tmp_path / "checkpoints/step-00000002.pt"
     monkeypatch.setattr(limits.Limits, "for_size", classmethod(lambda cls, size: Limits(operations=9)))
     with pytest.raises(CheckpointError, match=r"not checked: .* move it away to resume from the one before"):
-        wrapped()
+        wrapped(resume=newest)
+    with wrapped() as run:
+        assert run.resumed_from == 2
     names = sorted(path.name for path in Path(tmp_path, "checkpoints").glob("step*"))
     assert names == ["step-00000001.pt", "step-00000002.pt"]
     assert "not checked" in run_cli("ls", tmp_path).out

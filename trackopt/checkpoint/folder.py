@@ -57,7 +57,7 @@ class CheckpointFolder:
         damaged: dict[Path, str] = {}
         for path in reversed(self.by_step().values()):
             try:
-                tree = load(path)
+                tree = load(path, own=True)
             except MismatchError:
                 raise  # valid, and newer than the rest
             except CheckpointError as error:

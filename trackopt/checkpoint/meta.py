@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from trackopt.training.objects import class_name, dtype_name, versions
@@ -22,6 +23,7 @@ KEY = "trackopt"
 FORMAT = 1
 TYPES = "types"  # the table of `trackopt.checkpoint.encoding`
 CLASSES = "classes"  # the names in the pickle that torch loads only because the training had allowed them
+PARAMETER_KEYS = ("param_names", "param_shapes", "param_dtypes", "frozen")  # one value or more for each parameter
 _TELEMETRY_KEYS = ("observers", "pending", "turns")
 T = TypeVar("T")
 
@@ -138,11 +140,12 @@ class TrainingLayout:
     @classmethod
     def of(cls, training: Training) -> TrainingLayout:
         """Describe live objects."""
+        named = training.named_parameters()
         return cls(
-            param_names=training.parameter_names(),
+            param_names=training.parameter_names(named),
             param_shapes=_map_parameters(training, lambda parameter: tuple(parameter.shape)),
             param_dtypes=_map_parameters(training, lambda parameter: dtype_name(parameter.dtype)),
-            frozen=[name for name, parameter in training.named_parameters().items() if not parameter.requires_grad],
+            frozen=[name for name, parameter in named.items() if not parameter.requires_grad],
             models=list(training.models),
             named=[
                 role for role in ("model", "optimizer", "scheduler") if isinstance(getattr(training, role), Mapping)
@@ -151,6 +154,12 @@ class TrainingLayout:
             scheduler_class={key: class_name(value) for key, value in training.schedulers.items()},
             versions=versions(),
         )
+
+    @property
+    def is_plain(self) -> bool:
+        """True if the names are plain texts, and so are saved as they are."""
+        names = chain.from_iterable(chain.from_iterable(self.param_names.values()))
+        return set(map(type, chain(names, self.frozen, self.param_names))) == {str}
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,16 @@ from torch.serialization import location_tag
 
 from trackopt.archive.unpickler.weights_only import is_allowed
 from trackopt.checkpoint.meta import CLASSES, KEY
+from trackopt.checkpoint.parts import OpenDict, Part
 from trackopt.errors import UsageError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
     from trackopt.utils.types import CheckpointTree
 
 _PROTOCOL = 2  # torch.save's
+_LEAST_BYTES = 3  # of an object that gets a number in the memo: one operation, and the one that stores it
 
 
 @dataclass(frozen=True)
@@ -36,13 +40,17 @@ class PickledTree:
     globals: frozenset[str]
 
 
-def dump_checkpoint(tree: CheckpointTree) -> PickledTree:
+def dump_checkpoint(tree: CheckpointTree, parts: PickledParts | None = None) -> PickledTree:
     """Pickle the tree of a checkpoint; it notes the names that torch accepts only because they were allowed here.
+
+    Args:
+        tree: The tree.
+        parts: The pickles of its parts, if it has any.
 
     Raises:
         UsageError: As `dump_tree`, or a state holds an object that torch's safe loader refuses.
     """
-    pickled = dump_tree(tree)
+    pickled = dump_tree(tree, parts)
     special = sorted(name for name in pickled.globals if not is_allowed(name))
     if refused := [name for name in special if name not in _allowed_here()]:
         raise UsageError(
@@ -51,20 +59,82 @@ def dump_checkpoint(tree: CheckpointTree) -> PickledTree:
         )
     if special and KEY in tree:
         tree[KEY][CLASSES] = special
-        pickled = dump_tree(tree)
+        pickled = dump_tree(tree, parts)
     return pickled
 
 
-def dump_tree(tree: CheckpointTree) -> PickledTree:
+def dump_tree(tree: CheckpointTree, parts: PickledParts | None = None) -> PickledTree:
     """Pickle a tree.
+
+    Args:
+        tree: The tree.
+        parts: The pickles of its parts, if it has any.
 
     Raises:
         UsageError: Two tensors of different dtypes share their memory, which no reader of torch's format accepts.
     """
     file = io.BytesIO()
-    pickler = _Pickler(file)
-    pickler.dump(tree)
-    return PickledTree(file.getvalue(), pickler.storages, frozenset(pickler.globals))
+    if parts is None:
+        pickler = _Pickler(file)
+        pickler.dump(tree)
+        return PickledTree(file.getvalue(), pickler.storages, frozenset(pickler.globals))
+    pickler = parts.pickler.continued(file)
+    pieces = list(_with_parts(tree, pickler, iter(parts.pickles)))
+    if file.tell() > parts.memo_size * _LEAST_BYTES:
+        raise PartsOutgrown
+    data = b"".join((pickle.PROTO, bytes((_PROTOCOL,)), *pieces, pickle.STOP))
+    return PickledTree(data, pickler.storages, frozenset(pickler.globals))
+
+
+class PartsOutgrown(Exception):
+    """The rest of a tree has become so large that its pickle may use the memo's numbers of its parts."""
+
+
+class PickledParts:
+    """The pickles of the parts of a tree, for `dump_tree`.
+
+    A pickle refers to earlier objects by number, in its memo. The parts have the numbers from ``memo_size`` on, and
+    what is pickled anew at each save has those before it.
+
+    Args:
+        values: The values of the parts, in order.
+        memo_size: How many numbers to leave to the rest.
+
+    Attributes:
+        pickles: The pickle of each part, without its first and last operation.
+        pickler: The pickler of the parts; it knows their storages and names.
+        memo_size: As above.
+    """
+
+    def __init__(self, values: Iterable[Any], memo_size: int) -> None:
+        file = io.BytesIO()
+        self.memo_size = memo_size
+        self.pickler = _Pickler(file)
+        fillers = [object() for _ in range(memo_size)]
+        self.pickler.memo = {id(filler): (number, filler) for number, filler in enumerate(fillers)}
+        self.pickles = [_dump_piece(self.pickler, value) for value in values]
+        self.pickler.clear_memo()
+
+
+def _with_parts(tree: CheckpointTree, pickler: _Pickler, parts: Iterator[bytes]) -> Iterator[bytes]:
+    """Yield the operations that build a dict, some values of which are pickled already."""
+    yield pickle.EMPTY_DICT + pickle.MARK
+    for key, value in tree.items():
+        yield _dump_piece(pickler, key)
+        if isinstance(value, Part):
+            yield next(parts)
+        elif type(value) is OpenDict:
+            yield from _with_parts(value, pickler, parts)
+        else:
+            yield _dump_piece(pickler, value)
+    yield pickle.SETITEMS
+
+
+def _dump_piece(pickler: _Pickler, value: Any) -> bytes:
+    """Return the operations that build a value; those of a pickler share their memo."""
+    begin = pickler.file.tell()
+    pickler.dump(value)
+    return pickler.file.getbuffer()[begin + 2 : -1].tobytes()
 
 
 class _Pickler(pickle.Pickler):
@@ -72,10 +142,18 @@ class _Pickler(pickle.Pickler):
 
     def __init__(self, file: io.BytesIO) -> None:
         super().__init__(file, _PROTOCOL)
+        self.file = file
         self.storages: list[torch.UntypedStorage] = []
         self.globals: set[str] = set()
         self._keys: dict[int, str] = {}
         self._kinds: dict[str, Any] = {}
+
+    def continued(self, file: io.BytesIO) -> _Pickler:
+        """Return a pickler with an empty memo that knows the storages and names of this one."""
+        other = _Pickler(file)
+        other.storages, other.globals = list(self.storages), set(self.globals)
+        other._keys, other._kinds = dict(self._keys), dict(self._kinds)
+        return other
 
     def reducer_override(self, value: Any) -> Any:
         """Note the name of a class or function, which is pickled as such."""

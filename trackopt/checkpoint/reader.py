@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import pickle
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -13,6 +13,7 @@ from trackopt.archive import verify
 from trackopt.checkpoint import sharded
 from trackopt.checkpoint.decoding import decode
 from trackopt.checkpoint.meta import FORMAT, KEY, TYPES
+from trackopt.checkpoint.one_pass import load_in_one_pass
 from trackopt.errors import ArchiveError, ArchiveLimitError, CheckpointError, MismatchError
 
 if TYPE_CHECKING:
@@ -21,14 +22,21 @@ if TYPE_CHECKING:
     from trackopt.utils.types import CheckpointTree
 
 
-def load(path: Path) -> CheckpointTree:
+def load(path: Path, *, own: bool = False) -> CheckpointTree:
     """Verify and read a run's checkpoint; an artifact of an MLflow run is downloaded.
+
+    Args:
+        path: The checkpoint.
+        own: Whether it is in the run's own directory. In another one the structure is read first, with limits on what
+            a stranger's file can make the reader do.
 
     Raises:
         CheckpointError: The checkpoint is missing or damaged.
         MismatchError: It is valid, but not a checkpoint of a run, or it holds an object that this process cannot load.
     """
     path = _ensure_local(path)
+    if (own or not _find_problems(path, crc=False)) and (tree := load_in_one_pass(path, own=own)) is not None:
+        return check_tree(path, tree)
     if problems := _find_problems(path):
         raise CheckpointError(f"{path}: cannot be used ({problems[0]})")
     with contextlib.suppress(CheckpointError):  # the bytes are valid, so a disk that failed may not fail again
@@ -50,6 +58,15 @@ def load_unverified(path: Path) -> CheckpointTree:
         raise MismatchError(f"{path}: cannot be loaded ({_refusal(path, error)})") from error
     except (OSError, RuntimeError) as error:
         raise CheckpointError(f"{path}: cannot be loaded ({str(error).splitlines()[0]})") from error
+    return check_tree(path, tree)
+
+
+def check_tree(path: Path, tree: Any) -> CheckpointTree:
+    """Return the tree of a run's checkpoint, with the types that its table names.
+
+    Raises:
+        MismatchError: It is not a checkpoint of a run, or it holds an object that this process cannot load.
+    """
     if not isinstance(tree, dict) or KEY not in tree:
         raise MismatchError(f"{path}: not a checkpoint of a trackopt run; resume from one that run.save() wrote")
     if tree[KEY]["format"] > FORMAT:
@@ -82,11 +99,14 @@ def _ensure_local(path: Path) -> Path:
     return remote.fetch(path) if remote.is_remote(path) else path
 
 
-def _find_problems(path: Path) -> list[str]:
-    """Return the problems of a checkpoint's bytes; raise if the disk does not deliver them, which is no damage."""
+def _find_problems(path: Path, *, crc: bool = True) -> list[str]:
+    """Return the problems of a checkpoint's bytes, or of its structure only.
+
+    If the disk does not deliver them, that is no damage: it raises.
+    """
     try:
         with locations.open(path) as opened:
-            problems = verify.find_problems(opened)
+            problems = verify.find_problems(opened, crc=crc)
             if problems and problems == verify.unloadable_objects(opened):  # valid bytes of an earlier version
                 raise MismatchError(f"{path}: cannot be loaded ({problems[0]}); move it away to resume without it")
             return problems

@@ -27,19 +27,26 @@ def unpickle(data: bytes, read_storage: Callable[[str, int], torch.UntypedStorag
         pickle.UnpicklingError: Torch refuses it.
     """
     loaded: dict[str, torch.UntypedStorage] = {}
+    kinds: dict[str, Any] = {}
 
     def load(name: tuple[Any, ...]) -> Any:
         """Return a storage by ``("storage", type, key, location, elements)``."""
         _, kind, key, _, elements = name
         dtype = torch.uint8 if kind is torch.UntypedStorage else kind.dtype
+        if kinds.setdefault(key, kind) is not kind:
+            raise pickle.UnpicklingError(f"tensors disagree on the dtype of storage {key!r}")
         if key not in loaded:
             loaded[key] = read_storage(key, elements * dtype.itemsize)
         typed: Any = torch.TypedStorage
         return typed(wrap_storage=loaded[key], dtype=dtype, _internal=True)
 
-    unpickler: Any = Unpickler(io.BytesIO(data), encoding="utf-8")
+    file = io.BytesIO(data)
+    unpickler: Any = Unpickler(file, encoding="utf-8")
     unpickler.persistent_load = load
     try:
-        return unpickler.load()
+        value = unpickler.load()
+        if file.tell() < len(data):
+            raise pickle.UnpicklingError(f"{len(data) - file.tell()} bytes follow it")
+        return value
     except _ERRORS as error:
         raise pickle.UnpicklingError(str(error).partition("\n")[0]) from error

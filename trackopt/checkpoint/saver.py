@@ -10,6 +10,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from trackopt.checkpoint.async_write import AsyncWrite, lower_thread_priority
+from trackopt.checkpoint.layout_cache import LayoutCache
 from trackopt.checkpoint.meta import RunProgress
 from trackopt.checkpoint.retention import RetentionMarks
 from trackopt.checkpoint.sharded import ShardedCheckpoint
@@ -96,6 +97,7 @@ class CheckpointSaver:
         self._in_flight: AsyncWrite | None = None
         self._held: AsyncWrite | None = None
         self._preparing: threading.Thread | None = None
+        self._layouts = LayoutCache()
 
     @property
     def saves_by_itself(self) -> bool:
@@ -247,7 +249,8 @@ class CheckpointSaver:
             self._preparing.join()
         request, self._due = self._due or SaveRequest(), None
         try:
-            staged = self._store.stage(capture(self._training, progress), request.marks)
+            tree = capture(self._training, progress, None if self._store.is_collective else self._layouts)
+            staged = self._store.stage(tree, request.marks)
         except CheckpointError:
             raise
         except Exception as error:  # of a state, or of the user's state_dict()

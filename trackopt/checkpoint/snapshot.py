@@ -11,7 +11,8 @@ from torch import nn
 
 from trackopt.checkpoint.encoding import StateEncoder
 from trackopt.checkpoint.gradients import gradients
-from trackopt.checkpoint.meta import KEY, TYPES, CheckpointMeta, RunProgress, TrainingLayout
+from trackopt.checkpoint.meta import KEY, PARAMETER_KEYS, TYPES, CheckpointMeta, RunProgress, TrainingLayout
+from trackopt.checkpoint.parts import ConstantPart, ModulePart, OpenDict, TensorPart, find_parts
 from trackopt.checkpoint.pickler import dump_checkpoint
 from trackopt.checkpoint.resharding import state_by_name
 from trackopt.training import rng
@@ -20,24 +21,35 @@ from trackopt.training.scheduler_state import scheduler_state_dict
 from trackopt.training.sharding import is_sharded
 
 if TYPE_CHECKING:
+    from trackopt.checkpoint.layout_cache import LayoutCache
     from trackopt.training.objects import Training
     from trackopt.utils.types import CheckpointTree
 
 T = TypeVar("T")
 
 
-def capture(training: Training, progress: RunProgress) -> CheckpointTree:
+def capture(training: Training, progress: RunProgress, layouts: LayoutCache | None = None) -> CheckpointTree:
     """Return the tree of a checkpoint. Its tensors are the live ones: write or copy it before training continues.
+
+    Args:
+        training: The live objects.
+        progress: Where the run stands.
+        layouts: The layout of the last save. With it, what rarely changes is returned as parts, for a plan of the
+            saves; the training must not be sharded.
 
     Raises:
         UsageError: A state holds something that ``torch.load(weights_only=True)`` would refuse.
     """
     encoder = StateEncoder()
-    tree = _encode_states(encoder, training)
+    tree = (_states_with_parts if layouts is not None else _encode_states)(encoder, training)
     if progress.has_gradients:
         tree["gradients"] = encoder.encode(gradients(training), "gradients")
     tree["rng"] = rng.capture() if progress.rng is None else progress.rng
-    tree[KEY] = encoder.encode(CheckpointMeta(progress, TrainingLayout.of(training)).as_dict(), KEY)
+    layout = TrainingLayout.of(training) if layouts is None else layouts.find(training, _module_parts(tree))
+    entry = CheckpointMeta(progress, layout).as_dict()
+    parts = {key: ConstantPart(entry[key]) for key in PARAMETER_KEYS} if layouts is not None and layout.is_plain else {}
+    others = encoder.encode({key: value for key, value in entry.items() if key not in parts}, KEY)
+    tree[KEY] = OpenDict({key: parts[key] if key in parts else others[key] for key in entry}) if parts else others
     if encoder.types:
         tree[KEY][TYPES] = encoder.types
     return tree
@@ -58,6 +70,40 @@ def check_saveable(training: Training) -> None:
 def _encode_states(encoder: StateEncoder, training: Training) -> CheckpointTree:
     tree = {key: encoder.encode(value, key) for key, value in object_states(training).items()}
     return tree | {name: encoder.encode(state_of(stateful), name) for name, stateful in training.stateful.items()}
+
+
+def _states_with_parts(encoder: StateEncoder, training: Training) -> CheckpointTree:
+    """Encode the states as `_encode_states` does, but those of modules and optimizers that can be parts."""
+
+    def module(value: Any, *path: str) -> Any:
+        return ModulePart.of(value) or encoder.encode(state_of(value), *path)
+
+    def optimizer(value: Any, *path: str) -> Any:
+        state = value.state_dict()
+        part = TensorPart.of(state.get("state")) if type(state) is dict and set(map(type, state)) == {str} else None
+        if part is None:
+            return encoder.encode(state, *path)
+        others = {key: encoder.encode(child, *path, key) for key, child in state.items() if key != "state"}
+        return OpenDict({key: part if key == "state" else others[key] for key in state})
+
+    def scheduler(value: Any, *path: str) -> Any:
+        return encoder.encode(scheduler_state_dict(value), *path)
+
+    tree: CheckpointTree = {}
+    named = [value for value in (training.model, training.optimizer, training.scheduler) if isinstance(value, Mapping)]
+    if not set(map(type, chain.from_iterable(named))) <= {str}:
+        return _encode_states(encoder, training)
+    for key, encode in (("model", module), ("optimizer", optimizer), ("scheduler", scheduler)):
+        value = getattr(training, key)
+        if isinstance(value, Mapping):
+            tree[key] = OpenDict({name: encode(each, key, name) for name, each in value.items()})
+        elif value is not None:
+            tree[key] = encode(value, key)
+    return tree | {name: module(stateful, name) for name, stateful in training.stateful.items()}
+
+
+def _module_parts(tree: CheckpointTree) -> list[ModulePart]:
+    return [part for part in find_parts({"model": tree.get("model")}) if isinstance(part, ModulePart)]
 
 
 def object_states(training: Training) -> dict[str, Any]:

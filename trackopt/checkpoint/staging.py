@@ -21,12 +21,15 @@ from trackopt.archive.io.zip_writer import (
     plan_entries,
     serialization_id,
 )
+from trackopt.checkpoint.parts import expand
 from trackopt.checkpoint.pickler import dump_checkpoint
+from trackopt.checkpoint.save_plan import Planner, UnplannedTree
 from trackopt.errors import CheckpointError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from trackopt.checkpoint.save_plan import SavePlan
     from trackopt.utils.types import CheckpointTree
 
 PAGE_BYTES = mmap.PAGESIZE
@@ -38,6 +41,7 @@ class Staging:
 
     def __init__(self) -> None:
         self._memory: mmap.mmap | None = None
+        self._planner = Planner()
 
     def prepare(self, size: int) -> None:
         """Allocate and touch memory for a checkpoint of about ``size`` bytes; other threads can run meanwhile."""
@@ -49,11 +53,19 @@ class Staging:
     def stage(self, tree: CheckpointTree) -> Staged:
         """Copy a captured tree, also from GPUs; when this returns, the live objects may change.
 
+        A tree with parts is pickled and laid out by a plan, if there is one for it.
+
         Raises:
             UsageError: The tree cannot be pickled, or not so that it can be loaded safely.
             CheckpointError: There is not enough memory.
         """
-        pickled = dump_checkpoint(tree)
+        plan = self._planner.find(tree)
+        if plan is not None:
+            try:
+                return self._stage_by_plan(tree, plan)
+            except UnplannedTree:
+                self._planner.release()
+        pickled = dump_checkpoint(expand(tree))
         entries = plan_entries(len(pickled.data), [storage.nbytes() for storage in pickled.storages])
         size = entries[-1].end + directory_size(entries)
         memory = self._reserve(size)
@@ -66,9 +78,24 @@ class Staging:
             _copy(storage, memory, entry)
         return Staged(memory, entries, size, pickled.globals)
 
+    def _stage_by_plan(self, tree: CheckpointTree, plan: SavePlan) -> Staged:
+        pickled, entries, size = plan.dump(tree)
+        memory = self._reserve(size)
+        planned = plan.copy(memory)
+        for entry in [*entries[:2], *entries[4 + planned :]]:
+            memory[entry.header : entry.data] = entry.local_header()
+        records = constant_records()
+        small = [*entries[:2], entries[-2]]
+        for entry, content in zip(small, (pickled.data, records[0], records[-1]), strict=True):
+            memory[entry.data : entry.stop] = content
+        for entry, storage in zip(entries[4 + planned : -2], pickled.storages[planned:], strict=True):
+            _copy(storage, memory, entry)
+        return Staged(memory, entries, size, pickled.globals)
+
     def release(self) -> None:
         """Release the memory."""
         self._memory = None
+        self._planner.release()
 
     def _reserve(self, size: int) -> mmap.mmap:
         if self._memory is None or len(self._memory) < _round_to_page(size):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -103,18 +104,23 @@ class Training:
             for name, parameter in module.named_parameters()
         }
 
-    def parameter_names(self) -> dict[str, list[list[str]]]:
+    def parameter_names(self, named: Mapping[str, nn.Parameter] | None = None) -> dict[str, list[list[str]]]:
         """Return the names of the parameters of each optimizer and parameter group, in order.
 
         These are the model's names if the model is known, else the optimizer's own ``param_names``, else positions.
+
+        Args:
+            named: What `named_parameters` returned, if it was called already.
         """
-        names = {id(parameter): name for name, parameter in self.named_parameters().items()}
+        named = self.named_parameters() if named is None else named
+        names = {id(parameter): name for name, parameter in named.items()}
         return {
             key: [_group_names(index, group, names) for index, group in enumerate(optimizer.param_groups)]
             for key, optimizer in self.optimizers.items()
         }
 
 
+@cache
 def dtype_name(dtype: torch.dtype) -> str:
     """Return a name like ``float32``."""
     return str(dtype).removeprefix("torch.")

@@ -23,6 +23,22 @@ def read_at(descriptor: int, length: int, offset: int) -> bytes:
     return os.pread(descriptor, length, offset)
 
 
+def read_into(descriptor: int, target: memoryview, offset: int) -> int:
+    """Fill ``target`` and return how many bytes there were; fewer only if the file ends. Raises OSError."""
+    done = 0
+    while done < len(target):
+        if hasattr(os, "preadv"):
+            count = os.preadv(descriptor, [target[done:]], offset + done)
+        else:
+            data = read_at(descriptor, len(target) - done, offset + done)
+            count = len(data)
+            target[done : done + count] = data
+        if not count:
+            break
+        done += count
+    return done
+
+
 def write_at(descriptor: int, data: bytes | memoryview, offset: int) -> int:
     """Write some of ``data`` and return how many bytes. Raises OSError."""
     if sys.platform == "win32":

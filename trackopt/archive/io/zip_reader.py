@@ -69,6 +69,7 @@ class Zip:
     Attributes:
         records: The entries by name; of several with one name the first, as in torch.
         problems: What is wrong or ambiguous although the file can be read, one line each.
+        end: The offset after the last record, where the directory begins.
 
     Raises:
         ArchiveError: The central directory is missing or invalid.
@@ -84,7 +85,7 @@ class Zip:
         self._data_offsets: dict[str, int] = {}
         self._inflating = threading.local()  # each thread has its own inflate stream
         directory, length, count = self._find_directory()
-        self._end = directory
+        self.end = directory
         self._read_directory(self._read(directory, length), count)
         self._find_overlaps()
 
@@ -193,7 +194,7 @@ class Zip:
         if _SATURATED in (size, packed_size, header):
             extra = rest[name_length : name_length + extra_length]
             size, packed_size, header = self._zip64_values(extra, size, packed_size, header)
-        if header + LOCAL.size + packed_size > self._end:
+        if header + LOCAL.size + packed_size > self.end:
             raise self.make_error(f"record {name!r} lies outside of the file")
         return Record(name, entry[3], entry[4], entry[7], packed_size, size, header)
 
@@ -231,7 +232,7 @@ class Zip:
         if method not in (_STORED, _DEFLATED):
             what = f"record {record.name!r} is compressed by zip method {method}"
             raise ArchiveError(f"{self.path}: {what}, which torch does not read either; pack it again")
-        if start + record.packed_size > self._end or (method == _STORED and record.size != record.packed_size):
+        if start + record.packed_size > self.end or (method == _STORED and record.size != record.packed_size):
             raise self.make_error(f"the data of record {record.name!r} does not fit the file")
         self._data_offsets[record.name] = start
         return start

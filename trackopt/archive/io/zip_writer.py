@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 ALIGNMENT_BYTES = 64  # torch's own; a memory-mapped file has its tensors at such offsets
 _ROOT = "archive"  # what torch.save calls it if it is given a file object
 _MAX_U32, _MAX_U16 = 0xFFFFFFFF, 0xFFFF
+END_BYTES = 98  # of the end records after the central directory
 _UTF8_FLAG, _DATA_DESCRIPTOR_FLAG = 0x0800, 0x0008
 
 
@@ -71,6 +72,11 @@ class ZipEntry:
         fields = (0, 0, self._flags(), 0, 0, 0, crc, size, size, len(self.name), len(extra), 0, 0, 0, 0, header)
         return ENTRY.pack(b"PK\1\2", *fields) + self.name + extra
 
+    @property
+    def directory_size(self) -> int:
+        """Bytes of its entry in the central directory."""
+        return ENTRY.size + len(self.name) + len(self._zip64())
+
     def _flags(self) -> int:
         return _UTF8_FLAG | _DATA_DESCRIPTOR_FLAG if self.size else _UTF8_FLAG
 
@@ -99,9 +105,17 @@ def plan_entries(pickle_size: int, storage_sizes: Iterable[int], byteorder: str 
     version, alignment, order, torch_format = map(len, constant_records(byteorder))
     sizes = [("data.pkl", pickle_size), (".format_version", version), (".storage_alignment", alignment)]
     sizes += [("byteorder", order)] + [(f"data/{key}", size) for key, size in enumerate(storage_sizes)]
-    sizes += [("version", torch_format), (".data/serialization_id", 40)]
+    return place_entries([*sizes, ("version", torch_format), (".data/serialization_id", 40)])
+
+
+def place_entries(sizes: Iterable[tuple[str, int]], offset: int = 0) -> list[ZipEntry]:
+    """Lay out records one after the other.
+
+    Args:
+        sizes: The name of each and the bytes of its data.
+        offset: Where the first one begins.
+    """
     entries: list[ZipEntry] = []
-    offset = 0
     for name, size in sizes:
         entries.append(_place_entry(f"{_ROOT}/{name}".encode(), size, offset))
         offset = entries[-1].end
@@ -131,9 +145,9 @@ def central_directory(entries: Sequence[ZipEntry], crcs: Sequence[int]) -> bytes
     return directory + end64 + locator + end32
 
 
-def directory_size(entries: Sequence[ZipEntry]) -> int:
+def directory_size(entries: Iterable[ZipEntry]) -> int:
     """Return how many bytes `central_directory` has."""
-    return len(central_directory(entries, [0] * len(entries)))
+    return END_BYTES + sum(entry.directory_size for entry in entries)
 
 
 def write_zip(
