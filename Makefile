@@ -5,6 +5,7 @@
 # make matrix     every optimizer with every scheduler, and every example, killed and resumed; tests take some
 # make optimizers the optimizers of 14 packages, and torch's in 450 configurations, killed and resumed
 # make bench      the benchmarks, as ratios
+# make gpu        the tests and the benchmark that need a CUDA device
 # make fuzz       100,000 mutated files, each of which must be answered or refused
 # make faults     a training killed, hindered and cut off at every place, each time resumed
 # make pictures   run the examples, and keep what they draw and what commands show
@@ -22,7 +23,7 @@ LOWEST_PYTHON ?= 3.10
 NEWEST_PYTHON ?= 3.13
 COMPAT := .venv-compat-lowest .venv-compat-newest
 
-.PHONY: demo test check lint matrix optimizers bench loops rehearsals fuzz faults pictures compat compat-lowest compat-newest portable dist \
+.PHONY: demo test check lint matrix optimizers bench gpu loops rehearsals fuzz faults pictures compat compat-lowest compat-newest portable dist \
 	clean
 
 demo: $(VENV)/ready
@@ -59,6 +60,10 @@ $(OPTIMIZERS)/ready: pyproject.toml constraints.txt tests/robustness/optimizers/
 
 bench: $(VENV)/ready
 	$(BIN)/python -m tests.benchmarks
+
+gpu: $(VENV)/ready
+	$(BIN)/python -m pytest tests/integration/test_cuda.py
+	$(BIN)/python -m tests.benchmarks gpu
 
 fuzz: $(VENV)/ready
 	$(BIN)/python -m tests.robustness.fuzz

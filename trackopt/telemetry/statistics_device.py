@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from trackopt.telemetry.vectors import batches, count_zeros, flatten, gather, is_plain, vector, widen
+from trackopt.telemetry.vectors import (
+    batches,
+    count_zeros,
+    flatten_in_memory_order,
+    gather,
+    is_plain,
+    vector,
+    widen,
+)
 from trackopt.utils.moments import Moments
 
 if TYPE_CHECKING:
@@ -33,7 +41,7 @@ def launch(
     scalars: list[Tensor] = []
     for name, tensors in buffers.items():
         for part in _batches(tensors):
-            values = widen(gather(part) if len(part) > 1 else part[0])
+            values = widen(gather(part) if len(part) > 1 else flatten_in_memory_order(part[0]))
             variance, mean = torch.var_mean(values, correction=0)
             scalars += [mean, variance, *torch.aminmax(values)]
             sizes[name].append(values.numel())
@@ -54,8 +62,8 @@ def _batches(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     by_device: dict[torch.device, list[Tensor]] = {}
     for tensor in tensors:
         by_device.setdefault(tensor.device, []).append(tensor)
-    for on_device in by_device.values():  # flattened one by one: what was dequantized is freed before the next
-        yield from batches((flatten(t) if is_plain(t) else vector(t) for t in on_device), _SMALL, _MAX_GATHERED)
+    for on_device in by_device.values():  # one by one: what was dequantized is freed before the next
+        yield from batches((t if is_plain(t) else vector(t) for t in on_device), _SMALL, _MAX_GATHERED)
 
 
 def _norms(tensors: Sequence[Tensor]) -> list[Tensor]:
