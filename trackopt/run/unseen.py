@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from itertools import compress
 from types import GeneratorType
 from typing import TYPE_CHECKING, Any
 
@@ -38,4 +39,11 @@ def _reaches(value: Any, generator: FrameType, depth: int) -> bool:
 
 
 def _live(kind: type) -> list[Any]:
-    return [each for each in gc.get_objects() if issubclass(type(each), kind)]  # isinstance runs code of proxies
+    kinds: set[type] = {kind}
+    new: list[type] = [kind]
+    while new:
+        new = [child for parent in new for child in type.__subclasses__(parent) if child not in kinds]
+        kinds.update(new)
+    objects = gc.get_objects()
+    # By type, since isinstance runs code of proxies; without a loop in Python, since there may be millions.
+    return [*compress(objects, map(kinds.__contains__, map(type, objects)))]

@@ -149,10 +149,10 @@ class NumKongReductions:
 
 def agree(ours: Reductions, reference: Reductions) -> bool:
     """Return whether two implementations compute the same of some vectors, to 12 digits."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     for dtype in NAMES:
-        noise = torch.randn(5003, generator=generator, dtype=dtype) + 3
-        for vector in (noise, noise * 1e-20, torch.full((1001,), 0.1, dtype=dtype), noise[:1]):
+        noise = torch.randn(5003, generator=generator, dtype=dtype, device="cpu") + 3
+        for vector in (noise, noise * 1e-20, torch.full((1001,), 0.1, dtype=dtype, device="cpu"), noise[:1]):
             other = vector.flip(0).contiguous()
             found, expected = (
                 [*r.sums(vector), r.squares(vector), r.dot(vector, other), r.squared_distance(vector, other)]
@@ -160,7 +160,7 @@ def agree(ours: Reductions, reference: Reductions) -> bool:
             )
             if not all(map(_is_close, found, expected)):
                 return False
-    strange = torch.tensor([1.0, math.inf, -2.0, math.nan, -math.inf, 3.0])
+    strange = torch.tensor([1.0, math.inf, -2.0, math.nan, -math.inf, 3.0], dtype=torch.float32, device="cpu")
     return all(repr(ours.sums(strange[:n])) == repr(reference.sums(strange[:n])) for n in range(1, 7))
 
 

@@ -8,6 +8,7 @@ import sys
 import time
 import xml.etree.ElementTree as ET
 
+import orjson
 import pytest
 import torch
 from PIL import Image
@@ -152,15 +153,13 @@ def test_nothing_in_a_journal_reaches_the_terminal_raw(tmp_path, run_cli):
 
 def test_a_resumed_run_is_what_counts(tmp_path):
     """The abandoned future is not drawn; a pause between attempts and other markers are no time of training."""
-    writer = journal.Journal(tmp_path / "metrics.jsonl")
-    lines = [(1, 10.0, 2.0), (2, 11.0, 1.0), (3, 12.0, 9.0)]
-    writer._append({"event": "start", "step": 0, "time": 9.0, "params": {"optimizer": "SGD"}})
-    for step, when, loss in lines:
-        writer._append({"event": "measurement_failed", "step": step, "time": when - 0.1, "part": "histograms"})
-        writer._append({"step": step, "time": when, "metrics": {"loss": loss}})
-    writer._append({"event": "resume", "step": 2, "time": 5000.0})
-    writer._append({"step": 3, "time": 5002.0, "metrics": {"loss": 0.5, "other": 1.0}})
-    writer.close()
+    lines = [{"event": "start", "step": 0, "time": 9.0, "params": {"optimizer": "SGD"}}]
+    for step, when, loss in [(1, 10.0, 2.0), (2, 11.0, 1.0), (3, 12.0, 9.0)]:
+        lines.append({"event": "measurement_failed", "step": step, "time": when - 0.1, "part": "histograms"})
+        lines.append({"step": step, "time": when, "metrics": {"loss": loss}})
+    lines.append({"event": "resume", "step": 2, "time": 5000.0})
+    lines.append({"step": 3, "time": 5002.0, "metrics": {"loss": 0.5, "other": 1.0}})
+    (tmp_path / "metrics.jsonl").write_bytes(b"".join(orjson.dumps(line) + b"\n" for line in lines))
     reader = RunReader(tmp_path, select=lambda key: key == "loss")
     assert reader.update()
     assert not reader.update()

@@ -182,7 +182,7 @@ def test_a_disk_that_cannot_read_now_costs_no_checkpoint(place, monkeypatch):
         run.step(loss=step())
     run.close()
 
-    def fail(*_):
+    def fail(*_, **__):
         raise OSError(5, "Input/output error")
 
     with monkeypatch.context() as broken:
@@ -191,6 +191,7 @@ def test_a_disk_that_cannot_read_now_costs_no_checkpoint(place, monkeypatch):
             broken.setattr(Path, "open", refusing(Path.open, ".pt"))
         else:
             broken.setattr(f"trackopt.checkpoint.{place}", fail)
+            broken.setattr("trackopt.checkpoint.one_pass._load", fail)
         with pytest.raises(CheckpointError, match="Input/output error"):
             wrapped()
     run, _ = wrapped()

@@ -18,7 +18,11 @@ from trackopt import UsageError, journal
 from trackopt.journal import Journal
 from trackopt.recorder.cursor import Cursor
 from trackopt.recorder.strategies import TruncatingDelivery
-from trackopt.telemetry import async_scalars, hyperparameters
+from trackopt.telemetry import (
+    async_scalars,
+    hyperparameters,
+    reductions,  # noqa: F401 - chosen before calls fail
+)
 from trackopt.telemetry.async_scalars import AsyncMetrics, DeviceToHostCopy
 from trackopt.telemetry.error_boundary import ErrorBoundary
 from trackopt.training.optimizer_config import group_config
