@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
-from trackopt.run.unseen import is_enumerated, loader_positions
+from trackopt.run.unseen import have_advanced, is_enumerated, loader_positions
 
 if TYPE_CHECKING:
     from types import FrameType
 
     from trackopt.run.data_position import DataPosition
+    from trackopt.run.unseen import Positions
     from trackopt.telemetry.error_boundary import ErrorBoundary
 
 _CHECKED_ITERATION = 2  # of an attempt: the first may draw for other purposes
@@ -35,7 +36,7 @@ class LoopWarnings:
         self._boundary = boundary
         self.is_checked = False
         self._iterations = 0
-        self._loader_positions: dict[int, int] | None = None  # at the beginning of the iteration that is checked
+        self._loader_positions: Positions | None = None  # at the beginning of the iteration that is checked
         self._warned: set[str] = set()
 
     def check_sampler(self, loader: object) -> None:
@@ -68,8 +69,7 @@ class LoopWarnings:
         self.is_checked = self._iterations >= _CHECKED_ITERATION
         if before is None:
             return
-        now = self._boundary.call(_LOADER_CHECK, loader_positions) or {}
-        if any(count > before.get(key, count) for key, count in now.items()):
+        if self._boundary.call(_LOADER_CHECK, have_advanced, before):
             self._warn_once(
                 "loader",
                 "the loop iterates over a DataLoader itself, whose position is not saved, so that a resumed run may "

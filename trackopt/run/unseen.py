@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from itertools import compress
 from types import GeneratorType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
@@ -14,10 +15,18 @@ if TYPE_CHECKING:
 
 _MAX_DEPTH = 4
 
+Positions: TypeAlias = "list[tuple[weakref.ref[Any], int]]"
 
-def loader_positions() -> dict[int, int]:
-    """Return how many batches each live iterator of a ``DataLoader`` has yielded, by its id."""
-    return {id(each): each._num_yielded for each in _live(_BaseDataLoaderIter)}
+
+def loader_positions() -> Positions:
+    """Return the live iterators of ``DataLoader``, and how many batches each has yielded."""
+    return [(weakref.ref(each), each._num_yielded) for each in _live(_BaseDataLoaderIter)]
+
+
+def have_advanced(positions: Positions) -> bool:
+    """Return whether an iterator that is still alive has yielded batches since its position was taken."""
+    iterators = ((iterator(), position) for iterator, position in positions)
+    return any(iterator is not None and iterator._num_yielded > position for iterator, position in iterators)
 
 
 def is_enumerated(generator: FrameType) -> bool:
@@ -39,11 +48,9 @@ def _reaches(value: Any, generator: FrameType, depth: int) -> bool:
 
 
 def _live(kind: type) -> list[Any]:
-    kinds: set[type] = {kind}
-    new: list[type] = [kind]
-    while new:
-        new = [child for parent in new for child in type.__subclasses__(parent) if child not in kinds]
-        kinds.update(new)
+    kinds = [kind]
+    for parent in kinds:  # grows meanwhile
+        kinds += parent.__subclasses__()
     objects = gc.get_objects()
     # By type, since isinstance runs code of proxies; without a loop in Python, since there may be millions.
-    return [*compress(objects, map(kinds.__contains__, map(type, objects)))]
+    return [*compress(objects, map(frozenset(kinds).__contains__, map(type, objects)))]
