@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import shutil
 import signal
@@ -69,6 +70,12 @@ def pytest_terminal_summary(terminalreporter):
         for name, value in report.user_properties:
             if name == "tally":
                 terminalreporter.write_line(value)
+
+
+def pytest_collection_finish():
+    """Leave what all test modules have imported out of collections, and of searches among the live objects."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
