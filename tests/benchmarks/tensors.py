@@ -77,7 +77,7 @@ def _buffers(count: int, size: int, limit: float) -> Row:
     empty, plan = {}, observer._optimizer_metrics
 
     def ours() -> None:
-        plan.compute(empty, on_device=False)
+        plan.compute(empty)
 
     ours()
     norms = [[parameter] for parameter in parameters]

@@ -34,7 +34,6 @@ class MetricAccumulator:
 
     Attributes:
         recorded: The keys of the latest step's record: each key has one value at a step.
-        on_device: Whether any value that was added is a tensor.
     """
 
     def __init__(self, gather: Gather = single_rank_gather) -> None:
@@ -42,7 +41,6 @@ class MetricAccumulator:
         self._reduced: set[str] = set()
         self._gather = gather
         self.recorded: AbstractSet[str] = frozenset()
-        self.on_device = False
 
     def add(self, metrics: Mapping[str, Any], *, reduced: bool = False) -> None:
         """Add the metrics of one call of ``log``.
@@ -56,8 +54,6 @@ class MetricAccumulator:
         """
         sums = self._sums
         for key, value in [(key, _to_number(key, value)) for key, value in metrics.items()]:
-            if type(value) is not float:
-                self.on_device = True
             if key in sums:
                 total, count = sums[key]
                 sums[key] = (total + value, count + 1)

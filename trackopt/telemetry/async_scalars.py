@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from operator import attrgetter
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias, TypeGuard
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     StepMetrics: TypeAlias = "ReadyMetrics | AsyncMetrics"
 
 _PART = "transfer of numbers"
+_NUMBERS = frozenset({float, int})
 _UNBOUNDED = ErrorBoundary()
 _query = attrgetter("is_ready")
 
@@ -36,6 +37,15 @@ class ReadyMetrics:
     def metrics(self) -> dict[str, float]:
         """Return all metrics by name."""
         return self._metrics
+
+
+def to_step_metrics(metrics: dict[str, float | Tensor], boundary: ErrorBoundary) -> StepMetrics:
+    """Return the metrics of a step; tensors of one element stand for their numbers, which may be in transfer."""
+    return ReadyMetrics(metrics) if _are_numbers(metrics) else AsyncMetrics(metrics, boundary=boundary)
+
+
+def _are_numbers(metrics: dict[str, float | Tensor]) -> TypeGuard[dict[str, float]]:
+    return {*map(type, metrics.values())} <= _NUMBERS
 
 
 class AsyncMetrics:

@@ -11,7 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from trackopt.telemetry.accumulator import MetricAccumulator, single_rank_gather
-from trackopt.telemetry.async_scalars import AsyncMetrics, ReadyMetrics
+from trackopt.telemetry.async_scalars import to_step_metrics
 from trackopt.telemetry.error_boundary import ErrorBoundary
 from trackopt.telemetry.hooks import OptimizerObserver
 from trackopt.telemetry.metrics import NonFinite
@@ -206,13 +206,8 @@ class MetricsCollector:
         self._logged_at.clear()
         observers = self._observers.values()
         observed = [(observer.pop_metrics(), observer.pop_histograms()) for observer in observers]
-        self._in_flight.append(_Step(step, time.time(), self._pop_logged(), observed))
-
-    def _pop_logged(self) -> StepMetrics:
-        logged = self._accumulator.pop_all()
-        if self._accumulator.on_device:
-            return AsyncMetrics(logged, boundary=self.boundary)
-        return ReadyMetrics(logged)  # type: ignore[arg-type]  # none is a tensor
+        logged = to_step_metrics(self._accumulator.pop_all(), self.boundary)
+        self._in_flight.append(_Step(step, time.time(), logged, observed))
 
     def flush(self) -> None:
         """Wait for the numbers of all steps, and record them."""
@@ -228,7 +223,7 @@ class MetricsCollector:
         """
         self.flush()
         if (self.recorded or at_start) and (metrics := self._accumulator.pop_unrecorded(all_ranks=all_ranks)):
-            self._journal.record(self.recorded, AsyncMetrics(metrics, boundary=self.boundary).metrics())
+            self._journal.record(self.recorded, to_step_metrics(metrics, self.boundary).metrics())
 
     def _record(self, step: _Step) -> None:
         metrics = step.logged.metrics()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch.optim import Optimizer
 
-from trackopt.telemetry.async_scalars import AsyncMetrics, ReadyMetrics
+from trackopt.telemetry.async_scalars import ReadyMetrics, to_step_metrics
 from trackopt.telemetry.backward_steps import BackwardSteps
 from trackopt.telemetry.error_boundary import ErrorBoundary
 from trackopt.telemetry.hyperparameters import Hyperparameters
@@ -212,13 +212,10 @@ class OptimizerObserver:
     def _end_step(self) -> None:
         self.steps += 1
         self.has_metrics = True
-        used, on_device = self._hyperparameters_used, self._hyperparameters.on_device
         if self._every and (self.steps - 1) % self._every == 0:
-            self._metrics = self._optimizer_metrics.compute(used, on_device=on_device)
-        elif on_device:
-            self._metrics = AsyncMetrics(used, boundary=self._boundary)
+            self._metrics = self._optimizer_metrics.compute(self._hyperparameters_used)
         else:
-            self._metrics = ReadyMetrics(used)  # type: ignore[arg-type]  # none is a tensor
+            self._metrics = to_step_metrics(self._hyperparameters_used, self._boundary)
         if self._histograms_every and (self.steps - 1) % self._histograms_every == 0:
             self._histograms = self._boundary.call("histograms", self._optimizer_metrics.histograms) or {}
 

@@ -53,7 +53,6 @@ class Hyperparameters:
 
     Attributes:
         seen: The numbers of each group but the LR, by its name.
-        on_device: Whether ``read`` has returned a tensor.
     """
 
     def __init__(self, optimizer: Optimizer, prefix: str = "") -> None:
@@ -61,7 +60,6 @@ class Hyperparameters:
         self._prefix = prefix
         self._known: dict[int, _KnownGroup] = {}
         self.seen: dict[str, dict[str, float]] = {}
-        self.on_device = False
 
     def remember(self) -> None:
         """Remember today's numbers, from which ``read`` returns the changes."""
@@ -73,15 +71,13 @@ class Hyperparameters:
         An LR on a device is copied on the device, without synchronization: a scheduler will change it in place.
         """
         used: dict[str, float | Tensor] = {}
-        self.on_device = False
         for index, group in enumerate(self._optimizer.param_groups):
             known = self._known.get(index)
             if known is None or group.get("name") != known.given_name:
                 name = label(index, group, self._prefix)
                 known = self._known[index] = _KnownGroup(group.get("name"), name, f"lr/{name}", 0, [], [])
             if (lr := group.get("lr")) is not None:  # Adafactor computes its own LR
-                used[known.lr_key] = number = lr if type(lr) is float else _copy_lr(lr)
-                self.on_device = self.on_device or type(number) is not float
+                used[known.lr_key] = lr if type(lr) is float else _copy_lr(lr)
             if len(group) != known.size or [*map(group.get, known.keys)] != known.values:
                 used |= self._changed(index, known, group)
         return used

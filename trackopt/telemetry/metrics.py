@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from trackopt.telemetry import statistics_dtensor
-from trackopt.telemetry.async_scalars import AsyncMetrics, ReadyMetrics
+from trackopt.telemetry.async_scalars import AsyncMetrics, to_step_metrics
 from trackopt.telemetry.histogram import histogram
 from trackopt.telemetry.reductions import NumKongReductions, reductions
 from trackopt.telemetry.statistics import RawStatistics, Statistics, count_nonfinite, launch
@@ -41,11 +41,7 @@ _NO_PAIRS: Pairs = MappingProxyType({})
 _NO_METRICS: Mapping[str, float] = MappingProxyType({})
 
 
-def _finish_nothing(_: Sequence[float], __: Mapping[str, float]) -> dict[str, float]:
-    return {}
-
-
-_NOTHING: Started = (), _finish_nothing
+_NOTHING: Started = (), lambda _, __: {}
 
 
 @dataclass(frozen=True)
@@ -102,14 +98,10 @@ class OptimizerMetrics:
         self._update_is_due = False
         self._update.discard()
 
-    def compute(self, hyperparameters: dict[str, float | Tensor], *, on_device: bool) -> StepMetrics:
+    def compute(self, hyperparameters: dict[str, float | Tensor]) -> StepMetrics:
         """Return the hyperparameters, norms and statistics of a step.
 
         With the update, if ``snapshot_parameters`` was called before the step.
-
-        Args:
-            hyperparameters: Those of the step, by name.
-            on_device: Whether any of them is a tensor.
         """
         planned = self._boundary.call("statistics", self._execute_plan)
         update_is_due, self._update_is_due = self._update_is_due, False
@@ -117,8 +109,8 @@ class OptimizerMetrics:
             update = self._boundary.call("update", self._execute_update_plan, planned)
             update_is_due = update is None
             planned |= update or {}
-        if planned is not None and not (update_is_due or on_device):
-            return ReadyMetrics({**hyperparameters, **planned})  # type: ignore[dict-item]  # none is a tensor
+        if planned is not None and not update_is_due:
+            return to_step_metrics({**hyperparameters, **planned}, self._boundary)
         scalars, finish = _NOTHING if planned else self._start("statistics", self._start_statistics)
         update_scalars, finish_update = self._start("update", self._start_update) if update_is_due else _NOTHING
         call, count = self._boundary.call, len(scalars)
