@@ -1,4 +1,4 @@
-"""The layout of a training, described anew only if its objects or parameters have changed."""
+"""The layout of a training, computed again only if its objects or parameters have changed."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class LayoutCache:
 
         Args:
             training: The objects.
-            modules: The states of its models; without one of them the layout is described anew.
+            modules: The states of its models; if one of them is missing, the layout is computed at each call.
         """
         if len(modules) != len(training.models):
             return TrainingLayout.of(training)

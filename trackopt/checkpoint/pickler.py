@@ -94,7 +94,7 @@ class PickledParts:
     """The pickles of the parts of a tree, for `dump_tree`.
 
     A pickle refers to earlier objects by number, in its memo. The parts have the numbers from ``memo_size`` on, and
-    what is pickled anew at each save has those before it.
+    what is pickled at each save has the numbers before it.
 
     Args:
         values: The values of the parts, in order.

@@ -151,7 +151,7 @@ class Recorder:
             return False
         try:
             has_more = action(delivery)
-        except Exception as error:  # noqa: BLE001 - as above
+        except Exception as error:  # noqa: BLE001 - whatever a sink or its package raises
             self._handle_failure(name, error)
             return False
         if has_more is not None and name in self._backoffs:

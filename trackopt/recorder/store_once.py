@@ -21,7 +21,7 @@ class StoreOnceDelivery(DeliveryStrategy):
     """Deliver to a sink that stores a repeated record once, and can take back none.
 
     Steps that a resumed run repeats are not sent again. They are compared with the superseded ones instead: the first
-    difference is reported. A training that starts over is sent whole, to be stored apart from the one before.
+    difference is reported. A training that starts over is a run of its own: all of its steps are sent.
 
     With ``mlflow_every=n`` the sink receives of each metric the first point in each n steps (steps 1, 1 + n, … of a
     metric that every step has), and all points of the last step of an epoch or of an attempt. What is not due of a step

@@ -72,8 +72,8 @@ def squared_deviations(tensors: Sequence[Tensor], read: Totals) -> float:
     for tensor in tensors:
         stored = 0
         for vector in vectors(tensor):
-            apart = vector.double() - mean
-            found += torch.dot(apart, apart).item()
+            centered = vector.double() - mean
+            found += torch.dot(centered, centered).item()
             stored += vector.numel()
         found += (count_elements([tensor]) - stored) * mean * mean  # zeros that a sparse tensor does not store
     return found

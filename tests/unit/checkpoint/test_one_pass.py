@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import pickle
 import struct
+import zlib
 from collections import OrderedDict
 from pathlib import Path
 
@@ -135,8 +136,8 @@ def test_a_tensor_beyond_its_storage_is_refused(tmp_path):
     changed = content.replace(b"K\x04\x85", b"K\x09\x85", 1)  # its shape
     assert changed != content
     size = Staging().stage(tree).pickle.nbytes
-    crc = struct.pack("<L", __import__("zlib").crc32(changed[begin : begin + size]))
-    old = struct.pack("<L", __import__("zlib").crc32(content[begin : begin + size]))
+    crc = struct.pack("<L", zlib.crc32(changed[begin : begin + size]))
+    old = struct.pack("<L", zlib.crc32(content[begin : begin + size]))
     path.write_bytes(changed.replace(old, crc))
     assert load_in_one_pass(path, own=True) is None
     with pytest.raises(CheckpointError, match="reaches to byte 36"):

@@ -12,7 +12,7 @@ from trackopt.recorder.starvation import StarvationMonitor
 
 pytestmark = [
     pytest.mark.integration,
-    pytest.mark.skipif(sys.platform != "linux", reason="/proc"),
+    pytest.mark.skipif(sys.platform != "linux", reason="only Linux says in /proc whether a process is ready to run"),
     pytest.mark.timeout(120),
 ]
 SPINNING = "import os; os.sched_setaffinity(0, [{core}])\n{idle}\nprint(flush=True)\nwhile True: pass"

@@ -21,7 +21,7 @@ from trackopt.recorder.strategies import TruncatingDelivery
 from trackopt.telemetry import (
     async_scalars,
     hyperparameters,
-    reductions,  # noqa: F401 - chosen before calls fail
+    reductions,  # noqa: F401 - its import calls torch to choose kernels, which must not be a call that fails
 )
 from trackopt.telemetry.async_scalars import AsyncMetrics, DeviceToHostCopy
 from trackopt.telemetry.error_boundary import ErrorBoundary
