@@ -17,7 +17,7 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 
 import trackopt
-from tests.benchmarks.measure import Row, table
+from tests.benchmarks.measure import Row, table, without_hooks
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -118,16 +118,11 @@ def main(device: str = "cuda", size: Size = Size()) -> bool:
 
 def _added(training: Training, folder: Path) -> Row:
     """What the statistics add to a step."""
-    hooks = training.optimizer._optimizer_step_pre_hooks, training.optimizer._optimizer_step_post_hooks
     with trackopt.wrap(training.optimizer, dir=folder / "added", sinks=()) as run:
-        kept = [dict(each) for each in hooks]
         pairs = []
         for _ in range(_TIMES):
-            for each in hooks:
-                each.clear()
-            bare = training.milliseconds()
-            for each, own in zip(hooks, kept, strict=True):
-                each.update(own)
+            with without_hooks(training.optimizer):
+                bare = training.milliseconds()
             pairs.append((training.milliseconds(lambda loss: run.step(loss=loss)), bare))
     step = statistics.median(bare for _, bare in pairs)
     ratio = statistics.median(ours / bare for ours, bare in pairs)

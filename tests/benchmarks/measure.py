@@ -6,12 +6,15 @@ import os
 import statistics
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
+
+    from torch.optim import Optimizer
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,18 @@ class Row:
     def met(self) -> bool:
         """Whether the limit is kept."""
         return self.ratio <= self.limit if self.at_most else self.ratio >= self.limit
+
+
+@contextmanager
+def without_hooks(optimizer: Optimizer) -> Iterator[None]:
+    """Let an optimizer step without its hooks."""
+    hooks = optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks
+    kept = [dict(each) for each in hooks]
+    for each in hooks:
+        each.clear()
+    yield
+    for each, own in zip(hooks, kept, strict=True):
+        each.update(own)
 
 
 def process(command: Sequence[str]) -> Cost:

@@ -21,7 +21,7 @@ from torch import nn
 from torch._utils import _flatten_dense_tensors
 
 import trackopt
-from tests.benchmarks.measure import Row, table
+from tests.benchmarks.measure import Row, table, without_hooks
 from trackopt.recorder.cursor import Cursor, CursorFile
 
 if TYPE_CHECKING:
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.optim import Optimizer
     from torch.optim.lr_scheduler import LRScheduler
-    from torch.utils.hooks import RemovableHandle
 
     Log = Callable[[int, Tensor], object]
     Without = Callable[[], AbstractContextManager[None]]
@@ -183,20 +182,10 @@ def shortest_path(optimizer: Optimizer, scheduler: LRScheduler, folder: str) -> 
         line = {"step": step, "time": time.time(), "metrics": latest.pop() | {"loss": loss.item()}}
         os.write(file, orjson.dumps(line) + b"\n")
 
-    @contextmanager
-    def without() -> Iterator[None]:
-        for handle in handles:
-            handle.remove()
-        yield
-        handles[:] = register()
-
-    def register() -> list[RemovableHandle]:
-        after = optimizer.register_step_post_hook(lambda *_: latest.append(measure()))
-        return [optimizer.register_step_pre_hook(before), after]
-
     latest: list[dict[str, float]] = []
-    handles = register()
-    yield log, without
+    optimizer.register_step_pre_hook(before)
+    optimizer.register_step_post_hook(lambda *_: latest.append(measure()))
+    yield log, lambda: without_hooks(optimizer)
     os.close(file)
 
 
@@ -223,15 +212,10 @@ def ours(
         @contextmanager
         def without() -> Iterator[None]:
             """No hooks, and no recorder that would work then."""
-            hooks = optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks
-            kept = [dict(each) for each in hooks]
-            for each in hooks:
-                each.clear()
             recorder.send_signal(signal.SIGSTOP)
-            yield
+            with without_hooks(optimizer):
+                yield
             recorder.send_signal(signal.SIGCONT)
-            for each, own in zip(hooks, kept, strict=True):
-                each.update(own)
 
         yield log, without
         recorder.kill()  # what it would still deliver is not measured, and must not disturb what is

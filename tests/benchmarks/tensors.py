@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import trackopt
-from tests.benchmarks.measure import Row, table
+from tests.benchmarks.measure import Row, table, without_hooks
 from trackopt.telemetry.hooks import OptimizerObserver
 from trackopt.telemetry.options import StatsOptions
 
@@ -98,19 +98,14 @@ def _step(count: int, size: int) -> Row:
     """What a step of AdamW alone takes longer."""
     parameters, optimizer = build(count, size)
     with tempfile.TemporaryDirectory() as folder, trackopt.wrap(optimizer, dir=folder, sinks=()) as run:
-        hooks = optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks
-        kept = [dict(each) for each in hooks]
 
         def ours() -> None:
             optimizer.step()
             run.step()
 
         def bare() -> None:
-            for each in hooks:
-                each.clear()
-            optimizer.step()
-            for each, own in zip(hooks, kept, strict=True):
-                each.update(own)
+            with without_hooks(optimizer):
+                optimizer.step()
 
         def least() -> None:
             states = [[state[name] for state in optimizer.state.values()] for name in _BUFFERS]
@@ -140,15 +135,10 @@ def _series(stats: str, limit: float) -> Row:
 
     with tempfile.TemporaryDirectory() as folder:
         run = trackopt.wrap(optimizer, model=model, dir=folder, sinks=(), stats=stats)
-        hooks = optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks
-        kept = [dict(each) for each in hooks]
 
         def bare() -> None:
-            for each in hooks:
-                each.clear()
-            step()
-            for each, own in zip(hooks, kept, strict=True):
-                each.update(own)
+            with without_hooks(optimizer):
+                step()
 
         def ours() -> None:
             step()
