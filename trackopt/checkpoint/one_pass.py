@@ -6,7 +6,6 @@ What is in any way unusual is left to the slower readers, which find out and say
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import pickle
 import sys
 from typing import TYPE_CHECKING, Any
@@ -21,6 +20,7 @@ from trackopt.archive.io.positioned import read_into
 from trackopt.archive.io.zip_reader import LOCAL, MAGIC, Record, Zip
 from trackopt.archive.unpickler.limits import MalformedPickle, check_limits
 from trackopt.checkpoint import plain_unpickler, safe_unpickler
+from trackopt.checkpoint.host_memory import view_memory
 from trackopt.errors import ArchiveError
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ def _read(zipped: Zip, group: list[Record]) -> dict[str, torch.Tensor]:
     start = group[0].header
     stop = min(zipped.end, group[-1].header + _HEADER_BYTES + group[-1].size)
     block = torch.empty(stop - start, dtype=torch.uint8)
-    view = _memory(block)
+    view = view_memory(block.data_ptr(), block.numel())
     _fill(zipped, view, start)
     sources, targets = [], []
     for record in group:
@@ -132,7 +132,7 @@ def _read_large(zipped: Zip, record: Record) -> torch.Tensor:
     start = record.header + _header_size(header, record)
     _require(start + record.size <= zipped.end)
     target = torch.empty(record.size, dtype=torch.uint8)
-    view = _memory(target)
+    view = view_memory(target.data_ptr(), target.numel())
     crc = 0
     for position in range(0, record.size, _CHUNK_BYTES):
         piece = view[position : position + _CHUNK_BYTES]
@@ -140,11 +140,6 @@ def _read_large(zipped: Zip, record: Record) -> torch.Tensor:
         crc = crc32(piece, crc)
     _require(record.crc in (0, crc))
     return target
-
-
-def _memory(tensor: torch.Tensor) -> memoryview:
-    """Return the bytes of a tensor; after ``Tensor.numpy()``, torch would refuse to resize it in the training."""
-    return memoryview((ctypes.c_ubyte * tensor.numel()).from_address(tensor.data_ptr())).cast("B")
 
 
 def _fill(zipped: Zip, view: memoryview, offset: int) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import ctypes
 from dataclasses import replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from trackopt.archive.io.zip_writer import ZipEntry, constant_records, directory_size, place_entries, plan_entries
 from trackopt.archive.unpickler.weights_only import is_allowed
+from trackopt.checkpoint.host_memory import view_memory
 from trackopt.checkpoint.parts import ConstantPart, ModulePart, TensorPart, expand, find_parts
 from trackopt.checkpoint.pickler import PartsOutgrown, PickledParts, PickledTree, dump_checkpoint, dump_tree
 from trackopt.checkpoint.tensor_check import TensorCheck
@@ -162,7 +162,10 @@ class _Copies:
             if isinstance(content, bytes):
                 header += content
             elif 0 < entry.size <= _SMALL_BYTES:
-                pieces += [np.frombuffer(header, np.uint8), _array_of(content)]
+                pieces += [
+                    np.frombuffer(header, np.uint8),
+                    np.frombuffer(view_memory(content.data_ptr(), content.nbytes()), np.uint8),
+                ]
                 header = b""
             elif entry.size:
                 self._join(start, [*pieces, np.frombuffer(header, np.uint8)])
@@ -182,12 +185,6 @@ class _Copies:
     def _join(self, start: int, pieces: list[_Bytes]) -> None:
         size = sum(map(len, pieces))
         self._joins.append((pieces, np.frombuffer(self.memory, np.uint8, size, start)))
-
-
-def _array_of(storage: torch.UntypedStorage) -> _Bytes:
-    """Return the bytes of a storage; after ``Tensor.numpy()``, torch would refuse to resize it in the training."""
-    memory = (ctypes.c_ubyte * storage.nbytes()).from_address(storage.data_ptr())
-    return np.frombuffer(memoryview(memory).cast("B"), np.uint8)
 
 
 def _bytes_of(storage: torch.UntypedStorage) -> Tensor:
