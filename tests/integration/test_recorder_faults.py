@@ -425,7 +425,8 @@ def test_a_recorder_that_keeps_dying_is_left_until_the_end(tmp_path):
     assert process._has_exited()
     *_, last = process.finish(wait=True)
     assert f"to deliver the missing records, run `trackopt sync {tmp_path}`" in last
-    assert (tmp_path / "recorder.log").read_text().count("trackopt.errors.RunError:") == 7
+    # One that gets no processor at the end is replaced, so there may be two more.
+    assert 7 <= (tmp_path / "recorder.log").read_text().count("trackopt.errors.RunError:") <= 9
 
 
 def test_a_server_that_hangs_holds_up_the_end_for_a_while_and_tells(tmp_path):

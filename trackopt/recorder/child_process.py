@@ -12,9 +12,12 @@ import time
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
+from trackopt.errors import TrackoptError
 from trackopt.recorder.progress import OutstandingDelivery, progress_bar
 from trackopt.recorder.starvation import StarvationMonitor, release_memory
-from trackopt.utils.lock import lock_holder
+from trackopt.rundir.identity import read_identity
+from trackopt.utils.lock import lock_holder, try_lock
+from trackopt.utils.mlflow_uri import sqlite_file, upgrade_lock_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -181,7 +184,7 @@ class RecorderProcess:
                 yield from self._read_messages()
                 # A recorder that an earlier attempt left behind may still have the lock.
                 pid = lock_holder(self._log_path) or self._process.pid
-                if starvation is not None and starvation.is_starving(pid):
+                if starvation is not None and starvation.is_starving(pid) and not _is_upgrading(self._directory):
                     self._replace_starving()
                     starvation = None
                 if time.monotonic() > notice_at:
@@ -206,6 +209,16 @@ class RecorderProcess:
             release_memory(starving.pid)
             _close_pipes(starving)
             _reap(starving)
+
+
+def _is_upgrading(directory: Path) -> bool:
+    """Return whether MLflow may be upgrading the database of a run: a kill would leave a half of its new tables."""
+    with contextlib.suppress(OSError, TrackoptError):  # no database yet, no locks, no run
+        database = sqlite_file(read_identity(directory).mlflow.tracking_uri)
+        if database is not None:
+            with upgrade_lock_file(database).open("rb") as file:
+                return not try_lock(file.fileno())
+    return False
 
 
 def _close_pipes(process: subprocess.Popen[bytes]) -> None:

@@ -27,7 +27,7 @@ from trackopt.archive.io.file import File
 from trackopt.archive.io.sparse_file import SparseFile, open_temporary
 from trackopt.errors import ArchiveError
 from trackopt.remote.uri import SCHEME, parse, to_text
-from trackopt.utils.mlflow_uri import redact_credentials, tracking_uri
+from trackopt.utils.mlflow_uri import redact_credentials, sqlite_file, tracking_uri
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -221,7 +221,7 @@ def download(uri: str, server: str) -> Path:  # noqa: ARG001 - the same URI on a
 @cache
 def _open_store(uri: str, run_id: str) -> ArtifactRepository:
     """Return the store of a run's artifacts."""
-    if (database := uri.removeprefix("sqlite:///")) != uri and not Path(database).exists():
+    if (database := sqlite_file(uri)) is not None and not database.exists():
         raise ArchiveError(
             f"{SCHEME}{run_id}: there is no MLflow store here; set MLFLOW_TRACKING_URI to the server's address"
         )

@@ -61,6 +61,22 @@ def default_tracking(experiment: str | None) -> MLflowTarget:
     return MLflowTarget(tracking_uri(), experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME") or "Default")
 
 
+def sqlite_file(uri: str) -> Path | None:
+    """Return the file of an SQLite store; ``None`` for another store, and for one without a file.
+
+    Example:
+        >>> sqlite_file("sqlite:///mlruns/mlflow.db?timeout=60").name
+        'mlflow.db'
+    """
+    name, _, _ = uri.removeprefix("sqlite:///").partition("?")
+    return None if name in (uri, "", ":memory:") or name.startswith("file:") else Path(name)
+
+
+def upgrade_lock_file(database: Path) -> Path:
+    """Return the file that a recorder locks while MLflow may upgrade a database; it names MLflow's last version."""
+    return database.with_name(f"{database.name}.lock")
+
+
 def redact_credentials(text: str) -> str:
     """Remove user and password from the URLs in a text; a password may contain an ``@``.
 

@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
 import getpass
 import posixpath
 import re
 from dataclasses import replace
 from itertools import islice
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
-from mlflow.version import VERSION
 
 from trackopt.recorder.sinks.base import Sink
 from trackopt.recorder.sinks.mlflow_description import run_description
+from trackopt.recorder.sinks.mlflow_store import open_client
 from trackopt.rundir.directory import CHECKPOINTS
 from trackopt.rundir.identity import read_identity, update_identity
-from trackopt.utils.lock import lock
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
+    from pathlib import Path
 
     from trackopt.journal import Line
     from trackopt.rundir.identity import RunIdentity
@@ -48,9 +45,8 @@ class MLflowSink(Sink):
         identity = read_identity(directory)
         target = identity.mlflow
         self._trackopt_id: str = identity.id
-        with _lock_store(target.tracking_uri):
-            self._client = MlflowClient(tracking_uri=target.tracking_uri)
-            self._run_id = target.run_id or self._find_run(identity) or self._create_run(directory, identity)
+        self._client = open_client(target.tracking_uri)
+        self._run_id = target.run_id or self._find_run(identity) or self._create_run(directory, identity)
         self._directory = directory
         if target.run_id is None:
             self._save_run_id()
@@ -127,29 +123,6 @@ class MLflowSink(Sink):
 
     def _search_runs(self, experiment_id: str) -> list[Run]:
         return list(self._client.search_runs([experiment_id], f"tags.`trackopt.run_id` = '{self._trackopt_id}'"))
-
-
-@contextlib.contextmanager
-def _lock_store(tracking_uri: str) -> Iterator[None]:
-    """Let one process at a time create an SQLite store: of two, one would crash.
-
-    The lock file then names this version of MLflow. Where it does, nobody waits: the process that holds the lock may be
-    a recorder that gets no processor.
-    """
-    if not tracking_uri.startswith("sqlite:///"):
-        yield
-        return
-    database = Path(tracking_uri.removeprefix("sqlite:///"))
-    lock_path = database.with_name(f"{database.name}.lock")
-    if database.exists() and lock_path.exists() and lock_path.read_text(encoding="utf-8") == VERSION:
-        yield
-        return
-    database.parent.mkdir(parents=True, exist_ok=True)
-    with lock_path.open("a", encoding="utf-8") as lock_file:
-        lock(lock_file.fileno())
-        lock_file.truncate(0)
-        yield
-        lock_file.write(VERSION)
 
 
 def _to_mlflow_key(key: str) -> str:
