@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import os
 import re
-import shutil
 import sys
-import tempfile
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +23,7 @@ from requests import RequestException
 from trackopt.archive.io.file import File
 from trackopt.archive.io.sparse_file import SparseFile, open_temporary
 from trackopt.errors import ArchiveError
+from trackopt.remote.temporary import temporary_folder
 from trackopt.remote.uri import SCHEME, parse, to_text
 from trackopt.utils.mlflow_uri import redact_credentials, sqlite_file, tracking_uri
 
@@ -99,7 +97,7 @@ class RemoteArtifact:
         if located != self.uri:
             return located
         with self._translate_errors():
-            path = _temporary_folder() / self._run_id / self._path
+            path = temporary_folder() / self._run_id / self._path
             path.parent.mkdir(parents=True, exist_ok=True)
             os.close(self._download(self._get(), os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)))
             return path
@@ -125,7 +123,7 @@ class RemoteArtifact:
 
     def _copy(self) -> Path:
         """Download all of it with MLflow's client of the store."""
-        folder = _temporary_folder() / self._run_id
+        folder = temporary_folder() / self._run_id
         folder.mkdir(exist_ok=True)
         return Path(self._store.download_artifacts(self._path, str(folder)))
 
@@ -227,14 +225,6 @@ def _open_store(uri: str, run_id: str) -> ArtifactRepository:
         )
     artifacts = MlflowClient(tracking_uri=uri).get_run(run_id).info.artifact_uri
     return get_artifact_repository(artifacts, tracking_uri=uri)
-
-
-@cache
-def _temporary_folder() -> Path:
-    """Return a folder that exists as long as this process."""
-    folder = tempfile.mkdtemp(prefix="trackopt-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return Path(folder)
 
 
 @contextlib.contextmanager

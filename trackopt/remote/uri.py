@@ -1,11 +1,12 @@
-"""URIs of artifacts of MLflow runs: ``runs:/<run id>/<path>``."""
+"""URIs of artifacts of MLflow runs, ``runs:/<run id>/<path>``, and addresses, ``s3://bucket/model.pt``."""
 
 from __future__ import annotations
 
 import re
+import sys
 from dataclasses import dataclass
-from pathlib import PurePath
-from typing import TYPE_CHECKING
+from pathlib import Path, PurePath
+from typing import TYPE_CHECKING, Any
 
 from trackopt.errors import ArchiveError
 
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
     import os
 
 SCHEME = "runs:/"
+_ADDRESS = re.compile(r"(?i)[a-z][a-z0-9+.-]+://")
+_SECRETS = re.compile(r"(?<=//)[^/\s]*@|(?<=\w)\?[^\s'\")]*")
 _RUN = re.compile(r"([\w-]+)(?:@(\d{1,18}))?")
 
 
@@ -31,14 +34,51 @@ class ArtifactUri:
     step: int | None
 
 
-def is_remote(path: str | os.PathLike[str]) -> bool:
-    """Return whether a path is the URI of an artifact of an MLflow run.
+class AddressPath(Path):
+    """The path that stands for an address: as text it lacks the credentials that may be in ``address``."""
+
+    if sys.version_info < (3, 12):  # where a class without this attribute cannot be made
+        _flavour = type(Path())._flavour  # type: ignore[attr-defined]
+    address = ""
+
+    @classmethod
+    def make(cls, address: str) -> AddressPath:
+        """Return the path of an address."""
+        path = cls(redact(address))
+        path.address = address
+        return path
+
+    def __str__(self) -> str:
+        return redact(self.address)
+
+    def is_dir(self, **_: Any) -> bool:
+        """Return False: a folder is not opened."""
+        return False
+
+
+def is_artifact(path: str | os.PathLike[str]) -> bool:
+    """Return whether a path is the URI of an artifact of an MLflow run."""
+    return to_text(path).startswith(SCHEME)
+
+
+def is_address(location: str | os.PathLike[str]) -> bool:
+    """Return whether a location is an address with a protocol.
 
     Example:
-        >>> is_remote("runs:/5a3c/checkpoints/step-00000100.pt"), is_remote("runs/digits")
-        (True, False)
+        >>> [is_address(location) for location in ("s3://bucket/model.pt", "C:/model.pt", "runs/digits")]
+        [True, False, False]
     """
-    return to_text(path).startswith(SCHEME)
+    return isinstance(location, AddressPath) or (isinstance(location, str) and bool(_ADDRESS.match(location)))
+
+
+def redact(text: str) -> str:
+    """Remove what may be credentials from the addresses in a text: users, and the queries of signed addresses.
+
+    Example:
+        >>> redact("GET https://me:secret@host/model.pt?signature=0f3a failed")
+        'GET https://host/model.pt failed'
+    """
+    return _SECRETS.sub("", text)
 
 
 def to_text(uri: str | os.PathLike[str]) -> str:
