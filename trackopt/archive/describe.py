@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from trackopt.archive.tree import Global, Storage, Tensor, TensorSubclass, UnknownObject
+from trackopt.archive.tree import Global, Storage, Tensor, TensorSubclass, UnknownObject, config_content
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -33,7 +33,8 @@ def describe(value: Any, depth: int = 2) -> str:
     if isinstance(value, str):
         return value if len(value) <= 60 else f"{value[:57]}…"
     if isinstance(value, UnknownObject):
-        return f"<{value.name}>"
+        content = config_content(value)
+        return f"<{value.name}>" if content is None else describe(content, depth)
     if isinstance(value, dict):
         items = (f"{describe(k, 0)}: {describe(v, depth - 1)}" for k, v in value.items())
         return _join("{}", len(value), items, depth)

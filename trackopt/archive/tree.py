@@ -219,21 +219,50 @@ class UnknownObject:
 
 
 Path = tuple[str, ...]
-_MODULE_KEYS = ("_parameters", "_buffers", "_modules")
+#: Where an ``nn.Module`` keeps its parameters, its buffers and the modules in it, in the order of its state dict.
+MODULE_KEYS = ("_parameters", "_buffers", "_modules")
+
+
+def key_name(key: object) -> str:
+    """Return the part of a path for a dictionary's key; an optimizer's state may have tensors as keys."""
+    if isinstance(key, Tensor):
+        return f"<tensor {key.storage.key}{f'+{key.offset}' if key.offset else ''}>"
+    return key if isinstance(key, str) else repr(key)
 
 
 def children(node: object) -> Iterator[tuple[str, Any]]:
     """Yield the named children of a node, in order; nothing for a leaf."""
     if isinstance(node, dict):
         for key, value in node.items():
-            yield key if isinstance(key, str) else repr(key), value
+            yield key_name(key), value
     elif isinstance(node, list | tuple):
         for index, value in enumerate(node):
             yield str(index), value
     elif isinstance(node, TensorSubclass):
         yield from node.components.items()
     elif isinstance(node, UnknownObject):
-        yield from _attributes(node)
+        content = config_content(node)
+        yield from _attributes(node) if content is None else children(content)
+
+
+def config_content(node: object) -> Any:
+    """Return the settings in a container of OmegaConf or argparse; None for another node."""
+    if not isinstance(node, UnknownObject) or not isinstance(node.state, dict):
+        return None
+    if node.name == "argparse.Namespace":
+        return node.state
+    if not node.name.startswith("omegaconf."):
+        return None
+    content = node.state.get("_content")
+    if isinstance(content, dict):
+        return {key: _config_value(value) for key, value in content.items()}
+    return [_config_value(value) for value in content] if isinstance(content, list) else None
+
+
+def _config_value(node: Any) -> Any:
+    """Return the value of one of OmegaConf's value nodes."""
+    is_value = isinstance(node, UnknownObject) and node.name.startswith("omegaconf.nodes.")
+    return node.state["_val"] if is_value and isinstance(node.state, dict) and "_val" in node.state else node
 
 
 def _attributes(node: UnknownObject) -> Iterator[tuple[str, Any]]:
@@ -242,14 +271,14 @@ def _attributes(node: UnknownObject) -> Iterator[tuple[str, Any]]:
     if not isinstance(state, dict) or node.args or node.items or node.entries:
         yield from node.components()
         return
-    registries = [state[key] for key in _MODULE_KEYS if isinstance(state.get(key), dict)]
-    if len(registries) < len(_MODULE_KEYS):
+    registries = [state[key] for key in MODULE_KEYS if isinstance(state.get(key), dict)]
+    if len(registries) < len(MODULE_KEYS):
         yield from children(state)
         return
     for registry in registries:
         yield from children(registry)
     for key, value in state.items():
-        if key not in _MODULE_KEYS and value not in (None, {}, []):
+        if key not in MODULE_KEYS and value not in (None, {}, []):
             yield str(key), value
 
 
@@ -290,7 +319,7 @@ def _inner_nodes(node: object) -> list[tuple[str, Any]]:
     """Return the children of a node that are or may hold tensors; only their names are built."""
     if isinstance(node, dict):
         items = [(key, value) for key, value in node.items() if isinstance(value, _INNER)]
-        return [(key if isinstance(key, str) else repr(key), value) for key, value in items]
+        return [(key_name(key), value) for key, value in items]
     if isinstance(node, list | tuple):
         return [(str(index), value) for index, value in enumerate(node) if isinstance(value, _INNER)]
     return [(name, value) for name, value in children(node) if isinstance(value, _INNER)]

@@ -548,7 +548,7 @@ def test_constants_that_cannot_be_read_are_told_and_the_rest_is_read(tmp_path: P
         records = {name.partition("/")[2]: file.read(name) for name in file.namelist()}
     zipped(records.pop("data.pkl"), tmp_path / "t.pt", records={**records, "constants.pkl": b"nonsense"})
     with trackopt.open(tmp_path / "t.pt") as archive:
-        assert "constants in its code are not read" in archive.problems[0]
+        assert "the constants in it are not read" in archive.problems[0]
         assert "fc.weight" in dict(archive.tensors())
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from trackopt.archive.formats import torchscript
 from trackopt.archive.formats.members import prefix_storage_keys
 from trackopt.archive.formats.zip_source import ZipSource, unpickle_record
 from trackopt.archive.io.source import Contents
@@ -28,10 +29,11 @@ def load(source: ZipSource) -> Contents:
         return Contents("torch zip", pickled.tree, source, pickled.globals, problems)
     tree = pickled.tree
     try:
+        tree = torchscript.as_modules(tree, torchscript.read_declarations(zipped))
         tree = _add_constants(tree, unpickle_record(zipped, constants).tree, ZipSource(zipped, "constants"))
     except ArchiveError as error:
         reason = str(error).removeprefix(f"{zipped.path}: ")
-        problems.append(f"the constants in its code are not read: {reason}")
+        problems.append(f"its code or the constants in it are not read: {reason}")
     return Contents("TorchScript", tree, source, pickled.globals, problems)
 
 

@@ -67,6 +67,11 @@ class ZipSource:
         """Read the bytes ``start`` to ``stop`` of a storage."""
         return self.zipped.read(self.record(storage), start, stop)
 
+    def storage_records(self) -> dict[str, Record]:
+        """Return the records of storages by their keys."""
+        prefix = f"{self._root}{self._folder}/"
+        return {name[len(prefix) :]: record for name, record in self.zipped.records.items() if name.startswith(prefix)}
+
     def verify_checksums(self, storages: Collection[Storage] | None = None) -> Iterator[str]:
         """Compare the CRC-32 of all records, or of the given storages and all other records, with the directory."""
         from trackopt.archive.io.checksums import find_damaged
