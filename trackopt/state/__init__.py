@@ -7,15 +7,16 @@ checkpoints by their format, in other files by the usual keys and by shape. Ever
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from trackopt.archive.tree import Path, Tensor, children
 from trackopt.errors import ArchiveError
 from trackopt.state.frameworks import find_counters, recognize
-from trackopt.state.layout import Entry, make_label, top_level_entries
-from trackopt.state.models import Model, find_models, is_state_dict
+from trackopt.state.layout import Entry, distinct_names, make_label, top_level_entries, unflatten
+from trackopt.state.models import Model, find_models, is_module, is_state_dict
 from trackopt.state.optimizers import Buffer, Group, Optimizer, Parameter, is_optimizer, read_optimizer
+from trackopt.state.pickled import attributes
 from trackopt.state.rng import is_rng_key, list_engine_generators, list_generators
 from trackopt.state.schedulers import Scheduler, is_scheduler, read_scheduler
 
@@ -67,8 +68,8 @@ class TrainingState:
 
     @property
     def weights(self) -> tuple[Model, ...]:
-        """The models without averages, unless there are only averages."""
-        return tuple(model for model in self.models if not model.averaged) or self.models
+        """The models that were trained, unless there are only averages."""
+        return tuple(model for model in self.models if model.trained) or self.models
 
     @property
     def is_trackopt(self) -> bool:
@@ -94,7 +95,9 @@ def read(archive: Archive) -> TrainingState:
         >>> state.epoch, state.optimizers[0].cls, state.models[0].parameters
         (3, 'SGD', 3)
     """
-    tree = archive.tree
+    tree = unflatten(archive.tree)
+    if attributes(tree) is not None and not is_module(tree):
+        tree = dict(children(tree))  # a trainer that was pickled with all that it has
     if isinstance(tree, dict) and len(tree) > _MAX_TOP_LEVEL_KEYS:
         return TrainingState(extras=(("the file", tree),))
     if is_state_dict(tree) or not isinstance(tree, dict):
@@ -125,7 +128,7 @@ class _Reader:
         self._used: set[Path] = {(META,)} if meta is not None else set()
 
     def read_state(self) -> TrainingState:
-        models = tuple(self._find_models())
+        models = _with_distinct_names(list(self._find_models()))
         classes = self._declared_classes()
         optimizers = tuple(
             read_optimizer(self._archive, name, path, node, (models, classes))
@@ -186,7 +189,8 @@ class _Reader:
             elif word not in key.lower() or node:
                 continue
             self._used.add(path)  # of this kind, or an empty state under its key
-        return found
+        names = distinct_names([(label, path) for label, path, _ in found])
+        return [(label, path, node) for label, (_, path, node) in zip(names, found, strict=True)]
 
     def _find_generators(self) -> Iterator[str]:
         for key, path, node in self._entries:
@@ -226,6 +230,11 @@ class _Reader:
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             return None
         return value
+
+
+def _with_distinct_names(models: list[Model]) -> tuple[Model, ...]:
+    names = distinct_names([(model.name, model.path) for model in models])
+    return tuple(replace(model, name=name) for model, name in zip(models, names, strict=True))
 
 
 def _is_scaler(node: Any) -> bool:

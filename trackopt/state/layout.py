@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from trackopt.archive.tree import Path, Tensor
+from trackopt.archive.tree import Path, Tensor, children
 from trackopt.state.models import find_models
 from trackopt.state.optimizers import is_optimizer
+from trackopt.state.pickled import as_state_dict, attributes
 from trackopt.state.schedulers import is_scheduler
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 Entry = tuple[str, Path, Any]
 _Group = dict[str, Any]
@@ -27,6 +29,25 @@ def top_level_entries(tree: dict[str, Any]) -> list[Entry]:
     return entries
 
 
+def distinct_names(parts: Sequence[tuple[str, Path]]) -> list[str]:
+    """Return a name for each part of a kind; where several have one, it stays with the only one nearest to the top.
+
+    Args:
+        parts: The name and the path of each.
+
+    Example:
+        >>> distinct_names([("model", ("state_dict",)), ("model", ("hyper_parameters", "net"))])
+        ['model', 'hyper_parameters.net']
+    """
+    at_depth = Counter((name, len(path)) for name, path in parts)
+    least: dict[str, int] = {}
+    for name, depth in at_depth:
+        least[name] = min(depth, least.get(name, depth))
+    return [
+        name if len(path) == least[name] and at_depth[name, len(path)] == 1 else ".".join(path) for name, path in parts
+    ]
+
+
 def make_label(key: str, default: str) -> str:
     """Return the part of a key that distinguishes entries of one kind, as ``"G"`` of ``"optimizer_G_state_dict"``.
 
@@ -40,22 +61,27 @@ def make_label(key: str, default: str) -> str:
 
 
 def _nested_entries(key: str, node: Any) -> Iterator[Entry]:
-    """Yield the parts of a dictionary that only contains an optimizer or a model."""
-    if not isinstance(node, dict) or is_optimizer(node) or is_scheduler(node) or find_models(key, (key,), node):
+    """Yield the parts of a dictionary, or of an object, that only contains an optimizer or a model."""
+    is_wrapper = attributes(node) is not None and as_state_dict(node) is node
+    if not (is_wrapper or isinstance(node, dict)):
         return
-    parts = [(str(name), unflatten(part)) for name, part in node.items()]
-    has_known = any(is_optimizer(part) or find_models(name, (name,), part) for name, part in parts)
-    if has_known and not all(is_optimizer(part) for _, part in parts):
+    if is_optimizer(node) or is_scheduler(node) or find_models(key, (key,), node):
+        return
+    parts = [(str(name), unflatten(part)) for name, part in (children(node) if is_wrapper else node.items())]
+    known = [name for name, part in parts if is_optimizer(part) or find_models(name, (name,), part)]
+    if known and not all(is_optimizer(part) for _, part in parts):
         for name, part in parts:
-            yield name if name not in ("", key) else key, (key, name), part
+            is_the_content = is_wrapper and known == [name]  # as the weights of a pickled EMA
+            yield key if is_the_content or name in ("", key) else name, (key, name), part
 
 
 def unflatten(node: Any) -> Any:
-    """Return an optimizer's state dict from its flattened form, with keys as ``state.WEIGHT.exp_avg``.
+    """Return an optimizer's state dict from a pickled one, or from the form with keys as ``state.WEIGHT.exp_avg``.
 
     In that form each parameter has hyperparameters of its own; neighbours with the same ones make a group. An
-    empty ``state`` may be missing. Other nodes are returned as they are.
+    empty ``state`` may be missing. A pickled scheduler becomes its state dict; other nodes are returned as they are.
     """
+    node = as_state_dict(node)
     if isinstance(node, dict) and "state" not in node and is_optimizer({"state": {}, **node}):
         return {"state": {}, **node}
     if not isinstance(node, dict) or not node or not all(

@@ -73,16 +73,23 @@ def match_names(groups: Any, state: Any, models: tuple[Model, ...], saved_names:
             found, how = _match_by_kind(groups, state, candidates)
         if found:
             return found, how
-    for candidates in candidate_sets:
-        found = _match_by_shape(ids, state, candidates)
-        if found:
-            return found, f"shapes that only one has, {len(found)} of {len(ids)}"
+    found, how = _match_with_integers(groups, state, models)
+    return (found, how) if found else _match_by_shape(ids, state, candidate_sets)
+
+
+def _match_with_integers(groups: Any, state: Any, models: tuple[Model, ...]) -> tuple[Names, str]:
+    """Match if parameters of integers, as of a quantized training, make up the number that the optimizer has."""
+    count = sum(len(group["params"]) for group in groups)
+    for model in models:
+        candidates = unique_names(model.without_statistics)
+        if len(candidates) == count and (matched := _match_by_order(groups, state, candidates))[0]:
+            return matched
     return {}, ""
 
 
 def _candidate_sets(models: tuple[Model, ...]) -> list[dict[str, Tensor]]:
     """Return what an optimizer may have been given: one model's parameters, or those of all."""
-    sets = [unique_names(model.trainable) for model in sorted(models, key=lambda model: model.averaged)]
+    sets = [unique_names(model.trainable) for model in sorted(models, key=lambda model: not model.trained)]
     union = {name: tensor for candidates in sets for name, tensor in candidates.items()}
     return [*sets, union] if len(sets) > 1 else sets
 
@@ -123,16 +130,22 @@ def _find_shapes(ids: Iterable[Any], state: Any) -> dict[Any, _Shape]:
     return {key: buffer.shape for key, buffer in buffers.items() if buffer is not None}
 
 
-def _match_by_shape(ids: list[Any], state: Any, candidates: dict[str, Tensor]) -> Names:
+def _match_by_shape(ids: list[Any], state: Any, candidate_sets: list[dict[str, Tensor]]) -> tuple[Names, str]:
     """Match the parameters whose shape no other parameter has."""
     shapes = _find_shapes(ids, state)
     count = Counter(shapes[key] for key in ids if key in shapes)
-    names: dict[_Shape, list[str]] = {}
-    for name, tensor in candidates.items():
-        names.setdefault(tensor.shape, []).append(name)
-    return {
-        key: names[shape][0] for key, shape in shapes.items() if count[shape] == 1 and len(names.get(shape, ())) == 1
-    }
+    for candidates in candidate_sets:
+        names: dict[_Shape, list[str]] = {}
+        for name, tensor in candidates.items():
+            names.setdefault(tensor.shape, []).append(name)
+        found = {
+            key: names[shape][0]
+            for key, shape in shapes.items()
+            if count[shape] == 1 and len(names.get(shape, ())) == 1
+        }
+        if found:
+            return found, f"shapes that only one has, {len(found)} of {len(ids)}"
+    return {}, ""
 
 
 def _match_by_order(groups: Any, state: Any, candidates: dict[str, Tensor]) -> tuple[Names, str]:

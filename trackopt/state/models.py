@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 _BUFFER_SUFFIXES = ("running_mean", "running_var", "num_batches_tracked")
 _AVERAGE = re.compile(r"(?i)(?<![a-z])(ema|swa|averaged?|avg)(?![a-z])")
 _AVERAGED_COUNT_KEY = "n_averaged"  # in the state dict of torch's AveragedModel
+_ARGUMENTS_PATH = ("hyper_parameters",)
 #: Name parts of entries that are not tensors: extra state, packed weights of quantized layers.
 _NON_TENSOR_PARTS = frozenset({"_extra_state", "_packed_params", "_all_weight_values"})
-_MODULE_KEYS = frozenset({"_parameters", "_buffers", "_modules"})
 _USUAL_KEYS = ("model", "model_state_dict", "state_dict", "net", "model_state", "network")
 _FLOATING = ("float", "bfloat", "complex")
 _QUANTIZED = ("qint", "quint")
@@ -43,17 +43,28 @@ class Model:
     def trainable(self) -> dict[str, Tensor]:
         """The parameters of a pickled module; in other formats floating tensors that are not running statistics."""
         parameters = {name: tensor for name, tensor in self.tensors.items() if tensor.is_parameter}
-        return parameters or {
-            name: tensor
-            for name, tensor in self.tensors.items()
-            if tensor.dtype.startswith(_FLOATING) and not name.endswith(_BUFFER_SUFFIXES)
-        }
+        floating = self.without_statistics.items()
+        return parameters or {name: tensor for name, tensor in floating if tensor.dtype.startswith(_FLOATING)}
+
+    @property
+    def without_statistics(self) -> dict[str, Tensor]:
+        """The tensors that are not running statistics of a module."""
+        return {name: tensor for name, tensor in self.tensors.items() if not name.endswith(_BUFFER_SUFFIXES)}
 
     @property
     def parameters(self) -> int:
         """Elements of its parameters, quantized ones too; tied parameters count once."""
-        quantized = [tensor for tensor in self.tensors.values() if tensor.dtype.startswith(_QUANTIZED)]
-        return sum(tensor.elements for tensor in unique_tensors([*self.trainable.values(), *quantized]))
+        return sum(tensor.elements for tensor in unique_tensors(self.optimized.values()))
+
+    @property
+    def optimized(self) -> dict[str, Tensor]:
+        """What training has changed, quantized or not: its tensors without buffers."""
+        trainable = self.trainable
+        return {
+            name: tensor
+            for name, tensor in self.tensors.items()
+            if name in trainable or tensor.dtype.startswith(_QUANTIZED)
+        }
 
     @property
     def nbytes(self) -> int:
@@ -64,6 +75,11 @@ class Model:
     def averaged(self) -> bool:
         """True if it is a running average of the trained weights, by its name or its count."""
         return _AVERAGED_COUNT_KEY in self.tensors or bool(_AVERAGE.search(self.name))
+
+    @property
+    def trained(self) -> bool:
+        """False for an average, and for a module that Lightning saved as an argument of the constructor."""
+        return not self.averaged and self.path[:1] != _ARGUMENTS_PATH
 
     @property
     def prefix(self) -> str:
@@ -105,7 +121,7 @@ def is_state_dict(node: Any) -> bool:
 
 def is_module(node: Any) -> bool:
     """Return True if a node is a pickled module."""
-    return isinstance(node, UnknownObject) and isinstance(node.state, dict) and set(node.state) >= _MODULE_KEYS
+    return isinstance(node, UnknownObject) and isinstance(node.state, dict) and set(node.state) >= set(tree.MODULE_KEYS)
 
 
 def find_models(key: str, path: Path, node: Any) -> tuple[Model, ...]:

@@ -10,6 +10,7 @@ from trackopt.archive.tree import Path, Tensor, tensors
 from trackopt.errors import ArchiveError
 from trackopt.state.inference import InferredClass, infer_class
 from trackopt.state.matching import find_same_shape_buffer, flatten_groups, match_names
+from trackopt.state.pickled import PickledState
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -134,9 +135,12 @@ def read_optimizer(
     """
     models, meta = context
     groups, state = node["param_groups"], _restore_ids(node["state"], node["param_groups"])
-    known, matching = match_names(groups, state, models, _saved_entry(meta, "param_names", name))
+    known, matching = _names_by_memory(node, models)
+    if not known:
+        known, matching = match_names(groups, state, models, _saved_entry(meta, "param_names", name))
     names = {key: known.get(key, str(key)) for group in groups for key in group["params"]}
-    inferred = _find_class(groups, state, _saved_entry(meta, "optimizer_class", name))
+    saved_class = node.cls if isinstance(node, PickledState) else _saved_entry(meta, "optimizer_class", name)
+    inferred = _find_class(groups, state, saved_class)
     shapes = _find_shapes(groups, state, names, models, _saved_entry(meta, "param_shapes", name))
     parts = tuple(_read_group(archive, i, group, names, shapes) for i, group in enumerate(groups))
     parameters = tuple(
@@ -159,6 +163,18 @@ def read_optimizer(
         stateful=tuple(names[key] for key, entry in state.items() if key in names and entry),
         unmatched=tuple(str(key) for key in state if key not in known),
     )
+
+
+def _names_by_memory(node: Any, models: tuple[Model, ...]) -> tuple[dict[Any, str], str]:
+    """Return the names of a pickled optimizer's parameters, which share their memory with a model's, by id."""
+    parameters = node.parameters if isinstance(node, PickledState) else ()
+    names: dict[Any, str] = {}
+    for model in models:
+        for name, tensor in model.tensors.items():
+            names.setdefault((tensor.storage.key, tensor.offset, tensor.shape), name)
+    found = [names.get((tensor.storage.key, tensor.offset, tensor.shape)) for tensor in parameters]
+    known = {key: name for key, name in enumerate(found) if name is not None}
+    return (known, "saved with the model") if len(known) == len(parameters) else ({}, "")
 
 
 def _find_class(groups: Any, state: Any, saved_class: Any) -> InferredClass:

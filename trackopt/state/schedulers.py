@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from trackopt.state.pickled import PickledState
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -86,6 +88,8 @@ def read_scheduler(
     """
     classes = meta.get("scheduler_class") if meta else None
     saved_class = classes.get(name) if isinstance(classes, dict) else None
+    if isinstance(node, PickledState):
+        saved_class = node.cls
     cls, evidence, unknown = _infer_class(node)
     if isinstance(saved_class, str):
         cls, evidence = saved_class.rpartition(".")[2], "saved with it"

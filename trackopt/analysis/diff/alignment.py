@@ -136,14 +136,20 @@ def _path_notes(
 
 
 def _match_pairs(a_parts: Sequence[_Part], b_parts: Sequence[_Part]) -> tuple[tuple[_Part, _Part], ...]:
-    """Pair parts of the same name; if one is left on each side, pair these two."""
-    b_by_name = {part.name: part for part in b_parts}
-    pairs = [(part, b_by_name[part.name]) for part in a_parts if part.name in b_by_name]
-    matched = {part.name for part, _ in pairs}
-    a_left, b_left = ([part for part in parts if part.name not in matched] for parts in (a_parts, b_parts))
+    """Pair parts at the same path, then those of the same name; if one is left on each side, pair these two."""
+    pairs: dict[Path, tuple[_Part, _Part]] = {}
+    a_left, b_left = list(a_parts), list(b_parts)
+    for key in ("path", "name"):
+        b_by_key = {getattr(part, key): part for part in b_left}
+        for part in a_left:
+            if getattr(part, key) in b_by_key:
+                pairs[part.path] = (part, b_by_key.pop(getattr(part, key)))
+        paired = {b_part.path for _, b_part in pairs.values()}
+        a_left = [part for part in a_left if part.path not in pairs]
+        b_left = [part for part in b_left if part.path not in paired]
     if len(a_left) == len(b_left) == 1:
-        pairs.append((a_left[0], b_left[0]))
-    return tuple(pairs)
+        pairs[a_left[0].path] = (a_left[0], b_left[0])
+    return tuple(pairs[part.path] for part in a_parts if part.path in pairs)
 
 
 def _counter_paths(tree: Any) -> Iterable[tuple[str, Path]]:

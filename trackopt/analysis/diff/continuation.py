@@ -41,7 +41,7 @@ _CYCLIC_SCHEDULERS = frozenset({"OneCycleLR", "CyclicLR"})
 _CYCLED_HYPERPARAMETERS = frozenset({"momentum", "betas", "base_momentum", "max_momentum"})
 #: They change how a step is computed: additions in another order.
 _IMPLEMENTATION_SWITCHES = frozenset({"foreach", "fused", "capturable", "differentiable"})
-_CERTAIN_MATCHES = ("saved with it", "saved in its groups", "its keys")
+_CERTAIN_MATCHES = ("saved with it", "saved with the model", "saved in its groups", "its keys")
 
 
 @dataclass(frozen=True)

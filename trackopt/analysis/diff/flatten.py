@@ -14,6 +14,7 @@ from trackopt.errors import ArchiveError
 from trackopt.state import META
 from trackopt.state.layout import unflatten
 from trackopt.state.matching import flatten_groups
+from trackopt.state.optimizers import is_optimizer
 from trackopt.state.rng import is_rng_key, list_generators
 
 if TYPE_CHECKING:
@@ -37,8 +38,8 @@ class Role:
     """The role of a tensor in training.
 
     Attributes:
-        kind: ``"weight"``, ``"average"`` (a weight of an averaged model), ``"statistic"`` (of a model, and not
-            trained), ``"buffer"``, ``"counter"`` (of an optimizer) or ``"rng"``.
+        kind: ``"weight"``, ``"average"`` (a weight of a model that is not trained), ``"statistic"`` (of a model, and
+            not trained), ``"buffer"``, ``"counter"`` (of an optimizer) or ``"rng"``.
         owner: The model, the optimizer or the generator.
         parameter: Name of the parameter that it is, or that it is kept for.
         buffer: As ``"exp_avg"`` or ``"step"``.
@@ -105,8 +106,8 @@ class _Flattener:
 
     def iter_leaves(self, node: Any, path: Path) -> Iterator[Leaf]:
         """Yield the leaves at and below a node."""
-        if path in self._optimizers and isinstance(node, dict):
-            yield from self._optimizer_leaves(unflatten(node), self._optimizers[path])
+        if path in self._optimizers and is_optimizer(form := unflatten(node)):
+            yield from self._optimizer_leaves(form, self._optimizers[path])
         elif path in self._models:
             yield from self._model_leaves(node, self._models[path])
         elif path in self._per_parameter and (named := _name_values(node, self._per_parameter[path])) is not None:
@@ -117,7 +118,7 @@ class _Flattener:
         elif path in self._slots or _is_leaf(node):
             key = self._slots[path].key if path in self._slots else ("", *path)
             part = ".".join(path) if path in self._slots else ".".join(path[:1])
-            for below, value in walk_leaves(node):
+            for below, value in walk_leaves(unflatten(node) if path in self._slots else node):
                 full_path = (*path, *below)
                 yield Leaf((*key, *below), ".".join(full_path), part, value, self._rng_role(full_path))
         else:
@@ -138,7 +139,7 @@ class _Flattener:
 
     def _model_leaves(self, node: Any, model: Model) -> Iterator[Leaf]:
         slot = self._slots.get(model.path)
-        kind = "average" if model.averaged and not self._has_sole_model else "weight"
+        kind = "weight" if model.trained or self._has_sole_model else "average"
         trainable = model.trainable
         for below, value in walk_leaves(node):
             name, full_path = ".".join(below), (*model.path, *below)
