@@ -18,6 +18,7 @@ from tests.helpers import other_system  # before trackopt
 from tests.helpers.processes import stop_server
 from tests.helpers.training import make_training
 from trackopt import cli
+from trackopt.cli import console
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background; scripts inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -122,6 +123,7 @@ def run_cli(capsys, monkeypatch):
     def run_cli(*arguments, columns=80):
         if columns is not None:
             monkeypatch.setenv("COLUMNS", str(columns))
+            monkeypatch.setattr(console, "_UNLIMITED_WIDTH", columns)
         cli.group.main([*map(str, arguments)], prog_name="trackopt", standalone_mode=False)
         return capsys.readouterr()
 

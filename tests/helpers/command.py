@@ -10,13 +10,17 @@ from pathlib import Path
 from unittest import mock
 
 from trackopt import cli
+from trackopt.cli import console
 
 ESCAPE = "\x1b"
 _NOT_INHERITED = ("COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR")
 
 
 def trackopt(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run ``trackopt …``; what it wrote to standard output and error, which are files, and its exit code."""
+    """Run ``trackopt …``; what it wrote to standard output and error, which are files, and its exit code.
+
+    With ``COLUMNS`` it wraps lines as on a terminal of that width; into a pipe it does not.
+    """
     variables = {key: value for key, value in os.environ.items() if key not in _NOT_INHERITED}
     words = ["trackopt", *map(str, arguments)]
     with tempfile.TemporaryDirectory() as folder:
@@ -27,6 +31,7 @@ def trackopt(*arguments: object, **environment: str) -> subprocess.CompletedProc
             Path(os.devnull).open(encoding="utf-8") as nothing,
             mock.patch.multiple(sys, argv=words, stdin=nothing, stdout=out, stderr=err),
             mock.patch.dict(os.environ, {**variables, **environment}, clear=True),
+            mock.patch.object(console, "_UNLIMITED_WIDTH", int(environment.get("COLUMNS", console._UNLIMITED_WIDTH))),
         ):
             try:
                 cli.main()

@@ -39,7 +39,7 @@ def hiding(packages):
 
 def python(*words, hidden=None):
     """A python that has only what reading needs, or everything but ``hidden``."""
-    environment = {**os.environ, "COLUMNS": "80", **hiding(other_packages() if hidden is None else hidden)}
+    environment = {**os.environ, **hiding(other_packages() if hidden is None else hidden)}
     command = [sys.executable, "-W", "error", *map(str, words)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
@@ -83,7 +83,7 @@ def files():
 def test_a_reading_command_says_the_same_without_torch(code, command):
     """To the last byte, and the file that `salvage` writes is the same."""
     here, there = ([word.format(place=place) for word in command] for place in ("same", "full"))
-    done, expected = python("-m", "trackopt", *here), trackopt(*there, COLUMNS="80")
+    done, expected = python("-m", "trackopt", *here), trackopt(*there)
     assert (done.returncode, done.stderr) == (code, expected.stderr)
     assert done.stdout == expected.stdout.replace("full", "same")
     assert len(done.stdout.splitlines()) > 0

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import sys
 import textwrap
@@ -31,6 +30,7 @@ _MAX_LENGTH = 200
 _MAX_FINDING_LENGTH = 2000
 _MIN_WIDTH = 40
 _UNLIMITED_WIDTH = 1_000_000
+_HEIGHT = 24  # without one, rich wraps at 80 columns where TERM is dumb
 _COLUMN_GAPS = 3, 2, 1  # blanks between columns; fewer if the table is wider than the screen
 _MIN_COLUMN = 8  # least width of a folded column
 
@@ -105,8 +105,11 @@ def width() -> int:
 
 
 def text_width() -> int:
-    """Return the columns to wrap text at; unlimited in a pipe or file, so that whole lines can be searched."""
-    return width() if sys.stdout.isatty() or "COLUMNS" in os.environ else _UNLIMITED_WIDTH
+    """Return the columns to wrap text at; unlimited in a pipe or file, so that whole lines can be searched.
+
+    ``COLUMNS`` does not count there: git and others set it for the programs whose output they read.
+    """
+    return width() if sys.stdout.isatty() else _UNLIMITED_WIDTH
 
 
 def show(parts: Iterable[RenderableType]) -> None:
@@ -120,7 +123,7 @@ def render_lines(parts: Iterable[RenderableType]) -> str:
     from rich.cells import cell_len
     from rich.console import Console
 
-    screen = Console(highlight=False, markup=False, emoji=False, width=text_width())
+    screen = Console(highlight=False, markup=False, emoji=False, width=text_width(), height=_HEIGHT)
     blocks = []
     for part in parts:
         # rich takes 50 s for 100,000 lines: it copies the rest of the text at each line break.
@@ -141,10 +144,13 @@ def render_row(label: str, facts: Iterable[str], *, style: str = "bold") -> Text
         facts: The facts; empty ones are skipped.
         style: The style of the label.
     """
+    from rich.cells import cell_len
     from rich.text import Text
 
-    name = sanitize(label, LABEL_WIDTH - 2).ljust(LABEL_WIDTH)
-    return Text("  ").append(name, style=style).append(wrap_fields(facts, indent=2 + LABEL_WIDTH))
+    room = min(_MAX_LENGTH, max(LABEL_WIDTH - 2, text_width() - _MIN_WIDTH))
+    name = f"{sanitize(label, room)}  ".ljust(LABEL_WIDTH)
+    fields = wrap_fields(facts, indent=2 + LABEL_WIDTH, first=2 + cell_len(name))
+    return Text("  ").append(name, style=style).append(fields)
 
 
 def wrap_fields(fields: Iterable[str], *, indent: int, first: int | None = None, gap: str = "   ") -> str:
@@ -204,7 +210,7 @@ def render_table(
     from rich.cells import cell_len
     from rich.text import Text
 
-    cells = [[sanitize(cell) for cell in row] for row in (heads, *rows)]
+    cells = [[sanitize(cell, _UNLIMITED_WIDTH) for cell in row] for row in (heads, *rows)]
     widths = [max(map(cell_len, column)) for column in zip(*cells, strict=True)]
     least = indent + sum(min(width, _MIN_COLUMN) for width in widths[:left]) + sum(widths[left:])
     gap = next((gap for gap in _COLUMN_GAPS if least + gap * (len(widths) - 1) <= text_width()), _COLUMN_GAPS[-1])

@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from trackopt.cli import console
+from trackopt.cli import console, diff_summary
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -35,12 +35,11 @@ def render_modules(difference: Difference) -> Iterator[RenderableType]:
     rows = [
         [
             module.name,
-            _format_bar(module.numbers),
+            _format_bar(module.numbers) if module.changed else "unchanged",
             f"{module.changed:,} of {module.tensors:,}",
             _format_distance(module.numbers),
         ]
         for module in difference.totals.modules.values()
-        if module.changed
     ]
     if rows:
         yield from console.render_table(["module", "10⁻⁶ … 1", "changed", "rel L2"], rows, left=2)
@@ -82,7 +81,10 @@ def render_largest(difference: Difference, top: int) -> Iterator[RenderableType]
     weights = _most_changed([change for change in difference.changes if change.kind == "tensor"])
     expected = set(map(id, find_step_changes(difference)))
     others = [change for change in difference.changes if change.kind != "tensor" and id(change) not in expected]
-    rows = _group_rows(difference, others)
+    hidden = [change for change in others if _is_reported_elsewhere(change)]
+    rows = _group_rows(difference, [change for change in others if not _is_reported_elsewhere(change)])
+    if not (rows or weights or any(diff_summary.render_training(difference))):
+        rows = _group_rows(difference, hidden)
     if weights[:top]:
         yield from _render_table("most changed", weights[:top])
     yield from _render_omitted(len(weights), top)
@@ -144,11 +146,10 @@ def find_step_changes(difference: Difference) -> list[Change]:
 
 
 def _group_rows(difference: Difference, changes: Iterable[Change]) -> list[list[str]]:
-    """Build the rows of changes that `diff_summary` does not report; many of one kind at one path share a row."""
+    """Build the rows of changes; many of one kind at one path share a row."""
     groups: dict[tuple[str, ...], list[Change]] = {}
     for change in changes:
-        if not _is_reported_elsewhere(change):
-            groups.setdefault(_group_key(difference, change), []).append(change)
+        groups.setdefault(_group_key(difference, change), []).append(change)
     rows = []
     for (path, kind, cast), members in groups.items():
         is_whole_part = difference.totals.parts[members[0].part] == {kind: len(members)}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from dataclasses import replace
-from fnmatch import fnmatchcase
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,9 +13,11 @@ import click
 
 from trackopt import locations
 from trackopt.analysis.summary import Summary, summarize
+from trackopt.archive.tree import children, config_content
 from trackopt.cli import console
 from trackopt.cli.outline import format_outline
 from trackopt.state.models import count_dtypes
+from trackopt.utils.text import matches_glob
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -45,7 +46,7 @@ _CERTAIN_EVIDENCE = ("saved", "its keys")
     is_flag=False,
     flag_value=_ALL_NAMES,
     metavar="[GLOB]",
-    help="List the tensors, or those with matching names, with shape, dtype and size.",
+    help="List the tensors, or those whose path, or the end of it, matches, with shape, dtype and size.",
 )
 @click.option("--stats", is_flag=True, help="Read every tensor: norm, mean, std, min, max, NaN and infinite values.")
 @click.option("--tree", is_flag=True, help="Show everything in the file as an outline.")
@@ -70,7 +71,7 @@ def command(path: str | None, pattern: str | None, stats: bool, tree: bool, as_j
         with console.progress_bar("reading", shown=stats) as progress:
             summary = summarize(opened, tensors=pattern is not None, statistics=stats, progress=progress)
         if summary.tensors is not None and pattern != _ALL_NAMES:
-            selected = {name: tensor for name, tensor in summary.tensors.items() if fnmatchcase(name, pattern or "")}
+            selected = {name: tensor for name, tensor in summary.tensors.items() if matches_glob(name, pattern or "")}
             summary = replace(summary, tensors=selected)
         if as_json:
             console.write_json(summary.as_dict())
@@ -258,7 +259,12 @@ def _list_extras(summary: Summary) -> Iterator[str]:
     if state.batch is not None:
         yield f"progress (epoch {console.format_number(state.epoch)}, batch {state.batch:,})"
     scores = dict(_list_scores(state.extras)) if state.meta is None else {}
-    extras = [(name, value) for name, value in state.extras if value is not None and name not in scores]
+    extras = [
+        extra
+        for name, value in state.extras
+        if value is not None and name not in scores
+        for extra in _list_settings(name, value)
+    ]
     for name, value in extras[:_MAX_EXTRAS]:
         if state.scaler is not None and name == state.scaler[0]:
             yield f"{name} (scale {console.format_number(state.scaler[1]['scale'])})"
@@ -270,6 +276,16 @@ def _list_extras(summary: Summary) -> Iterator[str]:
         yield f"and {_format_count(len(extras) - _MAX_EXTRAS, 'more entry', 'more entries')}"
 
 
+def _list_settings(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the values in a container of settings, each under its path; another entry as it is."""
+    content = config_content(value)
+    if isinstance(content, dict):
+        for key, setting in children(content):
+            yield from _list_settings(f"{name}.{key}", setting)
+    else:
+        yield name, value if content is None else content
+
+
 def _format_count(number: int, noun: str, plural: str = "") -> str:
     return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"
 
@@ -278,8 +294,12 @@ def _render_tensors(summary: Summary) -> Iterator[RenderableType]:
     tensors, measured = summary.tensors or {}, summary.statistics
     shapes = {name: "×".join(map(str, tensor.shape)) or "scalar" for name, tensor in tensors.items()}
     if measured is not None:
-        rows = [[name, shapes[name], *_format_statistics(measured.get(name))] for name in tensors]
-        return console.render_table(["tensor", "shape", *_STATISTICS], rows)
+        special = [kind for kind in ("nan", "inf") if any(getattr(row, kind) for row in measured.values())]
+        rows = [
+            [name, shapes[name], *_format_statistics(measured.get(name)), *_format_counts(measured.get(name), special)]
+            for name in tensors
+        ]
+        return console.render_table(["tensor", "shape", *_STATISTICS, *special], rows)
     rows = [[name, shapes[name], tensor.dtype, console.format_size(tensor.nbytes)] for name, tensor in tensors.items()]
     return console.render_table(["tensor", "shape", "dtype", "size"], rows)
 
@@ -294,3 +314,7 @@ def _format_statistics(statistics: TensorStatistics | None) -> list[str]:
     if statistics is None:
         return [""] * len(_STATISTICS)
     return [f"{getattr(statistics, name):.3g}" for name in _STATISTICS]
+
+
+def _format_counts(statistics: TensorStatistics | None, kinds: list[str]) -> list[str]:
+    return [f"{count:,}" if (count := getattr(statistics, kind, 0)) else "" for kind in kinds]

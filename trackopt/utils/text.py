@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -32,3 +33,13 @@ def describe_error(error: BaseException) -> str:
 def format_shape_dtype(shape: tuple[int, ...], dtype: str) -> str:
     """Format as ``8×4 float32``."""
     return f"{'×'.join(map(str, shape)) or 'a scalar'} {dtype}"
+
+
+def matches_glob(name: str, pattern: str) -> bool:
+    """Return whether a pattern matches a dotted name, the tail of it after a dot, or a part of the path to it.
+
+    Example:
+        >>> [matches_glob("model.head.weight", pattern) for pattern in ("model.*", "head.weight", "head", "*.bias")]
+        [True, True, True, False]
+    """
+    return any(fnmatchcase(name, whole) for whole in (pattern, f"{pattern}.*", f"*.{pattern}", f"*.{pattern}.*"))

@@ -29,8 +29,8 @@ def levels(summary: Summary) -> list[str]:
 def test_the_keys_are_the_documented_ones(tmp_path: Path) -> None:
     facts = of(trained(), tmp_path).as_dict()
     assert list(facts) == [
-        "path", "format", "framework", "bytes", "step", "epoch", "model", "averages", "optimizers", "schedulers",
-        "rng", "extras", "globals", "findings",
+        "path", "format", "framework", "bytes", "step", "epoch", "model", "averages", "arguments", "optimizers",
+        "schedulers", "rng", "extras", "globals", "findings",
     ]  # fmt: skip
     assert set(facts["model"]) == {"tensors", "parameters", "bytes", "dtypes"}
     assert set(facts["optimizers"][0]) == {

@@ -84,9 +84,15 @@ def test_memory_stays_bounded(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda tree: tree["model"]["0.weight"][0].fill_(math.nan), "model: 8 values are NaN"),
-        (lambda tree: tree["model"]["0.weight"][0, 0].fill_(-math.inf), "model: 1 values are infinite"),
-        (lambda tree: tree["optimizer"]["state"][0]["exp_avg"][0, 0].fill_(math.nan), "exp_avg: 1 values are NaN"),
+        (lambda tree: tree["model"]["0.weight"][0].fill_(math.nan), "model: 8 values are NaN, in model.0.weight"),
+        (
+            lambda tree: tree["model"]["0.weight"][0, 0].fill_(-math.inf),
+            "model: 1 value is infinite, in model.0.weight",
+        ),
+        (
+            lambda tree: tree["optimizer"]["state"][0]["exp_avg"][0, 0].fill_(math.nan),
+            "exp_avg: 1 value is NaN, in optimizer.state.0.exp_avg",
+        ),
         (lambda tree: tree["optimizer"]["state"][0]["exp_avg_sq"][0].fill_(-1.0), "exp_avg_sq: there are negative"),
         (lambda tree: tree["optimizer"]["state"][0]["exp_avg"].zero_(), "1 of 6 exp_avg are 0 after 12 steps"),
         (lambda tree: tree["optimizer"]["param_groups"][0].pop("initial_lr"), "no initial_lr in backbone"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 from trackopt.analysis.diff.compare import Pair, TensorReader
@@ -12,6 +11,7 @@ from trackopt.analysis.diff.numbers import Numbers, Tolerance
 from trackopt.archive.describe import describe
 from trackopt.archive.tree import Tensor, UnknownObject
 from trackopt.errors import ArchiveError
+from trackopt.utils.text import matches_glob
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -45,11 +45,11 @@ class DiffOptions:
     fast: bool = False
 
     def matches(self, *leaves: Leaf) -> bool:
-        """Return True if corresponding leaves are selected; a pattern selects everything below a path, too."""
+        """Return True if corresponding leaves are selected; a pattern selects the end of a path, and what is below."""
         names = [name for leaf in leaves for name in (leaf.path, leaf.role.parameter if leaf.role else "") if name]
 
         def fits(patterns: tuple[str, ...]) -> bool:
-            return any(fnmatchcase(name, p) or fnmatchcase(name, f"{p}.*") for p in patterns for name in names)
+            return any(matches_glob(name, pattern) for pattern in patterns for name in names)
 
         return (not self.only or fits(self.only)) and not fits(self.ignore)
 

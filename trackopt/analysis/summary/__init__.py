@@ -54,6 +54,7 @@ class Summary:
         """Return the facts under the keys of ``inspect --json``."""
         state = self.state
         averages = [model for model in state.models if model.averaged]
+        arguments = [model for model in state.models if not (model.averaged or model.trained)]
         framework = {"name": state.framework, "evidence": state.evidence} if state.framework is not None else None
         result = {
             "path": self.path,
@@ -64,6 +65,7 @@ class Summary:
             "epoch": state.epoch,
             "model": _weights_as_dict(state.weights),
             "averages": [{"name": model.name, **_weights_as_dict((model,))} for model in averages[:MAX_LISTED]],
+            "arguments": [{"name": model.name, **_weights_as_dict((model,))} for model in arguments[:MAX_LISTED]],
             "optimizers": [self._optimizer_as_dict(optimizer) for optimizer in state.optimizers],
             "schedulers": [_scheduler_as_dict(scheduler) for scheduler in state.schedulers],
             "rng": list(state.rng),
@@ -71,12 +73,14 @@ class Summary:
             "globals": list(self.globals[:MAX_LISTED]),
             "findings": [{"level": finding.level, "text": finding.text} for finding in self.findings],
         }
+        if self.statistics is not None:
+            result["statistics"] = [{"name": name, **row.as_dict()} for name, row in self.merge_statistics().items()]
         if self.tensors is not None:
             result["tensors"] = [self._tensor_as_dict(path, tensor) for path, tensor in self.tensors.items()]
         return result
 
     def merge_statistics(self) -> dict[str, TensorStatistics]:
-        """Return the statistics of each model's and each buffer's tensors, as if they were one."""
+        """Return the statistics of the parameters of each model, its buffers, and each optimizer's buffer."""
         from trackopt.analysis.summary.statistics import merge
 
         measured = self.statistics or {}

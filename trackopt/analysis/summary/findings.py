@@ -6,11 +6,12 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from trackopt.analysis.summary.size import find_shares, find_waste
 from trackopt.archive import verify
-from trackopt.state.models import unique_names, unique_tensors
+from trackopt.state.models import unique_names
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from trackopt.analysis.summary.statistics import TensorStatistics
     from trackopt.archive import Archive
@@ -21,9 +22,10 @@ if TYPE_CHECKING:
 VERIFY_LIMIT_BYTES = 48 << 20
 MAX_LISTED = 10_000  #: Entries and names in a list; no real checkpoint has as many.
 _MAX_SHOWN = 3  # names or lines in a finding
-_MIN_WASTED_BYTES = 1 << 20
 _MIN_STEPS = 10  # before buffers that are still 0 are reported
+_LOADERS = {"TorchScript": "torch.jit.load", "torch.export (pt2)": "torch.export.load"}
 _GENERATORS = ("python", "numpy", "torch")
+_PARAMETER_NAMES = ("weight", "bias")  # which no buffer of torch's modules has
 _SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", ": sum", "acc_delta")
 
 
@@ -58,7 +60,7 @@ def find_findings(
         *_missing_parts(archive, state),
         *_inconsistencies(state),
         *_missing_initial_lr(state),
-        *_size_warnings(archive),
+        *find_waste(archive),
         *_unsafe_globals(archive),
         *_ambiguous_paths(archive),
         *_unlisted(archive, state),
@@ -66,7 +68,8 @@ def find_findings(
     ]
     findings = [Finding("error", line) for line in problems] + [Finding("warning", line) for line in warnings]
     findings = findings or [Finding("ok", _ok_message(state, read_all=read_all))]
-    return findings + [Finding("info", line) for line in _frozen_parameters(state)]
+    notes = [*find_shares(archive, state), *_frozen_parameters(state)]
+    return findings + [Finding("info", line) for line in notes]
 
 
 def _ok_message(state: TrainingState, *, read_all: bool) -> str:
@@ -133,21 +136,9 @@ def _missing_initial_lr(state: TrainingState) -> list[str]:
     return lines
 
 
-def _size_warnings(archive: Archive) -> list[str]:
-    """Report storages that are much larger than the tensors in them."""
-    used: Counter[str] = Counter()
-    stored: dict[str, int] = {}
-    for tensor in unique_tensors(tensor for _, tensor in archive.tensors()):
-        used[tensor.storage.key] += tensor.nbytes
-        stored[tensor.storage.key] = tensor.storage.nbytes
-    wasted = sum(max(0, size - used[key]) for key, size in stored.items())
-    total = sum(stored.values())
-    if wasted <= max(_MIN_WASTED_BYTES, total // 10):
-        return []
-    return [f"{wasted:,} of {total:,} stored bytes are in no tensor: views were saved; clone them before saving"]
-
-
 def _unsafe_globals(archive: Archive) -> list[str]:
+    if loader := _LOADERS.get(archive.format):
+        return [f"torch.load refuses it with weights_only=True: it is a program, which {loader} loads"]
     refused = verify.foreign_names(archive, known=False)
     if not refused or verify.unloadable_objects(archive):  # an error, which says so already
         return []
@@ -176,15 +167,22 @@ def _abnormal_values(state: TrainingState, measured: Mapping[str, TensorStatisti
     lines = []
     for name, paths in tensors_by_part(state, measured).items():
         parts = [measured[path] for path in paths]
-        for word, count in (("NaN", sum(part.nan for part in parts)), ("infinite", sum(part.inf for part in parts))):
-            if count:
-                lines.append(f"{name}: {count:,} values are {word}")
+        lines += [f"{name}: {line}" for line in _nonfinite(paths, measured)]
         if name.endswith(_SECOND_MOMENTS) and any(part.min < 0 for part in parts):
             lines.append(f"{name}: there are negative values, and a second moment has none")
     for optimizer in state.optimizers:
         if optimizer.steps and optimizer.steps[1] >= _MIN_STEPS:
             lines += [line for buffer in optimizer.buffers if (line := _zero_buffers(optimizer, buffer, measured))]
     return lines
+
+
+def _nonfinite(paths: list[str], measured: Mapping[str, TensorStatistics]) -> Iterator[str]:
+    """Yield a line for NaN and one for infinite values, with the first tensors that have them."""
+    for word, kind in (("NaN", "nan"), ("infinite", "inf")):
+        counts = {path: count for path in paths if (count := getattr(measured[path], kind))}
+        if counts:
+            values = f"{sum(counts.values()):,} value{'s are' if sum(counts.values()) > 1 else ' is'} {word}"
+            yield f"{values}, in {_join_first(list(counts), f' and {len(counts) - _MAX_SHOWN:,} more tensors')}"
 
 
 def _zero_buffers(optimizer: Optimizer, buffer: str, measured: Mapping[str, TensorStatistics]) -> str:
@@ -198,22 +196,27 @@ def _zero_buffers(optimizer: Optimizer, buffer: str, measured: Mapping[str, Tens
 
 
 def _frozen_parameters(state: TrainingState) -> list[str]:
-    """Report parameters in no optimizer, if the names of the optimized ones are known."""
-    names = {name: None for model in state.weights for name in unique_names(model.trainable)}
+    """Report what may be parameters in no optimizer, if the names of the optimized ones are known."""
+    names = {name: tensor for model in state.weights for name, tensor in unique_names(model.trainable).items()}
     optimized = {parameter.name for optimizer in state.optimizers for parameter in optimizer.parameters}
     frozen = [name for name in names if name not in optimized]
     if not optimized or not optimized <= names.keys() or not frozen:
         return []
     shown = _join_first(frozen, ", …")
-    return [f"{len(frozen)} of {len(names)} parameters are in no optimizer, so frozen or forgotten: {shown}"]
+    if all(names[name].is_parameter or name.rpartition(".")[2] in _PARAMETER_NAMES for name in frozen):
+        return [f"{len(frozen)} of {len(names)} parameters are in no optimizer, so frozen or forgotten: {shown}"]
+    count = f"{len(frozen)} of {len(names)} tensors of the model are"
+    return [f"{count} in no optimizer: buffers, or parameters that are frozen or forgotten: {shown}"]
 
 
 def tensors_by_part(state: TrainingState, measured: Mapping[str, TensorStatistics]) -> dict[str, list[str]]:
-    """Return the paths of the measured tensors of each model and of each buffer."""
+    """Return the paths of the measured tensors of each model's parameters, its buffers, and each optimizer's buffer."""
     parts = {}
     for model in state.models:
-        paths = [".".join((*model.path, name)) for name in model.tensors]
-        parts[model.name] = [path for path in paths if path in measured]
+        optimized = model.optimized
+        for part, is_optimized in ((model.name, True), (f"{model.name}: buffers", False)):
+            names = [name for name in model.tensors if (name in optimized) == is_optimized]
+            parts[part] = [path for name in names if (path := ".".join((*model.path, name))) in measured]
     for optimizer in state.optimizers:
         for buffer in optimizer.buffers:
             parts[f"{optimizer.name}: {buffer}"] = buffer_tensors(optimizer, buffer, measured)
