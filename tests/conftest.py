@@ -73,8 +73,9 @@ def pytest_terminal_summary(terminalreporter):
                 terminalreporter.write_line(value)
 
 
-def pytest_collection_finish():
-    """Leave what all test modules have imported out of collections, and of searches among the live objects."""
+@pytest.fixture(scope="module", autouse=True)
+def _imported_objects_are_frozen():
+    """Leave what earlier modules have imported out of collections, and of searches among the live objects."""
     gc.collect()
     gc.freeze()
 

@@ -10,9 +10,9 @@ pytestmark = pytest.mark.timeout(900)  # many trainings
 CLASSES = {
     "lion-pytorch": (),
     "prodigyopt": (),
-    "schedulefree": (),
+    "schedulefree": ("AdamWScheduleFree", "ScheduleFreeWrapper", "SGDScheduleFreeClosure"),
     "transformers": (),
-    "pytorch-optimizer": ("AggMo", "AdaShift", "Kron", "Lookahead", "ScheduleFreeWrapper", "StableSPAM", "TRAC"),
+    "pytorch-optimizer": ("AdaShift", "Kron", "Lookahead", "ScheduleFreeWrapper", "TRAC"),
 }
 
 

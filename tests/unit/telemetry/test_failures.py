@@ -1,5 +1,6 @@
 """Failures of the telemetry: whatever call fails, the training is what it is without trackopt."""
 
+import gc
 import math
 import sys
 from collections import Counter
@@ -31,6 +32,12 @@ TORCH = str(Path(torch.__file__).parent)
 READERS = tuple(str(Path(trackopt.__file__).parent / room) for room in ("telemetry", "training"))
 SETTINGS = "optimizer_config.py"  # read by wrap() itself, before there is a journal: see the test of its own
 FLOORS = {"SGD": 90, "AdamW": 75, "LBFGS": 50, "SparseAdam": 75}  # calls in the code that fail
+
+
+@pytest.fixture(autouse=True)
+def _few_live_objects():
+    """The search for loaders among the live objects takes as long as all the rest of such a short training."""
+    gc.freeze()
 
 
 class Failing(TorchFunctionMode):
