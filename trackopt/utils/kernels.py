@@ -1,0 +1,196 @@
+"""Sums, extremes, inner products and distances of NumPy arrays, added in float64, and the widening of 16-bit floats.
+
+NumKong's kernels do it at the speed of memory, without the GIL. Where it has no wheel, or computes something else than
+NumPy does, NumPy is used, which takes several times as long. Both are imported when `kernels` is called first.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from numpy.typing import NDArray
+
+    Array = NDArray[Any]
+
+#: Dtypes of the arrays that kernels take.
+FLOATS = ("float32", "float64")
+SMALL_INTEGERS = ("int8", "uint8")  # NumKong 7.8 adds the squares of int16 wrongly
+
+
+class Sums(NamedTuple):
+    """Sums over the elements of an array, and the extremes.
+
+    The sum is NaN or infinite if an element is; the extremes overlook NaN, and are NaN if nothing else is there.
+    """
+
+    sum: float
+    sum_sq: float
+    min: float
+    max: float
+
+
+class Kernels(Protocol):
+    """Reductions of flat, aligned arrays of at least one element, of float32 or float64.
+
+    `sums` takes integers of 8 bits, too.
+    """
+
+    def sums(self, x: Array) -> Sums:
+        """Return the sums over all elements, and the extremes."""
+
+    def sum_sq(self, x: Array) -> float:
+        """Return the sum of squares."""
+
+    def dot(self, x: Array, y: Array) -> float:
+        """Return the inner product of two arrays of the same dtype and size."""
+
+    def squared_distance(self, x: Array, y: Array) -> float:
+        """Return the sum of the squared differences of two arrays of the same dtype and size."""
+
+    def widen(self, bits: Array, dtype: str) -> Array:
+        """Convert the bits of float16 or bfloat16 numbers, an array of uint16, to float32."""
+
+
+class NumPyKernels:
+    """Kernels by NumPy, which widens arrays to float64 first."""
+
+    def sums(self, x: Array) -> Sums:
+        """See `Kernels`."""
+        import numpy as np
+
+        with np.errstate(all="ignore"):
+            wide = x.astype("f8")
+            low, high = float(np.fmin.reduce(x)), float(np.fmax.reduce(x))
+            return Sums(float(wide.sum()), _dot(wide, wide), low, high)
+
+    def sum_sq(self, x: Array) -> float:
+        """See `Kernels`."""
+        return self.dot(x, x)
+
+    def dot(self, x: Array, y: Array) -> float:
+        """See `Kernels`."""
+        return _dot(x.astype("f8"), y.astype("f8"))
+
+    def squared_distance(self, x: Array, y: Array) -> float:
+        """See `Kernels`."""
+        import numpy as np
+
+        with np.errstate(all="ignore"):
+            difference = x.astype("f8") - y
+            return _dot(difference, difference)
+
+    def widen(self, bits: Array, dtype: str) -> Array:
+        """See `Kernels`."""
+        import numpy as np
+
+        if dtype == "float16":
+            return bits.view("f2").astype("f4")
+        wide: Array = np.left_shift(bits.astype("u4"), 16).view("f4")
+        return wide
+
+
+def _dot(x: Array, y: Array) -> float:
+    import numpy as np
+
+    with np.errstate(all="ignore"):
+        # einsum and not dot: BLAS would start threads of its own in each of ours.
+        return float(np.einsum("i,i->", x, y))
+
+
+class NumKongKernels:
+    """Kernels by NumKong.
+
+    Args:
+        numkong: The module.
+    """
+
+    def __init__(self, numkong: Any) -> None:
+        self._numkong = numkong
+
+    def sums(self, x: Array) -> Sums:
+        """See `Kernels`."""
+        low, _, high, _ = self._numkong.minmax(x) or (math.nan, 0, math.nan, 0)
+        total, sum_sq = self._numkong.moments(x)
+        return Sums(float(total), float(sum_sq), float(low), float(high))
+
+    def sum_sq(self, x: Array) -> float:
+        """See `Kernels`."""
+        return float(self._numkong.moments(x)[1])
+
+    def dot(self, x: Array, y: Array) -> float:
+        """See `Kernels`."""
+        return float(self._numkong.dot(x, y))
+
+    def squared_distance(self, x: Array, y: Array) -> float:
+        """See `Kernels`."""
+        return float(self._numkong.sqeuclidean(x, y))
+
+    def widen(self, bits: Array, dtype: str) -> Array:
+        """See `Kernels`."""
+        import numpy as np
+
+        wide = np.empty(bits.size, "f4")
+        view = bits.view("f2") if dtype == "float16" else self._view(bits)
+        self._numkong.astype(view, "float32", out=wide)
+        return wide
+
+    def _view(self, bits: Array) -> Any:
+        return self._numkong.from_pointer(bits.__array_interface__["data"][0], bits.size, "bfloat16")
+
+
+def agree(ours: Kernels, reference: Kernels) -> bool:
+    """Return True if two implementations compute the same of some arrays: exactly, or to 12 digits where they add."""
+    import numpy as np
+
+    bits = np.arange(1 << 16, dtype="u2")
+    if not all(np.array_equal(*(k.widen(bits, name) for k in (ours, reference)), equal_nan=True)
+               for name in ("float16", "bfloat16")):  # fmt: skip
+        return False
+    for x in _samples():
+        pair = [ours.sums(x), reference.sums(x)]
+        if x.dtype.kind == "f":
+            y = np.ascontiguousarray(x[::-1])
+            pair = [[*sums, k.sum_sq(x), k.dot(x, y), k.squared_distance(x, y)]
+                    for sums, k in zip(pair, (ours, reference), strict=True)]  # fmt: skip
+        if not all(map(_is_same, *pair)):
+            return False
+    return True
+
+
+def _samples() -> Iterator[Array]:
+    import numpy as np
+
+    noise = np.random.default_rng(0).standard_normal(5003) + 3
+    for dtype in FLOATS:
+        x = noise.astype(dtype)
+        yield from (x, x * x.dtype.type(1e-20), np.full(1001, 0.1, dtype), x[:1])
+        yield x[:9] * x.dtype.type(1e-40)  # subnormal in float32
+        strange = np.array([1.0, math.inf, -2.0, math.nan, -math.inf, 3.0], dtype)
+        yield from (strange[:stop] for stop in range(1, 7))
+        yield strange[3:4]
+    for dtype in SMALL_INTEGERS:
+        limits = np.iinfo(dtype)
+        yield from (np.full(1 << 16, extreme, dtype) for extreme in (limits.min, limits.max))
+        yield (noise * 7).astype(dtype)
+
+
+def _is_same(a: float, b: float) -> bool:
+    return a == b or (a != a and b != b) or math.isclose(a, b, rel_tol=1e-12)
+
+
+@cache
+def kernels() -> Kernels:
+    """Return the fastest kernels of this machine that are right."""
+    reference = NumPyKernels()
+    try:
+        import numkong
+
+        ours = NumKongKernels(numkong)
+        return ours if agree(ours, reference) else reference
+    except Exception:  # noqa: BLE001 - no wheel, or another interface
+        return reference
