@@ -39,6 +39,11 @@ _STRUCT_CODES = {
     "float64": "d", "float32": "f", "float16": "e", "int64": "q", "int32": "i", "int16": "h", "int8": "b",
     "uint64": "Q", "uint32": "I", "uint16": "H", "uint8": "B", "bool": "?",
 }  # fmt: skip
+#: Dtypes whose elements are decoded to the numbers that they mean; quantized ones need their `Quantizer` as well.
+NUMERIC_DTYPES = frozenset(
+    {*_NUMPY_CODES, "bool", "bfloat16", "bcomplex32", "complex32", "quint8",
+     "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu"}
+)  # fmt: skip
 #: Exponent bits, mantissa bits, exponent bias, and the patterns that are not finite, of the eight-bit floats.
 _FLOAT8 = {
     "float8_e4m3fn": (4, 3, 7, "nan at the top"),

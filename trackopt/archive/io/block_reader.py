@@ -8,13 +8,19 @@ from __future__ import annotations
 
 import mmap
 import threading
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+from trackopt.archive.io.byte_ranges import FileRange
 
 if TYPE_CHECKING:
-    from trackopt.archive.io.byte_ranges import FileRange
+    from collections.abc import Iterable, Iterator
 
-BLOCK_BYTES = 1 << 18  # with what is computed of it, it fits the second-level cache
+BLOCK_BYTES = 1 << 19  # with what is computed of it, it fits the second-level cache
 _ALIGNMENT = 64
+_MAX_GAP_BYTES = 4096  # between ranges that share a block
+
+Item = TypeVar("Item")
 
 
 class BlockReader(threading.local):
@@ -35,3 +41,62 @@ class BlockReader(threading.local):
         target = self._buffer[at : at + stop - start]
         where.read_into(start, target)
         return target
+
+
+@dataclass(frozen=True)
+class Block(Generic[Item]):
+    """A block of a file, and the parts of ranges that are in it.
+
+    Attributes:
+        where: The block.
+        parts: The item of each range, with the start and the stop of its part in the block.
+    """
+
+    where: FileRange
+    parts: list[tuple[Item, int, int]]
+
+    def split(self) -> Iterator[Block[Item]]:
+        """Yield a block for each part."""
+        for item, start, stop in self.parts:
+            yield Block(self.where.slice(start, stop), [(item, 0, stop - start)])
+
+
+def divide(ranges: Iterable[tuple[FileRange, Item]], unit: int = 16) -> Iterator[Block[Item]]:
+    """Divide ranges into blocks in the order of the file; small neighbours share one.
+
+    Args:
+        ranges: Ranges of files, each with an item.
+        unit: Bytes; each range is cut at multiples of it.
+    """
+    step = BLOCK_BYTES // unit * unit
+    parts: list[tuple[FileRange, Item]] = []
+    for where, item in sorted(ranges, key=lambda pair: (id(pair[0].file), pair[0].start)):
+        if parts and not _fits(parts, where):
+            yield _join(parts)
+            parts = []
+        if where.size <= step:
+            parts.append((where, item))
+            continue
+        if parts:
+            yield _join(parts)
+            parts = []
+        for start in range(0, where.size, step):
+            yield _join([(where.slice(start, start + step), item)])
+    if parts:
+        yield _join(parts)
+
+
+def _fits(parts: list[tuple[FileRange, Item]], where: FileRange) -> bool:
+    first, last = parts[0][0], parts[-1][0]
+    is_near = where.file is last.file and where.start - (last.start + last.size) <= _MAX_GAP_BYTES
+    return is_near and where.start + where.size - first.start <= BLOCK_BYTES
+
+
+def _join(parts: list[tuple[FileRange, Item]]) -> Block[Item]:
+    first = parts[0][0]
+    stop = max(where.start + where.size for where, _ in parts)
+    whole = FileRange(first.path, first.file, first.start, stop - first.start)
+    at = [(item, where.start - first.start) for where, item in parts]
+    return Block(
+        whole, [(item, start, start + where.size) for (item, start), (where, _) in zip(at, parts, strict=True)]
+    )
