@@ -186,19 +186,31 @@ class NumKongLibrary(NumKongKernels):
         }
         self._results = _Results()
 
+    def sum_sq(self, x: Array) -> float:
+        """See `Kernels`."""
+        if x.size < _MIN_PARALLEL:
+            return super().sum_sq(x)
+        self._functions[x.dtype.char][1](*_address(x), *self._results.sum_addresses)
+        return float(self._results.sums[1].value)
+
     def sums(self, x: Array) -> Sums:
         """See `Kernels`."""
         char = x.dtype.char
         if x.size < _MIN_PARALLEL or char not in self._functions:
             return super().sums(x)
         minmax, moments = self._functions[char]
-        where = (x.__array_interface__["data"][0], x.size, x.itemsize)
+        where = _address(x)
         results = self._results
         low, high = results.extremes[char]
         total, sum_sq = results.sums
         minmax(*where, *results.extreme_addresses[char])
         moments(*where, *results.sum_addresses)
         return Sums(total.value, sum_sq.value, low.value, high.value)
+
+
+def _address(x: Array) -> tuple[int, int, int]:
+    """Return where an array is, how many elements it has, and how many bytes are from one to the next."""
+    return x.__array_interface__["data"][0], x.size, x.itemsize
 
 
 def agree(ours: Kernels, reference: Kernels) -> bool:

@@ -26,7 +26,7 @@ from trackopt.archive.io.parallel import map_threads
 from trackopt.errors import ArchiveError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Hashable, Iterable, Iterator
 
     from trackopt.archive import Archive
     from trackopt.archive.io.byte_ranges import FileRange
@@ -90,24 +90,26 @@ class _View:
 
     def measure(self, data: bytes | memoryview, first: int = 0) -> TensorStatistics:
         """Measure stored elements, the first of which has the given logical index."""
-        return measure_block(self.decoder.decode(data, first) if self.decoder is not None else [])
+        return TensorStatistics() if self.decoder is None else measure_block(self.decoder.decode(data, first))
 
     def result(self) -> TensorStatistics:
         """Return the statistics of a tensor."""
         reason = self.reason or next((part.reason for part in self.parts if part.reason), "")
         if reason:
             return TensorStatistics(reason=reason)
-        unit = MAGNITUDE if "complex" in self.tensor.dtype else ""
-        return replace(merge_blocks(self.parts or [TensorStatistics()]).repeat(self.times), unit=unit)
+        whole = merge_blocks(self.parts or [TensorStatistics()]).repeat(self.times)
+        return replace(whole, unit=MAGNITUDE) if "complex" in self.tensor.dtype else whole
 
 
 def _find_views(archive: Archive) -> list[_View]:
-    views: dict[tuple[Tensor, int], _View] = {}
+    views: dict[tuple[Hashable, ...], _View] = {}
     for name, tensor in archive.tensors():
-        once = replace(tensor, is_parameter=False, requires_grad=False)
-        key = (once, id(tensor.storage.byte_range))
+        key = (
+            *(tensor.storage, id(tensor.storage.byte_range), tensor.dtype, tensor.shape, tensor.stride, tensor.offset),
+            *(tensor.neg, tensor.quantizer),
+        )
         if key not in views:
-            views[key] = _make_view(archive, once)
+            views[key] = _make_view(archive, tensor)
         views[key].names.append(name)
     return list(views.values())
 
