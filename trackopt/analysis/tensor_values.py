@@ -10,6 +10,8 @@ from trackopt.archive.tree import Tensor
 from trackopt.utils.kernels import kernels
 
 if TYPE_CHECKING:
+    from collections.abc import Hashable
+
     from trackopt.archive.decode import Array
     from trackopt.archive.io.source import TensorSource
 
@@ -54,6 +56,14 @@ class ValueDecoder:
         if quantizer is not None:
             self._scale = _read_parameter(source, quantizer.scale)
             self._zero_point = _read_parameter(source, quantizer.zero_point)
+
+    @property
+    def quantization(self) -> tuple[Hashable, ...]:
+        """What determines the values of its integers; empty if it is not quantized. Equal ones are equal mappings."""
+        if self._scale is None:
+            return ()
+        parameters = (self._scale, self._zero_point)
+        return (self._axis, *(each if isinstance(each, int | float) else each.tobytes() for each in parameters))
 
     def decode(self, data: bytes | memoryview, first: int = 0) -> Array:
         """Return the numbers as a flat array.

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import trackopt
 from tests.helpers.checkpoints import peak, saved
-from trackopt.analysis.diff import compare, elements
+from trackopt.analysis.diff import compare, elements, tensor_reader
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -40,9 +40,8 @@ def numbers(a: torch.Tensor, b: torch.Tensor, folder: Path, **terms: Any) -> Any
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that small tensors take as many pieces and blocks as large ones do."""
-    monkeypatch.setattr(compare, "_PIECE_ELEMENTS", 64)
-    monkeypatch.setattr(compare, "_BLOCK_ELEMENTS", 24)
-    monkeypatch.setattr(compare, "_CHUNK_BYTES", 80)
+    monkeypatch.setattr(tensor_reader, "PIECE_ELEMENTS", 64)
+    monkeypatch.setattr(tensor_reader, "BLOCK_BYTES", 96)
     monkeypatch.setattr(compare, "_MAX_PIECES", 1)
 
 

@@ -6,8 +6,8 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from trackopt.analysis.diff.compare import TensorReader
 from trackopt.analysis.diff.numbers import Numbers
+from trackopt.analysis.diff.tensor_reader import TensorReader
 from trackopt.archive.tree import Tensor
 
 if TYPE_CHECKING:
@@ -112,7 +112,8 @@ def accumulate(changes: Iterable[Change], a: Archive, comparer: TensorComparer) 
     unchanged = [change for change in unchanged if _role_key(change) in changed_roles and not change.a.is_meta]
     norms = comparer.measure(TensorReader(a.source, change.a) for change in unchanged)
     for change, numbers in zip(unchanged, norms, strict=True):
-        _add_numbers(totals, replace(change, numbers=numbers))
+        if isinstance(numbers, Numbers):  # those that `fast` left unread may be unreadable
+            _add_numbers(totals, replace(change, numbers=numbers))
     return totals
 
 
