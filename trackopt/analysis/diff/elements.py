@@ -47,20 +47,15 @@ def max_ulp_distance(x: Bytes, y: Bytes, dtype: str, byteorder: str) -> int | No
     a, b = (np.frombuffer(data, kind).astype(kind[1:], copy=False) for data in (x, y))
     if not a.size:
         return 0
-    signs = a ^ b
-    if signs.min() >= 0:
-        return _max_distance(a, b)
-    flipped = signs < 0
-    if np.count_nonzero(flipped) > a.size // _FEW:
+    flipped, distance = (a ^ b) < 0, 0
+    count = np.count_nonzero(flipped)
+    if count > a.size // _FEW:
         return _max_ordered_distance(a, b, width)
-    distance = _max_ordered_distance(a[flipped], b[flipped], width)
-    return max(distance, _max_distance(a, np.where(flipped, a, b)))
-
-
-def _max_distance(a: Array, b: Array) -> int:
-    """Return the largest distance of integers of the same sign, which does not overflow."""
-    difference = a - b
-    return max(int(difference.max()), -int(difference.min()))
+    difference = a - b  # of integers of the same sign, which does not overflow
+    if count:
+        distance = _max_ordered_distance(a[flipped], b[flipped], width)
+        difference[flipped] = 0
+    return max(distance, int(difference.max()), -int(difference.min()))
 
 
 def _max_ordered_distance(a: Array, b: Array, width: int) -> int:
