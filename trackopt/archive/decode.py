@@ -79,7 +79,8 @@ def check(source: TensorSource, tensor: Tensor) -> None:
         problem = "a tensor on the meta device has no values"
     if problem is not None:
         problem = problem.removeprefix(f"{source.path}: ")
-        raise ArchiveError(f"{source.path}: {problem}; its values cannot be read, use another checkpoint")
+        advice = "" if "; " in problem else "; its values cannot be read, use another checkpoint"
+        raise ArchiveError(f"{source.path}: {problem}{advice}")
 
 
 def raw(source: TensorSource, tensor: Tensor, chunk: int = CHUNK_BYTES) -> Iterator[bytes | memoryview]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from trackopt.analysis.tensor_values import ValueDecoder, has_channels, not_numeric_reason
 from trackopt.archive import decode
 from trackopt.archive.file_ranges import file_range, zip_record
+from trackopt.archive.io.block_reader import BLOCK_BYTES
 from trackopt.errors import ArchiveError
 
 if TYPE_CHECKING:
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from trackopt.archive.tree import Tensor
 
 PIECE_ELEMENTS = 1 << 22  # of a thread's task
-BLOCK_BYTES = 1 << 18  # two blocks, and what is computed of them, fit a core's second-level cache
 
 
 @dataclass(frozen=True)
