@@ -66,7 +66,7 @@ class ValueDecoder:
         return (self._axis, *(each if isinstance(each, int | float) else each.tobytes() for each in parameters))
 
     def decode(self, data: bytes | memoryview, first: int = 0) -> Array:
-        """Return the numbers as a flat array.
+        """Return the numbers as a flat, aligned array.
 
         Args:
             data: Stored elements, in logical order.
@@ -75,11 +75,10 @@ class ValueDecoder:
         import numpy as np
 
         if self._is_half:
-            bits = np.frombuffer(data, "u2")
-            return kernels().widen(bits if bits.flags.aligned else bits.copy(), self._tensor.dtype)
+            return kernels().widen(_align(np.frombuffer(data, "u2")), self._tensor.dtype)
         values = decode.values(data, self._tensor, self._byteorder)
         if self._scale is None:
-            return values
+            return _align(values)
         scale, zero_point = self._scale, self._zero_point
         if self._axis is not None:
             channels = self._channels(self._axis, first, values.size)
@@ -94,6 +93,11 @@ class ValueDecoder:
         shape = self._tensor.shape
         channels: Array = np.arange(first, first + count) // math.prod(shape[axis + 1 :]) % shape[axis]
         return channels
+
+
+def _align(array: Array) -> Array:
+    """Return an array as kernels take it; some formats do not align their tensors."""
+    return array if array.flags.aligned else array.copy()
 
 
 def _read_parameter(source: TensorSource, value: float | Tensor) -> Any:

@@ -152,7 +152,7 @@ def count_only(different: Array) -> Numbers:
 
 
 def measure_one(x: Array) -> Numbers:
-    """Return the numbers of an array compared with itself."""
+    """Return the numbers of a flat, aligned array compared with itself."""
     sum_sq = kernels().sum_sq(x) if x.dtype.char in FLOATS and x.size else math.nan
     if not math.isfinite(sum_sq):
         x = _to_float64(x)
@@ -161,7 +161,7 @@ def measure_one(x: Array) -> Numbers:
 
 
 def measure_pair(x: Array, y: Array, different: Array, tolerance: Tolerance) -> Numbers:
-    """Return the numbers of two flat arrays.
+    """Return the numbers of two flat, aligned arrays.
 
     Args:
         x: The first.
@@ -198,7 +198,6 @@ def measure_pair(x: Array, y: Array, different: Array, tolerance: Tolerance) -> 
 def _measure_floats(x: Array, y: Array, count: int) -> Numbers:
     """Return the numbers of two arrays of one floating dtype, if all elements are finite and so are the sums."""
     k = kernels()
-    x, y = (each if each.flags.aligned else each.copy() for each in (x, y))
     sum_sq_a, sum_sq_b = k.sum_sq(x), k.sum_sq(y)
     if not math.isfinite(sum_sq_a + sum_sq_b) or not count:
         return Numbers(sum_sq_a, sum_sq_b, sum_sq_a, elements=x.size)
