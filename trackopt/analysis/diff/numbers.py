@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from trackopt.utils.kernels import FLOATS, kernels
 
@@ -103,15 +103,12 @@ class Numbers:
         """Return the numbers of tensors each of whose elements occurs several times."""
         if times == 1:
             return self
-        sums = ("sum_sq_a", "sum_sq_b", "dot", "sum_sq_diff", "differing", "elements", "beyond_tolerance")
-        appeared_and_vanished = {name: tuple(times * n for n in getattr(self, name)) for name in ("nan", "inf")}
-        after_cast = None if self.differing_after_cast is None else times * self.differing_after_cast
-        return replace(
-            self,
-            **{name: times * getattr(self, name) for name in sums},
-            **appeared_and_vanished,
-            differing_after_cast=after_cast,
-        )
+        names = ("sum_sq_a", "sum_sq_b", "dot", "sum_sq_diff", "differing", "elements", "beyond_tolerance")
+        sums: dict[str, Any] = {name: times * getattr(self, name) for name in names}
+        if self.differing_after_cast is not None:
+            sums["differing_after_cast"] = times * self.differing_after_cast
+        nan, inf = ((times * appeared, times * vanished) for appeared, vanished in (self.nan, self.inf))
+        return replace(self, **sums, nan=nan, inf=inf)
 
     def __add__(self, other: Numbers) -> Numbers:
         return Numbers(

@@ -104,7 +104,8 @@ def _to_kernel_dtype(values: Array) -> Array:
         return values
     if dtype.kind == "c":
         with np.errstate(all="ignore"):
-            return np.abs(values.astype("c16"))
+            magnitudes: Array = np.abs(values.astype("c16"))
+            return magnitudes
     if dtype.kind == "b":
         return values.view("u1")
     return values.astype("f4" if dtype.itemsize <= 2 else "f8")
