@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
 CHUNK_BYTES = 4 << 20
 _MAX_EXPANDED_BYTES = 1 << 30
-_MAX_ELEMENTS = 1 << 58  # whose bytes NumPy can count, whatever their dtype
+#: Elements whose bytes NumPy can count, whatever their dtype.
+MAX_ELEMENTS = 1 << 58
 #: NumPy's type codes of the dtypes that it has.
 _NUMPY_CODES = {
     "float64": "f8", "float32": "f4", "float16": "f2", "int64": "i8", "int32": "i4",
@@ -73,7 +74,7 @@ def check(source: TensorSource, tensor: Tensor) -> None:
     problem = out_of_bounds_reason(tensor, source)
     if problem is None and tensor.nbytes > max(_MAX_EXPANDED_BYTES, tensor.storage.nbytes):
         problem = f"a tensor of {tensor.nbytes:,} bytes is made of {tensor.storage.nbytes:,} stored ones"
-    if math.prod(max(1, size) for size in tensor.shape) > _MAX_ELEMENTS:
+    if math.prod(max(1, size) for size in tensor.shape) > MAX_ELEMENTS:
         problem = "its shape is larger than an array can be"  # without elements, if one dimension is 0
     if tensor.is_meta:
         problem = "a tensor on the meta device has no values"

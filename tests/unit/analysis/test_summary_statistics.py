@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 import zipfile
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ import safetensors.torch
 import torch
 
 import trackopt
-from tests.helpers.checkpoints import peak, saved, trained
+from tests.helpers.checkpoints import peak, saved, trained, zipped
 from trackopt.analysis.summary import Summary, summarize
 from trackopt.analysis.summary.statistics import measure, merge
 
@@ -100,6 +101,21 @@ def test_expanded_tensors_count_by_their_size(tmp_path: Path) -> None:
     assert (found["mask"].count, found["mask"].norm, found["mask"].std) == (400_000_000, 20_000, 0)
     assert (found["rows"].count, found["rows"].nan, found["rows"].zero) == (900, 300, 300)
     assert found["rows"].norm == pytest.approx(math.sqrt(300 * 20))
+
+
+def test_a_shape_beyond_all_numbers_is_a_reason(tmp_path: Path) -> None:
+    bare = [pickle.dumps(value, 2)[2:-1] for value in ("storage", "0", "cpu", 1, 0, (1 << 40,) * 30, (0,) * 30)]
+    storage = b"(" + bare[0] + b"ctorch\nFloatStorage\n" + b"".join(bare[1:4]) + b"tQ"
+    rest = b"".join(bare[4:]) + b"\x89ccollections\nOrderedDict\n)R"
+    data = (
+        b"\x80\x02}" + pickle.dumps("w", 2)[2:-1] + b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + rest + b"tRs."
+    )
+    path = zipped(data, tmp_path / "t.pt", records={"data/0": bytes(4)})
+    with trackopt.open(path) as archive:
+        (found,) = measure(archive).values()
+    assert "larger than an array" in found.reason
+    (change,) = trackopt.diff(path, path).changes
+    assert "larger than an array" in change.reason
 
 
 def test_complex_tensors_say_that_they_count_by_magnitude(tmp_path: Path) -> None:

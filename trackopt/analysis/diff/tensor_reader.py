@@ -133,7 +133,8 @@ def without_repeats(pair: Pair) -> tuple[Pair, int]:
     """Drop the dimensions along which both repeat their elements; return the number of repetitions as well."""
     a, b = pair.a.tensor, pair.b.tensor
     axes = [axis for axis, steps in enumerate(zip(a.stride, b.stride, strict=True)) if any(steps)]
-    if len(axes) == len(a.shape) or not a.elements or has_channels(a) or has_channels(b):
+    is_sound = 0 < a.elements <= decode.MAX_ELEMENTS
+    if len(axes) == len(a.shape) or not is_sound or has_channels(a) or has_channels(b):
         return pair, 1
     once = Pair(_permute(pair.a, axes), _permute(pair.b, axes))
     return once, a.elements // once.a.tensor.elements

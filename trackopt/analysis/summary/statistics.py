@@ -140,7 +140,7 @@ def _without_repeats(tensor: Tensor) -> tuple[Tensor, int]:
 
     Scales of channels belong to dimensions, which stay then.
     """
-    if tensor.is_contiguous or has_channels(tensor):
+    if tensor.is_contiguous or has_channels(tensor) or tensor.elements > decode.MAX_ELEMENTS:
         return tensor, 1
     axes = [axis for axis, step in enumerate(tensor.stride) if step]
     axes.sort(key=lambda axis: tensor.stride[axis], reverse=True)
