@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
 CHUNK_BYTES = 4 << 20
 _MAX_EXPANDED_BYTES = 1 << 30
-_MAX_ELEMENTS = 1 << 58  # whose bytes NumPy can count, whatever their dtype
+#: Elements whose bytes NumPy can count, whatever their dtype.
+MAX_ELEMENTS = 1 << 58
 #: NumPy's type codes of the dtypes that it has.
 _NUMPY_CODES = {
     "float64": "f8", "float32": "f4", "float16": "f2", "int64": "i8", "int32": "i4",
@@ -39,6 +40,11 @@ _STRUCT_CODES = {
     "float64": "d", "float32": "f", "float16": "e", "int64": "q", "int32": "i", "int16": "h", "int8": "b",
     "uint64": "Q", "uint32": "I", "uint16": "H", "uint8": "B", "bool": "?",
 }  # fmt: skip
+#: Dtypes whose elements are decoded to the numbers that they mean; quantized ones need their `Quantizer` as well.
+NUMERIC_DTYPES = frozenset(
+    {*_NUMPY_CODES, "bool", "bfloat16", "bcomplex32", "complex32", "quint8",
+     "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu"}
+)  # fmt: skip
 #: Exponent bits, mantissa bits, exponent bias, and the patterns that are not finite, of the eight-bit floats.
 _FLOAT8 = {
     "float8_e4m3fn": (4, 3, 7, "nan at the top"),
@@ -68,13 +74,14 @@ def check(source: TensorSource, tensor: Tensor) -> None:
     problem = out_of_bounds_reason(tensor, source)
     if problem is None and tensor.nbytes > max(_MAX_EXPANDED_BYTES, tensor.storage.nbytes):
         problem = f"a tensor of {tensor.nbytes:,} bytes is made of {tensor.storage.nbytes:,} stored ones"
-    if math.prod(max(1, size) for size in tensor.shape) > _MAX_ELEMENTS:
+    if math.prod(max(1, size) for size in tensor.shape) > MAX_ELEMENTS:
         problem = "its shape is larger than an array can be"  # without elements, if one dimension is 0
     if tensor.is_meta:
         problem = "a tensor on the meta device has no values"
     if problem is not None:
         problem = problem.removeprefix(f"{source.path}: ")
-        raise ArchiveError(f"{source.path}: {problem}; its values cannot be read, use another checkpoint")
+        advice = "" if "; " in problem else "; its values cannot be read, use another checkpoint"
+        raise ArchiveError(f"{source.path}: {problem}{advice}")
 
 
 def raw(source: TensorSource, tensor: Tensor, chunk: int = CHUNK_BYTES) -> Iterator[bytes | memoryview]:

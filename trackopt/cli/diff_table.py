@@ -22,7 +22,7 @@ _MAX_SINGLE_ROWS = 3
 _BAR_WIDTH = 24
 _BAR_DECADES = 6  # decades below 1 that a bar spans
 _MAX_ULPS = 10**6  # larger distances carry no information
-_KIND_TEXTS = {"value": "values changed", "shape": "shapes changed"}
+_KIND_TEXTS = {"value": "values changed", "shape": "shapes changed", "unreadable": "tensors cannot be compared"}
 _CAST_TEXTS = {"equal": ", same values", "rounded": ", equal after the cast"}
 _STEP_DEPENDENT_KEYS = ("trackopt.position.", "trackopt.observers.", "trackopt.pending.", "trackopt.turns.")
 _REPORTED_KEYS = ("step", "epoch", "batch", "last_epoch", "_last_lr", "_step_count", "global_step")
@@ -190,7 +190,10 @@ def _is_reported_elsewhere(change: Change) -> bool:
 def _format_change(change: Change) -> str:
     if change.kind in ("added", "removed"):
         what = change.b if change.kind == "added" else change.a
-        return f"{change.kind}: {console.format_number(what)}"
+        shared = f", the same tensor as {change.shared_with}" if change.shared_with else ""
+        return f"{change.kind}: {console.format_number(what)}{shared}"
+    if change.kind == "unreadable":
+        return f"cannot be compared: {change.reason}"
     if change.kind == "shape":
         return f"shape {list(change.a.shape)} → {list(change.b.shape)}"
     if change.kind == "dtype":

@@ -311,7 +311,7 @@ def _render_statistics(summary: Summary) -> Iterator[RenderableType]:
 
 
 def _format_statistics(statistics: TensorStatistics | None) -> list[str]:
-    if statistics is None:
+    if statistics is None or (statistics.reason and not statistics.count):
         return [""] * len(_STATISTICS)
     return [f"{getattr(statistics, name):.3g}" for name in _STATISTICS]
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import trackopt
 from tests.helpers.checkpoints import peak, saved
-from trackopt.analysis.diff import compare, elements
+from trackopt.analysis.diff import compare, elements, tensor_reader
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -40,9 +40,8 @@ def numbers(a: torch.Tensor, b: torch.Tensor, folder: Path, **terms: Any) -> Any
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that small tensors take as many pieces and blocks as large ones do."""
-    monkeypatch.setattr(compare, "_PIECE_ELEMENTS", 64)
-    monkeypatch.setattr(compare, "_BLOCK_ELEMENTS", 24)
-    monkeypatch.setattr(compare, "_CHUNK_BYTES", 80)
+    monkeypatch.setattr(tensor_reader, "PIECE_ELEMENTS", 64)
+    monkeypatch.setattr(tensor_reader, "BLOCK_BYTES", 96)
     monkeypatch.setattr(compare, "_MAX_PIECES", 1)
 
 
@@ -274,3 +273,67 @@ def test_memory_does_not_grow_with_the_tensors(tmp_path: Path) -> None:
     pair = "sys.argv[1].replace('b.pt', 'a.pt'), sys.argv[1]"
     program = f"import sys, trackopt\nassert not trackopt.diff({pair}).equal"
     assert peak(program, path) < 100 << 10
+
+
+def test_one_unreadable_tensor_does_not_stop_the_others(tmp_path: Path) -> None:
+    tree = {"model": {"a.weight": torch.ones(3), "b.weight": torch.arange(4.0)}}
+    whole, cut = saved(tree, tmp_path / "whole.pt"), tmp_path / "cut.pt"
+    with zipfile.ZipFile(whole) as old, zipfile.ZipFile(cut, "w") as new:
+        for name in old.namelist():
+            if old.read(name) != tree["model"]["a.weight"].numpy().tobytes():
+                new.writestr(name, old.read(name))
+    change = only(found := trackopt.diff(whole, cut))
+    assert (change.kind, change.path, found.same) == ("unreadable", "model.a.weight", 1)
+    assert "is missing" in change.as_dict()["reason"]
+    assert found.resume is not None
+    assert not found.resume.continues
+
+
+def test_expanded_tensors_are_compared_once_and_count_by_their_size(tmp_path: Path) -> None:
+    wide = torch.ones(1, 1).expand(20_000, 20_000)
+    assert compared(wide, wide, tmp_path).equal
+    found = numbers(wide, torch.full((1, 1), 3.0).expand(20_000, 20_000), tmp_path)
+    assert (found.differing, found.elements, found.max_abs, found.rel_l2) == (4 * 10**8, 4 * 10**8, 2.0, 2.0)
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
+def test_quantized_tensors_are_compared_by_value(tmp_path: Path) -> None:
+    a, b = (torch.quantize_per_tensor(torch.full((4,), 3.0), scale, 0, torch.qint8) for scale in (0.1, 0.5))
+    change = compared(a, b, tmp_path).changes[-1]
+    assert {each.path for each in compared(a, b, tmp_path).changes} == {"w.scale"}
+    assert change.kind == "value"
+    far = torch.quantize_per_tensor(torch.full((4,), 6.0), 0.1, 0, torch.qint8)
+    assert numbers(a, far, tmp_path).rel_l2 == pytest.approx(1.0)
+    assert numbers(a, far, tmp_path).max_abs == pytest.approx(3.0)
+
+
+def test_a_step_that_is_a_number_equals_one_that_is_a_tensor(tmp_path: Path) -> None:
+    def optimizer(step: Any) -> Any:
+        state = {0: {"step": step, "exp_avg": torch.ones(2), "exp_avg_sq": torch.ones(2)}}
+        return {"state": state, "param_groups": [{"lr": 0.1, "betas": (0.9, 0.999), "eps": 1e-8, "params": [0]}]}
+
+    def steps_differ(a: Any, b: Any) -> bool:
+        paths = [saved({"optimizer": optimizer(step)}, tmp_path / name) for step, name in ((a, "a"), (b, "b"))]
+        return not trackopt.diff(*paths).equal
+
+    assert not steps_differ(5, torch.tensor(5.0))
+    assert not steps_differ(torch.tensor(5.0), 5)
+    assert steps_differ(5, torch.tensor(6.0))
+    assert steps_differ(5, torch.tensor([5.0, 5.0]))
+
+
+def test_tied_weights_name_the_one_that_both_have(tmp_path: Path) -> None:
+    weight = torch.randn(5, 2)
+    tied = saved({"embed.weight": weight, "lm_head.weight": weight}, tmp_path / "tied.pt")
+    single = saved({"embed.weight": weight}, tmp_path / "single.pt")
+    assert only(trackopt.diff(tied, single)).shared_with == "embed.weight"
+    assert only(trackopt.diff(single, tied)).as_dict()["shared_with"] == "embed.weight"
+    untied = saved({"embed.weight": weight, "lm_head.weight": weight.clone()}, tmp_path / "untied.pt")
+    assert only(trackopt.diff(untied, single)).shared_with == ""
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_the_largest_difference_is_exact_where_many_round_to_the_same(dtype: str, tmp_path: Path) -> None:
+    a = torch.randn(70_000).to(getattr(torch, dtype))
+    for b in (a + 1e-3, a * 1.001, -a, a + 1e30):
+        agrees_with_torch(numbers(a, b, tmp_path), a, b)

@@ -815,5 +815,5 @@ def test_the_difference_sees_into_sparse_and_quantized_tensors(tmp_path: Path) -
         sparse = torch.eye(3).mul(scale).to_sparse()
         zip_file({"sparse": sparse, "quantized": quantized, "meta": meta}, tmp_path / name)
     changes = {change.path: change.kind for change in trackopt.diff(tmp_path / "a", tmp_path / "b").changes}
-    assert changes == {"sparse.values": "tensor", "quantized.scale": "value"}
+    assert changes == {"sparse.values": "tensor", "quantized": "tensor", "quantized.scale": "value"}
     assert trackopt.diff(tmp_path / "a", tmp_path / "a").equal

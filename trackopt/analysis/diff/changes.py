@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from trackopt.analysis.diff.compare import Pair, TensorReader
 from trackopt.analysis.diff.flatten import Leaf, flatten
-from trackopt.analysis.diff.numbers import Numbers, Tolerance
+from trackopt.analysis.diff.numbers import Numbers, Tolerance, Unreadable
+from trackopt.analysis.diff.tensor_reader import Pair, TensorReader
 from trackopt.archive.describe import describe
 from trackopt.archive.tree import Tensor, UnknownObject
 from trackopt.errors import ArchiveError
@@ -60,7 +60,7 @@ class Change:
 
     Attributes:
         path: Its path in the first, with parameter names.
-        kind: ``added removed value shape dtype tensor``, or ``same``.
+        kind: ``added removed value shape dtype tensor``, ``unreadable`` (tensors), or ``same``.
         a: The value in the first; None if it is added.
         b: The value in the second; None if it is removed.
         numbers: The distance of two tensors, if they were read and differ.
@@ -69,6 +69,8 @@ class Change:
         path_b: Its path in the second, if that is different.
         skipped_by_checksum: True if two tensors were taken as equal by their checksums.
         within_tolerance: True if the values differ, but by no more than the tolerance.
+        reason: Why the tensors cannot be compared, with the file.
+        shared_with: The path of a parameter that both have, with which an added or removed one shares its memory.
     """
 
     path: str
@@ -81,6 +83,8 @@ class Change:
     path_b: str | None = None
     skipped_by_checksum: bool = False
     within_tolerance: bool = False
+    reason: str = ""
+    shared_with: str = ""
 
     @property
     def is_tensor(self) -> bool:
@@ -110,7 +114,7 @@ class Change:
             result |= self.numbers.as_dict()
         if self.cast is not None:
             result["cast"] = self.cast
-        return result
+        return result | {name: text for name in ("reason", "shared_with") if (text := getattr(self, name))}
 
 
 def iter_changes(
@@ -132,25 +136,31 @@ def iter_changes(
     pairs = _readable_pairs(archives, a, b)
     skipped = {key for key, pair in pairs.items() if options.fast and pair.has_same_checksum}
     results = comparer.compare([pair for key, pair in pairs.items() if key not in skipped])
+    shared_a, shared_b = (_find_shared(side, other) for side, other in ((a, b), (b, a)))
     for key, leaf in a.items():
         if key not in b:
-            yield Change(leaf.path, "removed", leaf.value, None, None, leaf.part, leaf.role)
+            shared = shared_a.get(key, "")
+            yield Change(leaf.path, "removed", leaf.value, None, None, leaf.part, leaf.role, shared_with=shared)
         elif key in skipped:
             yield _make_change(leaf, b[key], "same", skipped_by_checksum=True)
         elif key in pairs:
             numbers = next(results)
+            if isinstance(numbers, Unreadable):
+                yield _make_change(leaf, b[key], "unreadable", reason=numbers.reason)
+                continue
             kind = _tensor_kind(leaf.value, b[key].value, numbers)
             is_close = kind == "same" and numbers is not None
             yield _make_change(leaf, b[key], kind, numbers, within_tolerance=is_close)
         else:
-            x, y = leaf.value, b[key].value
+            x, y = _comparable(archives, leaf, b[key])
             kind = _kind(x, y, options.tolerance)
             exact_kind = kind if not options.tolerance else _kind(x, y, Tolerance())
             yield _make_change(leaf, b[key], kind, within_tolerance=kind != exact_kind)
     yield from _group_order_changes(alignment, options)
     for key, leaf in b.items():
         if key not in a:
-            yield Change(leaf.path, "added", None, leaf.value, None, leaf.part, leaf.role)
+            shared = shared_b.get(key, "")
+            yield Change(leaf.path, "added", None, leaf.value, None, leaf.part, leaf.role, shared_with=shared)
 
 
 def _flatten(archive: Archive, state: TrainingState, slots: Slots) -> dict[Key, Leaf]:
@@ -158,6 +168,46 @@ def _flatten(archive: Archive, state: TrainingState, slots: Slots) -> dict[Key, 
         return flatten(archive.tree, state, slots)
     except ArchiveError as error:
         raise ArchiveError(f"{archive.path}: {error}") from error
+
+
+def _find_shared(side: dict[Key, Leaf], other: dict[Key, Leaf]) -> dict[Key, str]:
+    """Return the leaves that only one side has, and whose memory is also that of a leaf that both have, with its path.
+
+    These are tied weights: some formats keep them once.
+    """
+    common: dict[tuple[Any, ...], str] = {}
+    for key, leaf in side.items():
+        if key in other and isinstance(leaf.value, Tensor):
+            common.setdefault(_memory(leaf.value), leaf.path)
+    return {
+        key: common[memory]
+        for key, leaf in side.items()
+        if key not in other and isinstance(leaf.value, Tensor) and (memory := _memory(leaf.value)) in common
+    }
+
+
+def _memory(tensor: Tensor) -> tuple[Any, ...]:
+    """Return what tensors have in common that are one view of one memory."""
+    storage = tensor.storage
+    return id(storage.byte_range), storage.key, tensor.dtype, tensor.offset, tensor.shape, tensor.stride
+
+
+def _comparable(archives: tuple[Archive, Archive], a: Leaf, b: Leaf) -> tuple[Any, Any]:
+    """Return both values; a step that one of them keeps as a tensor, as torch does since 1.12, is a number then."""
+    x, y = a.value, b.value
+    if isinstance(x, Tensor) != isinstance(y, Tensor) and a.role is not None and a.role.kind == "counter":
+        x, y = (_step_number(archive, value) for archive, value in zip(archives, (x, y), strict=True))
+    return x, y
+
+
+def _step_number(archive: Archive, value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    try:
+        number = archive.scalar(value)
+    except (ArchiveError, OSError):  # it stays a tensor, which is another value
+        return value
+    return value if number is None else number
 
 
 def _readable_pairs(archives: tuple[Archive, Archive], a: dict[Key, Leaf], b: dict[Key, Leaf]) -> dict[Key, Pair]:
@@ -172,9 +222,9 @@ def _readable_pairs(archives: tuple[Archive, Archive], a: dict[Key, Leaf], b: di
     return pairs
 
 
-def _make_change(a: Leaf, b: Leaf, kind: str, numbers: Numbers | None = None, **flags: bool) -> Change:
+def _make_change(a: Leaf, b: Leaf, kind: str, numbers: Numbers | None = None, **facts: Any) -> Change:
     path_b = b.path if b.path != a.path else None
-    return Change(a.path, kind, a.value, b.value, numbers, a.part, a.role or b.role, path_b, **flags)
+    return Change(a.path, kind, a.value, b.value, numbers, a.part, a.role or b.role, path_b, **facts)
 
 
 def _tensor_kind(x: Tensor, y: Tensor, numbers: Numbers | None) -> str:

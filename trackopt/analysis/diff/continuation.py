@@ -110,6 +110,7 @@ def check_continuation(
     context = _Context(*states, trees, alignment, totals)
     reasons = [
         *(_error(f"B {reason}") for reason in unloadable),
+        *(_error(f"{path} cannot be compared: {reason}") for path, reason in totals.unreadable.items()),
         *_check_models(context),
         *_check_optimizers(context),
         *_check_schedulers(context),

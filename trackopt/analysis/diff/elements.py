@@ -14,6 +14,7 @@ _FLOAT_BITS = {
 }  # fmt: skip
 #: From most to least precise.
 _PRECISION = ("float64", "float32", "float16", "bfloat16")
+_FEW = 16  # share of the elements, as its reciprocal, that are selected faster than all are converted
 _ORDERS = {"little": "<", "big": ">"}
 Bytes = bytes | memoryview
 
@@ -43,10 +44,28 @@ def max_ulp_distance(x: Bytes, y: Bytes, dtype: str, byteorder: str) -> int | No
         return None
     width = _FLOAT_BITS[dtype]
     kind = f"{_ORDERS[byteorder]}i{width // 8}"
-    a, b = (_to_ordered_integers(np.frombuffer(data, kind), width) for data in (x, y))
+    a, b = (np.frombuffer(data, kind).astype(kind[1:], copy=False) for data in (x, y))
+    if not a.size:
+        return 0
+    flipped, distance = (a ^ b) < 0, 0
+    count = np.count_nonzero(flipped)
+    if count > a.size // _FEW:
+        return _max_ordered_distance(a, b, width)
+    difference = a - b  # of integers of the same sign, which does not overflow
+    if count:
+        distance = _max_ordered_distance(a[flipped], b[flipped], width)
+        difference[flipped] = 0
+    return max(distance, int(difference.max()), -int(difference.min()))
+
+
+def _max_ordered_distance(a: Array, b: Array, width: int) -> int:
+    """Return the largest distance of the bits of floats of any sign."""
+    import numpy as np
+
+    a, b = (_to_ordered_integers(bits, width) for bits in (a, b))
     distance = np.maximum(a, b).view(f"u{width // 8}")
     distance -= np.minimum(a, b).view(f"u{width // 8}")
-    return int(distance.max(initial=0))
+    return int(distance.max())
 
 
 def _to_ordered_integers(bits: Array, width: int) -> Array:

@@ -6,14 +6,19 @@ Elements with equal bits are equal, NaN and infinity too.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from trackopt.utils.kernels import FLOATS, kernels
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from trackopt.archive.decode import Array
     from trackopt.utils.types import JsonObject
+
+
+_FEW = 64  # share of the elements, as its reciprocal, that are selected faster than all are converted
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +99,17 @@ class Numbers:
             result[name] = {"appeared": appeared, "vanished": vanished}
         return result
 
+    def repeat(self, times: int) -> Numbers:
+        """Return the numbers of tensors each of whose elements occurs several times."""
+        if times == 1:
+            return self
+        names = ("sum_sq_a", "sum_sq_b", "dot", "sum_sq_diff", "differing", "elements", "beyond_tolerance")
+        sums: dict[str, Any] = {name: times * getattr(self, name) for name in names}
+        if self.differing_after_cast is not None:
+            sums["differing_after_cast"] = times * self.differing_after_cast
+        nan, inf = ((times * appeared, times * vanished) for appeared, vanished in (self.nan, self.inf))
+        return replace(self, **sums, nan=nan, inf=inf)
+
     def __add__(self, other: Numbers) -> Numbers:
         return Numbers(
             self.sum_sq_a + other.sum_sq_a,
@@ -113,15 +129,36 @@ class Numbers:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """What a comparison returns of tensors that cannot be read.
+
+    Attributes:
+        reason: Why, with the file.
+    """
+
+    reason: str
+
+
+def count_only(different: Array) -> Numbers:
+    """Return the numbers of arrays whose elements are no numbers: only how many of them differ."""
+    import numpy as np
+
+    count, nan = int(np.count_nonzero(different)), math.nan
+    return Numbers(nan, nan, nan, nan, nan, count, different.size, count)
+
+
 def measure_one(x: Array) -> Numbers:
-    """Return the numbers of an array compared with itself."""
-    x = _to_float64(x)
-    sum_sq = _dot(x, x)
+    """Return the numbers of a flat, aligned array compared with itself."""
+    sum_sq = kernels().sum_sq(x) if x.dtype.char in FLOATS and x.size else math.nan
+    if not math.isfinite(sum_sq):
+        x = _to_float64(x)
+        sum_sq = _dot(x, x)
     return Numbers(sum_sq, sum_sq, sum_sq, elements=x.size)
 
 
 def measure_pair(x: Array, y: Array, different: Array, tolerance: Tolerance) -> Numbers:
-    """Return the numbers of two flat arrays.
+    """Return the numbers of two flat, aligned arrays.
 
     Args:
         x: The first.
@@ -132,6 +169,10 @@ def measure_pair(x: Array, y: Array, different: Array, tolerance: Tolerance) -> 
     import numpy as np
 
     count = int(np.count_nonzero(different))
+    if not tolerance and x.dtype == y.dtype and x.dtype.char in FLOATS and x.size:
+        result = _measure_floats(x, y, count)
+        if math.isfinite(result.sum_sq_a + result.sum_sq_b):
+            return result
     with np.errstate(all="ignore"):
         a, b = _to_float64(x), _to_float64(y)
         sum_sq_a, sum_sq_b = _dot(a, a), _dot(b, b)
@@ -149,6 +190,39 @@ def measure_pair(x: Array, y: Array, different: Array, tolerance: Tolerance) -> 
         nan, inf = ((0, 0), (0, 0)) if is_finite else (_count_new(np.isnan, x, y), _count_new(np.isinf, x, y))
         sum_sq_diff = _dot(difference, difference)
         return Numbers(sum_sq_a, sum_sq_b, _dot(a, b), sum_sq_diff, max_abs, count, x.size, beyond, nan=nan, inf=inf)
+
+
+def _measure_floats(x: Array, y: Array, count: int) -> Numbers:
+    """Return the numbers of two arrays of one floating dtype, if all elements are finite and so are the sums."""
+    k = kernels()
+    sum_sq_a, sum_sq_b = k.sum_sq(x), k.sum_sq(y)
+    if not math.isfinite(sum_sq_a + sum_sq_b) or not count:
+        return Numbers(sum_sq_a, sum_sq_b, sum_sq_a, elements=x.size)
+    dot, sum_sq_diff = k.dot(x, y), k.squared_distance(x, y)
+    return Numbers(sum_sq_a, sum_sq_b, dot, sum_sq_diff, _max_abs(x, y), count, x.size, count)
+
+
+def _max_abs(x: Array, y: Array) -> float:
+    """Return the largest absolute difference, computed in float64.
+
+    Rounding keeps the order: where the difference in float64 is largest, so is the one rounded to float32.
+    """
+    import numpy as np
+
+    with np.errstate(all="ignore"):
+        difference = y - x
+        low, high = difference.min(), difference.max()
+        largest = max(-low, high)
+        if difference.dtype.itemsize == 8:
+            return float(largest)
+        is_largest = difference == high if high == largest else difference == low
+        if -low == high:
+            is_largest |= difference == low
+        if np.count_nonzero(is_largest) < x.size // _FEW:
+            x, y = x[is_largest], y[is_largest]
+        exact = y.astype("f8")
+        exact -= x
+        return max(float(exact.max()), -float(exact.min()))
 
 
 def _to_float64(array: Array) -> Array:

@@ -6,8 +6,8 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from trackopt.analysis.diff.compare import TensorReader
 from trackopt.analysis.diff.numbers import Numbers
+from trackopt.analysis.diff.tensor_reader import TensorReader
 from trackopt.archive.tree import Tensor
 
 if TYPE_CHECKING:
@@ -72,6 +72,7 @@ class Totals:
         modules: By name.
         skipped_by_checksum: Number of tensors that were taken as equal by their checksums.
         within_tolerance: Number of values that differ by no more than the tolerance.
+        unreadable: The tensors that cannot be compared, by path, with the reason.
     """
 
     weights: dict[tuple[str, str], Numbers] = field(default_factory=dict)
@@ -82,6 +83,7 @@ class Totals:
     modules: dict[str, ModuleTotals] = field(default_factory=dict)
     skipped_by_checksum: int = 0
     within_tolerance: int = 0
+    unreadable: dict[str, str] = field(default_factory=dict)
 
 
 def accumulate(changes: Iterable[Change], a: Archive, comparer: TensorComparer) -> Totals:
@@ -105,6 +107,8 @@ def accumulate(changes: Iterable[Change], a: Archive, comparer: TensorComparer) 
             totals.rng[change.role.owner] = totals.rng.get(change.role.owner, False) or change.kind != "same"
         if change.is_tensor:
             totals.tensors[change.kind] += 1
+            if change.reason:
+                totals.unreadable[change.path] = change.reason
             _add_tensor(totals, change)
             if change.kind == "same" and change.numbers is None and _is_measured(change.role):
                 unchanged.append(change)
@@ -112,7 +116,8 @@ def accumulate(changes: Iterable[Change], a: Archive, comparer: TensorComparer) 
     unchanged = [change for change in unchanged if _role_key(change) in changed_roles and not change.a.is_meta]
     norms = comparer.measure(TensorReader(a.source, change.a) for change in unchanged)
     for change, numbers in zip(unchanged, norms, strict=True):
-        _add_numbers(totals, replace(change, numbers=numbers))
+        if isinstance(numbers, Numbers):  # those that `fast` left unread may be unreadable
+            _add_numbers(totals, replace(change, numbers=numbers))
     return totals
 
 

@@ -1,110 +1,234 @@
 """Measure the values of a checkpoint's tensors: streamed on all cores, each value read once.
 
-NumPy is imported when the first tensor is measured, and only then.
+Work is divided by ranges of the file and not by tensors: a large tensor is measured by all threads, and a block of the
+file holds many small ones. NumPy is imported when the first tensor is measured, and only then.
 """
 
 from __future__ import annotations
 
-import math
 import threading
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
+from trackopt.analysis.summary.block_statistics import (
+    MAGNITUDE,
+    TensorStatistics,
+    measure_block,
+    merge,
+    merge_blocks,
+)
+from trackopt.analysis.tensor_values import ValueDecoder, has_channels, not_numeric_reason
+from trackopt.archive import decode
+from trackopt.archive.file_ranges import file_range
+from trackopt.archive.io.block_reader import BLOCK_BYTES, Block, BlockReader, divide
 from trackopt.archive.io.parallel import map_threads
-from trackopt.archive.io.source import out_of_bounds_reason
 from trackopt.errors import ArchiveError
-from trackopt.utils.moments import Moments, merge_moments
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Hashable, Iterable, Iterator
 
     from trackopt.archive import Archive
-    from trackopt.archive.decode import Array
+    from trackopt.archive.io.byte_ranges import FileRange
     from trackopt.archive.tree import Tensor
-    from trackopt.utils.types import JsonObject
 
-_PIECE_BYTES = 16 << 20  # of a thread's task
-_BLOCK_ELEMENTS = 1 << 18  # of an array: they fit a cache, and are enough for threads to seldom wait for each other
-_ROW_ELEMENTS = 4096  # summed in their own precision; BLAS starts no threads for so few
-_MAX_STRIDED_BYTES = 64 << 20  # of a tensor that is not contiguous
-_NUMERIC_DTYPES = ("float", "bfloat", "int", "uint", "bool", "complex")
-#: Between these, squares of float32 neither overflow nor underflow.
-_MIN_SQUARABLE, _MAX_SQUARABLE = 1e-12, 1e12
-_MAX_CANCELLATION = 32  # ratio of the sum of squares to m2 above which m2 is computed from deviations
+__all__ = ["TensorStatistics", "measure", "merge"]
 
-
-@dataclass(frozen=True, slots=True)
-class TensorStatistics(Moments):
-    """Moments of a tensor's finite values, and counts of special values. Complex ones count by their magnitude.
-
-    Attributes:
-        nan: Number of NaN values.
-        inf: Number of infinite values.
-        zero: Number of values that are exactly 0.
-    """
-
-    nan: int = 0
-    inf: int = 0
-    zero: int = 0
-
-    def as_dict(self) -> JsonObject:
-        """Return the facts under the keys of ``inspect --json --stats``."""
-        names = ("norm", "mean", "std", "min", "max", "nan", "inf", "zero")
-        return {name: getattr(self, name) for name in names}
-
-
-def merge(parts: Iterable[TensorStatistics]) -> TensorStatistics:
-    """Return the statistics of several tensors as if they were one."""
-    parts = list(parts)
-    moments = merge_moments(parts)
-    return TensorStatistics(
-        moments.count,
-        moments.mean,
-        moments.m2,
-        moments.min,
-        moments.max,
-        nan=sum(part.nan for part in parts),
-        inf=sum(part.inf for part in parts),
-        zero=sum(part.zero for part in parts),
-    )
+_TASK_BYTES, _TASK_PARTS = 8 << 20, 1024  # of a thread's task
+_MAX_EXTENT_BYTES = 4 << 20  # of a part of a tensor that is not contiguous
 
 
 def measure(archive: Archive, progress: Callable[[int, int], None] | None = None) -> dict[str, TensorStatistics]:
-    """Measure every tensor that can be read.
+    """Measure every tensor.
 
-    Skipped are tensors whose values are not in the file, quantized and packed ones, and large ones that are neither
-    contiguous nor a permutation of that.
+    An expanded tensor is measured once, and counts by its size. Quantized ones count by value.
 
     Args:
         archive: An open archive. Memory stays at some MB per core, however large it is.
         progress: Called with the bytes done and the bytes in all, from time to time, by one thread at a time.
 
     Returns:
-        The statistics by path.
+        The statistics by path. Those of a tensor that cannot be measured have a ``reason``.
     """
-    names_by_view: dict[tuple[Tensor, int], list[str]] = {}
+    views = _find_views(archive)
+    tasks = list(_make_tasks(archive, views))
+    report = _progress_counter(progress, sum(task.nbytes for task in tasks))
+
+    def run(task: _Task) -> list[tuple[_View, TensorStatistics]]:
+        results = task.run()
+        report(task.nbytes)
+        return results
+
+    for results in map_threads(run, tasks):
+        for view, part in results:
+            view.parts.append(part)
+    by_name = {name: result for view in views for result in (view.result(),) for name in view.names}
+    return {name: by_name[name] for name, _ in archive.tensors()}
+
+
+@dataclass(eq=False)
+class _View:
+    """Elements of a storage that are measured once, whatever the number of tensors that view them.
+
+    Attributes:
+        tensor: One of these tensors, without the dimensions that repeat its elements.
+        times: How often its elements are repeated.
+        where: The range of the file with its elements, if they lie there one after the other.
+        decoder: Of its elements, unless there is a reason.
+        names: The paths of the tensors.
+        parts: The statistics of its parts, in the order of the file.
+        reason: Why it cannot be measured.
+    """
+
+    tensor: Tensor
+    times: int = 1
+    where: FileRange | None = None
+    decoder: ValueDecoder | None = None
+    names: list[str] = field(default_factory=list)
+    parts: list[TensorStatistics] = field(default_factory=list)
+    reason: str = ""
+
+    def measure(self, data: bytes | memoryview, first: int = 0) -> TensorStatistics:
+        """Measure stored elements, the first of which has the given logical index."""
+        return TensorStatistics() if self.decoder is None else measure_block(self.decoder.decode(data, first))
+
+    def result(self) -> TensorStatistics:
+        """Return the statistics of a tensor."""
+        reason = self.reason or next((part.reason for part in self.parts if part.reason), "")
+        if reason:
+            return TensorStatistics(reason=reason)
+        whole = merge_blocks(self.parts or [TensorStatistics()]).repeat(self.times)
+        return replace(whole, unit=MAGNITUDE) if "complex" in self.tensor.dtype else whole
+
+
+def _find_views(archive: Archive) -> list[_View]:
+    views: dict[tuple[Hashable, ...], _View] = {}
     for name, tensor in archive.tensors():
-        if tensor.dtype.startswith(_NUMERIC_DTYPES) and out_of_bounds_reason(tensor, archive.source) is None:
-            view = (_in_file_order(tensor), id(tensor.storage.byte_range))
-            names_by_view.setdefault(view, []).append(name)
-    tasks = [(view, piece) for view in names_by_view for piece in _split(view[0])]
-    report = _progress_counter(progress, sum(piece.nbytes for _, piece in tasks))
+        key = (
+            *(tensor.storage, id(tensor.storage.byte_range), tensor.dtype, tensor.shape, tensor.stride, tensor.offset),
+            *(tensor.neg, tensor.quantizer),
+        )
+        if key not in views:
+            views[key] = _make_view(archive, tensor)
+        views[key].names.append(name)
+    return list(views.values())
 
-    def measure_and_report(piece: Tensor) -> TensorStatistics | None:
-        part = _measure_piece(archive, piece)
-        report(piece.nbytes)
-        return part
 
-    parts: dict[tuple[Tensor, int], list[TensorStatistics | None]] = {}
-    results = map_threads(measure_and_report, [piece for _, piece in tasks])
-    for (view, _), part in zip(tasks, results, strict=True):
-        parts.setdefault(view, []).append(part)
-    by_name = {}
-    for view, of_view in parts.items():
-        readable = [part for part in of_view if part is not None]
-        if len(readable) == len(of_view):
-            by_name.update(dict.fromkeys(names_by_view[view], merge(readable)))
-    return {name: by_name[name] for name, _ in archive.tensors() if name in by_name}
+def _make_view(archive: Archive, tensor: Tensor) -> _View:
+    if reason := not_numeric_reason(tensor):
+        return _View(tensor, reason=reason)
+    if not tensor.elements:
+        return _View(tensor)
+    once, times = _without_repeats(tensor)
+    try:
+        decode.check(archive.source, once)
+        where = None
+        if (
+            once.is_contiguous
+            and not has_channels(once)
+            and (whole := file_range(archive.source, once.storage)) is not None
+        ):
+            start = once.offset * once.itemsize
+            where = whole.slice(start, start + once.nbytes)
+        return _View(once, times, where, ValueDecoder(archive.source, once))
+    except (ArchiveError, OSError) as error:
+        return _View(tensor, reason=_reason(archive, error))
+
+
+def _without_repeats(tensor: Tensor) -> tuple[Tensor, int]:
+    """Drop the dimensions that repeat elements, and sort the others as in the file; return the repetitions as well.
+
+    Scales of channels belong to dimensions, which stay then.
+    """
+    if tensor.is_contiguous or has_channels(tensor) or tensor.elements > decode.MAX_ELEMENTS:
+        return tensor, 1
+    axes = [axis for axis, step in enumerate(tensor.stride) if step]
+    axes.sort(key=lambda axis: tensor.stride[axis], reverse=True)
+    shape, stride = (tuple(values[axis] for axis in axes) for values in (tensor.shape, tensor.stride))
+    once = replace(tensor, shape=shape, stride=stride)
+    return once, tensor.elements // once.elements
+
+
+def _reason(archive: Archive, error: Exception) -> str:
+    if isinstance(error, OSError):
+        return f"cannot be read ({error.strerror})"
+    return str(error).removeprefix(f"{archive.path}: ")
+
+
+@dataclass(frozen=True)
+class _Task:
+    """Work of one thread, which returns each part with the view that it belongs to."""
+
+    nbytes: int
+    run: Callable[[], list[tuple[_View, TensorStatistics]]]
+
+
+def _make_tasks(archive: Archive, views: list[_View]) -> Iterator[_Task]:
+    """Yield the tasks in the order of the file, so that the parts of each view are in order, too."""
+    reader = BlockReader()
+    pending: list[Block[_View]] = []
+    size = parts = 0
+    for block in divide([(view.where, view) for view in views if view.where is not None]):
+        pending.append(block)
+        size, parts = size + block.where.size, parts + len(block.parts)
+        if size >= _TASK_BYTES or parts >= _TASK_PARTS:
+            yield _Task(size, partial(_measure_blocks, archive, pending, reader))
+            pending, size, parts = [], 0, 0
+    if pending:
+        yield _Task(size, partial(_measure_blocks, archive, pending, reader))
+    for view in views:
+        if view.where is None and view.decoder is not None:
+            yield _Task(view.tensor.nbytes, partial(_measure_view, archive, view))
+
+
+def _measure_blocks(
+    archive: Archive, blocks: Iterable[Block[_View]], reader: BlockReader
+) -> list[tuple[_View, TensorStatistics]]:
+    results: list[tuple[_View, TensorStatistics]] = []
+    for block in blocks:
+        try:
+            data = reader.read(block.where, 0, block.where.size)
+        except (ArchiveError, OSError) as error:
+            if len(block.parts) > 1:
+                results += _measure_blocks(archive, block.split(), reader)
+            else:
+                results.append((block.parts[0][0], TensorStatistics(reason=_reason(archive, error))))
+        else:
+            results += [(view, view.measure(data[start:stop])) for view, start, stop in block.parts]
+    return results
+
+
+def _measure_view(archive: Archive, view: _View) -> list[tuple[_View, TensorStatistics]]:
+    """Measure a tensor that is not contiguous, or is compressed, or is in memory."""
+    try:
+        return [(view, part) for part in _iter_parts(archive, view)]
+    except (ArchiveError, OSError) as error:
+        return [(view, TensorStatistics(reason=_reason(archive, error)))]
+
+
+def _iter_parts(archive: Archive, view: _View) -> Iterator[TensorStatistics]:
+    for piece in [view.tensor] if has_channels(view.tensor) else _split_by_extent(view.tensor):
+        first = 0
+        for data in decode.raw(archive.source, piece, BLOCK_BYTES):
+            yield view.measure(data, first)
+            first += len(data) // piece.itemsize
+
+
+def _split_by_extent(tensor: Tensor) -> Iterator[Tensor]:
+    """Yield parts whose extents are small; the dimensions are sorted by stride."""
+    if tensor.is_contiguous or max(tensor.extent * tensor.itemsize, tensor.nbytes) <= _MAX_EXTENT_BYTES:
+        yield tensor
+        return
+    (size, *shape), (step, *stride) = tensor.shape, tensor.stride
+    row = replace(tensor, shape=tuple(shape), stride=tuple(stride))
+    limit = _MAX_EXTENT_BYTES // tensor.itemsize
+    count = max(1, min((limit - row.extent) // step + 1, limit // row.elements))
+    for start in range(0, size, count):
+        offset, rows = tensor.offset + start * step, min(count, size - start)
+        if rows == 1:
+            yield from _split_by_extent(replace(row, offset=offset))
+        else:
+            yield replace(tensor, shape=(rows, *shape), offset=offset)
 
 
 def _progress_counter(progress: Callable[[int, int], None] | None, total: int) -> Callable[[int], None]:
@@ -119,88 +243,3 @@ def _progress_counter(progress: Callable[[int, int], None] | None, total: int) -
                 progress(done, total)
 
     return add
-
-
-def _in_file_order(tensor: Tensor) -> Tensor:
-    """Flatten a tensor in the order of the file if it is contiguous there, as a transposed matrix is."""
-    order = sorted(range(len(tensor.shape)), key=lambda axis: tensor.stride[axis], reverse=True)
-    permuted = replace(
-        tensor, shape=tuple(tensor.shape[axis] for axis in order), stride=tuple(tensor.stride[axis] for axis in order)
-    )
-    if permuted.is_contiguous:
-        return replace(permuted, shape=(tensor.elements,), stride=(1,), is_parameter=False, requires_grad=False)
-    return tensor
-
-
-def _split(tensor: Tensor) -> Iterator[Tensor]:
-    if not tensor.is_contiguous or tensor.nbytes <= _PIECE_BYTES:
-        yield tensor
-        return
-    step = _PIECE_BYTES // tensor.itemsize
-    for start in range(0, tensor.elements, step):
-        yield replace(tensor, shape=(min(step, tensor.elements - start),), offset=tensor.offset + start)
-
-
-def _measure_piece(archive: Archive, tensor: Tensor) -> TensorStatistics | None:
-    if not tensor.is_contiguous and tensor.nbytes > _MAX_STRIDED_BYTES:
-        return None
-    try:
-        return merge(map(_measure_block, archive.chunks(tensor, _BLOCK_ELEMENTS * min(tensor.itemsize, 4))))
-    except ArchiveError:
-        return None  # `verify` and the findings report the error
-
-
-def _measure_block(values: Array) -> TensorStatistics:
-    """Measure an array that fits a cache."""
-    import numpy as np
-
-    with np.errstate(all="ignore"):
-        if values.dtype.kind == "c":
-            values = np.abs(values)
-        elif values.dtype.kind != "f" or values.dtype.itemsize < 4:
-            values = values.astype("f4" if values.dtype.itemsize < 4 else "f8")
-        if not values.size:
-            return TensorStatistics()
-        low, high = float(values.min()), float(values.max())
-        if not (math.isfinite(low) and math.isfinite(high)):
-            return _measure_finite(values)
-        if low == high:
-            return TensorStatistics(values.size, low, 0.0, low, high, zero=0 if low else values.size)
-        zero = values.size - int(np.count_nonzero(values != 0)) if low <= 0 <= high else 0
-        if values.dtype.itemsize == 4 and not _MIN_SQUARABLE < max(-low, high) < _MAX_SQUARABLE:
-            values = values.astype("f8")
-        mean, m2 = _mean_and_m2(values)
-    return TensorStatistics(values.size, mean, m2, low, high, zero=zero)
-
-
-def _mean_and_m2(values: Array) -> tuple[float, float]:
-    import numpy as np
-
-    ones = np.ones(_ROW_ELEMENTS, values.dtype)
-    mean, sum_sq = _dot(values, ones) / values.size, _dot(values)
-    m2 = sum_sq - values.size * mean * mean
-    if sum_sq < _MAX_CANCELLATION * m2:
-        return mean, m2
-    center = values.dtype.type(mean)
-    deviations = values - center
-    shift = _dot(deviations, ones) / values.size
-    return float(center) + shift, max(0.0, _dot(deviations) - values.size * shift * shift)
-
-
-def _dot(values: Array, row: Array | None = None) -> float:
-    """Return the dot product with a repeated row, or with the values themselves; float64 across rows."""
-    import numpy as np
-
-    size = values.size // _ROW_ELEMENTS * _ROW_ELEMENTS
-    rows, rest = values[:size].reshape(-1, 1, _ROW_ELEMENTS), values[size:]
-    products = np.matmul(rows, rows.reshape(-1, _ROW_ELEMENTS, 1) if row is None else row)
-    return float(products.sum(dtype="f8")) + float(np.dot(rest, rest if row is None else row[: rest.size]))
-
-
-def _measure_finite(values: Array) -> TensorStatistics:
-    """Measure the finite values, and count the others."""
-    import numpy as np
-
-    nan = int(np.count_nonzero(np.isnan(values)))
-    finite = values[np.isfinite(values)]
-    return replace(_measure_block(finite), nan=nan, inf=values.size - finite.size - nan)

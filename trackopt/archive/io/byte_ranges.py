@@ -60,6 +60,16 @@ class FileRange:
             raise _out_of_range(self.path, offset, offset + length, offset + len(data))
         return data
 
+    def read_into(self, start: int, target: memoryview) -> None:
+        """Fill ``target`` with the bytes from ``start`` on; raises ArchiveError if they are not all there."""
+        stop = start + len(target)
+        if not 0 <= start <= stop <= self.size:
+            raise _out_of_range(self.path, start, stop, self.size)
+        offset = self.start + start
+        count = self.file.read_into(offset, target)
+        if count < len(target):
+            raise _out_of_range(self.path, offset, offset + len(target), offset + count)
+
     def slice(self, start: int, stop: int) -> FileRange:
         """Return a part of this range."""
         stop = min(stop, self.size)

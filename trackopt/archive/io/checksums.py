@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from trackopt.archive.io.block_reader import BLOCK_BYTES, BlockReader
 from trackopt.archive.io.parallel import map_threads
 from trackopt.errors import ArchiveError
 
@@ -20,9 +21,7 @@ except ImportError:  # no wheel for this platform
 __all__ = ["crc32", "crc32_combine", "find_damaged"]
 
 _SLICE_BYTES = 32 << 20
-_CHUNK_BYTES = (
-    1 << 20
-)  # stays in a core's cache between the read and the sum, and keeps threads out of each other's way
+_BATCH_BYTES, _MAX_BATCH = 8 << 20, 256  # of a thread's task, if it has several slices
 _POLYNOMIAL = 0xEDB88320
 
 
@@ -32,7 +31,23 @@ def find_damaged(zipped: Zip, records: Iterable[Record]) -> Iterator[str]:
     A 0 in the directory is no checksum: torch has an option that leaves them out.
     """
     slices = [part for record in records for part in _slices(record)]
-    yield from _mismatches(slices, map_threads(lambda part: _sum(zipped, *part), slices))
+    reader = BlockReader()
+    sums = map_threads(lambda batch: [_sum(zipped, *part, reader) for part in batch], list(_batches(slices)))
+    yield from _mismatches(slices, (result for batch in sums for result in batch))
+
+
+def _batches(slices: list[tuple[Record, int, int]]) -> Iterator[list[tuple[Record, int, int]]]:
+    """Group slices into tasks: a thread should seldom have to ask for the next one."""
+    batch: list[tuple[Record, int, int]] = []
+    size = 0
+    for part in slices:
+        if batch and (size + part[2] - part[1] > _BATCH_BYTES or len(batch) == _MAX_BATCH):
+            yield batch
+            batch, size = [], 0
+        batch.append(part)
+        size += part[2] - part[1]
+    if batch:
+        yield batch
 
 
 def _slices(record: Record) -> list[tuple[Record, int, int]]:
@@ -58,18 +73,17 @@ def _mismatches(slices: list[tuple[Record, int, int]], sums: Iterable[int | str]
             crc, failure = 0, ""
 
 
-def _sum(zipped: Zip, record: Record, start: int, stop: int) -> int | str:
+def _sum(zipped: Zip, record: Record, start: int, stop: int, reader: BlockReader) -> int | str:
     """Return the CRC-32 of a slice, or why it cannot be read."""
     crc = 0
     try:
-        if record.method:
+        where = zipped.byte_range(record)  # a record without data has a header, too, which may be wrong
+        if where is None:
             for chunk in zipped.chunks(record):
                 crc = crc32(chunk, crc)
         else:
-            for position in range(start, stop, _CHUNK_BYTES):
-                crc = crc32(zipped.read(record, position, min(position + _CHUNK_BYTES, stop)), crc)
-        if start == stop == 0:
-            zipped.read(record)  # a record without data has a header, too, which may be wrong
+            for position in range(start, stop, BLOCK_BYTES):
+                crc = crc32(reader.read(where, position, min(position + BLOCK_BYTES, stop)), crc)
     except ArchiveError as error:
         return str(error).removeprefix(f"{zipped.path}: ")
     return crc

@@ -7,7 +7,7 @@ import stat
 import sys
 from typing import TYPE_CHECKING
 
-from trackopt.archive.io.positioned import BINARY, read_at
+from trackopt.archive.io.positioned import BINARY, read_at, read_into
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -49,6 +49,10 @@ class File:
                 break
             data += more
         return data
+
+    def read_into(self, offset: int, target: memoryview) -> int:
+        """Fill ``target``, and return how many bytes there were; fewer only if the file ends before them."""
+        return read_into(self.descriptor, target, offset)
 
     def close(self) -> None:
         """Close the descriptor; a second call does nothing."""

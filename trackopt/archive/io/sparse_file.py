@@ -44,6 +44,11 @@ class SparseFile(File):
         self.ensure(offset, offset + length)
         return super().read(offset, length)
 
+    def read_into(self, offset: int, target: memoryview) -> int:
+        """Fill ``target``, after fetching the blocks that are missing, and return how many bytes there were."""
+        self.ensure(offset, offset + len(target))
+        return super().read_into(offset, target)
+
     def ensure(self, start: int, stop: int) -> None:
         """Fetch the bytes ``start`` to ``stop``, as far as the original has them."""
         with self._lock:
