@@ -20,7 +20,7 @@ from trackopt.state.models import count_dtypes
 from trackopt.utils.text import matches_glob
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from rich.console import RenderableType
     from rich.text import Text
@@ -293,28 +293,46 @@ def _format_count(number: int, noun: str, plural: str = "") -> str:
 def _render_tensors(summary: Summary) -> Iterator[RenderableType]:
     tensors, measured = summary.tensors or {}, summary.statistics
     shapes = {name: "×".join(map(str, tensor.shape)) or "scalar" for name, tensor in tensors.items()}
-    if measured is not None:
-        special = [kind for kind in ("nan", "inf") if any(getattr(row, kind) for row in measured.values())]
+    if measured is None:
         rows = [
-            [name, shapes[name], *_format_statistics(measured.get(name)), *_format_counts(measured.get(name), special)]
-            for name in tensors
+            [name, shapes[name], tensor.dtype, console.format_size(tensor.nbytes)] for name, tensor in tensors.items()
         ]
-        return console.render_table(["tensor", "shape", *_STATISTICS, *special], rows)
-    rows = [[name, shapes[name], tensor.dtype, console.format_size(tensor.nbytes)] for name, tensor in tensors.items()]
-    return console.render_table(["tensor", "shape", "dtype", "size"], rows)
+        yield from console.render_table(["tensor", "shape", "dtype", "size"], rows)
+        return
+    shown = {name: measured[name] for name in tensors}
+    special = [kind for kind in ("nan", "inf") if any(getattr(row, kind) for row in shown.values())]
+    rows = [
+        [_name_with_unit(name, row), shapes[name], *_format_statistics(row), *_format_counts(row, special)]
+        for name, row in shown.items()
+    ]
+    yield from console.render_table(["tensor", "shape", *_STATISTICS, *special], rows)
+    yield from _render_reasons(shown)
 
 
 def _render_statistics(summary: Summary) -> Iterator[RenderableType]:
     """Render the statistics of each model and each kind of buffer."""
-    rows = [[name, *_format_statistics(statistics)] for name, statistics in summary.merge_statistics().items()]
-    return console.render_table(["values", *_STATISTICS], rows)
+    merged = summary.merge_statistics()
+    rows = [[_name_with_unit(name, row), *_format_statistics(row)] for name, row in merged.items()]
+    yield from console.render_table(["values", *_STATISTICS], rows)
+    yield from _render_reasons(merged)
 
 
-def _format_statistics(statistics: TensorStatistics | None) -> list[str]:
-    if statistics is None or (statistics.reason and not statistics.count):
-        return [""] * len(_STATISTICS)
+def _name_with_unit(name: str, statistics: TensorStatistics) -> str:
+    return f"{name} ({statistics.unit})" if statistics.unit else name
+
+
+def _render_reasons(rows: Mapping[str, TensorStatistics]) -> Iterator[RenderableType]:
+    """Render why cells are empty, or cover a part of the tensors."""
+    for name, statistics in rows.items():
+        if statistics.reason:
+            yield console.render_indented(f"{name}: {statistics.reason}")
+
+
+def _format_statistics(statistics: TensorStatistics) -> list[str]:
+    if statistics.reason and not statistics.count:
+        return ["–"] * len(_STATISTICS)
     return [f"{getattr(statistics, name):.3g}" for name in _STATISTICS]
 
 
-def _format_counts(statistics: TensorStatistics | None, kinds: list[str]) -> list[str]:
-    return [f"{count:,}" if (count := getattr(statistics, kind, 0)) else "" for kind in kinds]
+def _format_counts(statistics: TensorStatistics, kinds: list[str]) -> list[str]:
+    return [f"{count:,}" if (count := getattr(statistics, kind)) else "" for kind in kinds]
