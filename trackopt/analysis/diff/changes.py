@@ -69,7 +69,7 @@ class Change:
         path_b: Its path in the second, if that is different.
         skipped_by_checksum: True if two tensors were taken as equal by their checksums.
         within_tolerance: True if the values differ, but by no more than the tolerance.
-        reason: Why the tensors cannot be compared, with the file.
+        reason: Why the tensors cannot be compared, with the file; those of one file with itself are the same.
         shared_with: The path of a parameter that both have, with which an added or removed one shares its memory.
     """
 
@@ -136,6 +136,7 @@ def iter_changes(
     pairs = _readable_pairs(archives, a, b)
     skipped = {key for key, pair in pairs.items() if options.fast and pair.has_same_checksum}
     results = comparer.compare([pair for key, pair in pairs.items() if key not in skipped])
+    is_one_file = archives[0].path == archives[1].path
     shared_a, shared_b = (_find_shared(side, other) for side, other in ((a, b), (b, a)))
     for key, leaf in a.items():
         if key not in b:
@@ -146,7 +147,8 @@ def iter_changes(
         elif key in pairs:
             numbers = next(results)
             if isinstance(numbers, Unreadable):
-                yield _make_change(leaf, b[key], "unreadable", reason=numbers.reason)
+                kind = "same" if is_one_file else "unreadable"
+                yield _make_change(leaf, b[key], kind, reason=numbers.reason)
                 continue
             kind = _tensor_kind(leaf.value, b[key].value, numbers)
             is_close = kind == "same" and numbers is not None

@@ -10,6 +10,7 @@ from trackopt.analysis.tensor_values import ValueDecoder, has_channels, not_nume
 from trackopt.archive import decode
 from trackopt.archive.file_ranges import file_range, zip_record
 from trackopt.archive.io.block_reader import BLOCK_BYTES
+from trackopt.archive.io.source import out_of_bounds_reason
 from trackopt.errors import ArchiveError
 
 if TYPE_CHECKING:
@@ -118,11 +119,17 @@ class Pair:
 
 
 def split(pair: Pair) -> Iterator[Pair]:
-    """Split a pair into pieces that can be compared separately; what is not contiguous in both files is one piece."""
+    """Split a pair into pieces that can be compared separately.
+
+    What is not contiguous in both files is one piece, and so is what is not in them: nothing of it can be read.
+    """
     pair = _in_memory_order(pair)
     count = pair.a.tensor.elements
     sides = (pair.a.tensor, pair.b.tensor)
     if count <= PIECE_ELEMENTS or not all(side.is_contiguous and not has_channels(side) for side in sides):
+        yield pair
+        return
+    if any(out_of_bounds_reason(side.tensor, side.source) for side in (pair.a, pair.b)):
         yield pair
         return
     for start in range(0, count, PIECE_ELEMENTS):
