@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 from trackopt import locations
 from trackopt.archive.verify import find_problems, unloadable_objects
-from trackopt.errors import ArchiveError, ArchiveLimitError, RunError
+from trackopt.errors import ArchiveError, ArchiveLimitError
 from trackopt.rundir.checkpoints import list_checkpoints
+from trackopt.utils.files import open_regular
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -137,9 +138,8 @@ def check_journal(path: Path) -> FileReport:
     try:
         size = path.stat().st_size
         torn_bytes, damaged, invalid = _find_invalid_lines(path)
-    except (OSError, RunError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error).removeprefix(f"{path}: ")
-        return FileReport(str(path), UNREADABLE, "journal", problems=(f"cannot be read ({reason})",))
+    except OSError as error:
+        return FileReport(str(path), UNREADABLE, "journal", problems=(f"cannot be read ({error.strerror})",))
     problems = []
     if damaged:
         problems.append(f"{len(damaged)} lines have a wrong checksum, and are skipped: {_join_numbers(damaged)}")
@@ -162,7 +162,7 @@ def _find_invalid_lines(path: Path) -> tuple[int, list[str], list[str]]:
 
     damaged: list[str] = []
     invalid: list[str] = []
-    with journal.open_journal(path) as file:
+    with open_regular(path) as file:
         for number, raw in enumerate(file, 1):
             if not raw.endswith(b"\n"):
                 return len(raw), damaged, invalid

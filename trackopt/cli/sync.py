@@ -8,9 +8,16 @@ from pathlib import Path
 import click
 import orjson
 
-from trackopt.errors import TrackoptError
+from trackopt.cli import console
+from trackopt.errors import RunError, TrackoptError
 from trackopt.rundir.directory import RunDirectory
-from trackopt.rundir.identity import read_identity
+from trackopt.rundir.identity import RunIdentity, read_identity
+from trackopt.utils.mlflow_uri import redact_credentials
+
+_WRITTEN = (
+    *("run.json", ".run.json.part", ".run.json.lock", ".lock"),
+    *("recorder.json", ".recorder.json.part", "recorder.log"),
+)
 
 
 @click.command("sync")
@@ -20,14 +27,16 @@ def command(directory: Path, as_json: bool) -> None:
     r"""Deliver the records of a run's journal to TensorBoard and MLflow, as its recorder would have done.
 
     Use it if the recorder was killed or the MLflow server was down. Delivered records are not sent again, so it is
-    safe to repeat.
+    safe to repeat. Where they go is in run.json, and is printed before anything is sent.
 
     \b
     Example:
       trackopt sync runs/digits
     """
     directory = directory.absolute()
-    read_identity(directory)
+    identity = read_identity(directory)
+    _check_files(directory)
+    click.echo(f"trackopt: {console.sanitize(_describe_targets(directory, identity))}", err=True)
     lock = RunDirectory(directory)  # keep a training from starting in it
     try:
         failed = _deliver(directory)
@@ -41,6 +50,24 @@ def command(directory: Path, as_json: bool) -> None:
         raise TrackoptError(f"{directory}: delivery to {sinks} is incomplete; fix the cause and sync again")
     if not as_json:
         click.echo(f"{directory.name}: everything is delivered")
+
+
+def _check_files(directory: Path) -> None:
+    """Refuse a directory in which a file that is written is a link, which may lead anywhere, or a pipe."""
+    for name in _WRITTEN:
+        path = directory / name
+        if path.is_symlink() or (path.exists() and not path.is_file()):
+            raise RunError(f"{path}: not a regular file, and would be written; remove it and sync again")
+
+
+def _describe_targets(directory: Path, identity: RunIdentity) -> str:
+    """Return where the records go; ``run.json`` names the address, and may come from somebody else."""
+    uri = redact_credentials(identity.mlflow.tracking_uri)
+    mlflow = f"MLflow at {uri} (experiment {identity.mlflow.experiment}; paths start in {identity.working_directory})"
+    sinks = set(identity.sinks or ())
+    targets = [f"event files in {directory}"] * ("tensorboard" in sinks)
+    targets += [mlflow] * bool(sinks & {"mlflow", "artifacts"})
+    return f"{directory.name}: sending to {' and '.join(targets) or 'no sink'}"
 
 
 def _deliver(directory: Path) -> list[str]:

@@ -22,7 +22,7 @@ Readers skip a line whose checksum is wrong. Lines of earlier versions have none
 
 from trackopt.journal.history import effective, find_history, superseded
 from trackopt.journal.lines import NAME, DamagedLine, Histogram, Line, decode
-from trackopt.journal.reading import describe_damage, open_journal, read, read_backwards, series
+from trackopt.journal.reading import describe_damage, read, read_backwards, series
 from trackopt.journal.writer import Journal
 
 __all__ = [
@@ -35,7 +35,6 @@ __all__ = [
     "describe_damage",
     "effective",
     "find_history",
-    "open_journal",
     "read",
     "read_backwards",
     "series",

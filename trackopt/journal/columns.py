@@ -16,7 +16,7 @@ import orjson
 
 from trackopt.journal.history import find_history
 from trackopt.journal.lines import CHECKSUM_BYTES, CHECKSUM_FIELD, MAX_STEP, DamagedLine, Line, crc32, decode
-from trackopt.journal.reading import open_journal
+from trackopt.utils.files import open_regular
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -149,11 +149,10 @@ class ColumnReader:
             progress: Called after each block with the bytes read and the size of the file.
 
         Raises:
-            OSError: The file cannot be read.
-            RunError: It is no regular file.
+            OSError: The file cannot be read, or is no regular file.
         """
         begin = self.offset
-        with open_journal(self._path) as file:
+        with open_regular(self._path) as file:
             size = os.fstat(file.fileno()).st_size
             file.seek(self.offset)
             while lines := file.readlines(_BLOCK_BYTES):

@@ -93,7 +93,7 @@ def encode(entry: dict[str, Any]) -> bytes:
 
     Example:
         >>> encode({"step": 1, "time": 2.5, "metrics": {}})
-        b'{"step":1,"time":2.5,"metrics":{},"crc":"22ed71fb"}\\n'
+        b'{"step":1,"time":2.5,"metrics":{},"crc":"851d0c60"}\\n'
     """
     try:
         content = orjson.dumps(entry)[:-1]

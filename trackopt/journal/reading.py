@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
-import stat
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING
 
-from trackopt.errors import RunError
 from trackopt.journal.history import effective
 from trackopt.journal.lines import NAME, DamagedLine, Line, decode
+from trackopt.utils.files import open_regular
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -19,20 +18,6 @@ _BLOCK_BYTES = 256 << 10  # of a journal that is read from its end
 _NULL = Path(os.devnull)  # the journal of a rank that keeps none
 
 logger = logging.getLogger("trackopt")
-
-
-def open_journal(path: Path) -> BinaryIO:
-    """Open a journal for reading.
-
-    Raises:
-        OSError: The file is missing or cannot be read.
-        RunError: It is a pipe, a device or a directory, whose reading might never end.
-    """
-    file = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    if not stat.S_ISREG(os.fstat(file).st_mode):
-        os.close(file)
-        raise RunError(f"{path}: not a regular file, so it is not a journal; name a run's directory")
-    return os.fdopen(file, "rb")
 
 
 def read(path: Path, offset: int = 0, on_damage: Callable[[DamagedLine], None] = lambda _: None) -> Iterator[Line]:
@@ -47,12 +32,12 @@ def read(path: Path, offset: int = 0, on_damage: Callable[[DamagedLine], None] =
         on_damage: Called with each line whose checksum is wrong.
 
     Raises:
-        RunError: The path is no regular file.
+        OSError: The file cannot be read, or is no regular file.
     """
     if path == _NULL:
         return
     try:
-        file = open_journal(path)
+        file = open_regular(path)
     except FileNotFoundError:
         return
     with file:
@@ -79,10 +64,10 @@ def read_backwards(
         max_bytes: How much of its end to read. Default: everything.
 
     Raises:
-        RunError: The path is no regular file.
+        OSError: The file cannot be read, or is no regular file.
     """
     try:
-        file = open_journal(path)
+        file = open_regular(path)
     except FileNotFoundError:
         return
     with file:
