@@ -20,7 +20,7 @@ The last field of each line is its checksum, ``"crc":"1a2b3c4d"``: the CRC-32 of
 Readers skip a line whose checksum is wrong. Lines of earlier versions have none.
 """
 
-from trackopt.journal.history import effective, find_history, superseded
+from trackopt.journal.history import checkpoint_offset, effective, superseded
 from trackopt.journal.lines import NAME, DamagedLine, Histogram, Line, decode
 from trackopt.journal.reading import describe_damage, read, read_backwards, series
 from trackopt.journal.writer import Journal
@@ -31,10 +31,10 @@ __all__ = [
     "Histogram",
     "Journal",
     "Line",
+    "checkpoint_offset",
     "decode",
     "describe_damage",
     "effective",
-    "find_history",
     "read",
     "read_backwards",
     "series",

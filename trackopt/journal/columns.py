@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from array import array
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import orjson
@@ -84,7 +84,7 @@ class _Table:
     def flush(self) -> None:
         """Keep the selected columns of the pending rows."""
         rows = np.frombuffer(self.pending, np.float64).reshape(-1, self.width)
-        rows = rows[np.abs(rows[:, _STEP]) <= MAX_STEP]
+        rows = rows[np.abs(rows[:, _STEP]) < MAX_STEP]
         for number, blocks in self._columns.items():
             blocks.append(rows[:, number].copy())
         self.pending = array("d")

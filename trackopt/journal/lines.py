@@ -23,7 +23,7 @@ CHECKSUM_FIELD = b',"crc":"'
 CHECKSUM_BYTES = len(CHECKSUM_FIELD) + len('01234567"}\n')  # at the end of a line
 _END = b'"}\n'
 _MIN_SIMILAR = 6  # bytes of the field's name and punctuation that are right, if only a few are damaged
-MAX_STEP = 1 << 53  # floats hold integers up to it exactly
+MAX_STEP = 1 << 53  # below it floats hold integers exactly
 _NONFINITE_SPELLINGS = {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}
 
 
@@ -89,11 +89,11 @@ class DamagedLine:
 
 
 def encode(entry: dict[str, Any]) -> bytes:
-    """Return a line with its checksum: the CRC-32 of all bytes before the field ``crc``, which is the last one.
+    r"""Return a line with its checksum: the CRC-32 of all bytes before the field ``crc``, which is the last one.
 
     Example:
         >>> encode({"step": 1, "time": 2.5, "metrics": {}})
-        b'{"step":1,"time":2.5,"metrics":{},"crc":"851d0c60"}\\n'
+        b'{"step":1,"time":2.5,"metrics":{},"crc":"851d0c60"}\n'
     """
     try:
         content = orjson.dumps(entry)[:-1]
@@ -126,7 +126,7 @@ def decode(raw: bytes, start: int) -> Line | DamagedLine | None:
         entry.pop("crc", None)
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
         return None
-    if abs(step) > MAX_STEP or not (event is None or isinstance(event, str)):
+    if abs(step) >= MAX_STEP or not (event is None or isinstance(event, str)):
         return None
     return Line(step, when, metrics, event, entry, start, start + len(raw), histograms)
 

@@ -14,7 +14,7 @@ from trackopt.utils.files import open_regular
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-_BLOCK_BYTES = 256 << 10  # of a journal that is read from its end
+_BLOCK_BYTES = 64 << 10  # of a journal that is read from its end
 _NULL = Path(os.devnull)  # the journal of a rank that keeps none
 
 logger = logging.getLogger("trackopt")
@@ -54,12 +54,16 @@ def read(path: Path, offset: int = 0, on_damage: Callable[[DamagedLine], None] =
 
 
 def read_backwards(
-    path: Path, on_damage: Callable[[DamagedLine], None] = lambda _: None, max_bytes: int | None = None
+    path: Path,
+    end: int | None = None,
+    on_damage: Callable[[DamagedLine], None] = lambda _: None,
+    max_bytes: int | None = None,
 ) -> Iterator[Line]:
     """Yield the complete lines of a journal from the last to the first; a caller that stops reads only its end.
 
     Args:
         path: The journal's file; a missing one has no lines.
+        end: The offset after the last line. Default: the end of the file.
         on_damage: Called with each line whose checksum is wrong.
         max_bytes: How much of its end to read. Default: everything.
 
@@ -71,7 +75,7 @@ def read_backwards(
     except FileNotFoundError:
         return
     with file:
-        end = os.fstat(file.fileno()).st_size
+        end = os.fstat(file.fileno()).st_size if end is None else end
         first = 0 if max_bytes is None else max(0, end - max_bytes)
         rest: list[bytes] = []  # the end of a line whose start is in an earlier block
         is_complete = False  # the last line has no newline yet
