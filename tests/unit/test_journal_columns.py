@@ -1,7 +1,9 @@
 """Long journals: the reader of columns, the reader from the end, and which records count, against plain definitions."""
 
 import math
+import os
 import random
+import signal
 
 import orjson
 import pytest
@@ -9,6 +11,9 @@ import pytest
 from trackopt import journal
 from trackopt.journal import Histogram, Journal, Line
 from trackopt.journal.columns import ColumnReader
+from trackopt.recorder.cursor import Cursor
+from trackopt.recorder.store_once import StoreOnceDelivery
+from trackopt.recorder.strategies import TruncatingDelivery
 
 KEYS = ("loss", "lr/group0", "exp_avg/group0.mean", "accuracy")
 FOREIGN = (
@@ -32,20 +37,20 @@ FOREIGN = (
 )
 
 
-def write(path, chance):
+def write(path, chance, *, is_clean=False):
     """A journal with several attempts, of which some return to checkpoints of abandoned ones."""
     checkpoints = [(0, 0)]
     path.touch()
     for attempt in range(chance.randrange(1, 6)):
         writer = Journal(path)
-        step, offset = chance.choice(checkpoints) if attempt else (0, 0)
+        begin, offset = chance.choice(checkpoints) if attempt else (0, 0)
         if attempt:
             details = {} if chance.random() < 0.1 else {"offset": offset}
-            writer.mark("resume", step, **details, **({"starts_over": True} if not offset else {}))
+            writer.mark("resume", begin, **details, **({"starts_over": True} if not offset else {}))
         else:
             writer.mark("start", 0, params={"lr": 0.1})
-        for step in range(step + 1, step + chance.randrange(2, 30)):
-            write_step(writer, step, chance)
+        for step in range(begin + 1, begin + chance.randrange(2, 30)):
+            write_step(writer, step, chance, is_clean=is_clean)
             if chance.random() < 0.2:
                 checkpoints.append((step, writer.offset))
             if chance.random() < 0.2:
@@ -53,10 +58,11 @@ def write(path, chance):
         if chance.random() < 0.5:
             writer.mark("close", step, status="FINISHED")
         writer.close()
-        damage(path, chance)
+        if not is_clean:
+            damage(path, chance)
 
 
-def write_step(writer, step, chance):
+def write_step(writer, step, chance, *, is_clean):
     values = [chance.choice((chance.random(), 3, math.nan, math.inf, -math.inf, 1e-320)) for _ in KEYS]
     metrics = dict(zip(KEYS, values, strict=True))
     if chance.random() < 0.3:
@@ -64,7 +70,7 @@ def write_step(writer, step, chance):
     writer.record(step, metrics, step + chance.random())
     if chance.random() < 0.1:
         writer.histograms(step, {"exp_avg/group0": Histogram([0.0, 1.0], [2, 3], -0.5, 0.75, 1.5, 2.5, 5)})
-    if chance.random() < 0.15:
+    if chance.random() < 0.15 and not is_clean:
         writer._write(chance.choice(FOREIGN) + b"\n")
     if chance.random() < 0.1:  # of an earlier version
         writer._write(orjson.dumps({"step": step, "time": 1.0, "metrics": {"loss": step}}) + b"\n")
@@ -95,9 +101,10 @@ def plain_effective(lines):
     return kept
 
 
-@pytest.mark.parametrize("seed", range(150))
-def test_columns_are_what_the_lines_say(seed, tmp_path):
-    """The series, steps and damaged lines of random journals, read at once and in pieces."""
+@pytest.mark.parametrize("seed", range(100))
+def test_columns_are_what_the_lines_say(seed, tmp_path, monkeypatch):
+    """The series, steps and damaged lines of random journals, read by two processes and in pieces."""
+    monkeypatch.setattr("trackopt.journal.halves._MIN_BYTES", 0)
     chance = random.Random(seed)
     path = tmp_path / journal.NAME
     write(path, chance)
@@ -110,7 +117,7 @@ def test_columns_are_what_the_lines_say(seed, tmp_path):
         for key, value in record.metrics.items():
             expected.setdefault(key, []).append((record.step, value))
     whole, pieces = ColumnReader(path, lambda _: True), ColumnReader(path, lambda key: "loss" in key)
-    whole.update()
+    whole.update(parallel=True)
     content = path.read_bytes()
     for end in sorted(chance.sample(range(len(content)), 3)):
         path.write_bytes(content[:end])
@@ -118,9 +125,8 @@ def test_columns_are_what_the_lines_say(seed, tmp_path):
     path.write_bytes(content)
     pieces.update()
     found = whole.build()
-    assert repr({key: list(series) for key, series in sorted(found.series.items())}) == repr(
-        dict(sorted(expected.items()))
-    )
+    series = {key: list(points) for key, points in found.series.items()}
+    assert repr(sorted(series.items())) == repr(sorted(expected.items()))
     assert found.steps.tolist() == [record.step for record in records if record.metrics]
     assert whole.damaged == pieces.damaged == damaged
     assert whole.markers == [line for line in lines if line.event in {"start", "resume", "close"}]
@@ -153,3 +159,35 @@ def test_many_returns_take_no_exponential_time():
         lines.append(Line(number, 0.0, event="resume", details=details, start_offset=start, end_offset=start + 50))
         lines.append(Line(number + 1, 0.0, {"loss": 1.0}, start_offset=start + 50, end_offset=start + 100))
     assert journal.effective(lines)[-1].step == 200
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_a_resume_finds_the_same_records_by_reading_little(seed, tmp_path):
+    """What a sink that truncates gets again, and what one that does not is compared with."""
+    chance = random.Random(seed)
+    path = tmp_path / journal.NAME
+    write(path, chance, is_clean=True)
+    lines = list(journal.read(path))
+    for number, marker in enumerate(lines):
+        if marker.event != "resume":
+            continue
+        kept = journal.effective(lines[:number])
+        truncating = TruncatingDelivery(path, None, Cursor(), None)
+        once = StoreOnceDelivery(path, None, Cursor(), None)
+        assert repr(truncating._find_restored(marker)) == repr(truncating._find_restored_anywhere(marker))
+        superseded = [record for record in kept if journal.superseded(record, marker)]
+        assert repr(once._list_superseded(marker)) == repr(superseded)
+
+
+def test_a_child_that_dies_is_replaced(tmp_path, monkeypatch):
+    """The rest is read by the process itself."""
+    monkeypatch.setattr("trackopt.journal.halves._MIN_BYTES", 0)
+    monkeypatch.setattr("pickle.dump", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    path = tmp_path / journal.NAME
+    writer = Journal(path)
+    for step in range(1, 101):
+        writer.record(step, {"loss": step})
+    writer.close()
+    reader = ColumnReader(path, lambda _: True)
+    reader.update(parallel=True)
+    assert list(reader.build().series["loss"]) == [(step, step) for step in range(1, 101)]

@@ -6,30 +6,25 @@ A line takes a few microseconds, and a number of a selected series eight bytes. 
 
 from __future__ import annotations
 
-import contextlib
 import os
-from array import array
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-import orjson
 
+from trackopt.journal.halves import ChildReader, find_middle
 from trackopt.journal.history import find_history
-from trackopt.journal.lines import CHECKSUM_BYTES, CHECKSUM_FIELD, MAX_STEP, DamagedLine, Line, crc32, decode
+from trackopt.journal.tables import ATTEMPT_EVENTS, OFFSET, STEP, TIME, Tables
 from trackopt.utils.files import open_regular
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
 
-_BLOCK_BYTES = 1 << 18  # stays in a core's cache
-_STEP, _TIME, _OFFSET, _HEAD = range(4)  # the columns of a table before the metrics, and their number
-_ATTEMPT_EVENTS = ("start", "resume")
-_EVENTS = (*_ATTEMPT_EVENTS, "close")
-_CHECKSUM = len(CHECKSUM_FIELD) - CHECKSUM_BYTES
+    from trackopt.journal.lines import DamagedLine, Line
+    from trackopt.journal.tables import Table
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,66 +56,6 @@ class Series:
         return zip(self.steps.tolist(), self.values.tolist(), strict=True)
 
 
-class _Table:
-    """The records with the same keys, in order.
-
-    Args:
-        keys: The keys of all metrics of a record.
-        select: Returns whether to keep a series.
-
-    Attributes:
-        keys: The same keys.
-        heads: Step, time and offset of each record that is not flushed, one after the other.
-        values: All of their metrics.
-    """
-
-    def __init__(self, keys: list[str], select: Callable[[str], bool]) -> None:
-        self.keys = keys
-        self.heads: list[Any] = []
-        self.values: list[Any] = []
-        self.numbers = {key: _HEAD + index for index, key in enumerate(keys) if select(key)}
-        self._columns: dict[int, list[NDArray[np.float64]]] = {
-            number: [] for number in (_STEP, _TIME, _OFFSET, *self.numbers.values())
-        }
-
-    def add(self, line: Line) -> None:
-        """Append a record."""
-        self.heads += (line.step, line.time, line.start_offset)
-        self.values += line.metrics.values()
-
-    def flush(self) -> None:
-        """Keep the selected columns of the records that were appended."""
-        try:
-            heads, values = array("d", self.heads), array("d", self.values)
-        except (TypeError, OverflowError):  # NaN is text
-            heads, values = self._convert()
-        rows = np.frombuffer(heads, np.float64).reshape(-1, _HEAD), np.frombuffer(values, np.float64)
-        columns = *rows[0].T, *rows[1].reshape(-1, len(self.keys)).T
-        is_valid = np.abs(columns[_STEP]) < MAX_STEP
-        for number, blocks in self._columns.items():
-            blocks.append(columns[number][is_valid])
-        self.heads.clear()
-        self.values.clear()
-
-    def column(self, number: int) -> NDArray[np.float64]:
-        """Return a column of all records that are flushed."""
-        joined = np.concatenate(self._columns[number])
-        self._columns[number] = [joined]  # or everything would be in memory twice
-        return joined
-
-    def _convert(self) -> tuple[array[float], array[float]]:
-        """Convert each record as `decode` does; those that hold something else than numbers are skipped."""
-        heads, values = array("d"), array("d")
-        for index in range(len(self.heads) // _HEAD):
-            step, when, start = self.heads[index * _HEAD : (index + 1) * _HEAD]
-            row = self.values[index * len(self.keys) : (index + 1) * len(self.keys)]
-            with contextlib.suppress(ValueError, TypeError, OverflowError):
-                numbers = [float(int(step)), float(when), start, *map(float, row)]
-                heads.extend(numbers[:_HEAD])
-                values.extend(numbers[_HEAD:])
-        return heads, values
-
-
 @dataclass(frozen=True)
 class Columns:
     """The effective records of a journal.
@@ -150,53 +85,66 @@ class ColumnReader:
     Args:
         path: The journal.
         select: Returns whether to keep a series.
-
-    Attributes:
-        keys: The names of all series.
-        markers: The markers ``start``, ``resume`` and ``close``.
-        damaged: The lines whose checksum is wrong.
-        offset: Where the next line begins.
     """
 
     def __init__(self, path: Path, select: Callable[[str], bool]) -> None:
-        self.keys: dict[str, None] = {}  # an ordered set
-        self.markers: list[Line] = []
-        self.damaged: list[DamagedLine] = []
-        self.offset = 0
         self._path = path
         self._select = select
-        self._tables: dict[tuple[str, ...], _Table] = {}
+        self._tables = Tables(select)
 
-    def update(self, progress: Callable[[int, int], None] | None = None) -> bool:
+    @property
+    def keys(self) -> Iterable[str]:
+        """The names of all series."""
+        return self._tables.keys
+
+    @property
+    def markers(self) -> Sequence[Line]:
+        """The markers ``start``, ``resume`` and ``close``."""
+        return self._tables.markers
+
+    @property
+    def damaged(self) -> Sequence[DamagedLine]:
+        """The lines whose checksum is wrong."""
+        return self._tables.damaged
+
+    def update(self, progress: Callable[[int, int], None] | None = None, *, parallel: bool = False) -> bool:
         """Read the lines that were appended since the last call; return whether there were any.
 
         Args:
-            progress: Called after each block with the bytes read and the size of the file.
+            progress: Called again and again with the bytes read and the size of the file.
+            parallel: Use two cores, and a child process, if there is much to read.
 
         Raises:
             OSError: The file cannot be read, or is no regular file.
         """
-        begin = self.offset
+        begin = self._tables.offset
         with open_regular(self._path) as file:
             size = os.fstat(file.fileno()).st_size
-            file.seek(self.offset)
-            while lines := file.readlines(_BLOCK_BYTES):
-                if not lines[-1].endswith(b"\n"):  # it is still written
-                    lines.pop()
-                self._add_lines(lines)
+            middle = find_middle(file, begin, size) if parallel else size
+            scale = (size - begin) / max(middle - begin, 1)
+
+            def show(offset: int) -> None:
                 if progress is not None:
-                    progress(self.offset, size)
-        return self.offset > begin
+                    progress(min(size, round(begin + scale * (offset - begin))), size)
+
+            child = ChildReader(self._path, Tables(self._select, middle), size) if middle < size else None
+            try:
+                self._tables.read(file, middle, show)
+                if child is not None and not child.finish(self._tables):
+                    self._tables.read(file, size)
+            finally:
+                if child is not None:
+                    child.close()
+        return self._tables.offset > begin
 
     def build(self) -> Columns:
         """Return the effective records of what was read."""
-        tables = list(self._tables.values())
-        starts = [table.column(_OFFSET).astype(np.int64) for table in tables]
+        tables = list(self._tables)
+        starts = [table.column(OFFSET).astype(np.int64) for table in tables]
         offsets = np.concatenate([np.empty(0, np.int64), *starts])
         order = np.argsort(offsets, kind="stable")
         steps, times = (
-            np.concatenate([np.empty(0), *(table.column(number) for table in tables)])[order]
-            for number in (_STEP, _TIME)
+            np.concatenate([np.empty(0), *(table.column(number) for table in tables)])[order] for number in (STEP, TIME)
         )
         offsets = offsets[order]
         seconds = self._compute_seconds(times, offsets)
@@ -211,7 +159,7 @@ class ColumnReader:
 
     def _collect_series(
         self,
-        tables: Sequence[_Table],
+        tables: Sequence[Table],
         starts: Sequence[NDArray[np.int64]],
         steps: NDArray[np.int64],
         offsets: NDArray[np.int64],
@@ -248,61 +196,9 @@ class ColumnReader:
 
     def _compute_seconds(self, times: NDArray[np.float64], offsets: NDArray[np.int64]) -> NDArray[np.float64]:
         """Return the time between each record and the previous line of the same attempt."""
-        begins = [marker for marker in self.markers if marker.event in _ATTEMPT_EVENTS]
+        begins = [marker for marker in self.markers if marker.event in ATTEMPT_EVENTS]
         attempts = np.searchsorted([marker.start_offset for marker in begins], offsets)
         begun = np.array([np.nan, *(marker.time for marker in begins)])[attempts]
         is_first = np.append(True, np.diff(attempts) != 0)[: len(attempts)]
         seconds = times - np.where(is_first, begun, np.append(np.nan, times)[:-1])
         return np.where(seconds > 0, seconds, 0.0)
-
-    def _add_lines(self, lines: Sequence[bytes]) -> None:
-        tables, loads, offset, fields = self._tables, orjson.loads, self.offset, _count_fields(lines)
-        keys: list[str] = []
-        for raw in lines:
-            start = offset
-            offset += len(raw)
-            try:
-                entry = loads(raw)
-                metrics = entry["metrics"]
-                if list(metrics) != keys:
-                    table = tables[tuple(metrics)]
-                    keys, heads, values = table.keys, table.heads, table.values
-                numbers = metrics.values()
-                if len(entry) != fields:
-                    raise ValueError  # noqa: TRY301 - the fast path has one way out
-                heads += (entry["step"], entry["time"], start)
-                values += numbers
-            except (ValueError, KeyError, TypeError, AttributeError):
-                self._add_irregular(raw, start)
-        for table in tables.values():
-            if table.heads:
-                table.flush()
-        self.offset = offset
-
-    def _add_irregular(self, raw: bytes, start: int) -> None:
-        """Add what is not a record with known keys and finite numbers."""
-        line = decode(raw, start)
-        if isinstance(line, DamagedLine):
-            self.damaged.append(line)
-        elif line is not None and line.event in _EVENTS:
-            self.markers.append(line)
-        elif line is not None and line.event is None and line.metrics:
-            keys = tuple(line.metrics)
-            if keys not in self._tables:
-                self._tables[keys] = _Table(list(keys), self._select)
-                self.keys.update(dict.fromkeys(keys))
-            self._tables[keys].add(line)
-
-
-def _count_fields(lines: Sequence[bytes]) -> int:
-    """Return how many fields a record among these lines has if it is like all others: 3, or 4 with right checksums.
-
-    0 means that the lines have to be checked one by one.
-    """
-    if all([raw[-3:] == b"}}\n" for raw in lines]):  # noqa: C419 - a list is faster
-        return 3
-    if not all([raw[-CHECKSUM_BYTES:_CHECKSUM] == CHECKSUM_FIELD for raw in lines]):  # noqa: C419
-        return 0
-    sums = b"".join([raw[_CHECKSUM:] for raw in lines])
-    right = b"".join([b'%08x"}\n' % crc32(raw[:-CHECKSUM_BYTES]) for raw in lines])
-    return 4 if sums == right else 0

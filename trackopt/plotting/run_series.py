@@ -97,7 +97,7 @@ class RunReader:
             RunError: The journal cannot be read.
         """
         try:
-            return self._columns.update(progress)
+            return self._columns.update(progress, parallel=True)
         except OSError as error:
             raise RunError(f"{self.journal}: cannot be read ({error.strerror}); check its permissions") from error
 
