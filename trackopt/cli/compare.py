@@ -118,7 +118,8 @@ def _render_tables(comparison: Comparison) -> Iterator[Iterator[RenderableType]]
             chosen = []
         if any(cells):
             chosen.append((head, cells))
-    yield _render_table(marks, names, chosen)
+    if chosen:
+        yield _render_table(marks, names, chosen)
 
 
 def _render_table(

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 import orjson
 
+from trackopt import journal
 from trackopt.cli import console
 from trackopt.errors import RunError, TrackoptError
 from trackopt.rundir.directory import RunDirectory
@@ -53,11 +54,11 @@ def command(directory: Path, as_json: bool) -> None:
 
 
 def _check_files(directory: Path) -> None:
-    """Refuse a directory in which a file that is written is a link, which may lead anywhere, or a pipe."""
-    for name in _WRITTEN:
+    """Refuse a directory in which a file that is written is a link, which may lead anywhere, or one is a pipe."""
+    for name in (*_WRITTEN, journal.NAME):
         path = directory / name
-        if path.is_symlink() or (path.exists() and not path.is_file()):
-            raise RunError(f"{path}: not a regular file, and would be written; remove it and sync again")
+        if (path.is_symlink() and name in _WRITTEN) or (path.exists() and not path.is_file()):
+            raise RunError(f"{path}: not a regular file; remove it and sync again")
 
 
 def _describe_targets(directory: Path, identity: RunIdentity) -> str:

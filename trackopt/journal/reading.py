@@ -137,7 +137,8 @@ def series(path: Path | str) -> dict[str, list[tuple[int, float]]]:
 
 def describe_damage(path: Path, damaged: Sequence[DamagedLine]) -> str:
     """Return one line about damaged lines, for a warning."""
-    count = "1 line has" if len(damaged) == 1 else f"{len(damaged):,} lines have"
+    is_one = len(damaged) == 1
+    count = "1 line has a wrong checksum and is" if is_one else f"{len(damaged):,} lines have a wrong checksum and are"
     is_marker = any(line.may_be_marker for line in damaged)
-    doubt = "; if one of them marked a resume, superseded records may count" if is_marker else ""
-    return f"{path}: {count} a wrong checksum and {'is' if len(damaged) == 1 else 'are'} skipped{doubt}; check the disk"
+    doubt = f"; if {'it' if is_one else 'one of them'} marked a resume, superseded records may count" * is_marker
+    return f"{path}: {count} skipped{doubt}; `trackopt verify {path.parent}` names the lines"
