@@ -13,7 +13,7 @@ from trackopt.cli import console
 from trackopt.errors import RunError, TrackoptError
 from trackopt.rundir.directory import RunDirectory
 from trackopt.rundir.identity import RunIdentity, read_identity
-from trackopt.utils.mlflow_uri import redact_credentials
+from trackopt.utils.mlflow_uri import redact_credentials, sqlite_file
 
 _WRITTEN = (
     *("run.json", ".run.json.part", ".run.json.lock", ".lock"),
@@ -63,11 +63,14 @@ def _check_files(directory: Path) -> None:
 
 def _describe_targets(directory: Path, identity: RunIdentity) -> str:
     """Return where the records go; ``run.json`` names the address, and may come from somebody else."""
-    uri = redact_credentials(identity.mlflow.tracking_uri)
-    mlflow = f"MLflow at {uri} (experiment {identity.mlflow.experiment}; paths start in {identity.working_directory})"
+    uri = identity.mlflow.tracking_uri
+    database = sqlite_file(uri)
+    is_relative = not database.is_absolute() if database is not None else "://" not in uri
+    home = f", a path below {identity.working_directory}" if is_relative else ""
     sinks = set(identity.sinks or ())
-    targets = [f"event files in {directory}"] * ("tensorboard" in sinks)
-    targets += [mlflow] * bool(sinks & {"mlflow", "artifacts"})
+    targets = ["event files"] * ("tensorboard" in sinks)
+    if sinks & {"mlflow", "artifacts"}:
+        targets.append(f"MLflow at {redact_credentials(uri)} (experiment {identity.mlflow.experiment}{home})")
     return f"{directory.name}: sending to {' and '.join(targets) or 'no sink'}"
 
 
