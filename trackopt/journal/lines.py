@@ -18,6 +18,20 @@ try:
 except ImportError:  # no wheel for this platform
     crc32 = zlib.crc32
 
+__all__ = [
+    "CHECKSUM_BYTES",
+    "CHECKSUM_FIELD",
+    "MAX_STEP",
+    "NAME",
+    "DamagedLine",
+    "Histogram",
+    "Line",
+    "crc32",
+    "decode",
+    "encode",
+    "encode_nonfinite",
+]
+
 NAME = "metrics.jsonl"
 CHECKSUM_FIELD = b',"crc":"'
 CHECKSUM_BYTES = len(CHECKSUM_FIELD) + len('01234567"}\n')  # at the end of a line

@@ -71,5 +71,6 @@ def downsample_band(
 
 def _first_where(condition: NDArray[np.bool_], numbers: NDArray[np.int64]) -> NDArray[np.int64]:
     """Return the first index of each stretch of equal numbers at which the condition holds."""
-    found = np.flatnonzero(condition)
-    return found[np.append(True, np.diff(numbers[found]) != 0)[: len(found)]]
+    found: NDArray[np.int64] = np.flatnonzero(condition)
+    is_first: NDArray[np.bool_] = np.append(True, np.diff(numbers[found]) != 0)[: len(found)]
+    return np.compress(is_first, found)
