@@ -14,7 +14,7 @@ from trackopt.utils.files import open_regular
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-_BLOCK_BYTES = 64 << 10  # of a journal that is read from its end
+_BLOCK_BYTES = 16 << 10  # of a journal that is read from its end
 _NULL = Path(os.devnull)  # the journal of a rank that keeps none
 
 logger = logging.getLogger("trackopt")
