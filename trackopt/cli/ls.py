@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-import orjson
 
-from trackopt import journal, locations, state
+from trackopt import locations, state
 from trackopt.archive import verify
 from trackopt.cli import console
 from trackopt.errors import ArchiveError, ArchiveLimitError, RunError
@@ -142,6 +141,8 @@ def _read_run(path: Path) -> Run:
     files = list_checkpoints(path)
     stats = [file.stat() for file in files.values()]
     newest = _read_checkpoint(*list(files.items())[-1], crc=False) if files else None
+    from trackopt import journal
+
     last = next(journal.read_backwards(path / journal.NAME, max_bytes=_TAIL_BYTES), None)
     times = [stat.st_mtime for stat in stats]
     if last is not None and math.isfinite(last.time):
@@ -193,6 +194,8 @@ def _float_or_none(value: Any) -> float | None:
 
 
 def _read_name(path: Path) -> str:
+    import orjson
+
     try:
         name = orjson.loads(read_small(path / "run.json"))["name"]
     except (OSError, ValueError, KeyError, TypeError):
