@@ -92,9 +92,9 @@ def _framework_latest(directory: Path) -> Path | None:
     from trackopt import journal
 
     file = directory / journal.NAME
-    lines = journal.read(file) if file.is_file() else ()
-    paths = [Path(str(line.details.get("path"))) for line in lines if line.event == "checkpoint"]
-    return next((path for path in reversed(paths) if path.is_absolute() and path.exists()), None)
+    lines = journal.read_backwards(file) if file.is_file() else ()
+    paths = (Path(str(line.details.get("path"))) for line in lines if line.event == "checkpoint")
+    return next((path for path in paths if path.is_absolute() and path.exists()), None)
 
 
 def _numbered_folders(directory: Path) -> dict[int, Path]:

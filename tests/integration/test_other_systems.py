@@ -94,8 +94,8 @@ def test_unit_tests(system):
 def test_what_windows_lacks_is_missing(tmp_path):
     """Or these tests would show nothing."""
     code = (
-        "import tests.helpers.other_system, trackopt.utils.lock as lock, trackopt.journal as journal, json\n"
-        "print(json.dumps([hasattr(lock, 'fcntl'), hasattr(journal.os, 'pread'), hasattr(journal.os, 'lseek')]))"
+        "import tests.helpers.other_system, trackopt.utils.lock as lock, trackopt.journal.writer as writer, json\n"
+        "print(json.dumps([hasattr(lock, 'fcntl'), hasattr(writer.os, 'pread'), hasattr(writer.os, 'lseek')]))"
     )
     environment = {**os.environ, VARIABLE: "windows", "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)

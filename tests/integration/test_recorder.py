@@ -11,6 +11,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import orjson
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -61,7 +62,7 @@ def script(tmp_path, monkeypatch):
 def wait_until_idle(directory):
     """Wait until the recorder that outlived its training process says that it is done."""
     cursors = directory / "recorder.json"
-    while not (cursors.exists() and all(c["finished"] for c in journal.orjson.loads(cursors.read_bytes()).values())):
+    while not (cursors.exists() and all(c["finished"] for c in orjson.loads(cursors.read_bytes()).values())):
         time.sleep(0.1)
 
 

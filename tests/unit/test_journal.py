@@ -1,10 +1,13 @@
 import math
 import os
+import zlib
 
 import pytest
 
 from tests.helpers.processes import run_script
 from trackopt import RunError, journal
+from trackopt.analysis.verify import check_journal
+from trackopt.integrations import run_choice
 from trackopt.journal import Histogram, Journal, Line
 
 
@@ -175,3 +178,101 @@ def test_a_failure_at_the_close_is_told(path, monkeypatch, caplog):
 
 def refuse(*_):
     raise OSError(28, "No space left on device")
+
+
+def test_a_line_carries_the_checksum_of_what_precedes_it(path):
+    """Any tool can check it: zlib's CRC-32 of all bytes before the field, the last of the line."""
+    writer = Journal(path)
+    writer.mark("start", 0, params={"name": "é"})
+    writer.record(1, {"loss": math.nan})
+    writer.histograms(1, {"a": Histogram([0.0], [2], -0.5, 0.75, 1.5, 2.5, 5)})
+    writer.close()
+    for raw in path.read_bytes().splitlines():
+        content, _, rest = raw.rpartition(b',"crc":"')
+        assert rest == b'%08x"}' % zlib.crc32(content)
+        assert "crc" not in journal.decode(raw + b"\n", 0).details
+    assert len(list(journal.read(path))) == 3
+
+
+@pytest.mark.parametrize("kind", ["record", "marker"])
+def test_no_flipped_bit_is_taken_for_content(kind, path):
+    """The line is skipped and counted, wherever the bit is; the lines around it are read."""
+    writer = Journal(path)
+    writer.record(1, {"loss": 1.0})
+    begin = writer.offset
+    writer.record(2, {"loss": 0.25}) if kind == "record" else writer.mark("resume", 1, offset=begin)
+    end = writer.offset
+    writer.record(2, {"loss": 4.0})
+    writer.close()
+    content = path.read_bytes()
+    for position in range(begin, end):
+        for bit in (0, 5):
+            changed = bytearray(content)
+            changed[position] ^= 1 << bit
+            path.write_bytes(changed)
+            damaged = []
+            found = [(line.step, line.metrics, line.event) for line in journal.read(path, on_damage=damaged.append)]
+            rest = [(1, {"loss": 1.0}, None), (2, {"loss": 4.0}, None)]
+            assert found == (rest if position < end - 1 else rest[:1])  # without its newline it is one with the next
+            if changed[position] != ord("\n"):
+                assert [line.start_offset for line in damaged] == [begin]
+                assert kind == "record" or damaged[0].may_be_marker
+
+
+def test_lines_without_a_checksum_stay_valid(path):
+    """Those of earlier versions, whose last field is a text too."""
+    record, marker = (
+        b'{"step":1,"time":1.0,"metrics":{"loss":"NaN"}}',
+        b'{"event":"close","step":1,"time":2,"error":"X"}',
+    )
+    path.write_bytes(b"\n".join([record, marker, b""]))
+    damaged = []
+    assert [line.event for line in journal.read(path, on_damage=damaged.append)] == [None, "close"]
+    assert damaged == []
+
+
+def test_verify_names_the_damaged_lines(path):
+    """A digit of a record and a marker; what is torn is told apart."""
+    writer = Journal(path)
+    writer.mark("start", 0)
+    writer.record(1, {"loss": 1.25})
+    writer.mark("resume", 1, offset=writer.offset)
+    writer.close()
+    assert check_journal(path).status == "sound"
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b"1.25", b"1.75").replace(b'"resume"', b'"resime"') + b'{"step"\n' + content[:9])
+    report = check_journal(path)
+    assert report.status == "damaged"
+    assert report.problems == (
+        "2 lines have a wrong checksum, and are skipped: line 2, line 3 (perhaps a marker)",
+        "1 lines are torn or no records, and are skipped: 4",
+        "the last line is torn after 9 bytes: a writer was killed there, or is still writing",
+    )
+
+
+def test_a_damaged_marker_is_told_by_what_reads_it(tmp_path, caplog, run_cli):
+    """By the series, by plot and compare, and by the choice of a framework's run."""
+    path = tmp_path / journal.NAME
+    writer = Journal(path)
+    writer.mark("start", 0)
+    writer.record(1, {"loss": 1.0})
+    offset = writer.offset
+    writer.record(2, {"loss": 2.0})
+    writer.mark("resume", 1, offset=offset)
+    writer.record(2, {"loss": 3.0})
+    writer.mark("close", 2, status="FINISHED")
+    writer.close()
+    path.write_bytes(path.read_bytes().replace(b'"resume"', b'"resume\x7f'))
+    words = f"{path}: 1 line has a wrong checksum and is skipped; if it marked a resume"
+    assert journal.series(path)["loss"] == [(1, 1.0), (2, 2.0), (2, 3.0)]
+    assert words in caplog.text
+    for command in ("plot", "compare"):
+        assert words in run_cli(command, tmp_path).err
+    caplog.clear()
+    assert run_choice.history_end(path, offset, 1) == (offset, set())
+    assert run_choice.history_end(path, offset, 2)[1] == {"loss"}
+    assert words in caplog.text
+    path.write_bytes(path.read_bytes().replace(b"FINISHED", b"FINISHEE"))
+    caplog.clear()
+    assert not run_choice.is_finished(tmp_path)
+    assert "2 lines have a wrong checksum" in caplog.text

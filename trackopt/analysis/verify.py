@@ -10,6 +10,7 @@ from trackopt import locations
 from trackopt.archive.verify import find_problems, unloadable_objects
 from trackopt.errors import ArchiveError, ArchiveLimitError
 from trackopt.rundir.checkpoints import list_checkpoints
+from trackopt.utils.files import open_regular
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -85,7 +86,7 @@ def _find_files(path: Path) -> tuple[list[Path], list[Path]]:
     from trackopt import journal
 
     journal_path = path / journal.NAME
-    return list(list_checkpoints(path).values()), [journal_path] if journal_path.is_file() else []
+    return list(list_checkpoints(path).values()), [journal_path] if journal_path.exists() else []
 
 
 def check_file(path: str | Path) -> FileReport:
@@ -133,34 +134,41 @@ def _salvageable(path: Path) -> str:
 
 
 def check_journal(path: Path) -> FileReport:
-    """Verify a run's journal: every line must be a record of trackopt's; only the last may be torn."""
+    """Verify a run's journal: every line must be a record of trackopt's with a right checksum; the last may be torn."""
     try:
         size = path.stat().st_size
-        torn_bytes, invalid = _invalid_lines(path)
+        torn_bytes, damaged, invalid = _find_invalid_lines(path)
     except OSError as error:
         return FileReport(str(path), UNREADABLE, "journal", problems=(f"cannot be read ({error.strerror})",))
     problems = []
+    if damaged:
+        problems.append(f"{len(damaged)} lines have a wrong checksum, and are skipped: {_join_numbers(damaged)}")
     if invalid:
-        shown = ", ".join(map(str, invalid[:_MAX_SHOWN_LINES])) + (", …" if len(invalid) > _MAX_SHOWN_LINES else "")
-        problems.append(f"{len(invalid)} lines are torn or no records, and are skipped: {shown}")
+        problems.append(f"{len(invalid)} lines are torn or no records, and are skipped: {_join_numbers(invalid)}")
     if torn_bytes:
         problems.append(
             f"the last line is torn after {torn_bytes} bytes: a writer was killed there, or is still writing"
         )
-    return FileReport(str(path), DAMAGED if invalid else SOUND, "journal", size, tuple(problems))
+    return FileReport(str(path), DAMAGED if damaged or invalid else SOUND, "journal", size, tuple(problems))
 
 
-def _invalid_lines(path: Path) -> tuple[int, list[int]]:
-    """Return the bytes of a torn last line, and the numbers of the lines that are not records."""
+def _join_numbers(numbers: list[str]) -> str:
+    return ", ".join(numbers[:_MAX_SHOWN_LINES]) + (", …" if len(numbers) > _MAX_SHOWN_LINES else "")
+
+
+def _find_invalid_lines(path: Path) -> tuple[int, list[str], list[str]]:
+    """Return the bytes of a torn last line, and the numbers of damaged lines and of those that are no records."""
     from trackopt import journal
 
-    starts = {line.start_offset for line in journal.read(path)}
-    invalid, offset, torn_bytes = [], 0, 0
-    with path.open("rb") as file:
+    damaged: list[str] = []
+    invalid: list[str] = []
+    with open_regular(path) as file:
         for number, raw in enumerate(file, 1):
             if not raw.endswith(b"\n"):
-                torn_bytes = len(raw)
-            elif offset not in starts and raw.strip():
-                invalid.append(number)
-            offset += len(raw)
-    return torn_bytes, invalid
+                return len(raw), damaged, invalid
+            line = journal.decode(raw, 0)
+            if isinstance(line, journal.DamagedLine):
+                damaged.append(f"line {number}{' (perhaps a marker)' if line.may_be_marker else ''}")
+            elif line is None and raw.strip():
+                invalid.append(str(number))
+    return 0, damaged, invalid

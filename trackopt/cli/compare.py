@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from trackopt.cli import console, figures, live
+from trackopt.journal.columns import Series
 from trackopt.plotting.comparison import SPIKE_IQRS, WINDOW_STEPS, Comparison, Row, compare, is_compared
+from trackopt.plotting.downsampling import downsample_series
 from trackopt.plotting.figure import Curve, Panel
 from trackopt.plotting.run_series import require_series
 
@@ -90,8 +92,8 @@ def _render(
 
 def _build_panel(comparison: Comparison, runs: Sequence[RunSeries]) -> Panel:
     """Build the panel of the curves in the order of the table."""
-    series = {run.path: run.series.get(comparison.metric, []) for run in runs}
-    curves = tuple(Curve(row.name, series[row.path]) for row in comparison.rows[:_MAX_CURVES])
+    series = {run.path: run.series.get(comparison.metric, Series.of([])) for run in runs}
+    curves = tuple(Curve(row.name, downsample_series(series[row.path])) for row in comparison.rows[:_MAX_CURVES])
     more = f" (the best {_MAX_CURVES} of {len(comparison.rows)})" if len(comparison.rows) > _MAX_CURVES else ""
     return Panel(f"{comparison.metric}{more}", curves).with_log_scale()
 
@@ -116,7 +118,8 @@ def _render_tables(comparison: Comparison) -> Iterator[Iterator[RenderableType]]
             chosen = []
         if any(cells):
             chosen.append((head, cells))
-    yield _render_table(marks, names, chosen)
+    if chosen:
+        yield _render_table(marks, names, chosen)
 
 
 def _render_table(

@@ -9,6 +9,8 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import click
+
 from trackopt.cli import console
 from trackopt.plotting.run_series import RunReader, RunSeries
 from trackopt.rundir.directory import is_running
@@ -30,6 +32,8 @@ def open_runs(paths: Sequence[str], select: Callable[[str], bool]) -> list[RunRe
         is_long = reader.journal.stat().st_size > _PROGRESS_BAR_MIN_BYTES
         with console.progress_bar(f"reading {console.sanitize(reader.directory.name)}", shown=is_long) as progress:
             reader.update(progress)
+        if reader.damage:
+            click.echo(f"trackopt: {console.sanitize(reader.damage)}", err=True)
     return readers
 
 

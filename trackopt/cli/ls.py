@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,13 +14,14 @@ from trackopt.archive import verify
 from trackopt.cli import console
 from trackopt.errors import ArchiveError, ArchiveLimitError, RunError
 from trackopt.rundir.checkpoints import list_abandoned, list_checkpoints
+from trackopt.utils.files import read_small
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from rich.console import RenderableType
 
-    from trackopt.utils.types import JsonObject
+    from trackopt.journal import Line
 
 _TAIL_BYTES = 256 << 10
 
@@ -140,20 +141,21 @@ def _read_run(path: Path) -> Run:
     files = list_checkpoints(path)
     stats = [file.stat() for file in files.values()]
     newest = _read_checkpoint(*list(files.items())[-1], crc=False) if files else None
-    lines = _last_lines(path / "metrics.jsonl")
-    last = lines[-1] if lines else {}
+    from trackopt import journal
+
+    last = next(journal.read_backwards(path / journal.NAME, max_bytes=_TAIL_BYTES), None)
     times = [stat.st_mtime for stat in stats]
-    if isinstance(last.get("time"), int | float):
-        times.append(last["time"])
+    if last is not None and math.isfinite(last.time):
+        times.append(last.time)
     return Run(
         path=str(path),
         name=_read_name(path),
-        step=last["step"] if isinstance(last.get("step"), int) else (newest.step if newest else None),
+        step=last.step if last is not None else (newest.step if newest else None),
         epoch=newest.epoch if newest else None,
         checkpoints=len(files),
         bytes=sum(map(_count_bytes, files.values())),
         time=max(times, default=None),
-        status=_read_status(path, lines),
+        status=_read_status(path, last),
     )
 
 
@@ -192,39 +194,21 @@ def _float_or_none(value: Any) -> float | None:
 
 
 def _read_name(path: Path) -> str:
+    import orjson
+
     try:
-        name = json.loads((path / "run.json").read_bytes())["name"]
+        name = orjson.loads(read_small(path / "run.json"))["name"]
     except (OSError, ValueError, KeyError, TypeError):
         return path.name
     return str(name)
 
 
-def _last_lines(path: Path) -> list[JsonObject]:
-    """Return the last lines of a journal, oldest first, without torn and unknown ones."""
-    try:
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
-            raw = file.read(_TAIL_BYTES).split(b"\n")
-    except FileNotFoundError:
-        return []
-    lines = []
-    for text in raw:
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue
-        if isinstance(line, dict) and isinstance(line.get("step"), int):
-            lines.append(line)
-    return lines
-
-
-def _read_status(path: Path, lines: list[JsonObject]) -> str:
-    """Return the status of a run from its last marker and its lock."""
-    markers = [line for line in lines if isinstance(line.get("event"), str)]
-    if markers and markers[-1]["event"] == "close" and lines[-1] is markers[-1]:
-        return str(markers[-1].get("status", "finished")).lower()
-    if not lines:
+def _read_status(path: Path, last: Line | None) -> str:
+    """Return the status of a run from the last line of its journal and its lock."""
+    if last is None:
         return ""
+    if last.event == "close":
+        return str(last.details.get("status", "finished")).lower()
     from trackopt.rundir.directory import is_running
 
     return "running" if is_running(path) else "killed"

@@ -10,6 +10,7 @@ import click
 from trackopt.cli import console, figures, live
 from trackopt.errors import UsageError
 from trackopt.plotting import panels as layout
+from trackopt.plotting.downsampling import select_points
 from trackopt.plotting.run_series import RunSeries, require_series
 
 if TYPE_CHECKING:
@@ -30,13 +31,15 @@ _LOSS = "loss"
 @click.option("--follow", is_flag=True, help="Redraw while the runs continue, until they end or Ctrl-C.")
 @click.option("--attach", is_flag=True, help="Attach the curves to the MLflow run of each run, as a PNG.")
 @figures.picture_options
-@click.option("--json", "as_json", is_flag=True, help="Print the series as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print the series as JSON; long ones as they are drawn.")
+@click.option("--all", "every", is_flag=True, help="With --json: print every point of long series.")
 def command(
-    runs: tuple[str, ...], metrics: tuple[str, ...], mean: bool, follow: bool, attach: bool, **outputs: Any
+    runs: tuple[str, ...], metrics: tuple[str, ...], mean: bool, follow: bool, attach: bool, every: bool, **outputs: Any
 ) -> None:
     r"""Plot loss, learning rate and optimizer buffers of runs from their journals.
 
-    RUN is a run's directory. A buffer is drawn as the mean of its values with a band of one standard deviation.
+    RUN is a run's directory. A buffer is drawn as the mean of its values with a band of one standard deviation. Of a
+    series with more than 8,000 points the first, lowest, highest and last of each of 2,000 columns are drawn.
 
     \b
     Example:
@@ -59,7 +62,7 @@ def command(
     for metric in metrics:
         require_series(tracked, metric)
     if outputs["as_json"]:
-        console.write_json({"runs": [_as_dict(run) for run in tracked]})
+        console.write_json({"runs": [_as_dict(run, every=every) for run in tracked]})
     else:
         console.show(_render(tracked, build(tracked)))
     figures.write_pictures(build(tracked), png=outputs["png"], svg=outputs["svg"], title=_format_title(tracked))
@@ -85,5 +88,13 @@ def _format_title(runs: Sequence[RunSeries]) -> str:
     return console.sanitize(", ".join(run.name for run in runs))
 
 
-def _as_dict(run: RunSeries) -> JsonObject:
-    return {"path": run.path, "name": run.name, "status": run.status, "steps": run.steps, "series": run.series}
+def _as_dict(run: RunSeries, *, every: bool) -> JsonObject:
+    shown = run.series if every else {key: select_points(series) for key, series in run.series.items()}
+    return {
+        "path": run.path,
+        "name": run.name,
+        "status": run.status,
+        "steps": run.steps,
+        "complete": all(len(shown[key]) == len(series) for key, series in run.series.items()),
+        "series": {key: list(series) for key, series in shown.items()},
+    }

@@ -57,10 +57,10 @@ def choose_new(directory: Path) -> Path:
 
 def is_finished(directory: Path) -> bool:
     """Return whether the latest training in a directory took steps and came to its end."""
-    latest = None
-    for line in journal.read(directory / journal.NAME):
-        if line.event in {"start", "resume", "close"}:
-            latest = line
+    path, damaged = directory / journal.NAME, list[journal.DamagedLine]()
+    lines = journal.read_backwards(path, on_damage=damaged.append)
+    latest = next((line for line in lines if line.event in {"start", "resume", "close"}), None)
+    _warn_of_damage(path, damaged)
     return latest is not None and latest.details.get("status") == "FINISHED" and latest.step > 0
 
 
@@ -70,9 +70,18 @@ def history_end(path: Path, offset: int, step: int) -> tuple[int, set[str]]:
     Frameworks save in the middle of their work at a step, and do not repeat the rest of that work when they resume.
     """
     logged: set[str] = set()
-    for line in journal.read(path, offset):
+    damaged: list[journal.DamagedLine] = []
+    for line in journal.read(path, offset, damaged.append):
         if line.event in {"start", "resume", "close"} or (line.event is None and line.step > step):
+            break
+        if any(skipped.may_be_marker for skipped in damaged):  # another attempt may begin there
             break
         logged |= line.metrics.keys()
         offset = line.end_offset
+    _warn_of_damage(path, damaged)
     return offset, logged
+
+
+def _warn_of_damage(path: Path, damaged: list[journal.DamagedLine]) -> None:
+    if damaged:
+        logger.warning("trackopt: %s", journal.describe_damage(path, damaged))

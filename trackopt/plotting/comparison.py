@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import math
-import statistics
-from bisect import bisect_left, insort
-from collections import deque
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from trackopt.journal.columns import Series
 from trackopt.plotting.run_series import RunSeries, display_names
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from numpy.typing import NDArray
 
     from trackopt.utils.types import JsonObject
 
 WINDOW_STEPS = 50  # previous steps that define what is normal
 _MIN_POINTS = 10  # with fewer previous points no step counts as a spike
+_WINDOWS_AT_ONCE = 1 << 14
 SPIKE_IQRS = 3  # interquartile ranges above the median: four standard deviations, if it is normal
 _ALWAYS_SHOWN = ("optimizer", "scheduler", "lr")
 _UPDATE, _RATIO = "update/", ".ratio"
@@ -112,14 +115,15 @@ def compare(
 
     Example:
         >>> losses = {"a": [3.0, 1.0], "b": [2.0, 1.5]}
-        >>> points = {name: {"loss": list(enumerate(values, 1))} for name, values in losses.items()}
-        >>> runs = [RunSeries(name, name, None, {}, points[name], [(1, 0.1), (2, 0.2)], frozenset()) for name in "ab"]
+        >>> points = {name: {"loss": Series.of(list(enumerate(values, 1)))} for name, values in losses.items()}
+        >>> seconds = Series.of([(1, 0.1), (2, 0.2)])
+        >>> runs = [RunSeries(name, name, None, {}, points[name], seconds, frozenset()) for name in "ab"]
         >>> comparison = compare(runs)
         >>> comparison.target, [(row.name, row.best, row.steps_to_target) for row in comparison.rows]
         (1.5, [('a', 1.0, 2), ('b', 1.5, 2)])
     """
     sign = -1.0 if highest else 1.0
-    bests = [_find_best(run.series.get(metric, []), sign) for run in runs]
+    bests = [_find_best(run.series.get(metric, Series.of([])), sign) for run in runs]
     if target is None:
         target = max((best[1] for best in bests if best), key=lambda value: sign * value, default=None)
     rows = [
@@ -133,56 +137,68 @@ def compare(
 def _build_row(
     run: RunSeries, name: str, metric: str, best: tuple[int, float] | None, target: float | None, sign: float
 ) -> Row:
-    points = run.series.get(metric, [])
-    target_step = next((step for step, value in points if target is not None and sign * value <= sign * target), None)
-    ratios = [value for key, series in run.series.items() if key.startswith(_UPDATE) for _, value in series]
-    times = [seconds for _, seconds in run.seconds if seconds > 0]
+    points = run.series.get(metric, Series.of([]))
+    target_step = None if target is None else _find_step(points, sign * points.values <= sign * target)
+    ratios = [series.values for key, series in run.series.items() if key.startswith(_UPDATE)]
+    times = run.seconds.values[run.seconds.values > 0]
     return Row(
         path=run.path,
         name=name,
         status=run.status,
         settings=_merge_groups(run.params),
         steps=run.steps,
-        final=points[-1][1] if points else None,
+        final=float(points.values[-1]) if len(points) else None,
         best=best and best[1],
         best_step=best and best[0],
         steps_to_target=target_step,
         seconds_to_target=None
         if target_step is None
-        else math.fsum(t for step, t in run.seconds if step <= target_step),
-        spikes=_spike_share([sign * value for _, value in points]),
-        update_ratio=statistics.median(ratios) if ratios else None,
-        step_ms=1000 * statistics.median(times) if times else None,
+        else math.fsum(run.seconds.values[run.seconds.steps <= target_step].tolist()),
+        spikes=_spike_share(sign * points.values),
+        update_ratio=float(np.median(np.concatenate(ratios))) if ratios else None,
+        step_ms=1000 * float(np.median(times)) if len(times) else None,
     )
 
 
-def _find_best(points: Sequence[tuple[int, float]], sign: float) -> tuple[int, float] | None:
-    finite = [point for point in points if math.isfinite(point[1])]
-    return min(finite, key=lambda point: sign * point[1], default=None)
+def _find_best(points: Series, sign: float) -> tuple[int, float] | None:
+    if not np.isfinite(points.values).any():
+        return None
+    index = int(np.argmin(np.where(np.isfinite(points.values), sign * points.values, np.inf)))
+    return int(points.steps[index]), float(points.values[index])
 
 
-def _spike_share(values: Sequence[float]) -> float:
+def _find_step(points: Series, condition: NDArray[np.bool_]) -> int | None:
+    """Return the first step at which a condition holds."""
+    return int(points.steps[np.argmax(condition)]) if condition.any() else None
+
+
+def _spike_share(values: NDArray[np.float64]) -> float:
     """Return the share of values that exceed what the previous 50 make likely; lower values are better."""
-    return sum(_find_spikes(values)) / len(values) if values else 0.0
+    finite = values[np.isfinite(values)]
+    spikes = len(values) - len(finite) + sum(map(_count_spikes, _list_windows(finite)))
+    return spikes / len(values) if len(values) else 0.0
 
 
-def _find_spikes(values: Sequence[float]) -> Iterator[bool]:
-    recent: deque[float] = deque()
-    ordered: list[float] = []
-    for value in values:
-        if not math.isfinite(value):
-            yield True
-            continue
-        if len(ordered) >= _MIN_POINTS:
-            low, median, high = (ordered[len(ordered) * quarter // 4] for quarter in (1, 2, 3))
-            yield value > median + SPIKE_IQRS * (high - low) + 1e-9 * abs(median)
-        recent.append(value)
-        insort(ordered, value)
-        if len(recent) > WINDOW_STEPS:
-            del ordered[bisect_left(ordered, recent.popleft())]
+def _list_windows(values: NDArray[np.float64]) -> Iterator[NDArray[np.float64]]:
+    """Yield tables whose rows are the values before one and that value: the last 50, fewer at the beginning."""
+    for end in range(_MIN_POINTS, min(WINDOW_STEPS, len(values))):
+        yield values[None, : end + 1]
+    if len(values) > WINDOW_STEPS:
+        windows = np.lib.stride_tricks.sliding_window_view(values, WINDOW_STEPS + 1)
+        for start in range(0, len(windows), _WINDOWS_AT_ONCE):
+            yield windows[start : start + _WINDOWS_AT_ONCE]
 
 
-def _merge_groups(params: dict[str, Any]) -> dict[str, Any]:
+def _count_spikes(windows: NDArray[np.float64]) -> int:
+    """Count the rows whose last value is far above the others."""
+    count = windows.shape[1] - 1
+    quarters = [count * quarter // 4 for quarter in (1, 2, 3)]
+    low, median, high = np.partition(windows[:, :-1], quarters, axis=1)[:, quarters].T
+    with np.errstate(over="ignore"):  # of the largest floats
+        return int(np.sum(windows[:, -1] > median + SPIKE_IQRS * (high - low) + 1e-9 * np.abs(median)))
+
+
+def _merge_groups(params: Mapping[str, Any]) -> dict[str, Any]:
     """Merge the parameter groups' hyperparameters: one value where all agree, else a list."""
     classes = {key for key in params if "." not in key}
     values: dict[str, list[Any]] = {}

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import math
-import statistics
 from collections import defaultdict
+from functools import reduce
 from typing import TYPE_CHECKING
 
+import numpy as np
+
+from trackopt.journal.columns import Series
+from trackopt.plotting.downsampling import downsample_band, downsample_series
 from trackopt.plotting.figure import Curve, Panel
 from trackopt.plotting.run_series import RunSeries, display_names
 
@@ -32,8 +35,9 @@ def build_panels(runs: Sequence[RunSeries], metrics: Sequence[str]) -> list[Pane
         metrics: The series of the first panels.
 
     Example:
-        >>> series = {"loss": [(1, 0.5)], "exp_avg/group0.mean": [(1, 0.0)], "exp_avg/group0.std": [(1, 0.2)]}
-        >>> run = RunSeries("runs/a", "a", None, {}, series, [], frozenset(series))
+        >>> values = {"loss": 0.5, "exp_avg/group0.mean": 0.0, "exp_avg/group0.std": 0.2}
+        >>> series = {key: Series.of([(1, value)]) for key, value in values.items()}
+        >>> run = RunSeries("runs/a", "a", None, {}, series, Series.of([]), frozenset(series))
         >>> [panel.title for panel in build_panels([run], ["loss"])]
         ['loss', 'exp_avg: mean ± std']
     """
@@ -74,15 +78,18 @@ def _list_panels(runs: Sequence[RunSeries], metrics: Sequence[str]) -> Iterator[
 
 
 def _average_curve(runs: Sequence[RunSeries], key: str, name: str) -> Curve:
-    runs_points = [dict(run.series.get(key, [])) for run in runs]
-    points, band = [], []
-    for step in sorted(set(runs_points[0]).intersection(*runs_points[1:])):
-        values = [series[step] for series in runs_points]
-        mean = statistics.fmean(values)
-        deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / max(len(values) - 1, 1))
-        points.append((step, mean))
-        band.append((step, mean - deviation, mean + deviation))
-    return Curve(name, points, band)
+    runs_points = [_last_of_each_step(run.series.get(key, Series.of([]))) for run in runs]
+    steps = reduce(np.intersect1d, [points.steps for points in runs_points])
+    values = np.array([points.values[np.searchsorted(points.steps, steps)] for points in runs_points])
+    with np.errstate(invalid="ignore", over="ignore"):  # infinite values have no mean
+        means, deviations = values.mean(axis=0), values.std(axis=0, ddof=min(1, len(runs) - 1))
+        band = downsample_band(steps, means - deviations, means + deviations)
+    return Curve(name, downsample_series(Series(steps, means)), band)
+
+
+def _last_of_each_step(points: Series) -> Series:
+    steps, last = np.unique(points.steps[::-1], return_index=True)
+    return Series(steps, points.values[::-1][last])
 
 
 def _build_panel(title: str, runs: Sequence[RunSeries], keys: dict[str, str]) -> Panel:
@@ -93,7 +100,7 @@ def _build_panel(title: str, runs: Sequence[RunSeries], keys: dict[str, str]) ->
         for same in _group_equal(run, present):
             groups = "" if len(same) == len(present) else ", ".join(keys[key] for key in same)
             label = " ".join(filter(None, [name if len(runs) > 1 else "", groups]))
-            curves.append(Curve(label, run.series[same[0]], list(_std_band(run, same[0]))))
+            curves.append(Curve(label, downsample_series(run.series[same[0]]), _std_band(run, same[0])))
     if len(curves) == 1 < len(runs):
         title = f"{title} ({curves[0].name})"  # a single curve has no legend that names its run
     if len(curves) > _MAX_CURVES:
@@ -105,7 +112,7 @@ def _group_equal(run: RunSeries, keys: Sequence[str]) -> list[list[str]]:
     """Group the keys whose LRs are equal; they share one curve."""
     groups: list[list[str]] = []
     for key in keys:
-        same = next((keys for keys in groups if run.series[keys[0]] == run.series[key] and key.startswith(_LR)), None)
+        same = next((keys for keys in groups if key.startswith(_LR) and _is_equal(run, keys[0], key)), None)
         if same is None:
             groups.append([key])
         else:
@@ -113,13 +120,25 @@ def _group_equal(run: RunSeries, keys: Sequence[str]) -> list[list[str]]:
     return groups
 
 
-def _std_band(run: RunSeries, key: str) -> Iterator[tuple[float, float, float]]:
-    if not key.endswith(_MEAN):
-        return
-    deviations = dict(run.series.get(key.removesuffix(_MEAN) + _STD, []))
-    for step, mean in run.series[key]:
-        if step in deviations:
-            yield step, mean - deviations[step], mean + deviations[step]
+def _is_equal(run: RunSeries, key: str, other: str) -> bool:
+    one, two = run.series[key], run.series[other]
+    return np.array_equal(one.steps, two.steps) and np.array_equal(one.values, two.values)
+
+
+def _std_band(run: RunSeries, key: str) -> list[tuple[float, float, float]]:
+    deviation_key = key.removesuffix(_MEAN) + _STD
+    if not key.endswith(_MEAN) or deviation_key not in run.series:
+        return []
+    means, deviations = run.series[key], run.series[deviation_key]
+    if not np.array_equal(means.steps, deviations.steps):
+        deviations = _last_of_each_step(deviations)
+        positions = np.searchsorted(deviations.steps, means.steps)
+        found = np.append(deviations.steps, np.iinfo(np.int64).min)[positions] == means.steps
+        means = Series(means.steps[found], means.values[found])
+        deviations = Series(means.steps, deviations.values[positions[found]])
+    with np.errstate(invalid="ignore", over="ignore"):  # infinite values have no band
+        lows, highs = means.values - deviations.values, means.values + deviations.values
+    return downsample_band(means.steps, lows, highs)
 
 
 def _is_buffer(key: str) -> bool:

@@ -5,20 +5,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trackopt import journal
 from trackopt.errors import RunError, UsageError
+from trackopt.journal.columns import ColumnReader, Series
 from trackopt.utils.suggest import suggest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    from trackopt.journal import Line
-
-_SECONDS = "seconds"
+    from collections.abc import Callable, Mapping, Sequence
 
 
 @dataclass(frozen=True)
@@ -30,23 +27,23 @@ class RunSeries:
         name: The name of the run's directory.
         status: ``finished``, ``failed`` or ``killed``; ``None`` while it has not been closed.
         params: The run's parameters: ``optimizer``, ``group0.lr``, ``scheduler.step_size``, ….
-        series: The effective points ``(step, value)`` of the selected series.
-        seconds: ``(step, seconds since the previous line)``; pauses between attempts do not count.
+        series: The effective points of the selected series.
+        seconds: The seconds between each step and the previous line; pauses between attempts do not count.
         keys: The names of all series of the run.
     """
 
     path: str
     name: str
     status: str | None
-    params: dict[str, Any]
-    series: dict[str, list[tuple[int, float]]]
-    seconds: list[tuple[int, float]]
+    params: Mapping[str, Any]
+    series: Mapping[str, Series]
+    seconds: Series
     keys: frozenset[str]
 
     @property
     def steps(self) -> int:
         """The last recorded step; 0 if there is none."""
-        return self.seconds[-1][0] if self.seconds else 0
+        return int(self.seconds.steps[-1]) if len(self.seconds) else 0
 
 
 class RunReader:
@@ -68,78 +65,59 @@ class RunReader:
         ...     writer.close()
         ...     reader = RunReader(folder, select=lambda key: key == "loss")
         ...     reader.update()
-        ...     reader.build_series().series
+        ...     list(reader.build_series().series["loss"])
         True
-        {'loss': [(1, 0.5)]}
+        [(1, 0.5)]
     """
 
     def __init__(self, path: str | Path, select: Callable[[str], bool]) -> None:
         self.path = Path(path)
         self.journal = _find_journal(self.path)
         self.directory = self.journal.parent
-        self.closed = False
-        self._select = select
-        self._selected: dict[str, bool] = {}
-        self._lines: list[Line] = []
-        self._params: dict[str, Any] = {}
-        self._status: str | None = None
-        self._offset = 0
-        self._previous_time: float | None = None  # of the previous line of the same attempt
+        self._columns = ColumnReader(self.journal, select)
+
+    @property
+    def closed(self) -> bool:
+        """True if the latest attempt has been closed."""
+        return self._status is not None
+
+    @property
+    def damage(self) -> str:
+        """One line about the damaged lines of the journal; empty if there are none."""
+        damaged = self._columns.damaged
+        return journal.describe_damage(self.journal, damaged) if damaged else ""
 
     def update(self, progress: Callable[[int, int], None] | None = None) -> bool:
         """Read the lines appended since the last call; return whether there were any.
 
         Args:
-            progress: Called every 1000 lines with the bytes read and the size of the file.
+            progress: Called after every few megabytes with the bytes read and the size of the file.
 
         Raises:
             RunError: The journal cannot be read.
         """
-        start = self._offset
         try:
-            size = self.journal.stat().st_size
-            for number, line in enumerate(journal.read(self.journal, self._offset)):
-                self._offset = line.end_offset
-                self._add_line(line)
-                if progress is not None and number % 1000 == 0:
-                    progress(self._offset, size)
+            return self._columns.update(progress, parallel=True)
         except OSError as error:
             raise RunError(f"{self.journal}: cannot be read ({error.strerror}); check its permissions") from error
-        return self._offset > start
 
     def build_series(self) -> RunSeries:
         """Return the series of all lines read so far."""
-        series: dict[str, list[tuple[int, float]]] = {}
-        seconds: list[tuple[int, float]] = []
-        for record in journal.effective(self._lines):
-            for key, value in record.metrics.items():
-                series.setdefault(key, []).append((record.step, value))
-            if not seconds or record.step > seconds[-1][0]:
-                seconds.append((record.step, record.details.get(_SECONDS, 0.0)))
-        path, keys = str(self.path), frozenset(self._selected)
-        return RunSeries(path, self.directory.absolute().name, self._status, self._params, series, seconds, keys)
+        columns = self._columns.build()
+        path, name, keys = str(self.path), self.directory.absolute().name, frozenset(self._columns.keys)
+        return RunSeries(path, name, self._status, self._params, columns.series, columns.first_lines(), keys)
 
-    def _add_line(self, line: Line) -> None:
-        if line.event in {"start", "resume"}:
-            params = line.details.get("params")
-            self._params = params if isinstance(params, dict) else self._params
-            self._status, self._previous_time = None, None
-        if line.event == "close":
-            self._status = str(line.details.get("status", "finished")).lower()
-        self.closed = self._status is not None
-        if line.event == "resume":
-            self._lines.append(line)
-        elif line.event is None and line.metrics:
-            seconds = {} if self._previous_time is None else {_SECONDS: max(0.0, line.time - self._previous_time)}
-            metrics = {key: value for key, value in line.metrics.items() if self._is_selected(key)}
-            self._lines.append(replace(line, metrics=metrics, details=seconds))
-        if line.event in {"start", "resume"} or (line.event is None and not line.histograms):
-            self._previous_time = line.time
+    @property
+    def _status(self) -> str | None:
+        markers = self._columns.markers
+        if not markers or markers[-1].event != "close":
+            return None
+        return str(markers[-1].details.get("status", "finished")).lower()
 
-    def _is_selected(self, key: str) -> bool:
-        if key not in self._selected:
-            self._selected[key] = self._select(key)
-        return self._selected[key]
+    @property
+    def _params(self) -> dict[str, Any]:
+        found = [marker.details.get("params") for marker in self._columns.markers if marker.event != "close"]
+        return next((params for params in reversed(found) if isinstance(params, dict)), {})
 
 
 def require_series(runs: Sequence[RunSeries], key: str) -> None:
@@ -163,7 +141,7 @@ def display_names(runs: Sequence[RunSeries]) -> list[str]:
 
 def _find_journal(path: Path) -> Path:
     file = path / journal.NAME if path.is_dir() else path
-    if file.is_file() and file.name == journal.NAME:
+    if file.name == journal.NAME and file.exists():
         return file
     run_names = _list_runs(path)
     if run_names:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import orjson
 
 from trackopt.errors import RunError
-from trackopt.utils.files import atomic_write
+from trackopt.utils.files import atomic_write, read_small
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -74,15 +74,20 @@ class CursorFile:
     def __init__(self, directory: Path) -> None:
         self._path = directory / CURSORS_NAME
         try:
-            self._entries: dict[str, JsonObject] = dict(orjson.loads(self._path.read_bytes()))
+            entries = orjson.loads(read_small(self._path))
         except (FileNotFoundError, ValueError):
-            self._entries = {}
+            entries = {}
+        self._entries: dict[str, JsonObject] = entries if isinstance(entries, dict) else {}
 
     def load(self, name: str, kind: type[AnyCursor]) -> AnyCursor:
-        """Return the cursor of a sink; the beginning of the journal if the file has none."""
+        """Return the cursor of a sink; the beginning of the journal if the file has no valid one."""
         entry = self._entries.get(name, {})
         keys = {item.name: _DISK_KEYS.get(item.name, item.name) for item in fields(kind)}
-        return kind(**{item: entry[key] for item, key in keys.items() if key in entry})
+        try:
+            found = {item: entry[key] for item, key in keys.items() if key in entry}
+        except TypeError:
+            return kind()
+        return kind(**found) if all(_is_valid(item, value) for item, value in found.items()) else kind()
 
     def save(self, cursors: Mapping[str, UploadCursor]) -> None:
         """Write the cursors if one has changed.
@@ -94,6 +99,17 @@ class CursorFile:
             with contextlib.suppress(RunError):
                 atomic_write(self._path, orjson.dumps(entries))
                 self._entries = entries
+
+
+def _is_valid(name: str, value: Any) -> bool:
+    """Return whether a value from the file can be that of a cursor's field."""
+    if name in {"finished", "status"}:
+        return isinstance(value, bool if name == "finished" else str)
+    if name == "last_step_by_key":
+        return isinstance(value, dict) and all(isinstance(step, int) for step in value.values())
+    if name == "resume_offset" and value is None:
+        return True
+    return isinstance(value, int) and (name == "replay_step" or value >= (name == "every"))
 
 
 def _to_entry(cursor: UploadCursor) -> JsonObject:

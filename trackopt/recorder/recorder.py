@@ -83,6 +83,7 @@ class Recorder:
         self._backoffs: dict[str, _Backoff] = {}
         self._cursors = CursorFile(directory)
         self._save_lock = threading.Lock()
+        self._notified: set[str] = set()
 
     def __enter__(self) -> Recorder:
         return self
@@ -183,12 +184,18 @@ class Recorder:
     def _make_delivery(self, name: str) -> Delivery | ArtifactUploader:
         if name != "artifacts":
             connect = _load_sink(name, self._directory)
-            return Delivery(self._journal, connect, self._cursors.load(name, Cursor), self._notify)
+            return Delivery(self._journal, connect, self._cursors.load(name, Cursor), self._notify_once)
         _prepare_mlflow()
         from trackopt.recorder.sinks.mlflow_artifacts import ArtifactUploader
 
         cursor = self._cursors.load(name, UploadCursor)
         return ArtifactUploader(self._directory, cursor, self._notify, self._save_cursors)
+
+    def _notify_once(self, message: str) -> None:
+        """Tell the user what every sink finds in the journal only once."""
+        if message not in self._notified:
+            self._notified.add(message)
+            self._notify(message)
 
     def _save_cursors(self) -> None:
         with self._save_lock:  # the upload thread saves, too

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
+from itertools import takewhile
 from typing import TYPE_CHECKING
 
 from trackopt import journal
@@ -104,10 +106,21 @@ class StoreOnceDelivery(DeliveryStrategy):
     def _read_superseded(self, marker: Line) -> dict[int, dict[str, float]]:
         """Return the metrics, by step, of the records that a resume superseded; some may not have been sent."""
         metrics: dict[int, dict[str, float]] = {}
-        for line in journal.effective(
-            line
-            for line in journal.read(self._path)
-            if line.start_offset < marker.start_offset and (line.event == "resume" or journal.superseded(line, marker))
-        ):
+        for line in self._list_superseded(marker):
             metrics.setdefault(line.step, {}).update(line.metrics)
         return metrics
+
+    def _list_superseded(self, marker: Line) -> list[Line]:
+        """Return the records that counted until a resume; what follows the checkpoint is read, if that suffices."""
+        offset = journal.checkpoint_offset(marker)
+        if math.isfinite(offset):
+            later = self._read_until(marker, int(offset))
+            if all(line.event != "resume" for line in later):  # it is a checkpoint of the latest attempt
+                return [line for line in later if line.event is None]
+        lines = self._read_until(marker, 0)
+        return journal.effective(line for line in lines if line.event or journal.superseded(line, marker))
+
+    def _read_until(self, marker: Line, offset: int) -> list[Line]:
+        """Return the records and resumes between an offset and a marker."""
+        lines = takewhile(lambda line: line.start_offset < marker.start_offset, journal.read(self._path, offset))
+        return [line for line in lines if line.event in {"resume", None}]

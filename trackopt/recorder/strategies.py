@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from trackopt.journal import Line
+    from trackopt.journal import DamagedLine, Line
     from trackopt.recorder.sinks.base import Sink
 
 T = TypeVar("T")
@@ -38,7 +38,8 @@ class DeliveryStrategy(ABC):
     def deliver(self, until: int, batch_size: int) -> bool:
         """Send up to ``batch_size`` records before the offset ``until``; return whether there are more."""
         records: list[Line] = []
-        for line in journal.read(self._path, self._read_offset):
+        damaged: list[DamagedLine] = []
+        for line in journal.read(self._path, self._read_offset, damaged.append):
             if line.end_offset > until or len(records) >= batch_size:
                 break
             if line.event in {"start", "resume"}:
@@ -54,6 +55,8 @@ class DeliveryStrategy(ABC):
             elif line.event is None:
                 self._enqueue(line, records)
             self._read_offset = line.end_offset
+        if damaged:
+            self._notify(journal.describe_damage(self._path, damaged))
         self._send(records)
         return len(records) >= batch_size
 
@@ -157,7 +160,23 @@ class TruncatingDelivery(DeliveryStrategy):
         self._send(records)
 
     def _find_restored(self, marker: Line) -> list[Line]:
-        """Return the records of the marker's own step, and those that only an earlier resume had superseded."""
+        """Return the records of the marker's own step, and those that only an earlier resume had superseded.
+
+        After a checkpoint of the latest attempt, they are the last records before it; only those are read.
+        """
+        offset = journal.checkpoint_offset(marker)
+        restored: list[Line] = []
+        for line in journal.read_backwards(self._path, marker.start_offset):
+            is_before = line.start_offset < offset
+            if line.event == "resume" and not (is_before and line.step < marker.step):
+                return self._find_restored_anywhere(marker)
+            if line.event in {"resume", None} and is_before and line.step < marker.step:
+                break
+            if line.event is None and is_before and line.step == marker.step:
+                restored.append(line)
+        return restored[::-1]
+
+    def _find_restored_anywhere(self, marker: Line) -> list[Line]:
         lines = [
             replace(line, metrics={}, histograms={})  # the values of all lines may not fit into memory
             for line in journal.read(self._path)

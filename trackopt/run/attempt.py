@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import logging
 import os
 from typing import TYPE_CHECKING, Any
 
-from trackopt.journal import Journal
+from trackopt.journal import Journal, describe_damage, read
 from trackopt.recorder.child_process import RecorderProcess
 from trackopt.telemetry.accumulator import single_rank_gather
 from trackopt.telemetry.collector import MetricsCollector
@@ -22,6 +23,7 @@ from trackopt.utils.log import log_warnings
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    from trackopt.journal import DamagedLine
     from trackopt.rundir.directory import RunDirectory
     from trackopt.telemetry.accumulator import Gather
     from trackopt.telemetry.options import StatsOptions
@@ -111,8 +113,18 @@ class Attempt:
             self._mark("start", 0, params=self.hyperparameters(extra), **details)
 
     def mark_resume(self, step: int, **details: Any) -> None:
-        """Mark in the journal that training resumes at ``step``."""
+        """Mark in the journal that training resumes at ``step``; warn of damage to what the resume supersedes."""
+        if step and "offset" in details:
+            self._warn_of_damage(details["offset"])
         self._mark("resume", step, **details)
+
+    def _warn_of_damage(self, offset: int) -> None:
+        damaged: list[DamagedLine] = []
+        with contextlib.suppress(OSError):
+            for _ in read(self.journal.path, offset, damaged.append):
+                pass
+        if damaged:
+            logger.warning("trackopt: %s", describe_damage(self.journal.path, damaged))
 
     def _mark(self, event: str, step: int, **details: Any) -> None:
         self.has_history = True

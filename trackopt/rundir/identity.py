@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from trackopt.errors import RunError
-from trackopt.utils.files import atomic_write
+from trackopt.utils.files import atomic_write, read_small
 from trackopt.utils.lock import lock
 from trackopt.utils.mlflow_uri import MLflowTarget
 
@@ -60,16 +60,22 @@ class RunIdentity:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> RunIdentity:
-        """Read the content of ``run.json``."""
+        """Read the content of ``run.json``; one that is not a run's raises ValueError, KeyError or TypeError."""
         unknown = {key: value for key, value in content.items() if key != "format"}
         sinks = unknown.pop("sinks", None)
-        return cls(
+        identity = cls(
             **{key: unknown.pop(key) for key in ("id", "name", "created", "command", "working_directory")},
             mlflow=MLflowTarget.from_dict(unknown.pop("mlflow")),
             attempt=unknown.pop("attempt"),
             sinks=None if sinks is None else tuple(sinks),
             unknown=unknown,
         )
+        texts = (identity.id, identity.name, identity.command, identity.working_directory, *(identity.sinks or ()))
+        if not all(isinstance(text, str) and "\0" not in text for text in texts):
+            raise TypeError("a name or a path is no text")
+        if not (isinstance(identity.created, int | float) and isinstance(identity.attempt, int)):
+            raise TypeError("a time or a count is no number")
+        return identity
 
     def as_dict(self) -> JsonObject:
         """Return the content of ``run.json``."""
@@ -96,7 +102,7 @@ def read_identity(directory: Path) -> RunIdentity:
     """
     file = directory / IDENTITY
     try:
-        content = orjson.loads(file.read_bytes())
+        content = orjson.loads(read_small(file))
         if content["format"] <= FORMAT:
             return RunIdentity.from_dict(content)
     except FileNotFoundError as error:

@@ -1,19 +1,44 @@
-"""Files that survive a crash of the machine, and are never seen half-written."""
+"""Files that survive a crash of the machine and are never seen half-written; regular files only, for reading."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import stat
 import sys
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 from trackopt.errors import RunError
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+_MAX_SMALL_BYTES = 16 << 20
 _OPEN_ELSEWHERE_S = 2.0
 _POLL_INTERVAL_S = 0.05
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file for reading; a pipe, a device or a directory is refused, since its reading might never end.
+
+    Raises:
+        OSError: The file is missing, cannot be read, or is no regular file.
+    """
+    file = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    if not stat.S_ISREG(os.fstat(file).st_mode):
+        os.close(file)
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return os.fdopen(file, "rb")
+
+
+def read_small(path: Path) -> bytes:
+    """Return the content of a file of at most 16 MB, such as ``run.json``. Raises OSError."""
+    with open_regular(path) as file:
+        if os.fstat(file.fileno()).st_size > _MAX_SMALL_BYTES:
+            raise OSError(errno.EFBIG, "larger than 16 MB", str(path))
+        return file.read()
 
 
 def fsync_directory(path: Path) -> None:

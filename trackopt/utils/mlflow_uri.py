@@ -33,9 +33,12 @@ class MLflowTarget:
 
     @classmethod
     def from_dict(cls, entry: Mapping[str, Any]) -> MLflowTarget:
-        """Read the entry ``mlflow`` of ``run.json``."""
+        """Read the entry ``mlflow`` of ``run.json``; one that is none raises ValueError, KeyError or TypeError."""
         unknown = dict(entry)
-        return cls(unknown.pop("tracking_uri"), unknown.pop("experiment"), unknown.pop("run_id", None), unknown)
+        target = cls(unknown.pop("tracking_uri"), unknown.pop("experiment"), unknown.pop("run_id", None), unknown)
+        if not all(isinstance(text, str) for text in (target.tracking_uri, target.experiment, target.run_id or "")):
+            raise TypeError("an address or a name is no text")
+        return target
 
     def as_dict(self) -> JsonObject:
         """Return the entry ``mlflow`` of ``run.json``."""

@@ -235,7 +235,7 @@ def test_ls_survives_what_is_broken(run_directory: Path) -> None:
     (other / "metrics.jsonl").mkdir()
     done = trackopt("ls", run_directory.parent)
     assert (done.returncode, "digits" in done.stdout) == (0, True)
-    assert done.stderr == f"trackopt: {other}: cannot be read (Is a directory)\n"
+    assert done.stderr == f"trackopt: {other}: cannot be read (not a regular file)\n"
 
 
 def test_an_empty_directory_is_said_to_be_empty(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from tests.helpers.command import ESCAPE, fails
 from tests.unit.plotting.test_plot import STEPS, train
 from trackopt import journal
 from trackopt.errors import UsageError
+from trackopt.journal.columns import Series
 from trackopt.plotting.comparison import compare
 from trackopt.plotting.run_series import RunSeries
 
@@ -31,11 +32,10 @@ def runs(tmp_path_factory):
 
 def tracked(name, losses, *, params=None, seconds=0.5, **series):
     """A run as a journal would tell it."""
-    points = list(enumerate(losses, 1))
-    times = [(step, seconds) for step, _ in points]
-    return RunSeries(
-        name, name, "finished", params or {}, {"loss": points, **series}, times, frozenset({"loss", *series})
-    )
+    points = {"loss": list(enumerate(losses, 1)), **series}
+    times = Series.of([(step, seconds) for step, _ in points["loss"]])
+    columns = {key: Series.of(each) for key, each in points.items()}
+    return RunSeries(name, name, "finished", params or {}, columns, times, frozenset(columns))
 
 
 def test_the_facts_are_those_of_the_journals(runs, run_cli):

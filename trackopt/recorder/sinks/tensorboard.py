@@ -70,8 +70,7 @@ class TensorBoardSink(Sink):
 
         Only a finished run gets a status: readers keep the first one, and a killed or failed run may be resumed.
         """
-        resumed = read_identity(self._directory).attempt > 1
-        results = tensorboard_layout.summarize_losses(self._journal, resumed=resumed)
+        results = tensorboard_layout.summarize_losses(self._journal)
         if self._file is None:
             self._step = results.step + 1  # earlier files hold all other steps
         file = self._file or self._open()

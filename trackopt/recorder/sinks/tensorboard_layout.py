@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from tensorboard.plugins.custom_scalar.layout_pb2 import (
@@ -18,6 +17,7 @@ from tensorboard.plugins.hparams.api_pb2 import STATUS_SUCCESS
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData, SessionEndInfo, SessionStartInfo
 
 from trackopt import journal
+from trackopt.journal.columns import ColumnReader
 from trackopt.recorder.sinks.tensorboard_events import encode_plugin_summary
 
 if TYPE_CHECKING:
@@ -74,32 +74,24 @@ def encode_hparams_end(time: float) -> bytes:
     return _encode_hparams(time, "session_end_info", SessionEndInfo(status=STATUS_SUCCESS, end_time_secs=time))
 
 
-def summarize_losses(path: Path, *, resumed: bool) -> journal.Line:
+def summarize_losses(path: Path) -> journal.Line:
     """Return a record of a run's last step that holds the best and final value of each loss.
 
     HParams shows the first five series by name, so these names begin with a capital letter.
 
     Args:
         path: The journal.
-        resumed: Whether the run was resumed, so that some records may be superseded. Without a resume the journal
-            is read line by line and needs almost no memory.
     """
-    step, time, scalars = 0, 0.0, dict[str, float]()
-    lines = _read_losses(path)
-    for line in journal.effective(lines) if resumed else (line for line in lines if line.event is None):
-        step, time = line.step, line.time
-        for key, value in line.metrics.items():
-            scalars[f"Result/final {key}"] = value
-            if math.isfinite(value):
-                scalars[f"Result/best {key}"] = min(value, scalars.get(f"Result/best {key}", math.inf))
-    return journal.Line(step, time, scalars)
-
-
-def _read_losses(path: Path) -> Iterator[journal.Line]:
-    """Yield the journal's lines with their losses only."""
-    for line in journal.read(path):
-        losses = {key: value for key, value in line.metrics.items() if _LOSS_PATTERN.match(key)}
-        yield replace(line, metrics=losses, histograms={})
+    reader = ColumnReader(path, lambda key: _LOSS_PATTERN.match(key) is not None)
+    reader.update()
+    columns = reader.build()
+    scalars = {}
+    for key, series in columns.series.items():
+        scalars[f"Result/final {key}"] = float(series.values[-1])
+        finite = [value for value in series.values.tolist() if math.isfinite(value)]
+        if finite:
+            scalars[f"Result/best {key}"] = min(finite)
+    return journal.Line(int(columns.steps[-1]) if len(columns.steps) else 0, columns.time, scalars)
 
 
 def _margin_keys(buffer: str) -> tuple[str, str]:
