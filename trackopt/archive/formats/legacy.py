@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 MAGIC = 0x1950A86A20F9469CFC6C
 _VERSION = 1001
-_NESTED_LIMITS = Limits(operations=64)  # for each pickle of one storage
+_NESTED_LIMITS = Limits(operations=100)  # for each pickle of one storage
 
 
 def load(path: Path, file: File) -> Contents:

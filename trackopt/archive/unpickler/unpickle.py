@@ -49,7 +49,8 @@ def unpickle(
         MalformedPickle: It is malformed, or it exceeds a limit.
     """
     if limits is None:
-        limits = Limits.for_size(len(data) if isinstance(data, bytes) else data.size)
+        size = len(data) if isinstance(data, bytes) else data.size
+        limits = Limits.for_size(size, size)
     machine = PickleMachine(data, persistent, load_nested, limits)
     tree = machine.run(OPERATIONS)
     return Unpickled(tree, tuple(machine.globals), machine.offset)
