@@ -11,7 +11,7 @@ import pickle
 import struct
 from typing import TYPE_CHECKING, Any
 
-from trackopt.archive.tree import Tensor
+from trackopt.archive.tree import BYTES, Tensor
 from trackopt.archive.unpickler.tensor_constructors import STORAGES
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ class SafePickler:
     def _is_kept(self, value: Any) -> bool:
         """Return whether a value can be written; a dictionary drops other values, a list has None instead."""
         if isinstance(value, Tensor):
-            return self._is_intact(value) and not value.dtype.startswith("q")
+            return value.kind != BYTES and not value.dtype.startswith("q") and self._is_intact(value)
         return isinstance(value, dict | list | tuple)
 
     def _write_items(self, node: list[Any] | tuple[Any, ...], path: tuple[str, ...]) -> None:

@@ -113,7 +113,8 @@ class Stream:
                 return
             (count,) = struct.unpack("<q", self._byte_range.read(self._position, self._position + 8))
             if not 0 <= count < 1 << 60:
-                raise MalformedPickle(f"storage {key!r} has {count} elements")
+                self.problems.append(f"storage {key!r} has {count} elements; what follows is lost")
+                return
             start = self._position + 8
             self._position = start + count * data.itemsize
             data.locate(self._byte_range.slice(start, self._position))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import struct
 from typing import TYPE_CHECKING, Any
 
-from trackopt.archive.tree import Global, UnknownObject
+from trackopt.archive.tree import Global, Tensor, UnknownObject
 from trackopt.archive.unpickler.buffer import BufferedReader
 from trackopt.archive.unpickler.constructors import NESTED_STORAGE, construct
 from trackopt.archive.unpickler.limits import (
@@ -36,6 +36,7 @@ _MAX_MARKS = 2 * MAX_DEPTH  # a list in a dictionary opens one for each
 _CALL_OPERATIONS, _TENSOR_OPERATIONS, _NESTED_OPERATIONS, _KEY_OPERATIONS, _COLLISION_OPERATIONS = 4, 20, 400, 20, 500
 _CALL_BYTES, _TENSOR_BYTES, _CONTAINER_BYTES, _FIRST_ENTRY_BYTES = 250, 400, 80, 170
 _ITEM_BYTES, _ENTRY_BYTES, _SPARSE_BYTES = 9, 60, 110
+_UNCERTAIN_PAIRS = 2  # at the end of a truncated pickle: up to three parts of a tuple have no mark
 _LARGE_BATCH = 10_000  # before it is in its list, it takes memory of its own
 _MAX_HASH = 1 << 60  # integers below it are their own hashes
 
@@ -104,6 +105,32 @@ class PickleMachine(BufferedReader):
             raise MalformedPickle(f"it ends, or pops from an empty stack, at byte {self.offset}") from error
         except (ValueError, TypeError, AttributeError, OverflowError, struct.error, RecursionError) as error:
             raise MalformedPickle(f"{error} at byte {self.offset}") from error
+
+    def incomplete_dictionary(self) -> dict[Any, Any]:
+        """Return the outermost dictionary, with the tensors that wait to be set in it and in the last one inside it.
+
+        The mark after a dictionary that is the value of a text key is that of its entries. Other values may be parts
+        of a tuple that was not finished, as may be the last tensors; each is replaced by an `UnknownObject`.
+        """
+        levels = [*self._marks, self.stack]
+        if not levels[0] or not isinstance(levels[0][0], dict):
+            return {}
+        root = target = levels[0][0]
+        levels[0] = levels[0][1:]
+        for items, rest in zip(levels, [*levels[1:], None], strict=True):
+            pairs = list(zip(items[::2], items[1::2], strict=False))
+            certain = len(pairs) - (1 if rest is not None else _UNCERTAIN_PAIRS)
+            for index, (key, value) in enumerate(pairs):
+                if not isinstance(key, str):
+                    return root
+                is_tensor = isinstance(value, Tensor) and index < certain
+                target[key] = value if is_tensor else UnknownObject("incomplete")
+            if items and (rest is None or len(items) % 2 or not isinstance(items[-1], dict)):
+                return root
+            if items:
+                target[items[-2]] = items[-1]
+                target = items[-1]
+        return root
 
     def since_mark(self) -> list[Any]:
         """Pop everything since the last mark."""
