@@ -31,8 +31,8 @@ class Limits:
         nodes: The values that it stands for, each counted as often as it is referred to.
     """
 
-    operations: int = 8_000_000
-    memory: int = 200 << 20
+    operations: int = 6_000_000
+    memory: int = 208 << 20
     nodes: int = 5_000_000
 
     @classmethod
@@ -48,7 +48,7 @@ class Limits:
                 pickle.
         """
         least = cls()
-        operations = size if file_size is None else min(size, file_size // 2)
+        operations = size if file_size is None else min(size, file_size // 3)
         memory = least.memory + 40 * max(0, size - _LARGE_BYTES)
         return cls(max(least.operations, operations), memory, max(least.nodes, size))
 

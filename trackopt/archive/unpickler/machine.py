@@ -144,7 +144,7 @@ class PickleMachine(BufferedReader):
 
     def push_all(self, values: Iterable[Any], memory: int, count: int) -> None:
         """Push many plain values, which take ``memory`` bytes each."""
-        self.spend(memory * count, count >> 4)
+        self.spend(memory * count, 1 + (count >> 4))
         self.stack.extend(values)
 
     def pop(self) -> Any:
@@ -236,7 +236,7 @@ class PickleMachine(BufferedReader):
 
     def new_container(self, value: list[Any] | dict[Any, Any] | tuple[Any, ...]) -> None:
         """Push a list, dictionary or tuple."""
-        self.memory -= _CONTAINER_BYTES + _ITEM_BYTES * len(value)
+        self.memory -= _CONTAINER_BYTES + _ITEM_BYTES * len(value) * (2 if len(value) > _LARGE_BATCH else 1)
         self.stack.append(value)
 
     def new_set(self, name: str, items: list[Any]) -> None:

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 _MAX_INTEGER_BYTES = 1024  # Python refuses to print what has more than 4,300 digits
-_NUMBER_BYTES, _TEXT_BYTES, _TUPLE_BYTES, _TENSOR_BYTES = 28, 56, 60, 400  # in memory
+_NUMBER_BYTES, _TEXT_BYTES, _TUPLE_BYTES, _TENSOR_BYTES, _ITEM_BYTES = 32, 56, 60, 400, 9  # in memory
+_ENTRY_BYTES = 230  # of a dictionary with one entry
+_LINE_OPERATIONS, _ITEM_OPERATIONS = 3, 3  # simple ones that take as long
 
 _MAX_RUN = 10_000
 _SMALL_NUMBER = ord("K")
@@ -30,7 +32,7 @@ def _discard(_: object) -> None:
 
 
 def _long(machine: PickleMachine, length: int) -> None:
-    machine.spend(_NUMBER_BYTES + max(0, length))
+    machine.spend(_NUMBER_BYTES + max(0, length), 1)
     data = machine.take(length)
     if length > _MAX_INTEGER_BYTES:
         machine.push(UnknownObject(f"integer of {length} bytes"))
@@ -78,9 +80,14 @@ def _old_text(machine: PickleMachine, length: int) -> None:
 
 
 def _line(machine: PickleMachine) -> str:
-    line = machine.line()
-    machine.spend(_TEXT_BYTES + 4 * len(line))
-    return line
+    machine.spend(0, _LINE_OPERATIONS)
+    return machine.line()
+
+
+def _line_of_text(machine: PickleMachine) -> bytes:
+    line = _line(machine)
+    machine.memory -= _TEXT_BYTES + 4 * len(line)
+    return line.encode("utf-8", "surrogateescape")
 
 
 def _bytes(machine: PickleMachine, length: int) -> None:
@@ -90,14 +97,18 @@ def _bytes(machine: PickleMachine, length: int) -> None:
 
 
 def _quoted(machine: PickleMachine) -> str:
-    line = _line(machine).strip()
-    if len(line) < 2 or line[0] != line[-1] or line[0] not in "'\"":
+    line = _line_of_text(machine).strip()
+    if len(line) < 2 or line[:1] != line[-1:] or line[:1] not in (b"'", b'"'):
         raise MalformedPickle("a string lacks its quotes")
-    return _old_string(codecs.escape_decode(line[1:-1].encode("utf-8", "surrogateescape"))[0])
+    return _old_string(codecs.escape_decode(line[1:-1])[0])
 
 
 def _raw_unicode(machine: PickleMachine) -> str:
-    return _line(machine).encode("utf-8", "surrogateescape").decode("raw-unicode-escape")
+    return _line_of_text(machine).decode("raw-unicode-escape")
+
+
+def _global(machine: PickleMachine) -> None:
+    machine.name(_line(machine), _line(machine))
 
 
 def _object(machine: PickleMachine) -> None:
@@ -106,7 +117,7 @@ def _object(machine: PickleMachine) -> None:
 
 
 def _instance(machine: PickleMachine) -> None:
-    machine.name(machine.line(), machine.line())
+    _global(machine)
     function = machine.pop()
     machine.push(machine.call(function, tuple(machine.since_mark())))
 
@@ -137,7 +148,13 @@ def _tuple(machine: PickleMachine, length: int) -> None:
 
 def _one_item(machine: PickleMachine) -> None:
     value, key = machine.pop(), machine.pop()
-    machine.set_items([key, value])
+    target = machine.stack[-1]
+    if type(key) is str and type(target) is dict:
+        machine.memory -= _ENTRY_BYTES
+        target[key] = value
+    else:
+        machine.spend(0, _ITEM_OPERATIONS)
+        machine.set_items([key, value])
 
 
 def _name_from_stack(machine: PickleMachine) -> None:
@@ -147,7 +164,12 @@ def _name_from_stack(machine: PickleMachine) -> None:
 
 def _append_one(machine: PickleMachine) -> None:
     value = machine.pop()
-    machine.append([value])
+    target = machine.stack[-1]
+    if type(target) is list:
+        machine.memory -= _ITEM_BYTES
+        target.append(value)
+    else:
+        machine.append([value])
 
 
 def _refuse(what: str) -> Callable[[PickleMachine], None]:
@@ -257,7 +279,7 @@ _BY_CHARACTER: dict[str, Callable[[PickleMachine], None]] = {
     "\x89": _constant,
     "I": lambda m: m.push(_text_integer(m)),
     "L": lambda m: m.push(_text_integer(m)),
-    "F": lambda m: m.push(float(m.line())),
+    "F": lambda m: m.push(float(_line(m))),
     "J": _Numbers("J", "<xi"),
     "K": _small_number,
     "M": _Numbers("M", "<xH"),
@@ -294,7 +316,7 @@ _BY_CHARACTER: dict[str, Callable[[PickleMachine], None]] = {
     "\x90": lambda m: m.append(m.since_mark()),
     "\x91": lambda m: m.new_set("builtins.frozenset", m.since_mark()),
     # objects
-    "c": lambda m: m.name(m.line(), m.line()),
+    "c": _global,
     "\x93": _name_from_stack,
     "R": PickleMachine.reduce,
     "\x81": PickleMachine.reduce,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +13,7 @@ from trackopt.archive.unpickler.opcodes import OPERATIONS
 from trackopt.archive.unpickler.tensor_constructors import storage
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from trackopt.archive.io.byte_ranges import ByteRange
 
@@ -52,8 +54,21 @@ def unpickle(
         size = len(data) if isinstance(data, bytes) else data.size
         limits = Limits.for_size(size, size)
     machine = PickleMachine(data, persistent, load_nested, limits)
-    tree = machine.run(OPERATIONS)
+    with _without_collections():
+        tree = machine.run(OPERATIONS)
     return Unpickled(tree, tuple(machine.globals), machine.offset)
+
+
+@contextmanager
+def _without_collections() -> Iterator[None]:
+    """Keep the garbage collector from visiting millions of new values again and again."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def unpickle_truncated(data: ByteRange, load_nested: Callable[[ByteRange], Any]) -> Unpickled:
