@@ -47,7 +47,7 @@ def test_what_is_saved_stays_below_the_limits(tree):
     data = dump_tree(tree).data
     size = len(data)
     proportional = Limits(size, 40 * size, size)
-    assert Limits.for_size(10**12) == Limits(10**12, (208 << 20) + 40 * (10**12 - 16_000_000), 10**12)
+    assert Limits.for_size(10**12) == Limits(10**12, (200 << 20) + 40 * (10**12 - 16_000_000), 10**12)
     assert unpickle(data, legacy.load_nested, limits=proportional).end == size
 
 

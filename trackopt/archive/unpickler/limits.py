@@ -32,7 +32,7 @@ class Limits:
     """
 
     operations: int = 6_000_000
-    memory: int = 208 << 20
+    memory: int = 200 << 20
     nodes: int = 5_000_000
 
     @classmethod

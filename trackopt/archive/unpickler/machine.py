@@ -37,6 +37,7 @@ _CALL_OPERATIONS, _TENSOR_OPERATIONS, _NESTED_OPERATIONS, _KEY_OPERATIONS, _COLL
 _CALL_BYTES, _TENSOR_BYTES, _CONTAINER_BYTES, _FIRST_ENTRY_BYTES = 250, 400, 80, 170
 _ITEM_BYTES, _ENTRY_BYTES, _SPARSE_BYTES = 9, 60, 110
 _UNCERTAIN_PAIRS = 2  # at the end of a truncated pickle: up to three parts of a tuple have no mark
+_POINTER_BYTES = 8
 _LARGE_BATCH = 10_000  # before it is in its list, it takes memory of its own
 _MAX_HASH = 1 << 60  # integers below it are their own hashes
 
@@ -96,6 +97,7 @@ class PickleMachine(BufferedReader):
                     code = self.data[self.position]
                     self.position += 1
                     if code == _STOP:
+                        self.spend(0)
                         return check_limits(self.stack.pop(), self._limits.nodes, self.memory)
                     operations[code](self)
                 self.spend(0, stride)
@@ -144,7 +146,8 @@ class PickleMachine(BufferedReader):
 
     def push_all(self, values: Iterable[Any], memory: int, count: int) -> None:
         """Push many plain values, which take ``memory`` bytes each."""
-        self.spend(memory * count, 1 + (count >> 4))
+        waiting = _POINTER_BYTES * count if len(self.stack) > _LARGE_BATCH else 0
+        self.spend(memory * count + waiting, 1 + (count >> 4))
         self.stack.extend(values)
 
     def pop(self) -> Any:
@@ -236,7 +239,7 @@ class PickleMachine(BufferedReader):
 
     def new_container(self, value: list[Any] | dict[Any, Any] | tuple[Any, ...]) -> None:
         """Push a list, dictionary or tuple."""
-        self.memory -= _CONTAINER_BYTES + _ITEM_BYTES * len(value) * (2 if len(value) > _LARGE_BATCH else 1)
+        self.memory -= _CONTAINER_BYTES + _ITEM_BYTES * len(value)
         self.stack.append(value)
 
     def new_set(self, name: str, items: list[Any]) -> None:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 _MAX_INTEGER_BYTES = 1024  # Python refuses to print what has more than 4,300 digits
 _NUMBER_BYTES, _TEXT_BYTES, _TUPLE_BYTES, _TENSOR_BYTES, _ITEM_BYTES = 32, 56, 60, 400, 9  # in memory
-_ENTRY_BYTES = 230  # of a dictionary with one entry
+_ENTRY_BYTES, _FIRST_ENTRY_BYTES = 60, 230  # in a dictionary
 _LINE_OPERATIONS, _ITEM_OPERATIONS = 3, 3  # simple ones that take as long
 
 _MAX_RUN = 10_000
@@ -150,7 +150,7 @@ def _one_item(machine: PickleMachine) -> None:
     value, key = machine.pop(), machine.pop()
     target = machine.stack[-1]
     if type(key) is str and type(target) is dict:
-        machine.memory -= _ENTRY_BYTES
+        machine.memory -= _ENTRY_BYTES if target else _FIRST_ENTRY_BYTES
         target[key] = value
     else:
         machine.spend(0, _ITEM_OPERATIONS)
