@@ -115,6 +115,10 @@ class Stream:
             if not 0 <= count < 1 << 60:
                 self.problems.append(f"storage {key!r} has {count} elements; what follows is lost")
                 return
+            if count * data.itemsize != data.nbytes:
+                self.problems.append(
+                    f"storage {key!r} has {count:,} elements, the pickle says {data.nbytes // data.itemsize:,}"
+                )
             start = self._position + 8
             self._position = start + count * data.itemsize
             data.locate(self._byte_range.slice(start, self._position))
@@ -128,6 +132,7 @@ class StorageData:
     def __init__(self, storage: Storage) -> None:
         self.key = storage.key
         self.size = 0
+        self.nbytes = storage.nbytes
         self.itemsize = ITEMSIZE[storage.dtype]
         self._byte_range: ByteRange | None = None
 

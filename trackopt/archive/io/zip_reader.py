@@ -147,9 +147,9 @@ class Zip:
                 f"{self.path}: the zip file has no end record ({self.size} bytes are left), it was cut short; "
                 "copy it again or use an earlier checkpoint"
             )
-        _, disk, start_disk, _, count, length, start, comment = _END.unpack_from(tail, at)
+        _, disk, start_disk, disk_count, count, length, start, comment = _END.unpack_from(tail, at)
         end = tail_start + at
-        if end + _END.size + comment != self.size or disk or start_disk:
+        if end + _END.size + comment != self.size or disk or start_disk or disk_count != count:
             raise self.make_error("the zip file's end record is not at its end")
         if at >= _LOCATOR.size and tail[at - _LOCATOR.size : at].startswith(b"PK\x06\x07"):
             _, _, end, _ = _LOCATOR.unpack_from(tail, at - _LOCATOR.size)
@@ -164,8 +164,9 @@ class Zip:
         """Return the directory's entries, length and offset; the record must end where its locator begins."""
         if offset + _END64.size > stop:
             raise self.make_error("the zip64 end record is not where its locator says")
-        magic, size, *_, count, length, start = _END64.unpack(self._read(offset, _END64.size))
-        if magic != b"PK\x06\x06" or offset + 12 + size != stop:
+        fields = _END64.unpack(self._read(offset, _END64.size))
+        magic, size, _, _, disk, start_disk, disk_count, count, length, start = fields
+        if magic != b"PK\x06\x06" or offset + 12 + size != stop or disk or start_disk or disk_count != count:
             raise self.make_error("the zip64 end record is not where its locator says")
         return count, length, start
 
@@ -180,6 +181,8 @@ class Zip:
             end = position + entry[10] + entry[11] + entry[12]
             record = self._record(entry, data[position:end])
             position = end
+            if entry[13] > 1:
+                self.problems.append(f"record {record.name!r} is on another disk: torch does not load the file")
             if record.name.lower() in lower:
                 self.problems.append(f"two records are named {record.name!r}: programs differ in which one they read")
             lower.add(record.name.lower())

@@ -204,6 +204,8 @@ class PickleMachine(BufferedReader):
         if not (isinstance(module, str) and isinstance(name, str)):
             raise MalformedPickle("a name is not made of text")
         dotted = f"{module}.{name}"
+        if not dotted.isascii():
+            dotted.encode()  # raises UnicodeEncodeError for what was no UTF-8: torch refuses that, too
         self.stack.append(self.globals.setdefault(dotted, Global(dotted)))
 
     def reduce(self) -> None:
