@@ -8,7 +8,8 @@
     ├── CheckpointError     a checkpoint that cannot be written, or none that can be used
     │   └── MismatchError   a valid checkpoint of something else: another model, optimizer or scheduler
     ├── ArchiveError        a file that is not a checkpoint, or is damaged
-    │   └── ArchiveLimitError   a file that describes more than is read; it may be valid
+    │   ├── ArchiveLimitError   a file that describes more than is read; it may be valid
+    │   └── ForeignFormatError  a file of another program's, which may be intact
     └── MissingPackageError  a package that only some commands and functions need is not installed
 
 Each message is one line: what, where, and what to do. The command line prints it and exits with 2.
@@ -43,6 +44,10 @@ class ArchiveError(TrackoptError):
 
 class ArchiveLimitError(ArchiveError):
     """A file describes more than the reader's limits allow for its size; it may be valid, and was not checked."""
+
+
+class ForeignFormatError(ArchiveError):
+    """A file is in another format than those of checkpoints; it may be intact."""
 
 
 class MissingPackageError(TrackoptError, ImportError):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trackopt import locations
+from trackopt import locations, remote
 from trackopt.archive.verify import find_problems, unloadable_objects
-from trackopt.errors import ArchiveError, ArchiveLimitError
+from trackopt.errors import ArchiveError, ArchiveLimitError, ForeignFormatError
 from trackopt.rundir.checkpoints import list_checkpoints
 from trackopt.utils.files import open_regular
 
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 SOUND, DAMAGED, UNREADABLE = "sound", "damaged", "unreadable"
 UNLOADABLE, UNCHECKED = "not loadable", "not checked"
-_ZIP_MAGIC = b"PK\x03\x04"
 _MAX_SHOWN_LINES = 5
 
 
@@ -97,37 +96,48 @@ def check_file(path: str | Path) -> FileReport:
             status = DAMAGED if problems else SOUND
             if problems and problems == unloadable_objects(archive):
                 status = UNLOADABLE
-            return FileReport(str(archive.path), status, archive.format, archive.bytes, tuple(problems))
+            report = FileReport(str(archive.path), status, archive.format, archive.bytes, tuple(problems))
+        is_file = status == DAMAGED and not remote.is_remote(path) and Path(report.path).is_file()
+        return replace(report, salvageable=_salvageable(Path(report.path))) if is_file else report
     except ArchiveLimitError as error:
         return FileReport(str(path), UNCHECKED, problems=(str(error).removeprefix(f"{path}: "),))
+    except ForeignFormatError as error:
+        return FileReport(str(path), UNREADABLE, problems=(str(error).removeprefix(f"{path}: "),))
     except ArchiveError as error:
-        return _unreadable_report(Path(path), str(error).removeprefix(f"{path}: "))
+        return _damage_report(Path(path), str(error).removeprefix(f"{path}: "))
 
 
-def _unreadable_report(path: Path, problem: str) -> FileReport:
-    """Report a file that cannot be opened: a damaged zip, which may be salvageable, or no checkpoint at all."""
+def _damage_report(path: Path, problem: str) -> FileReport:
+    """Report a file or a directory whose structure cannot be read."""
     from trackopt.archive.formats.directories import is_sharded
+    from trackopt.archive.formats.signatures import HEAD_BYTES, identify
+    from trackopt.archive.io.file import File
 
     try:
-        if path.is_dir() and is_sharded(path):
-            return FileReport(str(path), DAMAGED, "DCP", problems=(problem,))
-        with path.open("rb") as file:
-            size = path.stat().st_size
-            if file.read(len(_ZIP_MAGIC)) == _ZIP_MAGIC:
-                return FileReport(str(path), DAMAGED, "zip", size, (problem,), _salvageable(path))
-            return FileReport(str(path), UNREADABLE, "", size, (problem,))
-    except (OSError, ValueError):
+        if path.is_dir():
+            status, form = (DAMAGED, "DCP") if is_sharded(path) else (UNREADABLE, "")
+            return FileReport(str(path), status, form, problems=(problem,))
+        file = File.open(path)
+        size, found = file.size, identify(file.read(0, HEAD_BYTES))
+        file.close()
+    except (OSError, ValueError, ArchiveError):
         return FileReport(str(path), UNREADABLE, problems=(problem,))
+    if found is None or not found.module:
+        return FileReport(str(path), UNREADABLE, "", size, (problem,))
+    return FileReport(str(path), DAMAGED, found.name, size, (problem,), _salvageable(path))
 
 
 def _salvageable(path: Path) -> str:
-    from trackopt.analysis.salvage.damaged_zip import DamagedZip
+    """Return how many tensors of a damaged file are intact, and what to do."""
+    from trackopt.analysis.salvage.salvage import open_damaged
 
     try:
-        with DamagedZip(path) as damaged_zip:
-            intact, count = len(damaged_zip.intact_tensors), len(damaged_zip.tensors)
+        with open_damaged(path) as damaged:
+            intact, count = sum(map(damaged.is_intact, damaged.tensors)), len(damaged.tensors)
     except ArchiveError as error:
         return f"nothing can be saved: {str(error).removeprefix(f'{path}: ')}"
+    if not count:
+        return ""
     if not intact:
         return f"its structure is readable, but none of its {count:,} tensors is intact"
     return f"{intact:,} of {count:,} tensors are intact: `trackopt salvage` writes them to a new file"

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from trackopt.archive.io.byte_ranges import ByteRange
 
@@ -298,6 +298,17 @@ def walk(node: object, path: Path = ()) -> Iterator[tuple[Path, Any]]:
 
 
 _INNER = (Tensor, TensorSubclass, dict, list, tuple, UnknownObject)
+_PLAIN = frozenset((type(None), bool, int, float, str, bytes))
+
+
+def holds_nodes(values: Iterable[Any]) -> bool:
+    """Return whether any value is something else than a number, text, bytes or None.
+
+    Example:
+        >>> holds_nodes([1, None, "a"]), holds_nodes([1, []])
+        (False, True)
+    """
+    return not _PLAIN.issuperset(map(type, values))
 
 
 def tensors(node: object, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
@@ -317,6 +328,8 @@ def tensors(node: object, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
 
 def _inner_nodes(node: object) -> list[tuple[str, Any]]:
     """Return the children of a node that are or may hold tensors; only their names are built."""
+    if isinstance(node, dict | list | tuple) and not holds_nodes(node.values() if isinstance(node, dict) else node):
+        return []
     if isinstance(node, dict):
         items = [(key, value) for key, value in node.items() if isinstance(value, _INNER)]
         return [(key_name(key), value) for key, value in items]

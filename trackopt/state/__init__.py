@@ -259,6 +259,8 @@ def _nested_of_kind(node: Any, is_kind: Callable[[Any], bool], path: Path = ()) 
 
 def _all_of_kind(node: Any, is_kind: Callable[[Any], bool]) -> list[tuple[str, Any]]:
     """Return the parts of a dict or a list if all of them are of a kind."""
-    pairs = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list | tuple) else ()
-    parts = [(str(key), value) for key, value in pairs]
-    return parts if parts and all(is_kind(value) for _, value in parts) else []
+    if not isinstance(node, dict | list | tuple):
+        return []
+    if not all(map(is_kind, node.values() if isinstance(node, dict) else node)):
+        return []  # a list may have millions of items
+    return [(str(key), value) for key, value in (node.items() if isinstance(node, dict) else enumerate(node))]

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import json
+import pickle
+import struct
+import tarfile
+import zipfile
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from tests.helpers.checkpoints import saved, trained
+from tests.helpers.checkpoints import pickled, saved, trained
 from tests.helpers.command import trackopt
 from trackopt.analysis.salvage.salvage import salvage
+from trackopt.analysis.verify import verify as verify_file
 from trackopt.archive import verify
 from trackopt.errors import ArchiveError, UsageError
 
@@ -102,6 +109,79 @@ def test_two_tensors_with_one_path_are_told_apart(tmp_path: Path) -> None:
 def test_a_directory_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(ArchiveError, match="Is a directory"):
         salvage(tmp_path, tmp_path / "new.pt")
+
+
+def as_tar(tree: dict[str, torch.Tensor], path: Path) -> None:
+    """Write a file of torch's first years with float tensors."""
+    tensors, storages = pickled(len(tree)), pickled(len(tree))
+    for key, value in enumerate(tree.values()):
+        tensors += pickled((key, key, torch.FloatTensor)) + struct.pack("<ii", 1, 0)
+        tensors += struct.pack("<3q", value.numel(), 1, 0)
+        storages += pickled((key, "cpu", torch.FloatStorage)) + struct.pack("<q", value.numel())
+        storages += value.numpy().tobytes()
+    names = b"".join(
+        b"X" + struct.pack("<I", len(name)) + name.encode() + b"K%cQ" % key for key, name in enumerate(tree)
+    )
+    members = {"sys_info": pickled({}), "pickle": b"\x80\x02}(" + names + b"u.", "tensors": tensors,
+               "storages": storages + pickled([])}  # fmt: skip
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+
+
+def as_legacy(tree: dict[str, torch.Tensor], path: Path) -> None:
+    torch.save(tree, path, _use_new_zipfile_serialization=False)
+
+
+def as_deflated(tree: dict[str, torch.Tensor], path: Path) -> None:
+    stream = io.BytesIO()
+    torch.save(tree, stream)
+    with zipfile.ZipFile(stream) as stored, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as packed:
+        for info in stored.infolist():
+            packed.writestr(info.filename, stored.read(info))
+
+
+def as_pickle(tree: dict[str, torch.Tensor], path: Path) -> None:
+    path.write_bytes(pickle.dumps({name: value.numpy() for name, value in tree.items()}))
+
+
+def as_safetensors(tree: dict[str, torch.Tensor], path: Path) -> None:
+    save_file(tree, path)
+
+
+@pytest.mark.parametrize("write", [as_tar, as_legacy, as_deflated, as_pickle, as_safetensors])
+def test_a_file_of_any_format_keeps_its_intact_tensors(write: Any, tmp_path: Path) -> None:
+    """Cut anywhere: what is written is right, and the more is left of the file, the more is saved."""
+    generator = torch.Generator().manual_seed(1)
+    tree = {f"w{i}": torch.randn(2000, generator=generator) for i in range(8)}
+    whole = tmp_path / "whole"
+    write(tree, whole)
+    raw, counts = whole.read_bytes(), []
+    for share in (0.4, 0.7, 1.0):
+        path, target = tmp_path / f"{share}", tmp_path / f"new{share}"
+        path.write_bytes(raw[: int(len(raw) * share)])
+        done = salvage(path, target)
+        new = torch.load(target, weights_only=True)
+        assert all(torch.equal(torch.as_tensor(value), tree[name]) for name, value in new.items())
+        counts.append(len(new))
+        (report,) = verify_file(path)
+        assert report.status == ("sound" if share == 1.0 else "damaged")
+        assert done.tensors == len(new)
+    assert 0 < counts[0] < counts[1] < counts[2] == len(tree)
+
+
+def test_a_damaged_pickle_is_not_trusted(tmp_path: Path) -> None:
+    path = saved({"weight": torch.ones(1000), "epoch": 1234}, tmp_path / "t.pt")
+    raw = bytearray(path.read_bytes())
+    raw[raw.index(b"M\xd2\x04") + 1] ^= 1
+    path.write_bytes(raw)
+    with pytest.raises(ArchiveError, match="not what was written"):
+        salvage(path, tmp_path / "new.pt")
+    path.write_bytes(raw[:-200])
+    with pytest.raises(ArchiveError, match="not what was written"):
+        salvage(path, tmp_path / "new.pt")
 
 
 # The command.

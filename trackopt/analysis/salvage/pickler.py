@@ -11,7 +11,7 @@ import pickle
 import struct
 from typing import TYPE_CHECKING, Any
 
-from trackopt.archive.tree import Tensor
+from trackopt.archive.tree import BYTES, Tensor
 from trackopt.archive.unpickler.tensor_constructors import STORAGES
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ _STORAGE_KINDS = {dtype: kind for kind, dtype in STORAGES.items() if kind != "Un
 _SCALARS = frozenset((type(None), bool, int, float, str, bytes))
 _FIXED_SIZE_SCALARS = frozenset((type(None), bool, float))
 _MAX_INTEGER_BYTES = 255  # that torch accepts
+_MAX_TEXT_BYTES = 32 << 20  # it is copied several times
 _MIN_MEMOIZED_BYTES = 65
 _MIN_SEPARATE_BYTES = 1 << 16
 _EMPTY_ORDERED_DICT = b"ccollections\nOrderedDict\n)R"
@@ -97,7 +98,7 @@ class SafePickler:
     def _is_kept(self, value: Any) -> bool:
         """Return whether a value can be written; a dictionary drops other values, a list has None instead."""
         if isinstance(value, Tensor):
-            return self._is_intact(value) and not value.dtype.startswith("q")
+            return value.kind != BYTES and not value.dtype.startswith("q") and self._is_intact(value)
         return isinstance(value, dict | list | tuple)
 
     def _write_items(self, node: list[Any] | tuple[Any, ...], path: tuple[str, ...]) -> None:
@@ -165,6 +166,8 @@ def _is_accepted(value: Any) -> bool:
     """Return whether torch accepts a plain value or a dictionary's key."""
     if isinstance(value, int):
         return value.bit_length() < 8 * _MAX_INTEGER_BYTES
+    if isinstance(value, str | bytes):
+        return len(value) <= _MAX_TEXT_BYTES
     return type(value) in _SCALARS or (isinstance(value, tuple) and all(map(_is_accepted, value)))
 
 

@@ -1,4 +1,4 @@
-"""The intact tensors of a damaged zip checkpoint as a new file that torch loads; written without torch."""
+"""The intact tensors of a damaged checkpoint as a new file that torch loads; written without torch."""
 
 from __future__ import annotations
 
@@ -9,11 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trackopt import remote
+from trackopt.analysis.salvage.damaged_file import Damaged, DamagedFile, open_truncated_pickle
 from trackopt.analysis.salvage.damaged_zip import DamagedZip
 from trackopt.analysis.salvage.pickler import SafePickler
+from trackopt.archive import open_path
+from trackopt.archive.formats.signatures import HEAD_BYTES, identify
 from trackopt.archive.formats.zip_source import MAX_PICKLE_BYTES
+from trackopt.archive.io.file import File
 from trackopt.archive.io.zip_writer import write_zip
-from trackopt.errors import ArchiveError, UsageError
+from trackopt.errors import ArchiveError, ArchiveLimitError, ForeignFormatError, UsageError
 
 if TYPE_CHECKING:
     from trackopt.utils.types import JsonObject
@@ -54,7 +58,7 @@ def salvage(source: str | Path, target: str | Path) -> SalvageResult:
     """Write the intact tensors of a damaged checkpoint to a new file.
 
     Args:
-        source: A zip that torch.save wrote, truncated or damaged. It is not changed.
+        source: A file that torch.save, safetensors or pickle wrote, truncated or damaged. It is not changed.
         target: The new file; it must not exist.
 
     Raises:
@@ -64,7 +68,7 @@ def salvage(source: str | Path, target: str | Path) -> SalvageResult:
     source, target = remote.fetch(source) if remote.is_remote(source) else Path(source), Path(target)
     if source.is_dir():
         raise ArchiveError(f"{source}: {os.strerror(errno.EISDIR)}; name one of its files")
-    with DamagedZip(source) as damaged:
+    with open_damaged(source) as damaged:
         pickler = SafePickler(damaged.is_intact)
         pickle = pickler.dump(damaged.tree)
         if not pickler.storages and damaged.tensors:
@@ -77,7 +81,36 @@ def salvage(source: str | Path, target: str | Path) -> SalvageResult:
     return SalvageResult(str(source), str(target), pickler.tensors, size, tuple(pickler.skipped))
 
 
-def _write_file(target: Path, pickle: list[bytes], damaged: DamagedZip, keys: list[str]) -> int:
+def open_damaged(path: Path) -> Damaged:
+    """Open a damaged file of any format.
+
+    Raises:
+        ArchiveError: Not even its structure can be read.
+    """
+    try:
+        return DamagedFile(open_path(path))
+    except (ArchiveLimitError, ForeignFormatError):
+        raise
+    except ArchiveError as error:
+        form = _format_name(path)
+        if form == "zip":
+            return DamagedZip(path)
+        if form == "pickle":
+            return open_truncated_pickle(path)
+        raise ArchiveError(f"{error}; nothing can be saved" if form else str(error)) from error
+
+
+def _format_name(path: Path) -> str:
+    try:
+        file = File.open(path)
+    except (OSError, ValueError):
+        return ""
+    found = None if not file.is_regular else identify(file.read(0, HEAD_BYTES))
+    file.close()
+    return "" if found is None else found.name
+
+
+def _write_file(target: Path, pickle: list[bytes], damaged: Damaged, keys: list[str]) -> int:
     """Write the new file and return its size; after an error, remove it."""
     try:
         file = target.open("xb")

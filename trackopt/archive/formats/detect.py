@@ -1,4 +1,4 @@
-"""The choice of the module that reads a file or a directory, in the order in which torch detects formats."""
+"""The choice of the module that reads a file or a directory."""
 
 from __future__ import annotations
 
@@ -6,22 +6,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from trackopt.archive.formats import signatures
-from trackopt.archive.formats.not_checkpoints import explain
-from trackopt.errors import ArchiveError
+from trackopt.errors import ForeignFormatError
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from trackopt.archive.io.file import File
     from trackopt.archive.io.source import Contents
-
-#: Modules of this package with a ``load(path, file) -> Contents``, imported when they are needed.
-_MODULES = (
-    (signatures.is_tar, "tar"),
-    (signatures.is_safetensors, "safetensors"),
-    (signatures.is_legacy, "legacy"),
-    (signatures.is_pickle, "pickle_file"),
-)
 
 
 def load(path: Path, file: File) -> Contents:
@@ -32,22 +23,23 @@ def load(path: Path, file: File) -> Contents:
         file: Where to read it.
 
     Raises:
-        ArchiveError: It is no checkpoint, or damaged.
+        ForeignFormatError: It is no checkpoint.
+        ArchiveError: It is damaged.
     """
     if path.is_dir() or path.name.endswith(".index.json"):
         from trackopt.archive.formats import directories
 
         return directories.load(path, load) if path.is_dir() else directories.load_index(path, load)
     head = file.read(0, signatures.HEAD_BYTES)
-    if signatures.is_zip(head):
-        return _load_zip(path, file)
-    if reason := explain(head):
-        raise ArchiveError(f"{path}: {reason}")
-    module = next((name for is_format, name in _MODULES if is_format(head)), None)
-    if module is None:
+    found = signatures.identify(head)
+    if found is None:
         what = f"it begins with {head[:8]!r}, which is no checkpoint that trackopt reads" if head else "it is empty"
-        raise ArchiveError(f"{path}: {what}; name a file that torch.save or safetensors wrote")
-    contents: Contents = import_module(f"trackopt.archive.formats.{module}").load(path, file)
+        raise ForeignFormatError(f"{path}: {what}; name a file that torch.save or safetensors wrote")
+    if not found.module:
+        raise ForeignFormatError(f"{path}: {found.advice}")
+    if found.module == "torch_zip":
+        return _load_zip(path, file)
+    contents: Contents = import_module(f"trackopt.archive.formats.{found.module}").load(path, file)
     return contents
 
 
@@ -61,6 +53,10 @@ def _load_zip(path: Path, file: File) -> Contents:
         from trackopt.archive.formats import pt2
 
         return pt2.load(source)
+    if source.pickle is None:
+        from trackopt.archive.formats import foreign_zip
+
+        foreign_zip.check(source)
     from trackopt.archive.formats import torch_zip
 
     return torch_zip.load(source)

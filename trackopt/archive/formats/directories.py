@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from trackopt.archive.formats import manifest
+from trackopt.archive.formats import manifest, unpacked
 from trackopt.archive.formats.members import MultiFileSource, prefix_storage_keys
 from trackopt.archive.io.open_files import OpenFiles, resolve_inside
 from trackopt.archive.io.source import Contents
@@ -223,6 +223,8 @@ def _layout(directory: Path) -> Layout | None:
         from trackopt.archive.formats import dcp
 
         return lambda files, _: dcp.load(files)
+    if unpacked.PICKLE in names and unpacked.is_unpacked(directory):
+        return lambda files, _: unpacked.load(files)
     if any(pattern.fullmatch(name) for name in names for pattern, _ in _DEEPSPEED):
         return _deepspeed
     if "trainer_state.json" in names:

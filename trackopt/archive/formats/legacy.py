@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 MAGIC = 0x1950A86A20F9469CFC6C
 _VERSION = 1001
-_NESTED_LIMITS = Limits(operations=64)  # for each pickle of one storage
+_NESTED_LIMITS = Limits(operations=100)  # for each pickle of one storage
 
 
 def load(path: Path, file: File) -> Contents:
@@ -113,7 +113,12 @@ class Stream:
                 return
             (count,) = struct.unpack("<q", self._byte_range.read(self._position, self._position + 8))
             if not 0 <= count < 1 << 60:
-                raise MalformedPickle(f"storage {key!r} has {count} elements")
+                self.problems.append(f"storage {key!r} has {count} elements; what follows is lost")
+                return
+            if count * data.itemsize != data.nbytes:
+                self.problems.append(
+                    f"storage {key!r} has {count:,} elements, the pickle says {data.nbytes // data.itemsize:,}"
+                )
             start = self._position + 8
             self._position = start + count * data.itemsize
             data.locate(self._byte_range.slice(start, self._position))
@@ -127,6 +132,7 @@ class StorageData:
     def __init__(self, storage: Storage) -> None:
         self.key = storage.key
         self.size = 0
+        self.nbytes = storage.nbytes
         self.itemsize = ITEMSIZE[storage.dtype]
         self._byte_range: ByteRange | None = None
 

@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 from trackopt.archive.formats import legacy
 from trackopt.archive.formats.signatures import is_tar
-from trackopt.archive.io.byte_ranges import ByteRange, FileRange
+from trackopt.archive.io.byte_ranges import ByteRange, BytesRange, FileRange
 from trackopt.archive.io.source import Contents, RangeSource
-from trackopt.archive.tree import ITEMSIZE, Storage, Tensor, UnknownObject
+from trackopt.archive.tree import ITEMSIZE, Global, Storage, Tensor, UnknownObject
 from trackopt.archive.unpickler import tensor_constructors
 from trackopt.archive.unpickler.constructors import construct
-from trackopt.archive.unpickler.limits import Limits, MalformedPickle, make_error
+from trackopt.archive.unpickler.limits import Limits, MalformedPickle, PickleLimitExceeded, make_error
 from trackopt.archive.unpickler.tensor_constructors import is_size, string
 from trackopt.archive.unpickler.unpickle import unpickle
-from trackopt.errors import ArchiveError
+from trackopt.errors import ArchiveError, ForeignFormatError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -41,7 +41,8 @@ def load(path: Path, file: File) -> Contents:
     """Read the members in place; the tensors stay in the file.
 
     Raises:
-        ArchiveError: It is malformed, or no checkpoint.
+        ForeignFormatError: It is no checkpoint.
+        ArchiveError: It is malformed.
     """
     problems: list[str] = []
     archive = FileRange(path, file)
@@ -49,9 +50,11 @@ def load(path: Path, file: File) -> Contents:
         problems.append("it is a tar file that begins as a pickle does: torch reads the tar, other programs the pickle")
     members = _find_members(archive, problems)
     missing = [name for name in _MEMBERS if name not in members]
+    if len(missing) == len(_MEMBERS):
+        raise ForeignFormatError(f"{path}: a tar file without a member 'storages' is not a checkpoint; unpack it first")
     if missing:
-        raise ArchiveError(f"{path}: a tar file without a member {missing[0]!r} is not a checkpoint; unpack it first")
-    reader = Reader()
+        raise ArchiveError(f"{path}: its member {missing[0]!r} is missing, it was cut short; use another checkpoint")
+    reader = Reader(problems)
     try:
         reader.read_storages(members["storages"])
         reader.read_tensors(members["tensors"])
@@ -93,12 +96,17 @@ def _octal(field: bytes) -> int | None:
 class Reader:
     """The values, storages and tensors of the members.
 
+    Args:
+        problems: Where to add what is wrong although the rest can be read.
+
     Attributes:
         globals: Every name in the pickles, in order.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, problems: list[str]) -> None:
         self.globals: dict[str, None] = {}
+        self._problems = problems
+        self._is_cut = False
         self._storages: dict[Any, Storage] = {}
         self._tensors: dict[Any, Tensor] = {}
 
@@ -110,9 +118,16 @@ class Reader:
         return pickled.tree, position + pickled.end
 
     def read_storages(self, byte_range: ByteRange) -> None:
-        """Locate the data of each storage."""
-        position = self._read_items(byte_range, self._read_storage)
-        views, _ = self.unpickle(byte_range, position, None)
+        """Locate the data of each storage; of a truncated file, of those that are left."""
+        try:
+            position = self._read_items(byte_range, self._read_storage)
+            views, _ = self.unpickle(byte_range, position, None)
+        except (ArchiveError, MalformedPickle) as error:
+            if isinstance(error, PickleLimitExceeded):
+                raise
+            self._problems.append("the data of its storages are damaged, or cut short")
+            self._is_cut = True
+            return
         for view in views if isinstance(views, list) else ():
             target, root, offset, count = _parts(view, 4)
             self._storages[target] = _make_view(self._find_storage(root), target, offset, count)
@@ -144,20 +159,24 @@ class Reader:
 
     def _read_tensor(self, byte_range: ByteRange, position: int) -> int:
         value, position = self.unpickle(byte_range, position)
-        key, storage, _ = _parts(value, 3)
+        key, storage, kind = _parts(value, 3)
         (rank,) = struct.unpack("<i", byte_range.read(position, position + 4))  # torch wrote eight bytes, reads four
         if not 0 <= rank <= 64:
             raise MalformedPickle(f"tensor {key!r} has {rank} dimensions")
         layout = _numbers(byte_range, position + 8, 2 * rank + 1)
         shape, stride, offset = layout[:rank], layout[rank:-1], layout[-1]
-        base = self._find_storage(storage)
+        base = self._find_storage(storage, kind if self._is_cut else None)
         self._tensors[_key(key)] = construct("torch._utils._rebuild_tensor", (base, offset, shape, stride))
         return position + 8 + 8 * len(layout)
 
-    def _find_storage(self, key: Any) -> Storage:
-        if _key(key) not in self._storages:
+    def _find_storage(self, key: Any, kind: Any = None) -> Storage:
+        """Return a storage; in its place, for a class of tensors, one without data."""
+        if _key(key) in self._storages:
+            return self._storages[key]
+        name = kind.name.rpartition(".")[2].removesuffix("Tensor") if isinstance(kind, Global) else ""
+        if name not in tensor_constructors.STORAGES:
             raise MalformedPickle(f"storage {key!r} is used, but missing")
-        return self._storages[key]
+        return Storage(string(key), tensor_constructors.STORAGES[name], "cpu", 1, BytesRange(b""))
 
     def _persistent(self, key: Any) -> Any:
         if isinstance(key, tuple) and key:

@@ -141,6 +141,7 @@ def unpickle_record(zipped: Zip, record: Record | None) -> Unpickled:
             raise PickleLimitExceeded(f"{record.size:,} bytes, of which at most {largest:,} are read")
         # A long one is read in pieces: a file with holes has any size.
         data = zipped.byte_range(record) if record.size > MAX_PICKLE_BYTES else None
-        return unpickle(data or zipped.read(record), legacy.load_nested, limits=Limits.for_size(record.packed_size))
+        limits = Limits.for_size(record.packed_size, zipped.size)
+        return unpickle(data or zipped.read(record), legacy.load_nested, limits=limits)
     except MalformedPickle as error:
         raise make_error(path, error) from error

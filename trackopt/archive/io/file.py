@@ -8,6 +8,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from trackopt.archive.io.positioned import BINARY, read_at, read_into
+from trackopt.errors import ForeignFormatError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -25,10 +26,23 @@ class File:
 
     @classmethod
     def open(cls, path: Path) -> File:
-        """Open a file, or a directory. Raises OSError."""
+        """Open a regular file, or a directory.
+
+        Raises:
+            OSError: It cannot be opened.
+            ForeignFormatError: It is a named pipe, a device or a socket. No such thing is opened, since that may wait
+                or have an effect.
+        """
+        _check_kind(path, path.stat())
         if sys.platform == "win32" and path.is_dir():  # which has no descriptors of directories
             return cls(os.open(os.devnull, os.O_RDONLY))
-        return cls(os.open(path, os.O_RDONLY | BINARY | getattr(os, "O_NONBLOCK", 0)))  # a named pipe must not block
+        file = cls(os.open(path, os.O_RDONLY | BINARY | getattr(os, "O_NONBLOCK", 0)))
+        try:
+            _check_kind(path, os.fstat(file.descriptor))  # it may have been replaced
+        except BaseException:
+            file.close()
+            raise
+        return file
 
     @property
     def size(self) -> int:
@@ -59,3 +73,17 @@ class File:
         if self.descriptor >= 0:
             os.close(self.descriptor)
             self.descriptor = -1
+
+
+_KINDS = (
+    (stat.S_ISFIFO, "a pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
+
+
+def _check_kind(path: Path, status: os.stat_result) -> None:
+    kind = next((kind for is_kind, kind in _KINDS if is_kind(status.st_mode)), None)
+    if kind is not None:
+        raise ForeignFormatError(f"{path}: it is {kind}, no regular file; save its content as a file and name that")

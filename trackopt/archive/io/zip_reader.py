@@ -27,6 +27,8 @@ _MAX_DIRECTORY_BYTES = 64 << 20
 _MAX_RECORDS = 400_000
 _STORED, _DEFLATED = 0, 8
 _SATURATED = 0xFFFFFFFF
+_ENCRYPTED_FLAGS = 0x2061  # or patched
+_DIRECTORY_ATTRIBUTE = 0x10
 _END = struct.Struct("<4s4H2LH")
 _END64 = struct.Struct("<4sQ2H2L4Q")
 _LOCATOR = struct.Struct("<4sLQL")
@@ -147,12 +149,14 @@ class Zip:
                 f"{self.path}: the zip file has no end record ({self.size} bytes are left), it was cut short; "
                 "copy it again or use an earlier checkpoint"
             )
-        _, disk, start_disk, _, count, length, start, comment = _END.unpack_from(tail, at)
+        _, disk, start_disk, disk_count, count, length, start, comment = _END.unpack_from(tail, at)
         end = tail_start + at
-        if end + _END.size + comment != self.size or disk or start_disk:
+        if end + _END.size + comment != self.size or disk or start_disk or disk_count != count:
             raise self.make_error("the zip file's end record is not at its end")
         if at >= _LOCATOR.size and tail[at - _LOCATOR.size : at].startswith(b"PK\x06\x07"):
-            _, _, end, _ = _LOCATOR.unpack_from(tail, at - _LOCATOR.size)
+            _, disk, end, disks = _LOCATOR.unpack_from(tail, at - _LOCATOR.size)
+            if disk or disks != 1:
+                raise self.make_error("the zip file's locator names several disks")
             count, length, start = self._end64(end, tail_start + at - _LOCATOR.size)
         if start + length != end or count * ENTRY.size > length:
             raise self.make_error("the zip file's directory is not where its end record says")
@@ -164,8 +168,9 @@ class Zip:
         """Return the directory's entries, length and offset; the record must end where its locator begins."""
         if offset + _END64.size > stop:
             raise self.make_error("the zip64 end record is not where its locator says")
-        magic, size, *_, count, length, start = _END64.unpack(self._read(offset, _END64.size))
-        if magic != b"PK\x06\x06" or offset + 12 + size != stop:
+        fields = _END64.unpack(self._read(offset, _END64.size))
+        magic, size, _, _, disk, start_disk, disk_count, count, length, start = fields
+        if magic != b"PK\x06\x06" or offset + 12 + size != stop or disk or start_disk or disk_count != count:
             raise self.make_error("the zip64 end record is not where its locator says")
         return count, length, start
 
@@ -180,6 +185,10 @@ class Zip:
             end = position + entry[10] + entry[11] + entry[12]
             record = self._record(entry, data[position:end])
             position = end
+            if entry[13] > 1:
+                self.problems.append(f"record {record.name!r} is on another disk: torch does not load the file")
+            if entry[15] & _DIRECTORY_ATTRIBUTE and record.size:
+                self.problems.append(f"record {record.name!r} is marked as a directory: torch reads nothing of it")
             if record.name.lower() in lower:
                 self.problems.append(f"two records are named {record.name!r}: programs differ in which one they read")
             lower.add(record.name.lower())
@@ -227,7 +236,7 @@ class Zip:
         name = self._read(record.header + LOCAL.size, name_length)
         if magic != MAGIC or name.decode("utf-8", "surrogateescape") != record.name or method != record.method:
             raise self.make_error(f"record {record.name!r} differs between its local header and the directory")
-        if (flags | record.flags) & 1:
+        if (flags | record.flags) & _ENCRYPTED_FLAGS:
             raise ArchiveError(f"{self.path}: record {record.name!r} is encrypted; decrypt the file first")
         if method not in (_STORED, _DEFLATED):
             what = f"record {record.name!r} is compressed by zip method {method}"

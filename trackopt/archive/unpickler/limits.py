@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from trackopt.archive.tree import TensorSubclass, UnknownObject
+from trackopt.archive.tree import TensorSubclass, UnknownObject, holds_nodes
 from trackopt.errors import ArchiveError, ArchiveLimitError
 
 if TYPE_CHECKING:
@@ -16,6 +16,8 @@ MAX_DEPTH = 200
 MAX_SHARED = 500_000  # nodes of a tree that mostly repeats the same ones: no training state does, and each is visited
 _MAX_REPEATS = 10
 _MAX_KEY_PARTS = 100
+_LARGE_BYTES = 16_000_000
+_CHECK_BYTES = 150  # for each container
 _CONTAINERS = (dict, list, tuple, TensorSubclass, UnknownObject)
 
 
@@ -24,34 +26,31 @@ class Limits:
     """What reading a pickle may take.
 
     Attributes:
-        operations: The operations in it.
-        objects: The calls in it.
-        containers: The lists, dictionaries, tuples and marks in it, and the references to be kept.
+        operations: The operations in it; a call counts as several. A million take less than half a second.
+        memory: The bytes of what it describes, and of copies that are made to build it.
         nodes: The values that it stands for, each counted as often as it is referred to.
-        copied_bytes: The bytes that are copied to build them, and those of long texts.
     """
 
-    operations: int = 3_000_000
-    objects: int = 600_000
-    containers: int = 3_000_000
+    operations: int = 6_000_000
+    memory: int = 200 << 20
     nodes: int = 5_000_000
-    copied_bytes: int = 64 << 20
 
     @classmethod
-    def for_size(cls, size: int) -> Limits:
+    def for_size(cls, size: int, file_size: int | None = None) -> Limits:
         """Return the limits for a pickle of ``size`` bytes in its file, compressed if it is.
 
-        An operation has at least one byte, a container with the reference to it about six, a tensor a hundred. So
-        what a program saved stays below the limits, and a short file cannot take long or much memory.
+        What a program saved takes at most one operation for each byte and 40 bytes of memory, so it stays below the
+        limits. A file of less than 16 MB, whatever is in it, takes less than 5 s and 256 MiB.
+
+        Args:
+            size: The bytes of the pickle.
+            file_size: The bytes of the file, if it is a stranger's: one with many tensors is much larger than its
+                pickle.
         """
         least = cls()
-        return cls(
-            max(least.operations, size),
-            max(least.objects, size // 8),
-            max(least.containers, size // 4),
-            max(least.nodes, size),
-            max(least.copied_bytes, 4 * size),
-        )
+        operations = size if file_size is None else min(size, file_size // 3)
+        memory = least.memory + 40 * max(0, size - _LARGE_BYTES)
+        return cls(max(least.operations, operations), memory, max(least.nodes, size))
 
 
 class MalformedPickle(Exception):
@@ -87,62 +86,97 @@ def checked_key(key: Any) -> Any:
     return key
 
 
-def check_limits(root: Any, limits: Limits | None = None) -> Any:
-    """Break cycles in a tree; refuse one that is too deep or, expanded, too large to walk."""
-    max_nodes = (limits or Limits()).nodes
-    sizes: dict[int, tuple[int, int]] = {}  # expanded size and depth of each container
+def check_limits(root: Any, max_nodes: int = Limits.nodes, memory: int = Limits.memory) -> Any:
+    """Break cycles in a tree; refuse one that is too deep or, expanded, too large to walk.
+
+    Args:
+        root: The tree.
+        max_nodes: The values that it may stand for.
+        memory: Bytes that the check itself may take.
+
+    Raises:
+        PickleLimitExceeded: It exceeds a limit.
+        MalformedPickle: A tuple in it contains itself.
+    """
+    sizes: dict[int, int] = {}  # of each container, 256 times its expanded size, plus its depth
     path: dict[int, Any] = {id(root): root}
-    frames = [_frame(root)]
+    frames = [_Frame(root)]
     distinct = 0
     while frames:
-        node, children, total = frames[-1]
-        for key, child in children:
+        frame = frames[-1]
+        for key, child in frame.children:
             known = sizes.get(id(child))
             if known is not None:
-                total[0] += known[0]
-                total[1] = max(total[1], known[1])
+                frame.add(known)
             elif id(child) in path:
-                _break_cycle(node, key)
-                total[0] += 1
+                _break_cycle(frame.node, key)
             else:
                 path[id(child)] = child
-                frames.append(_frame(child))
+                frames.append(_Frame(child))
                 break
         else:
-            sizes[id(node)] = (total[0], total[1] + 1)
-            distinct += _count(node)
-            _check_size(*sizes[id(node)], max_nodes)
-            del path[id(node)]
+            size = sizes[id(frame.node)] = frame.total()
+            distinct += _count(frame.node)
+            _check_size(size, len(frames), max_nodes)
+            if len(sizes) * _CHECK_BYTES > memory:
+                raise PickleLimitExceeded(f"it has more than {len(sizes):,} lists, dictionaries and tuples")
+            del path[id(frame.node)]
             frames.pop()
             if frames:
-                frames[-1][2][0] += total[0]
-                frames[-1][2][1] = max(frames[-1][2][1], total[1] + 1)
-    expanded = sizes[id(root)][0]
+                frames[-1].add(size)
+        if len(frames) > MAX_DEPTH:
+            raise PickleLimitExceeded(f"it is nested more than {MAX_DEPTH} levels deep")
+    expanded = sizes[id(root)] >> 8
     if expanded > max(MAX_SHARED, _MAX_REPEATS * distinct):
         raise PickleLimitExceeded(f"its {distinct:,} values hold each other so often that they stand for {expanded:,}")
     return root
 
 
-def _check_size(size: int, depth: int, max_nodes: int) -> None:
-    if size > max_nodes:
+def _check_size(size: int, level: int, max_nodes: int) -> None:
+    if size >> 8 > max_nodes:
         raise PickleLimitExceeded(f"it describes more than {max_nodes:,} values")
-    if depth > MAX_DEPTH:
+    if (size & 255) + level - 1 > MAX_DEPTH:
         raise PickleLimitExceeded(f"it is nested more than {MAX_DEPTH} levels deep")
 
 
-def _frame(node: Any) -> tuple[Any, Iterator[tuple[Any, Any]], list[int]]:
-    """Return a container, the keys and values of its nested containers, and its size and depth so far."""
+class _Frame:
+    """A container whose parts are being visited.
+
+    Attributes:
+        node: The container.
+        children: The keys and values of its nested containers that are still to be visited.
+    """
+
+    __slots__ = ("_depth", "_size", "children", "node")
+
+    def __init__(self, node: Any) -> None:
+        self.node = node
+        self.children = _inner(node)
+        self._size = 1 + _count(node)
+        self._depth = 0
+
+    def add(self, size: int) -> None:
+        """Count a part: its expanded size and its depth."""
+        self._size += (size >> 8) - 1
+        self._depth = max(self._depth, size & 255)
+
+    def total(self) -> int:
+        """Return the container's size and depth."""
+        return self._size << 8 | min(self._depth + 1, 255)
+
+
+def _inner(node: Any) -> Iterator[tuple[Any, Any]]:
+    """Iterate over the keys and values of a container's nested containers."""
     slots: Iterable[tuple[Any, Any]] = ()
     if isinstance(node, dict):
-        slots = node.items()
+        slots = node.items() if holds_nodes(node.values()) else ()
     elif isinstance(node, list | tuple):
-        slots = enumerate(node)
+        slots = enumerate(node) if holds_nodes(node) else ()
     elif isinstance(node, TensorSubclass):
         slots = node.components.items()
     elif isinstance(node, UnknownObject):
         slots = tuple(node.components())
-    inner = [(key, part) for key, part in slots if isinstance(part, _CONTAINERS) and part]
-    return node, iter(inner), [1 + _count(node) - len(inner), 0]
+    return ((key, part) for key, part in slots if isinstance(part, _CONTAINERS) and part)
 
 
 def _count(node: Any) -> int:
