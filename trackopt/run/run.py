@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from trackopt.checkpoint.retention import RetentionMarks
@@ -82,7 +83,8 @@ class Run:
         """Log numbers: Python or NumPy numbers, or tensors of one element.
 
         They belong to the step of this iteration. A key that is logged several times within it (in gradient
-        accumulation) is averaged. What is logged after an epoch's last batch belongs to the epoch's last step.
+        accumulation) is averaged. What is logged after an epoch's last batch, or further down in the code than
+        ``run.step``, belongs to the last step. Any thread may log; what other threads log belongs to the next step.
 
         Args:
             reduce: With several processes, ``"mean"`` records the mean over all ranks, and every rank must log the
@@ -95,14 +97,15 @@ class Run:
         """
         if reduce not in {"mean", None}:
             raise UsageError(f"reduce={reduce!r}: choose 'mean' or None")
-        self._loop.attempt.telemetry.log(metrics, reduced=reduce is not None)
+        is_trailing = reduce is None and self._loop.iterations.is_after_step(sys._getframe(1))
+        self._loop.attempt.telemetry.log(metrics, reduced=reduce is not None, is_trailing=is_trailing)
 
     def step(self, **metrics: Any) -> None:
         """Log ``metrics`` and end the iteration; for loops that do not use ``batches``."""
         if self._loop.position.in_batch:
             raise UsageError("run.step() inside run.batches(): batches() ends each iteration itself, so use run.log()")
         self._loop.attempt.telemetry.log(metrics)
-        self._loop.iterations.end_explicit_iteration()
+        self._loop.iterations.end_explicit_iteration(sys._getframe(1))
         if not self._loop.position.in_epoch:
             self._loop.iterations.at_safe_point()
         elif self.should_stop:
