@@ -22,10 +22,11 @@ class CallOrder:
 
     def mark(self, frame: FrameType | None) -> None:
         """Remember a call that is being made by a frame."""
-        self._latest = latest = {}
+        latest: dict[int, tuple[CodeType, int]] = {}
         while frame is not None and len(latest) < _MAX_FRAMES:
             latest[id(frame)] = (frame.f_code, frame.f_lasti)
             frame = frame.f_back
+        self._latest = latest
 
     def follows(self, frame: FrameType | None) -> bool:
         """Return whether a call that is being made by a frame comes after the latest one."""

@@ -17,7 +17,7 @@ from trackopt.run.iterations import Iterations
 from trackopt.run.loop_exit import error_in_flight
 from trackopt.run.progress import ProgressDisplay
 from trackopt.run.stop import StopController
-from trackopt.run.uncaught import UncaughtExceptionHook
+from trackopt.run.uncaught import ExitHook, UncaughtExceptionHook
 from trackopt.rundir import environment
 from trackopt.rundir.directory import restart_count
 from trackopt.training.sharding import has_sharded_parameters
@@ -120,7 +120,7 @@ class TrackedLoop:
             leave=self.leave,
         )
         self._error_at_start = error_in_flight()
-        self._hook: UncaughtExceptionHook | None = None
+        self._hooks: tuple[UncaughtExceptionHook, ExitHook] | None = None
 
     @property
     def stop(self) -> StopController:
@@ -154,7 +154,10 @@ class TrackedLoop:
             path, step = self.attempt.directory.path, self.attempt.step
             self.iterations.observer = observer(rehearsal, self._training, path, step)
         self.attempt.close_at_exit(self._close_at_exit, lambda: self.position.is_unfinished)
-        self._hook = UncaughtExceptionHook(self._on_uncaught, self.stop.stop_after_error)
+        self._hooks = (
+            UncaughtExceptionHook(self._on_uncaught, self.stop.stop_after_error),
+            ExitHook(lambda: self._telemetry.step_counts.iterations),
+        )
 
     def finish(self, error: BaseException | None, *, wait: bool = True) -> None:
         """Close the run after the loop is done or left by an error; a forked child leaves its parent's run open."""
@@ -193,8 +196,8 @@ class TrackedLoop:
         if not self.is_open:
             return
         self.is_open = False
-        if self._hook is not None:
-            self._hook.close()
+        for hook in self._hooks or ():
+            hook.close()
         if status != "FINISHED":
             self._collectives.detach()
         try:
@@ -230,7 +233,9 @@ class TrackedLoop:
             self._leave_after(error)
 
     def _close_at_exit(self, error: BaseException | None) -> None:
-        """Close the run where the script ended without ``close``: by its last line, or by an uncaught exception."""
+        """Close the run where the script ended without ``close``: by its last line, an exit, or an exception."""
+        if error is None and self._hooks is not None:
+            error = self._hooks[1].error
         is_unfinished = error is None and self.iterations.is_unfinished
         with contextlib.suppress(SystemExit):  # each rank has logged its error
             self.close("KILLED" if is_unfinished else _status(error), error)
