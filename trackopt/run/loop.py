@@ -55,6 +55,7 @@ class TrackedLoop:
         mlflow_every: As `Attempt` takes it.
 
     Attributes:
+        training: The objects that are trained.
         is_open: True until ``close``.
         attempt: The journal, the telemetry and the recorder.
         checkpoints: What saves and resumes.
@@ -82,7 +83,7 @@ class TrackedLoop:
         if not leads:  # all ranks measure sharded parameters together
             stats = stats_options.stats if has_sharded_parameters(training) else None
             stats_options = replace(stats_options, stats=stats, histograms_every=0)
-        self._training = training
+        self.training = training
         self._store = store
         self._collectives = collectives
         self.attempt = Attempt(
@@ -152,7 +153,7 @@ class TrackedLoop:
         if leads and (rehearsal := environment.from_environment()) is not None:
             observer = rehearsal.load_observer()
             path, step = self.attempt.directory.path, self.attempt.step
-            self.iterations.observer = observer(rehearsal, self._training, path, step)
+            self.iterations.observer = observer(rehearsal, self.training, path, step)
         self.attempt.close_at_exit(self._close_at_exit, lambda: self.position.is_unfinished)
         self._hooks = (
             UncaughtExceptionHook(self._on_uncaught, self.stop.stop_after_error),

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from trackopt.telemetry.accumulator import MetricAccumulator, single_rank_gather
 from trackopt.telemetry.async_scalars import to_step_metrics
+from trackopt.telemetry.clipping import Clipping
 from trackopt.telemetry.error_boundary import ErrorBoundary
 from trackopt.telemetry.hooks import OptimizerObserver
 from trackopt.telemetry.metrics import NonFinite
@@ -67,6 +68,7 @@ class MetricsCollector:
         recorded: The step of the latest record, whose numbers may still be in transfer.
         ends_iterations: True once the loop has ended an iteration by ``run.step``.
         latest: The metrics of the latest record in the journal.
+        clipping: Is told of gradients that were clipped.
         boundary: Makes the calls that must not stop the training; those that read an optimizer have one of their own.
     """
 
@@ -79,6 +81,7 @@ class MetricsCollector:
         self._journal = journal
         self._accumulator = MetricAccumulator(gather)
         self._trailing = MetricAccumulator()  # what was logged after a step that ``run.step`` has ended
+        self.clipping = Clipping()
         self._thread = threading.get_ident()  # the one that trains
         self._in_flight: deque[_Step] = deque()
         self._observers: dict[str, OptimizerObserver] = {}
@@ -219,7 +222,7 @@ class MetricsCollector:
         self._logged_at.clear()
         observers = self._observers.values()
         observed = [(observer.pop_metrics(), observer.pop_histograms()) for observer in observers]
-        logged = to_step_metrics(self._accumulator.pop_all(), self.boundary)
+        logged = to_step_metrics({**self._accumulator.pop_all(), **self.clipping.pop()}, self.boundary)
         self._in_flight.append(_Step(step, time.time(), logged, observed))
 
     def flush(self) -> None:
@@ -330,6 +333,7 @@ class MetricsCollector:
         return {
             "observers": observers,
             "pending": self._accumulator.state_dict(),
+            "clipping": self.clipping.state_dict(),
             "turns": self._scheduler_check.state_dict() | {"explicit": self.ends_iterations, "step": self.step},
         }
 
@@ -340,6 +344,7 @@ class MetricsCollector:
         saved = state["observers"].items()
         self._per_parameter.units = {name: observer["unit"] for name, observer in saved if "unit" in observer}
         self.load_pending(state)
+        self.clipping.load_state_dict(state.get("clipping", {}))
         self._scheduler_check.load_state_dict(state["turns"])
         self.ends_iterations = state["turns"].get("explicit", False)
         self.recorded = 0
