@@ -284,9 +284,7 @@ class MetricsCollector:
         """Return what the user logged under names of trackopt's series, under other names."""
         values = {key: value for key, value in logged.items() if any(key in part for part in own)}
         for key in values.keys() - self._renamed:
-            logger.warning(
-                "trackopt: %s is a series of trackopt's; what the script logs as %s is logged/%s", key, key, key
-            )
+            logger.warning("trackopt: %s is a series of trackopt's; what the script logs is logged/%s", key, key)
         self._renamed |= values.keys()
         return {f"logged/{key}": value for key, value in values.items()}
 
