@@ -48,6 +48,7 @@ MAY_IMPORT = {
 TORCH = {"checkpoint", "distributed", "integrations", "run", "schedule", "telemetry", "training"}
 BACKENDS = {
     "recorder/sinks/mlflow.py": {"mlflow"},
+    "recorder/sinks/mlflow_run.py": {"mlflow"},
     "recorder/sinks/mlflow_store.py": {"mlflow"},
     "recorder/sinks/mlflow_figures.py": {"mlflow"},
     "recorder/sinks/mlflow_artifacts.py": {"mlflow"},

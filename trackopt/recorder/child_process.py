@@ -17,7 +17,7 @@ from trackopt.recorder.progress import OutstandingDelivery, progress_bar
 from trackopt.recorder.starvation import StarvationMonitor, release_memory
 from trackopt.rundir.identity import read_identity
 from trackopt.utils.lock import lock_holder, try_lock
-from trackopt.utils.mlflow_uri import sqlite_file, upgrade_lock_file
+from trackopt.utils.mlflow_uri import sqlite_file, tracking_uri, upgrade_lock_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -245,8 +245,11 @@ def _read_available(pipe: IO[bytes]) -> bytes:
 
 
 def _make_environment() -> dict[str, str]:
-    """Return the recorder's environment: one thread, and this very trackopt, even if run from a checkout."""
-    environment = os.environ | dict.fromkeys(_THREAD_VARIABLES, "1")
+    """Return the recorder's environment: one thread, and this very trackopt, even if run from a checkout.
+
+    It has the credentials in a tracking URI that the script has set, which are saved nowhere.
+    """
+    environment = os.environ | dict.fromkeys(_THREAD_VARIABLES, "1") | {"MLFLOW_TRACKING_URI": tracking_uri()}
     home = Path(__file__).resolve().parents[2]
     if "site-packages" not in home.parts:
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(home), environment.get("PYTHONPATH")]))

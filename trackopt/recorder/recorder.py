@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import re
 import signal
 import sys
 import threading
@@ -43,11 +44,13 @@ class _Backoff:
     Attributes:
         until: When it ends.
         seconds: How long it is.
+        reason: Why the sink fails, in one line.
         is_permanent: No retry helps until the user changes something, so the end of the run does not wait for one.
     """
 
     until: float
     seconds: float
+    reason: str
     is_permanent: bool = False
 
 
@@ -163,17 +166,19 @@ class Recorder:
     def _handle_failure(self, name: str, error: Exception, *, can_import: bool = True) -> None:
         with contextlib.suppress(OSError):  # the disk may be full
             self._log.write(redact_credentials(traceback.format_exc()).encode())
-        previous = self._backoffs.get(name)
+        previous, reason = self._backoffs.get(name), failure_reason(error)
         if previous is None:
             self._notify(
-                f"the {name} sink fails ({_first_line(error)}); training continues and the journal keeps all records; "
-                f"to deliver them later, run `trackopt sync {self._directory}`"
+                f"the {name} sink fails ({reason}); training continues and the journal keeps all records; to deliver "
+                f"them later, run `trackopt sync {self._directory}`"
             )
+        elif _without_numbers(previous.reason) != _without_numbers(reason):
+            self._notify(f"the {name} sink fails for another reason ({reason})")
         seconds = min(2 * previous.seconds, _MAX_BACKOFF_S) if previous else _MIN_BACKOFF_S
         if isinstance(error, (ImportError, MissingPackageError)):
             seconds = math.inf  # a retry in the same process does not help
         is_permanent = not can_import or _is_refusal(error)
-        self._backoffs[name] = _Backoff(time.monotonic() + seconds, seconds, is_permanent)
+        self._backoffs[name] = _Backoff(time.monotonic() + seconds, seconds, reason, is_permanent)
 
     def _get_delivery(self, name: str) -> Delivery | ArtifactUploader:
         if name not in self._deliveries:
@@ -247,5 +252,29 @@ def _is_refusal(error: Exception) -> bool:
     return get_status is not None and get_status() in {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN}
 
 
-def _first_line(error: Exception) -> str:
-    return redact_credentials((str(error).strip() or type(error).__name__).splitlines()[0])
+def failure_reason(error: BaseException) -> str:
+    """Return the line that says most about a failure: a message of trackopt's, or that of the innermost exception.
+
+    Example:
+        >>> try:
+        ...     try:
+        ...         raise OSError(28, "No space left on device")
+        ...     except OSError as error:
+        ...         raise RuntimeError("the write failed, for a long reason") from error
+        ... except RuntimeError as error:
+        ...     failure_reason(error)
+        'No space left on device'
+    """
+    reason, inner = type(error).__name__, error
+    while True:
+        message = inner.strerror if isinstance(inner, OSError) and inner.strerror else str(inner)
+        if message.strip():
+            reason = message.strip().splitlines()[0]
+        following = inner.__cause__ or (None if inner.__suppress_context__ else inner.__context__)
+        if following is None or isinstance(inner, TrackoptError):
+            return redact_credentials(reason)
+        inner = following
+
+
+def _without_numbers(reason: str) -> str:
+    return re.sub(r"0x[0-9a-f]+|\d+", "", reason)

@@ -8,6 +8,7 @@ import time
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 from trackopt.checkpoint.saver import SaveRequest
+from trackopt.run.call_order import CallOrder
 from trackopt.run.data_position import length
 from trackopt.run.loop_exit import is_asked_by_next, is_generator, is_left_on_purpose
 from trackopt.run.loop_warnings import LoopWarnings
@@ -15,6 +16,7 @@ from trackopt.run.progress import Progress
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
+    from types import FrameType
 
     from trackopt.distributed.collectives import Collectives
     from trackopt.run.attempt import Attempt
@@ -69,6 +71,7 @@ class Iterations:
         self._saver = checkpoints.saver
         self._position = checkpoints.position
         self._warnings = LoopWarnings(self._position, self._telemetry.boundary)
+        self._steps = CallOrder()  # the calls of run.step
         self._next_look = 0.0  # at the recorder's messages, and the display
         self._epochs = 0  # how many there will be
         self._pass_length: int | None = None  # batches in this pass
@@ -178,15 +181,21 @@ class Iterations:
             if self._position.in_pass and self._display.is_due():
                 telemetry.boundary.call("progress display", lambda: self._display.show(self.progress()))
 
-    def end_explicit_iteration(self) -> None:
-        """End an iteration where the loop says so, by ``run.step``."""
+    def end_explicit_iteration(self, caller: FrameType) -> None:
+        """End an iteration where the loop says so, by ``run.step``, which ``caller`` calls."""
         self._telemetry.ends_iterations = True
+        self._steps.mark(caller)
         if not self._warnings.is_checked:
             self._warnings.end_iteration()
         self.end_iteration()
         if not self._warnings.is_checked:
             self._warnings.begin_iteration()
         self._checkpoints.window.begin_iteration()
+
+    def is_after_step(self, caller: FrameType) -> bool:
+        """Return whether ``caller``, which logs, is further down in the code than the ``run.step`` before it."""
+        is_explicit = self._telemetry.ends_iterations and not self._position.in_pass
+        return is_explicit and self._attempt.step == self.end_step and self._steps.follows(caller)
 
     def at_safe_point(self, *, epoch_done: bool = False) -> None:
         """Save what is due, and stop if a signal says so: a resumed run can continue exactly from here."""

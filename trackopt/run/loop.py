@@ -17,7 +17,7 @@ from trackopt.run.iterations import Iterations
 from trackopt.run.loop_exit import error_in_flight
 from trackopt.run.progress import ProgressDisplay
 from trackopt.run.stop import StopController
-from trackopt.run.uncaught import UncaughtExceptionHook
+from trackopt.run.uncaught import ExitHook, UncaughtExceptionHook
 from trackopt.rundir import environment
 from trackopt.rundir.directory import restart_count
 from trackopt.training.sharding import has_sharded_parameters
@@ -55,6 +55,7 @@ class TrackedLoop:
         mlflow_every: As `Attempt` takes it.
 
     Attributes:
+        training: The objects that are trained.
         is_open: True until ``close``.
         attempt: The journal, the telemetry and the recorder.
         checkpoints: What saves and resumes.
@@ -82,7 +83,7 @@ class TrackedLoop:
         if not leads:  # all ranks measure sharded parameters together
             stats = stats_options.stats if has_sharded_parameters(training) else None
             stats_options = replace(stats_options, stats=stats, histograms_every=0)
-        self._training = training
+        self.training = training
         self._store = store
         self._collectives = collectives
         self.attempt = Attempt(
@@ -120,7 +121,7 @@ class TrackedLoop:
             leave=self.leave,
         )
         self._error_at_start = error_in_flight()
-        self._hook: UncaughtExceptionHook | None = None
+        self._hooks: tuple[UncaughtExceptionHook, ExitHook] | None = None
 
     @property
     def stop(self) -> StopController:
@@ -152,9 +153,12 @@ class TrackedLoop:
         if leads and (rehearsal := environment.from_environment()) is not None:
             observer = rehearsal.load_observer()
             path, step = self.attempt.directory.path, self.attempt.step
-            self.iterations.observer = observer(rehearsal, self._training, path, step)
+            self.iterations.observer = observer(rehearsal, self.training, path, step)
         self.attempt.close_at_exit(self._close_at_exit, lambda: self.position.is_unfinished)
-        self._hook = UncaughtExceptionHook(self._on_uncaught, self.stop.stop_after_error)
+        self._hooks = (
+            UncaughtExceptionHook(self._on_uncaught, self.stop.stop_after_error),
+            ExitHook(lambda: self._telemetry.step_counts.iterations),
+        )
 
     def finish(self, error: BaseException | None, *, wait: bool = True) -> None:
         """Close the run after the loop is done or left by an error; a forked child leaves its parent's run open."""
@@ -193,8 +197,8 @@ class TrackedLoop:
         if not self.is_open:
             return
         self.is_open = False
-        if self._hook is not None:
-            self._hook.close()
+        for hook in self._hooks or ():
+            hook.close()
         if status != "FINISHED":
             self._collectives.detach()
         try:
@@ -230,7 +234,9 @@ class TrackedLoop:
             self._leave_after(error)
 
     def _close_at_exit(self, error: BaseException | None) -> None:
-        """Close the run where the script ended without ``close``: by its last line, or by an uncaught exception."""
+        """Close the run where the script ended without ``close``: by its last line, an exit, or an exception."""
+        if error is None and self._hooks is not None:
+            error = self._hooks[1].error
         is_unfinished = error is None and self.iterations.is_unfinished
         with contextlib.suppress(SystemExit):  # each rank has logged its error
             self.close("KILLED" if is_unfinished else _status(error), error)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from trackopt.checkpoint.retention import RetentionMarks
 from trackopt.checkpoint.saver import SaveRequest
 from trackopt.errors import UsageError
+from trackopt.run.clipping import clip_grad_norm_
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from types import TracebackType
+
+    from torch import Tensor
 
     from trackopt.run.loop import TrackedLoop
     from trackopt.telemetry.step_counts import StepCounts
@@ -82,7 +86,8 @@ class Run:
         """Log numbers: Python or NumPy numbers, or tensors of one element.
 
         They belong to the step of this iteration. A key that is logged several times within it (in gradient
-        accumulation) is averaged. What is logged after an epoch's last batch belongs to the epoch's last step.
+        accumulation) is averaged. What is logged after an epoch's last batch, or further down in the code than
+        ``run.step``, belongs to the last step. Any thread may log; what other threads log belongs to the next step.
 
         Args:
             reduce: With several processes, ``"mean"`` records the mean over all ranks, and every rank must log the
@@ -95,14 +100,60 @@ class Run:
         """
         if reduce not in {"mean", None}:
             raise UsageError(f"reduce={reduce!r}: choose 'mean' or None")
-        self._loop.attempt.telemetry.log(metrics, reduced=reduce is not None)
+        is_trailing = reduce is None and self._loop.iterations.is_after_step(sys._getframe(1))
+        self._loop.attempt.telemetry.log(metrics, reduced=reduce is not None, is_trailing=is_trailing)
+
+    def clip_grad_norm_(
+        self, max_norm: float, norm_type: float = 2.0, *, optimizer: str | None = None, **options: Any
+    ) -> Tensor:
+        """Clip the gradients before the step, as ``torch.nn.utils.clip_grad_norm_`` does, and record their norm.
+
+        ``grad/norm_before_clip`` is the norm, ``grad/clipped_share`` the share of the steps so far with clipped
+        gradients; ``grad/<group>.norm`` is measured after it. A ``GradScaler`` that the run was given unscales the
+        gradients first. Nothing waits for a device.
+
+        Args:
+            max_norm: The largest norm of all gradients together.
+            norm_type: The type of the norm.
+            optimizer: The name of the optimizer whose gradients are clipped, of several. Default: those of all.
+            **options: ``error_if_nonfinite`` and ``foreach``, as torch's function takes them.
+
+        Returns:
+            The norm before clipping.
+
+        Raises:
+            UsageError: There is no such optimizer.
+
+        Example:
+            >>> import tempfile, torch, trackopt
+            >>> model = torch.nn.Linear(2, 1)
+            >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     with trackopt.wrap(optimizer, model=model, dir=folder, sinks=()) as run:
+            ...         for x in torch.ones(3, 2):
+            ...             optimizer.zero_grad()
+            ...             (100 * model(x).sum()).backward()
+            ...             _ = run.clip_grad_norm_(1.0)
+            ...             optimizer.step()
+            ...             run.step()
+            ...     trackopt.journal.series(folder)["grad/clipped_share"]
+            [(1, 1.0), (2, 1.0), (3, 1.0)]
+        """
+        training = self._loop.training
+        if optimizer is not None and optimizer not in training.optimizers:
+            raise UsageError(f"no optimizer is named {optimizer!r}; choose from {', '.join(training.optimizers)}")
+        chosen = training.optimizers.values() if optimizer is None else [training.optimizers[optimizer]]
+        norm = clip_grad_norm_(training, chosen, max_norm, norm_type, **options)
+        prefix = f"{optimizer}." if optimizer is not None and len(training.optimizers) > 1 else ""
+        self._loop.attempt.telemetry.clipping.note(prefix, norm, max_norm)
+        return norm
 
     def step(self, **metrics: Any) -> None:
         """Log ``metrics`` and end the iteration; for loops that do not use ``batches``."""
         if self._loop.position.in_batch:
             raise UsageError("run.step() inside run.batches(): batches() ends each iteration itself, so use run.log()")
         self._loop.attempt.telemetry.log(metrics)
-        self._loop.iterations.end_explicit_iteration()
+        self._loop.iterations.end_explicit_iteration(sys._getframe(1))
         if not self._loop.position.in_epoch:
             self._loop.iterations.at_safe_point()
         elif self.should_stop:

@@ -1,9 +1,10 @@
-"""The hook for exceptions that nothing catches: after a stop signal, the signal decides how the process ends."""
+"""Hooks for how a script ends: by an exception that nothing catches, or by ``sys.exit``."""
 
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
+import threading
+from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -36,3 +37,34 @@ class UncaughtExceptionHook:
         if not (self._expects() and str(error).startswith(_DATA_WORKER)):
             self._previous(kind, error, trace)
         self._on_exception(error)
+
+
+class ExitHook:
+    """Remembers a failure that the script reported by ``sys.exit``: nothing is left of the exception at exit.
+
+    Args:
+        activity: Returns a number that changes when the training goes on, as it does after an exit that was caught.
+    """
+
+    def __init__(self, activity: Callable[[], int]) -> None:
+        self._activity = activity
+        self._latest: tuple[Any, int] = (None, 0)
+        self._previous = sys.exit
+        self._hook = self._exit
+        sys.exit = self._hook
+
+    @property
+    def error(self) -> SystemExit | None:
+        """The failure that ends the script; ``None`` without one."""
+        status, activity = self._latest
+        return SystemExit(status) if status and activity == self._activity() else None
+
+    def close(self) -> None:
+        """Restore ``sys.exit``, unless another one was installed since."""
+        if sys.exit is self._hook:
+            sys.exit = self._previous
+
+    def _exit(self, status: Any = None, /) -> NoReturn:
+        if threading.current_thread() is threading.main_thread():  # in another one it ends only that
+            self._latest = (status, self._activity())
+        self._previous(status)

@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 
     from trackopt.distributed.collectives import Collectives
     from trackopt.training.objects import Generator, Stateful
+    from trackopt.utils.mlflow_uri import MLflowTarget
     from trackopt.utils.types import CheckpointTree
 
 T = TypeVar("T")
@@ -71,6 +72,7 @@ def wrap(
     mlflow_every: int = 1,
     upload_checkpoints: bool = False,
     experiment: str | None = None,
+    mlflow_run: str | None = None,
     name: str | None = None,
     progress_bar: bool = True,
     stop_signals: Sequence[str] = STOP_SIGNALS,
@@ -108,7 +110,10 @@ def wrap(
             The journal and TensorBoard have every step.
         upload_checkpoints: Upload each checkpoint to the artifacts of the MLflow run, where none is deleted. Its URI
             is then ``runs:/<run id>/checkpoints/step-…``.
-        experiment: MLflow experiment. Default: ``MLFLOW_EXPERIMENT_NAME``, else MLflow's own default.
+        experiment: MLflow experiment. Default: the one that ``mlflow.set_experiment``, ``MLFLOW_EXPERIMENT_ID`` or
+            ``MLFLOW_EXPERIMENT_NAME`` has set, else that of the active MLflow run, else MLflow's own default.
+        mlflow_run: The MLflow run to log into: ``"active"`` for the one that ``mlflow.start_run`` has begun, or an id.
+            The script ends it. Default: a new run, which is nested below an active one.
         name: The run's name. Default: the directory's.
         progress_bar: Show the progress of ``epochs`` and ``batches``: two lines on a terminal, one line a minute
             elsewhere.
@@ -199,7 +204,7 @@ def wrap(
         store = CheckpointStore(directory.checkpoints, retention, group)
         checkpoint = _find_checkpoint(collectives, directory, store, resume)
         pending, skipped = _restore(collectives, training, checkpoint, settings, strict=strict)
-        _initialize_directory(collectives, directory, name, experiment)
+        _initialize_directory(collectives, directory, name, partial(default_tracking, experiment, mlflow_run))
         loop = _run_on_all(collectives, lambda: make_loop(store))
     except BaseException:
         directory.release()
@@ -256,14 +261,14 @@ def _restore(
 
 
 def _initialize_directory(
-    collectives: Collectives, directory: RunDirectory, name: str | None, experiment: str | None
+    collectives: Collectives, directory: RunDirectory, name: str | None, target: Callable[[], MLflowTarget]
 ) -> None:
     """Write ``run.json`` in the directory of a new run."""
     if directory.saved_identity is not None:
         return
     _run_on_all(
         collectives,
-        lambda: directory.initialize(name, default_tracking(experiment)) if collectives.is_rank_zero else None,
+        lambda: directory.initialize(name, target()) if collectives.is_rank_zero else None,
     )
     directory.saved_identity = collectives.broadcast(directory.saved_identity)
 

@@ -15,7 +15,7 @@ import torch
 
 from trackopt.errors import UsageError
 from trackopt.schedule.stepping import count_steps, find_position, make_stepper
-from trackopt.training.param_groups import label, numeric, to_float
+from trackopt.training.param_groups import labels, numeric, to_float
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -168,8 +168,8 @@ def _simulate(schedulers: Sequence[Any], steps: range, metric: Metric | None) ->
     lr: dict[str, list[float]] = {}
     hyper: dict[str, list[float]] = {}
     for step in steps:
-        for index, group in enumerate(schedulers[0].optimizer.param_groups):
-            name = label(index, group)
+        groups = schedulers[0].optimizer.param_groups
+        for name, group in zip(labels(groups), groups, strict=True):
             if group.get("lr") is not None:  # Adafactor computes its own LR
                 lr.setdefault(name, []).append(to_float(group["lr"]))
             for key, value in numeric(group).items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -37,10 +38,16 @@ class MetricAccumulator:
     """
 
     def __init__(self, gather: Gather = single_rank_gather) -> None:
+        self._lock = threading.Lock()  # any thread may log
         self._sums: dict[str, tuple[float | Tensor, int]] = {}
         self._reduced: set[str] = set()
         self._gather = gather
         self.recorded: AbstractSet[str] = frozenset()
+
+    @property
+    def is_empty(self) -> bool:
+        """True if nothing was logged since the last record."""
+        return not self._sums
 
     def add(self, metrics: Mapping[str, Any], *, reduced: bool = False) -> None:
         """Add the metrics of one call of ``log``.
@@ -52,22 +59,25 @@ class MetricAccumulator:
         Raises:
             UsageError: A value is not a number; no value of the call is added.
         """
-        sums = self._sums
-        for key, value in [(key, _to_number(key, value)) for key, value in metrics.items()]:
-            if key in sums:
-                total, count = sums[key]
-                sums[key] = (total + value, count + 1)
-            else:
-                sums[key] = (value, 1)
-        if reduced:
-            self._reduced |= metrics.keys()
+        values = [(key, _to_number(key, value)) for key, value in metrics.items()]
+        with self._lock:
+            sums = self._sums
+            for key, value in values:
+                if key in sums:
+                    total, count = sums[key]
+                    sums[key] = (total + value, count + 1)
+                else:
+                    sums[key] = (value, 1)
+            if reduced:
+                self._reduced |= metrics.keys()
 
     def pop_all(self) -> dict[str, float | Tensor]:
         """Remove and return all means, for the record of a new step."""
         if self._reduced:
             self._reduce_mean(self._reduced)
             self._reduced.clear()
-        sums, self._sums = self._sums, {}
+        with self._lock:
+            sums, self._sums = self._sums, {}
         return {key: total / count for key, (total, count) in sums.items()}
 
     def pop_unrecorded(self, *, all_ranks: bool = True) -> dict[str, float | Tensor]:
@@ -76,20 +86,22 @@ class MetricAccumulator:
         Args:
             all_ranks: All ranks make this call; if not, metrics that are reduced over ranks wait as well.
         """
-        keys = self._sums.keys() - self.recorded
+        with self._lock:
+            keys = self._sums.keys() - self.recorded
         if not all_ranks:
             keys -= self._reduced
         self._reduce_mean(self._reduced & keys)
-        means = {key: total / count for key, (total, count) in self._sums.items() if key in keys}
-        for key in keys:
-            del self._sums[key]
+        with self._lock:
+            sums = {key: self._sums.pop(key) for key in list(self._sums) if key in keys}
+        means = {key: total / count for key, (total, count) in sums.items()}
         self._reduced -= keys
         self.recorded = self.recorded | keys
         return means
 
     def _reduce_mean(self, keys: set[str]) -> None:
         """Add up the sums and counts of all ranks."""
-        own = {key: (float(total), count) for key, (total, count) in self._sums.items() if key in keys}
+        with self._lock:
+            own = {key: (float(total), count) for key, (total, count) in self._sums.items() if key in keys}
         if own:
             ranks = self._gather(own)
             for key in own:
@@ -98,7 +110,8 @@ class MetricAccumulator:
 
     def state_dict(self) -> StateDict:
         """Return the state from which a resumed run continues with the same means."""
-        sums = {key: (float(total), count) for key, (total, count) in self._sums.items()}
+        with self._lock:
+            sums = {key: (float(total), count) for key, (total, count) in self._sums.items()}
         return {"sums": sums, "recorded": sorted(self.recorded), "shared": sorted(self._reduced)}
 
     def load_state_dict(self, state: StateDict) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import threading
 import time
 from collections import deque
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from trackopt.telemetry.accumulator import MetricAccumulator, single_rank_gather
 from trackopt.telemetry.async_scalars import to_step_metrics
+from trackopt.telemetry.clipping import Clipping
 from trackopt.telemetry.error_boundary import ErrorBoundary
 from trackopt.telemetry.hooks import OptimizerObserver
 from trackopt.telemetry.metrics import NonFinite
@@ -21,7 +23,7 @@ from trackopt.telemetry.step_counts import StepCounts
 from trackopt.utils.text import describe_error
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from trackopt.journal import Histogram, Journal
     from trackopt.telemetry.accumulator import Gather
@@ -66,6 +68,7 @@ class MetricsCollector:
         recorded: The step of the latest record, whose numbers may still be in transfer.
         ends_iterations: True once the loop has ended an iteration by ``run.step``.
         latest: The metrics of the latest record in the journal.
+        clipping: Is told of gradients that were clipped.
         boundary: Makes the calls that must not stop the training; those that read an optimizer have one of their own.
     """
 
@@ -77,6 +80,9 @@ class MetricsCollector:
         self.latest: Mapping[str, float] = {}
         self._journal = journal
         self._accumulator = MetricAccumulator(gather)
+        self._trailing = MetricAccumulator()  # what was logged after a step that ``run.step`` has ended
+        self.clipping = Clipping()
+        self._thread = threading.get_ident()  # the one that trains
         self._in_flight: deque[_Step] = deque()
         self._observers: dict[str, OptimizerObserver] = {}
         self.boundary = ErrorBoundary(self._report_failure)
@@ -98,6 +104,7 @@ class MetricsCollector:
         self._logged_at: dict[str, int] = {}  # in an iteration without an end: the completed steps, by key
         self._has_stepped_before = False
         self._nonfinite_losses: set[str] = set()
+        self._renamed: set[str] = set()  # logged keys that are series of ours
         self._prepare_detection()
 
     @property
@@ -129,13 +136,21 @@ class MetricsCollector:
             closure_calls=sum(observer.closure_calls for observer in observers),
         )
 
-    def log(self, metrics: Mapping[str, Any], *, reduced: bool = False) -> None:
-        """Add metrics of the user; with ``reduced``, their mean over all ranks is recorded.
+    def log(self, metrics: Mapping[str, Any], *, reduced: bool = False, is_trailing: bool = False) -> None:
+        """Add metrics of the user; any thread may.
+
+        Args:
+            metrics: The numbers.
+            reduced: Record their mean over all ranks.
+            is_trailing: They belong to the latest record, and not to the step that follows.
 
         Raises:
             UsageError: A value is not a number.
         """
-        if self._ends_by_itself and len(self._observers) == 1:
+        if is_trailing and self.recorded:
+            self._trailing.add(metrics)
+            return
+        if self._ends_by_itself and len(self._observers) == 1 and threading.get_ident() == self._thread:
             if any(self._logged_at.get(key, self.step) < self.step for key in metrics):
                 self._record_unended_step()
             self._logged_at |= dict.fromkeys(metrics, self.step)
@@ -202,11 +217,12 @@ class MetricsCollector:
 
     def _record_step(self, step: int) -> None:
         """Put the latest step, with what was logged, in line for the journal."""
+        self._record_late()
         self.recorded = step
         self._logged_at.clear()
         observers = self._observers.values()
         observed = [(observer.pop_metrics(), observer.pop_histograms()) for observer in observers]
-        logged = to_step_metrics(self._accumulator.pop_all(), self.boundary)
+        logged = to_step_metrics({**self._accumulator.pop_all(), **self.clipping.pop()}, self.boundary)
         self._in_flight.append(_Step(step, time.time(), logged, observed))
 
     def flush(self) -> None:
@@ -221,30 +237,56 @@ class MetricsCollector:
             all_ranks: All ranks make this call; if not, metrics that are reduced over ranks wait.
             at_start: Before the first step, record them at step 0; if not, they wait for it.
         """
+        self._record_late()
         self.flush()
         if (self.recorded or at_start) and (metrics := self._accumulator.pop_unrecorded(all_ranks=all_ranks)):
             self._journal.record(self.recorded, to_step_metrics(metrics, self.boundary).metrics())
+
+    def _record_late(self) -> None:
+        """Record what was logged after the latest step as a second line of it."""
+        if not self._trailing.is_empty:
+            self.flush()
+            self._trailing.recorded = self._accumulator.recorded
+            late = self._trailing.pop_unrecorded()
+            self._accumulator.recorded |= late.keys()
+            self._accumulator.add(self._trailing.pop_all())
+            if late:
+                self._journal.record(self.recorded, to_step_metrics(late, self.boundary).metrics())
 
     def _record(self, step: _Step) -> None:
         metrics = step.logged.metrics()
         if self._nonfinite_losses or not math.isfinite(sum(metrics.values())):
             self._report_nonfinite(step, self._new_nonfinite_losses(metrics))
+        logged = dict(metrics)
+        own: list[Mapping[str, float]] = []
         units, by_optimizer = self._per_parameter.units, {}
         for (name, observer), (observed, histograms) in zip(self._observers.items(), step.observed, strict=True):
             if name in units:
                 by_optimizer[name] = observed.metrics()
             else:
-                metrics |= observed.metrics()
+                own.append(observed.metrics())
             if nonfinite := observer.pop_nonfinite():
                 self._report_nonfinite(step, nonfinite)
             if histograms:
                 self._journal.histograms(step.number, histograms)
         if by_optimizer:
             sizes = {name: self._observers[name].element_counts() for name in by_optimizer}
-            metrics |= self.boundary.call("merge of optimizers", self._per_parameter.merge, by_optimizer, sizes) or {}
+            own.append(self.boundary.call("merge of optimizers", self._per_parameter.merge, by_optimizer, sizes) or {})
+        for part in own:
+            metrics |= part
+        if len(metrics) < len(logged) + sum(map(len, own)):
+            metrics |= self._rename_logged(logged, own)
         self._journal.record(step.number, metrics, step.time)
         self._accumulator.recorded = metrics.keys()
         self.latest = metrics
+
+    def _rename_logged(self, logged: Mapping[str, float], own: Sequence[Mapping[str, float]]) -> dict[str, float]:
+        """Return what the user logged under names of trackopt's series, under other names."""
+        values = {key: value for key, value in logged.items() if any(key in part for part in own)}
+        for key in values.keys() - self._renamed:
+            logger.warning("trackopt: %s is a series of trackopt's; what the script logs is logged/%s", key, key)
+        self._renamed |= values.keys()
+        return {f"logged/{key}": value for key, value in values.items()}
 
     def _new_nonfinite_losses(self, metrics: Mapping[str, float]) -> Iterator[NonFinite]:
         """Yield the logged losses that are not finite, and were finite at the step before."""
@@ -282,12 +324,14 @@ class MetricsCollector:
 
         Call ``flush`` first: the journal must hold all earlier records.
         """
+        self._record_late()
         observers = {name: observer.state_dict() for name, observer in self._observers.items()}
         for name, unit in self._per_parameter.units.items():
             observers[name]["unit"] = unit
         return {
             "observers": observers,
             "pending": self._accumulator.state_dict(),
+            "clipping": self.clipping.state_dict(),
             "turns": self._scheduler_check.state_dict() | {"explicit": self.ends_iterations, "step": self.step},
         }
 
@@ -298,6 +342,7 @@ class MetricsCollector:
         saved = state["observers"].items()
         self._per_parameter.units = {name: observer["unit"] for name, observer in saved if "unit" in observer}
         self.load_pending(state)
+        self.clipping.load_state_dict(state.get("clipping", {}))
         self._scheduler_check.load_state_dict(state["turns"])
         self.ends_iterations = state["turns"].get("explicit", False)
         self.recorded = 0

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
-from trackopt.training.param_groups import NOT_HYPERPARAMETERS, label, numeric, split_sequence, to_float
+from trackopt.training.param_groups import NOT_HYPERPARAMETERS, labels, numeric, split_sequence, to_float
 from trackopt.training.scheduler_state import scheduler_state_dict
 
 if TYPE_CHECKING:
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from trackopt.utils.types import ParamGroup
+
+logger = logging.getLogger("trackopt")
 
 _PROGRESS = {"last_epoch", "best", "num_bad_epochs", "cooldown_counter", "total_steps_done", "T_cur", "mode_worse"}
 _JSON_INT_BITS = 64  # of the integers that the journal's JSON can hold
@@ -74,7 +77,8 @@ class Hyperparameters:
         for index, group in enumerate(self._optimizer.param_groups):
             known = self._known.get(index)
             if known is None or group.get("name") != known.given_name:
-                name = label(index, group, self._prefix)
+                name = labels(self._optimizer.param_groups, self._prefix)[index]
+                self._warn_of_shared_name(index, group, name)
                 known = self._known[index] = _KnownGroup(group.get("name"), name, f"lr/{name}", 0, [], [])
             if (lr := group.get("lr")) is not None:  # Adafactor computes its own LR
                 used[known.lr_key] = lr if type(lr) is float else _copy_lr(lr)
@@ -82,9 +86,17 @@ class Hyperparameters:
                 used |= self._changed(index, known, group)
         return used
 
+    def _warn_of_shared_name(self, index: int, group: ParamGroup, name: str) -> None:
+        own = f"{self._prefix}{group.get('name') or f'group{index}'}"
+        if name != own:
+            kind = type(self._optimizer).__name__
+            logger.warning(
+                "trackopt: several groups of %s are named %s; group %d is recorded as %s", kind, own, index, name
+            )
+
     def _groups(self) -> Iterator[tuple[str, ParamGroup]]:
-        for index, group in enumerate(self._optimizer.param_groups):
-            yield label(index, group, self._prefix), group
+        groups = self._optimizer.param_groups
+        yield from zip(labels(groups, self._prefix), groups, strict=True)
 
     def _changed(self, index: int, known: _KnownGroup, group: ParamGroup) -> dict[str, float]:
         keys = [key for key in group if key not in NOT_HYPERPARAMETERS]
@@ -92,7 +104,7 @@ class Hyperparameters:
         values_now = [tuple(v) if isinstance(v := group[key], list) else v for key in keys]
         self._known[index] = known._replace(size=len(group) if plain else 0, keys=keys, values=values_now)
         name, values = known.name, numeric(group)
-        before = self.seen.get(name, values)
+        before = self.seen.get(name, {})  # of a group that was added since, all are recorded
         self.seen[name] = values
         return {f"hyper/{name}.{key}": v for key, v in values.items() if v != before.get(key)}
 
@@ -111,9 +123,9 @@ def params(
     for name, optimizer in optimizers.items():
         result[name] = type(optimizer).__name__
         prefix = "" if len(optimizers) == 1 else f"{name}."
-        for index, group in enumerate(optimizer.param_groups):
+        for name_of_group, group in zip(labels(optimizer.param_groups, prefix), optimizer.param_groups, strict=True):
             values = numeric(group) if group.get("lr") is None else {"lr": to_float(group["lr"]), **numeric(group)}
-            result |= {f"{label(index, group, prefix)}.{key}": value for key, value in values.items()}
+            result |= {f"{name_of_group}.{key}": value for key, value in values.items()}
     for name, scheduler in schedulers.items():
         result[name] = type(scheduler).__name__
         for key, value in scheduler_state_dict(scheduler).items():

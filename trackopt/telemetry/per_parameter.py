@@ -6,7 +6,7 @@ import math
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
-from trackopt.training.param_groups import label, numeric
+from trackopt.training.param_groups import labels, numeric
 from trackopt.utils.moments import Moments, merge_moments
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class PerParameterOptimizers:
                 kinds[_kind(optimizer)].append(name)
         similar = [names for names in kinds.values() if len(names) >= _MIN_OPTIMIZERS]
         self.units = {name: f"group{index}" for index, names in enumerate(similar) for name in names}
-        self._own = {name: label(0, optimizers[name].param_groups[0], f"{name}.") for name in optimizers}
+        self._own = {name: labels(optimizers[name].param_groups, f"{name}.")[0] for name in optimizers}
 
     def merge(
         self, metrics: Mapping[str, Mapping[str, float]], sizes: Mapping[str, Mapping[str, int]]

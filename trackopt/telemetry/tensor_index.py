@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from trackopt.telemetry.state_index import StateIndex
 from trackopt.telemetry.vectors import describe, is_measurable
-from trackopt.training.param_groups import label
+from trackopt.training.param_groups import labels
 from trackopt.training.sharding import is_dtensor
 
 if TYPE_CHECKING:
@@ -141,8 +141,8 @@ class TensorIndex:
 
     def _rebuild(self) -> None:
         groups = self._optimizer.param_groups
-        labels = [label(index, group, self._prefix) for index, group in enumerate(groups)]
-        rows = [[name] * len(group["params"]) for name, group in zip(labels, groups, strict=True)]
+        names_of_groups = labels(groups, self._prefix)
+        rows = [[name] * len(group["params"]) for name, group in zip(names_of_groups, groups, strict=True)]
         if self._per_parameter:
             names = (name for name, _ in self._parameters())
             rows = [[next(names) for _ in row] for row in rows]
@@ -156,14 +156,14 @@ class TensorIndex:
                     self._warn(unit, parameter)
         self.is_sharded = any(map(is_dtensor, self._units))
         for inner in self._optimizers[1:]:
-            self._add_inner_parameters(inner, labels, rows)
+            self._add_inner_parameters(inner, names_of_groups, rows)
         self._state.rebuild(self._units)
 
-    def _add_inner_parameters(self, inner: Optimizer, labels: list[str], rows: list[list[str]]) -> None:
+    def _add_inner_parameters(self, inner: Optimizer, names: list[str], rows: list[list[str]]) -> None:
         """Add parameters that an inner optimizer has in place of the model's: copies, or flat ones of a whole group."""
-        if len(inner.param_groups) != len(labels):
+        if len(inner.param_groups) != len(names):
             return
-        for unit, row, group in zip(labels, rows, inner.param_groups, strict=True):
+        for unit, row, group in zip(names, rows, inner.param_groups, strict=True):
             parameters = group["params"]
             units = row if len(row) == len(parameters) else [unit] * len(parameters)
             for parameter, name in zip(parameters, units, strict=True):

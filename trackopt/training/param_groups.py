@@ -7,14 +7,27 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
 NOT_HYPERPARAMETERS = {"params", "param_names", "lr", "initial_lr"}
 
 
-def label(index: int, group: Mapping[str, Any], prefix: str = "") -> str:
-    """Return the name of a parameter group in metric names: its own ``name``, else ``group0``."""
-    return f"{prefix}{group.get('name') or f'group{index}'}"
+def labels(groups: Sequence[Mapping[str, Any]], prefix: str = "") -> list[str]:
+    """Return the names of an optimizer's parameter groups in metric names: their own ``name``, else ``group0``.
+
+    A name that an earlier group has gets the index of the later one as a suffix.
+
+    Example:
+        >>> labels([{"name": "decay"}, {"name": "decay"}, {}])
+        ['decay', 'decay-1', 'group2']
+    """
+    taken: dict[str, None] = {}
+    for index, group in enumerate(groups):
+        name = f"{prefix}{group.get('name') or f'group{index}'}"
+        while name in taken:
+            name = f"{name}-{index}"
+        taken[name] = None
+    return list(taken)
 
 
 def numeric(group: Mapping[str, Any]) -> dict[str, float]:

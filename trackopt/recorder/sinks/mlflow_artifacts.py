@@ -16,6 +16,7 @@ from mlflow.utils.rest_utils import http_request
 from trackopt import journal
 from trackopt.errors import RunError
 from trackopt.rundir.identity import read_identity
+from trackopt.utils.mlflow_uri import connection_uri
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -135,8 +136,9 @@ class ArtifactUploader:
         target = read_identity(self._directory).mlflow
         if target.run_id is None:
             raise RunError("the MLflow run does not exist yet")
-        artifact_uri = MlflowClient(tracking_uri=target.tracking_uri).get_run(target.run_id).info.artifact_uri
-        return get_artifact_repository(artifact_uri, tracking_uri=target.tracking_uri)
+        uri = connection_uri(target.tracking_uri)
+        artifact_uri = MlflowClient(tracking_uri=uri).get_run(target.run_id).info.artifact_uri
+        return get_artifact_repository(artifact_uri, tracking_uri=uri)
 
     def _upload(self, path: str) -> bool:
         """Upload a checkpoint; return whether it still exists. A directory's files keep the order of their writing."""

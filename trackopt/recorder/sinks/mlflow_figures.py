@@ -12,7 +12,7 @@ from mlflow.exceptions import MlflowException
 
 from trackopt.errors import RunError
 from trackopt.rundir.identity import read_identity
-from trackopt.utils.mlflow_uri import redact_credentials
+from trackopt.utils.mlflow_uri import connection_uri, redact_credentials
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -36,7 +36,9 @@ def log_figure(directory: Path, file: Path) -> None:
         raise RunError(f"{directory}: the run is not in MLflow; was it trained with the mlflow sink?")
     try:
         with _working_directory(identity.working_directory):
-            MlflowClient(tracking_uri=target.tracking_uri).log_artifact(target.run_id, str(file), FOLDER)
+            MlflowClient(tracking_uri=connection_uri(target.tracking_uri)).log_artifact(
+                target.run_id, str(file), FOLDER
+            )
     except (MlflowException, OSError) as error:
         reason = redact_credentials(" ".join(str(error).split()))
         raise RunError(f"{directory}: MLflow rejected the figure ({reason}); is its server running?") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import socket
 import time
 from itertools import islice
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from trackopt.journal import Line
 
 _MAX_MARGIN_CHARTS = 60  # with stats="param" there may be thousands of buffers
+_OWN_FOLDER = "trackopt"
+_OWN_NAME = re.compile(r"events\.out\.tfevents\.\d+\.\d{6}\..+\.\d+")  # SummaryWriter's times have no fraction
 _SCAN_LINES = 1000  # the first lines of the journal name every buffer that a run starts with
 
 
@@ -38,6 +41,7 @@ class TensorBoardSink(Sink):
 
     def __init__(self, directory: Path, step: int) -> None:
         self._directory = directory
+        self._folder = _choose_folder(directory)
         self._journal = directory / journal.NAME
         self._step = step
         self._file: BinaryIO | None = None
@@ -90,7 +94,7 @@ class TensorBoardSink(Sink):
     def _open(self) -> BinaryIO:
         now = time.time()
         name = f"events.out.tfevents.{now:.6f}.{socket.gethostname()}.{os.getpid()}"
-        self._file = (self._directory / name).open("xb")
+        self._file = (self._folder / name).open("xb")
         # Readers drop older steps at every session start but the first that they read: so every file needs one,
         # including that of the first attempt.
         start = tensorboard_events.encode_session_start(now, self._step)
@@ -114,6 +118,23 @@ class TensorBoardSink(Sink):
             if buffer in self._charted_buffers:
                 series |= tensorboard_layout.compute_margin(buffer, metrics)
         return series
+
+
+def _choose_folder(directory: Path) -> Path:
+    """Return where event files go: beside those of a ``SummaryWriter`` of the user's, a folder of their own.
+
+    Where a file says that older steps are dropped, readers drop those of all files in the folder. Files that were
+    written before the user's are moved.
+    """
+    folder = directory / _OWN_FOLDER
+    files = list(directory.glob("events.out.tfevents.*"))
+    ours = [file for file in files if _OWN_NAME.fullmatch(file.name)]
+    if not folder.exists() and len(ours) == len(files):
+        return directory
+    folder.mkdir(exist_ok=True)
+    for file in ours:
+        file.rename(folder / file.name)
+    return folder
 
 
 def _sync(file: BinaryIO) -> None:
