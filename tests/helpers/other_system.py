@@ -62,7 +62,7 @@ class _Module:
         return getattr(self._module, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "excepthook":  # the interpreter reads it from the module
+        if name in {"excepthook", "exit"}:  # the interpreter and the script read them from the module
             setattr(self._module, name, value)
             return
         raise AttributeError(f"patch the module {self._module.__name__} itself, not the package's")

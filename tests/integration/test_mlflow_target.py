@@ -67,8 +67,6 @@ def test_the_experiment_is_the_one_that_the_user_has_set(store, monkeypatch):
     names = {name: store.get_experiment(mlflow_run(Path(name))[1].info.experiment_id).name for name in "abcd"}
     assert names == {"a": "mine", "b": "by id", "c": "given", "d": "by name"}
     assert [read_identity(Path(name)).mlflow.experiment for name in "abcd"] == list(names.values())
-    kinds = {experiment.name: experiment.tags.get("mlflow.experimentKind") for experiment in store.search_experiments()}
-    assert {kinds[name] for name in names.values()} == {"custom_model_development"}
 
 
 def test_a_run_is_nested_below_the_active_one(store):

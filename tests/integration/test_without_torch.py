@@ -128,7 +128,7 @@ def test_sync_delivers_to_the_sink_that_is_installed(tmp_path):
     """TensorBoard has every point; of MLflow it says that it is missing, and a later sync delivers the rest."""
     directory = with_sinks(tmp_path / "run")
     done = python("-m", "trackopt", "sync", directory, hidden={"mlflow"})
-    first, last = done.stderr.splitlines()
+    _, first, last = done.stderr.splitlines()  # after where it goes
     assert done.returncode == 2
     assert "the mlflow sink fails (it needs mlflow, which is not installed; run `pip install mlflow`);" in first
     assert last.endswith("delivery to mlflow is incomplete; fix the cause and sync again")

@@ -18,7 +18,7 @@ TAKEN = frozenset(
     {
         *("model", "optimizer", "scheduler", "gradients", "rng", "trackopt"),
         *("dir", "name", "experiment", "resume", "strict", "change", "sinks", "progress_bar", "stop_signals"),
-        *("save_every", "save_overlap", "keep", "keep_best", "keep_every", "upload_checkpoints"),
+        *("save_every", "save_overlap", "keep", "keep_best", "keep_every", "upload_checkpoints", "mlflow_run"),
         "mlflow_every",
         *("stats", "stats_every", "histograms_every"),
     }

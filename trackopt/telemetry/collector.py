@@ -328,10 +328,11 @@ class MetricsCollector:
         observers = {name: observer.state_dict() for name, observer in self._observers.items()}
         for name, unit in self._per_parameter.units.items():
             observers[name]["unit"] = unit
+        clipping = self.clipping.state_dict()
         return {
+            **({"clipping": clipping} if clipping else {}),
             "observers": observers,
             "pending": self._accumulator.state_dict(),
-            "clipping": self.clipping.state_dict(),
             "turns": self._scheduler_check.state_dict() | {"explicit": self.ends_iterations, "step": self.step},
         }
 

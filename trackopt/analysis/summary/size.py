@@ -117,9 +117,11 @@ def _plain_values(archive: Archive, least: int) -> Iterator[str]:
     size = archive.source.pickle_size if isinstance(archive.source, ZipSource) else 0
     if size <= max(least, _MIN_FILE_BYTES):
         return
-    sizes = {name: _plain_size(child) for name, child in children(archive.tree)}
-    largest = f", most of it in {max(sizes, key=sizes.__getitem__)}" if sizes else ""
-    yield f"{size:,} bytes are not tensors, but hyperparameters, lists, texts and names{largest}"
+    largest, where = 0, ""
+    for name, child in children(archive.tree) if isinstance(archive.tree, dict) else ():
+        if (estimate := _plain_size(child)) > largest:
+            largest, where = estimate, f", most of it in {name}"
+    yield f"{size:,} bytes are not tensors, but hyperparameters, lists, texts and names{where}"
 
 
 def _plain_size(node: Any) -> int:
@@ -134,6 +136,8 @@ def _plain_size(node: Any) -> int:
             if isinstance(value, dict):
                 pending.extend(value)
                 pending.extend(value.values())
+            elif isinstance(value, list | tuple):
+                pending.extend(value)
             else:
                 pending.extend(child for _, child in children(value))
     return size

@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
 _PARENT_TAG, _NOTE_TAG, _DIRECTORY_TAG = "mlflow.parentRunId", "mlflow.note.content", "trackopt.dir"
 _ID_TAG = "trackopt.run_id"
-#: Without it MLflow's UI guesses the kind, and opens experiments among those of language models.
-_KIND_TAG, _KIND = "mlflow.experimentKind", "custom_model_development"
 
 
 def find_experiment(client: MlflowClient, target: MLflowTarget) -> Experiment:
@@ -44,8 +42,6 @@ def find_experiment(client: MlflowClient, target: MLflowTarget) -> Experiment:
             f"MLflow's experiment {experiment.name!r} is deleted; restore it with `mlflow experiments restore "
             f"--experiment-id {experiment.experiment_id}`, or deliver elsewhere with `trackopt sync --experiment NAME`"
         )
-    if _KIND_TAG not in experiment.tags:
-        client.set_experiment_tag(experiment.experiment_id, _KIND_TAG, _KIND)
     return experiment
 
 
