@@ -24,7 +24,7 @@ FORMAT = 1
 TYPES = "types"  # the table of `trackopt.checkpoint.encoding`
 CLASSES = "classes"  # the names in the pickle that torch loads only because the training had allowed them
 PARAMETER_KEYS = ("param_names", "param_shapes", "param_dtypes", "frozen")  # one value or more for each parameter
-_TELEMETRY_KEYS = ("observers", "pending", "turns")
+_TELEMETRY_KEYS = ("observers", "pending", "turns", "clipping")
 T = TypeVar("T")
 
 

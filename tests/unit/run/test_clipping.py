@@ -34,24 +34,24 @@ def shares(norms, limit):
 
 def test_gradients_and_numbers_are_torchs():
     model, optimizer, _ = make_training(torch.optim.SGD)
-    expected = train(model, optimizer, lambda: torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5))
+    expected = train(model, optimizer, lambda: torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
     weights = [parameter.clone() for parameter in model.parameters()]
     model, optimizer, _ = make_training(torch.optim.SGD)
     with trackopt.wrap(optimizer, model=model, dir="run", sinks=()) as run:
-        norms = train(model, optimizer, lambda: run.clip_grad_norm_(0.5), run=run)
+        norms = train(model, optimizer, lambda: run.clip_grad_norm_(1.0), run=run)
     assert norms == expected
     assert all(map(torch.equal, weights, model.parameters()))
     series = journal.series("run")
     assert [value for _, value in series["grad/norm_before_clip"]] == pytest.approx(norms)
-    assert [value for _, value in series["grad/clipped_share"]] == shares(norms, 0.5)
+    assert [value for _, value in series["grad/clipped_share"]] == shares(norms, 1.0)
     assert [value for _, value in series["grad/group0.norm"]] == pytest.approx(
-        [min(norm, 0.5) for norm in norms], rel=1e-4
+        [min(norm, 1.0) for norm in norms], rel=1e-4
     )
 
 
 def test_a_scaler_unscales_first():
     model, optimizer, _ = make_training(torch.optim.SGD)
-    expected = train(model, optimizer, lambda: torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5))
+    expected = train(model, optimizer, lambda: torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
     for by_script in (False, True):
         model, optimizer, _ = make_training(torch.optim.SGD)
         scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
@@ -60,7 +60,7 @@ def test_a_scaler_unscales_first():
             def clip(run=run, scaler=scaler, optimizer=optimizer, by_script=by_script):
                 if by_script:
                     scaler.unscale_(optimizer)
-                return run.clip_grad_norm_(0.5)
+                return run.clip_grad_norm_(1.0)
 
             assert train(model, optimizer, clip, scaler=scaler, run=run) == pytest.approx(expected)
 
@@ -69,11 +69,11 @@ def test_the_share_continues_after_a_resume():
     for steps in (4, 6):
         model, optimizer, _ = make_training(torch.optim.SGD)
         with trackopt.wrap(optimizer, model=model, dir="run", sinks=()) as run:
-            train(model, optimizer, lambda: run.clip_grad_norm_(0.5), steps=steps, run=run)
+            train(model, optimizer, lambda: run.clip_grad_norm_(1.0), steps=steps, run=run)
     series = journal.series("run")
     norms = [value for _, value in series["grad/norm_before_clip"]]
     assert len(norms) == 6
-    assert [value for _, value in series["grad/clipped_share"]] == shares(norms, 0.5)
+    assert [value for _, value in series["grad/clipped_share"]] == shares(norms, 1.0)
 
 
 def test_one_of_several_optimizers():
