@@ -40,7 +40,7 @@ def store(mlflow_store, tmp_path, monkeypatch):
 
 
 def record(directory="run", steps=2, metrics=(), **options):
-    """Train without a recorder, then deliver as one does; what the user was told."""
+    """Train without a recorder, then deliver as one does; return the messages for the user."""
     model, optimizer, _ = make_training()
     with trackopt.wrap(optimizer, model=model, dir=directory, sinks=(), **options) as run:
         for _ in range(steps):
@@ -151,7 +151,7 @@ def test_a_run_that_was_moved_has_its_new_place_in_mlflow(store):
 class Login(http.server.BaseHTTPRequestHandler):
     """Refuses everybody, and notes who asked."""
 
-    seen: list = []  # noqa: RUF012 - of the class, which the server makes anew for each request
+    seen: list = []  # noqa: RUF012 - of the class, which the server instantiates for each request
 
     def do_GET(self):
         self.seen.append(self.headers.get("Authorization"))

@@ -24,7 +24,13 @@ _BAR_DECADES = 6  # decades below 1 that a bar spans
 _MAX_ULPS = 10**6  # larger distances carry no information
 _KIND_TEXTS = {"value": "values changed", "shape": "shapes changed", "unreadable": "tensors cannot be compared"}
 _CAST_TEXTS = {"equal": ", same values", "rounded": ", equal after the cast"}
-_STEP_DEPENDENT_KEYS = ("trackopt.position.", "trackopt.observers.", "trackopt.pending.", "trackopt.turns.")
+_STEP_DEPENDENT_KEYS = (
+    "trackopt.position.",
+    "trackopt.observers.",
+    "trackopt.pending.",
+    "trackopt.turns.",
+    "trackopt.clipping.",
+)
 _REPORTED_KEYS = ("step", "epoch", "batch", "last_epoch", "_last_lr", "_step_count", "global_step")
 _NUMBER_HEADS = ("max |Δ|", "rel L2", "cosine", "elements")
 _OTHER_HEADS = ("other changes", "")
@@ -81,10 +87,9 @@ def render_largest(difference: Difference, top: int) -> Iterator[RenderableType]
     weights = _most_changed([change for change in difference.changes if change.kind == "tensor"])
     expected = set(map(id, find_step_changes(difference)))
     others = [change for change in difference.changes if change.kind != "tensor" and id(change) not in expected]
-    hidden = [change for change in others if _is_reported_elsewhere(change)]
     rows = _group_rows(difference, [change for change in others if not _is_reported_elsewhere(change)])
     if not (rows or weights or any(diff_summary.render_training(difference))):
-        rows = _group_rows(difference, hidden)
+        rows = _group_rows(difference, others)
     if weights[:top]:
         yield from _render_table("most changed", weights[:top])
     yield from _render_omitted(len(weights), top)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from trackopt.archive.io.file import File
 from trackopt.archive.io.sparse_file import SparseFile, open_temporary
 from trackopt.errors import ArchiveError, MissingPackageError
-from trackopt.remote.temporary import temporary_folder
+from trackopt.remote.temporary import temporary_folder, write_copy
 from trackopt.remote.uri import AddressPath, redact
 
 if TYPE_CHECKING:
@@ -75,12 +75,8 @@ class RemoteFile:
 
     def _download(self, descriptor: int) -> int:
         """Write all of it to a descriptor and return it."""
-        try:
-            with self._translate_errors(), os.fdopen(descriptor, "wb", closefd=False) as file:
-                self._filesystem.get_file(self._name, file)
-        except BaseException:
-            os.close(descriptor)
-            raise
+        with self._translate_errors(), write_copy(descriptor) as file:
+            self._filesystem.get_file(self._name, file)
         return descriptor
 
     @contextlib.contextmanager

@@ -23,7 +23,7 @@ from requests import RequestException
 from trackopt.archive.io.file import File
 from trackopt.archive.io.sparse_file import SparseFile, open_temporary
 from trackopt.errors import ArchiveError
-from trackopt.remote.temporary import temporary_folder
+from trackopt.remote.temporary import temporary_folder, write_copy
 from trackopt.remote.uri import SCHEME, parse, to_text
 from trackopt.utils.mlflow_uri import redact_credentials, sqlite_file, tracking_uri
 
@@ -152,14 +152,10 @@ class RemoteArtifact:
     def _download(self, response: Any, descriptor: int) -> int:
         """Write the whole body to a descriptor and return it."""
         size = response.headers.get("Content-Length")
-        try:
-            with response, _progress_bar(size) as advance, os.fdopen(descriptor, "wb", closefd=False) as file:
-                for chunk in response.iter_content(_CHUNK_BYTES):
-                    file.write(chunk)
-                    advance(len(chunk))
-        except BaseException:
-            os.close(descriptor)
-            raise
+        with response, write_copy(descriptor) as file, _progress_bar(size) as advance:
+            for chunk in response.iter_content(_CHUNK_BYTES):
+                file.write(chunk)
+                advance(len(chunk))
         return descriptor
 
     @contextlib.contextmanager

@@ -9,13 +9,14 @@ from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from trackopt.errors import ArchiveError
+from trackopt.utils.mlflow_uri import redact_credentials
 
 if TYPE_CHECKING:
     import os
 
 SCHEME = "runs:/"
 _ADDRESS = re.compile(r"(?i)[a-z][a-z0-9+.-]+://")
-_SECRETS = re.compile(r"(?<=//)[^/\s]*@|(?<=\w)\?[^\s'\")]*")
+_QUERY = re.compile(r"(?<=\w)\?[^\s'\")]*")
 _RUN = re.compile(r"([\w-]+)(?:@(\d{1,18}))?")
 
 
@@ -78,7 +79,7 @@ def redact(text: str) -> str:
         >>> redact("GET https://me:secret@host/model.pt?signature=0f3a failed")
         'GET https://host/model.pt failed'
     """
-    return _SECRETS.sub("", text)
+    return _QUERY.sub("", redact_credentials(text))
 
 
 def to_text(uri: str | os.PathLike[str]) -> str:

@@ -86,7 +86,7 @@ def continue_run(client: MlflowClient, run_id: str, directory: Path, identity: R
             "elsewhere with `trackopt sync --experiment NAME`"
         )
     if identity.mlflow.is_joined:
-        client.log_batch(run_id, tags=[RunTag(key, str(directory)) for key in (_DIRECTORY_TAG,)])
+        client.log_batch(run_id, tags=[RunTag(_DIRECTORY_TAG, str(directory))])
         return
     before = run.data.tags.get(_DIRECTORY_TAG)
     if before is not None and before != str(directory):
